@@ -1,0 +1,229 @@
+"""The same operations as PyTorch runs them fastest without a kernel of ours.
+
+Same names and signatures as reference.py, which says what they mean; here only speed is of
+interest. The three places where PyTorch's first answer is not its fastest are commented.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from minillm.kernels import reference
+from minillm.kernels.reference import decode_attention as _decode_attention_reference
+from minillm.kernels.reference import newton_schulz, sample
+
+__all__ = [
+    "attention",
+    "decode_attention",
+    "geglu",
+    "linear_cross_entropy",
+    "newton_schulz",
+    "relu2",
+    "rms_norm",
+    "rope",
+    "sample",
+    "swiglu",
+]
+
+
+def rms_norm(x: Tensor, w: Tensor, eps: float = 1e-6) -> Tensor:
+    """As reference.rms_norm."""
+    return F.rms_norm(x, (x.shape[-1],), w.to(x.dtype), eps)
+
+
+def rope(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """As reference.rope."""
+    if q_weight is not None:
+        q, k = rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps)
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # (..., T, 1, D/2)
+
+    def rotate(x: Tensor) -> Tensor:
+        x1, x2 = x.chunk(2, dim=-1)
+        return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
+
+    return rotate(q), rotate(k)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    window: int = 0,
+    documents: Tensor | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """As reference.attention, through scaled_dot_product_attention unless there is a soft-cap."""
+    T = q.shape[1]
+    if softcap:
+        return reference.attention(
+            q, k, v, scale=scale, window=window, documents=documents, softcap=softcap,
+            alibi_slopes=alibi_slopes, dropout=dropout,
+        )  # fmt: skip
+    if q.device.type == "cpu" and q.dtype != torch.float64 and torch.is_grad_enabled():
+        # The backward of bf16 SDPA on a CPU is five times slower than that of fp32.
+        dtype, (q, k, v) = q.dtype, (x.float() for x in (q, k, v))
+    else:
+        dtype = q.dtype
+    window = window if window < T else 0
+    mask = None
+    if window or documents is not None or alibi_slopes is not None:
+        positions = torch.arange(T, device=q.device)
+        mask = _mask(positions, positions, window, alibi_slopes, q.dtype)  # (1 or H, T, S)
+        if documents is not None:
+            same = documents[:, None, :, None] == documents[:, None, None, :]  # (B, 1, T, S)
+            mask = mask & same if mask.dtype == torch.bool else mask.masked_fill(~same, -torch.inf)
+    return _sdpa(q, k, v, mask, mask is None, scale, dropout).to(dtype)
+
+
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    window: int = 0,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+) -> Tensor:
+    """As reference.decode_attention."""
+    T, S = q.shape[1], k.shape[1]
+    if softcap or (lengths is not None and alibi_slopes is not None):
+        return _decode_attention_reference(
+            q, k, v, lengths, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes
+        )
+    if lengths is None and T == 1 and alibi_slopes is None:
+        # One query at the end of a full cache sees its window's keys and nothing else: no mask.
+        keys = slice(max(0, S - window), S) if window else slice(None)
+        return _sdpa(q, k[:, keys], v[:, keys], None, False, scale)
+    positions = torch.arange(S, device=q.device)
+    if lengths is None:
+        mask = _mask(positions[S - T :], positions, window, alibi_slopes, q.dtype)
+    else:
+        queries = lengths[:, None] - T + torch.arange(T, device=q.device)  # (B, T)
+        mask = _mask(queries, positions, window, None, q.dtype)[:, None]  # (B, 1, T, S)
+    return _sdpa(q, k, v, mask, False, scale)
+
+
+def _mask(
+    queries: Tensor, keys: Tensor, window: int, alibi_slopes: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """(..., T, S): True where seen; with ALiBi (H, T, S), what is added to the scores."""
+    distance = queries[..., None] - keys
+    seen = distance >= 0
+    if window:
+        seen = seen & (distance < window)
+    if alibi_slopes is None:
+        return seen
+    bias = -alibi_slopes[:, None, None] * distance
+    return bias.masked_fill(~seen, -torch.inf).to(dtype)
+
+
+def _sdpa(q, k, v, mask, causal, scale, dropout=0.0) -> Tensor:
+    grouped = q.shape[2] != k.shape[2]
+    y = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask,
+        dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=grouped,
+    )  # fmt: skip
+    return y.transpose(1, 2)  # (B, T, H, D)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """As reference.swiglu."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def geglu(x: Tensor) -> Tensor:
+    """As reference.geglu."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.gelu(gate) * up
+
+
+def relu2(x: Tensor) -> Tensor:
+    """As reference.relu2."""
+    return F.relu(x).square()
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    w: Tensor,
+    targets: Tensor,
+    *,
+    softcap: float = 0.0,
+    z_loss: float = 0.0,
+    ignore_index: int = -100,
+) -> Tensor:
+    """As reference.linear_cross_entropy; the logits exist for one chunk of rows at a time."""
+    train = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
+    return _LinearCrossEntropy.apply(x, w, targets, softcap, z_loss, ignore_index, train)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The gradients are made in the forward pass, while a chunk's logits are at hand.
+
+    Memory: one chunk of logits and its gradient, and dx, dw, instead of N V logits twice.
+    Source: Wijmans et al. 2024, arXiv:2411.09009, for the aim; Hsu et al. 2024, arXiv:2410.10989,
+    for gradients made in the forward pass.
+    """
+
+    CHUNK = 1 << 22  # logits alive at a time: 16 MiB of fp32
+
+    @staticmethod
+    def forward(ctx, x, w, targets, softcap, z_loss, ignore_index, train):
+        N, V = x.shape[0], w.shape[0]
+        rows = max(1, min(N, _LinearCrossEntropy.CHUNK // V))
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        wx = w.to(x.dtype)
+        dx = torch.empty_like(x) if train else None
+        dw = torch.zeros_like(w, dtype=dtype) if train else None
+        loss = x.new_zeros((), dtype=dtype)
+        count = (targets != ignore_index).sum()
+        for start in range(0, N, rows):
+            part = slice(start, start + rows)
+            logits = F.linear(x[part], wx).to(dtype)  # (rows, V)
+            if softcap:
+                logits = softcap * torch.tanh(logits / softcap)
+            lse = logits.logsumexp(-1, keepdim=True)
+            valid = (targets[part] != ignore_index)[:, None]
+            target = targets[part][:, None].where(valid, 0)
+            each = lse - logits.gather(-1, target) + z_loss * lse.square()
+            loss += torch.where(valid, each, 0).sum()
+            if not train:
+                continue
+            scale = valid / count
+            p = logits.sub(lse).exp_()
+            if z_loss:
+                p *= 1 + 2 * z_loss * lse
+            dz = p.scatter_add_(-1, target, p.new_full((1, 1), -1.0).expand_as(target))
+            dz *= scale
+            if softcap:
+                dz *= 1 - (logits / softcap).square()
+            dz = dz.to(x.dtype)
+            torch.mm(dz, wx, out=dx[part])
+            if x.dtype == dtype:
+                dw.addmm_(dz.t(), x[part])
+            else:
+                dw += dz.t() @ x[part]
+        if train:
+            ctx.save_for_backward(dx, dw.to(w.dtype))
+        return loss / count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        dx, dw = ctx.saved_tensors
+        return dx * dy.to(dx.dtype), dw * dy.to(dw.dtype), None, None, None, None, None

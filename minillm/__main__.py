@@ -1,0 +1,40 @@
+"""`minillm VERB` and `python -m minillm VERB`: picks the command; train and sample are the scripts."""
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+from minillm import __version__, errors
+
+VERBS = {
+    "train": ("minillm.scripts.train", "train a decoder on text"),
+    "sample": ("minillm.scripts.sample", "generate text from a run"),
+    "prepare": ("minillm.commands.prepare", "turn text into a tokenizer and token shards"),
+}
+
+
+def main() -> int:
+    """Run the verb on the command line; returns the exit code."""
+    verb, rest = (sys.argv[1] if len(sys.argv) > 1 else None), sys.argv[2:]
+    if verb in VERBS:
+        body: Callable[[Sequence[str]], None] = import_module(VERBS[verb][0]).main
+        return errors.run(f"minillm {verb}", body, rest)
+    return errors.run("minillm", _about, sys.argv[1:])
+
+
+def _about(argv: Sequence[str]) -> None:
+    usage = "usage: minillm VERB [flags]; minillm VERB --help for the flags\n\nverbs:\n" + "\n".join(
+        f"  {verb:10} {what}" for verb, (_, what) in VERBS.items()
+    )
+    if argv and argv[0] in ("-h", "--help"):
+        print(usage)
+    elif argv and argv[0] == "--version":
+        print(f"minillm {__version__}")
+    elif argv:
+        raise errors.UsageError(f"unknown verb {argv[0]!r}; one of: {', '.join(VERBS)}")
+    else:
+        raise errors.UsageError(f"which verb? one of: {', '.join(VERBS)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

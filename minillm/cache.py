@@ -1,0 +1,84 @@
+"""Keys and values of the past, so that a new token costs one token's work.
+
+Allocated once; a row may be shorter than its neighbours. What this room does not do: attend.
+"""
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """Room for `capacity` positions of `n_layer` layers in a batch of rows.
+
+    k, v: (n_layer, B, capacity, G, D).    lengths: entries held by each row, in tokens.
+    Memory: 2 n_layer B capacity G D itemsize bytes.
+    """
+
+    def __init__(
+        self,
+        n_layer: int,
+        batch: int,
+        capacity: int,
+        n_kv_head: int,
+        d_head: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        shape = (n_layer, batch, capacity, n_kv_head, d_head)
+        # zeros, not empty: a masked key still meets a weight of 0, and 0 * NaN is NaN.
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.lengths = [0] * batch
+
+    @property
+    def capacity(self) -> int:
+        """Positions a row can hold."""
+        return self.k.shape[2]
+
+    def uniform(self) -> bool:
+        """Whether all rows hold equally many entries."""
+        return min(self.lengths) == max(self.lengths)
+
+    def row(self, b: int, held: int = 0) -> "KVCache":
+        """Row b alone with its first `held` entries, sharing this cache's memory.
+
+        The view counts for itself: copy its length back into `lengths[b]`.
+        """
+        view = object.__new__(KVCache)
+        view.k, view.v, view.lengths = self.k[:, b : b + 1], self.v[:, b : b + 1], [held]
+        return view
+
+    def keep(self, rows: list[int]) -> None:
+        """Drop all rows but these, in this order."""
+        index = torch.tensor(rows, device=self.k.device)
+        self.k, self.v = self.k[:, index], self.v[:, index]
+        self.lengths = [self.lengths[b] for b in rows]
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Put T new entries after each row's last; return the layer's k, v with them.
+
+        k, v: (B, T, G, D).    Returns (B, S, G, D) each, S the longest row's new length.
+        The rows' lengths move on only with `advance`, once all layers have written.
+        """
+        T = k.shape[1]
+        end = max(self.lengths) + T
+        if end > self.capacity:
+            raise ValueError(f"cache holds {self.capacity} positions; {end} are asked for")
+        if self.uniform():
+            self.k[layer, :, end - T : end] = k
+            self.v[layer, :, end - T : end] = v
+        else:
+            rows = torch.arange(k.shape[0], device=k.device)[:, None]
+            columns = self.positions(T)
+            self.k[layer, rows, columns] = k.to(self.k.dtype)
+            self.v[layer, rows, columns] = v.to(self.v.dtype)
+        return self.k[layer, :, :end], self.v[layer, :, :end]
+
+    def positions(self, T: int) -> Tensor:
+        """(B, T): where the next T entries of each row stand."""
+        device = self.k.device
+        return torch.tensor(self.lengths, device=device)[:, None] + torch.arange(T, device=device)
+
+    def advance(self, T: int) -> None:
+        """Count the T entries that every layer has written."""
+        self.lengths = [length + T for length in self.lengths]

@@ -1,0 +1,1 @@
+"""One thin command a file; minillm/__main__.py picks."""

@@ -1,0 +1,241 @@
+"""Text to a prepared corpus: find it prepared already, or split, tokenize and write it.
+
+The text is read to know its content, which names the cache and decides the split; for bpe once more
+to train the tokenizer; and once to encode it. The tokens depend on the text and the settings alone,
+never on paths, workers or the machine. What this room does not do: find files (documents.py), hold
+text out (split.py), know the format on disk (shards.py).
+"""
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from minillm import documents, encoding, shards
+from minillm.bpe import check_vocab_size, choose_vocab_size
+from minillm.errors import CorruptError, UsageError
+from minillm.shards import Corpus, open_corpus
+from minillm.split import Split, Text, parts, split, survey
+from minillm.tokenizer import KINDS, Tokenizer, load_tokenizer, train_tokenizer
+
+Say = Callable[[str], None]
+SHARD_TOKENS = 100_000_000
+
+
+def prepare(
+    paths: Sequence[str] | None,
+    *,
+    tokenizer: str = "bpe",
+    vocab_size: int | None = None,
+    val_fraction: float = 0.05,
+    out: Path | None = None,
+    cache_dir: Path = Path("data/prepared"),
+    errors: str = "strict",
+    workers: int | None = None,
+    shard_tokens: int = SHARD_TOKENS,
+    say: Say = print,
+) -> Corpus:
+    """Prepare the text at `paths` (None: the default corpus), or open it if that was done before.
+
+    tokenizer: bpe, char, byte or a tokenizer's file. vocab_size: for bpe; None chooses it from the
+    amount of text. val_fraction: 0 (nothing is held out) to 0.5 of the bytes. out: where to put it;
+    None is cache_dir/<hash of text and settings>. errors: "strict" or "replace", for bytes that are
+    not UTF-8. workers: processes that encode; None takes the cores, from 4 MB on. A single path
+    that is a prepared folder is opened as it is.
+    """
+    started = time.monotonic()
+    if paths and len(paths) == 1 and shards.is_prepared(paths[0]):
+        return _already_prepared(Path(paths[0]), out, vocab_size, say)
+    made = _given_tokenizer(tokenizer, vocab_size)
+    text = survey(documents.find(paths), errors, tokenizer == "char")
+    plan = split(text, val_fraction)
+    if tokenizer == "bpe" and vocab_size is None:
+        vocab_size = choose_vocab_size(plan.bytes["train"])
+    settings = {
+        "tokenizer": tokenizer if made is None else made.sha256,
+        "vocab_size": vocab_size if tokenizer == "bpe" else None,
+        "val_fraction": val_fraction,
+        "shard_tokens": shard_tokens,
+    }
+    key = _key(text, settings)
+    folder = Path(cache_dir, key[:16]) if out is None else Path(out)
+    if os.path.lexists(folder) and not _is_empty_folder(folder):
+        return _found(folder, key, out is None, say)
+    say(f"preparing {documents.shown(text.source.description)} in {folder}")
+    if made is None:
+        made = _train(text, plan, tokenizer, vocab_size, say)
+    if made.note:
+        say(f"warning: {made.note}")
+    with _building(folder, key) as temporary:
+        index = _write(text, plan, made, temporary, workers, shard_tokens, say)
+        shards.write_index(temporary, {**index, "key": key, "settings": settings})
+    corpus = open_corpus(folder)
+    say(_summary(corpus, time.monotonic() - started))
+    return corpus
+
+
+def _already_prepared(folder: Path, out: Path | None, vocab_size: int | None, say: Say) -> Corpus:
+    if out is not None:
+        raise UsageError(f"{folder}: already a prepared corpus; leave --out away, or name its text")
+    corpus = open_corpus(folder)
+    if vocab_size not in (None, corpus.vocab_size):
+        raise UsageError(
+            f"--vocab-size {vocab_size}: {folder} was prepared with {corpus.vocab_size} tokens"
+        )
+    say(_summary(corpus, None))
+    return corpus
+
+
+def _given_tokenizer(tokenizer: str, vocab_size: int | None) -> Tokenizer | None:
+    """The tokenizer that needs no training on the text, if it is one."""
+    if tokenizer == "byte":
+        made = train_tokenizer("byte", [])
+    elif tokenizer in KINDS:
+        if tokenizer == "char" and vocab_size is not None:
+            raise UsageError("--vocab-size is for bpe: char has the text's own characters")
+        if tokenizer == "bpe" and vocab_size is not None:
+            check_vocab_size(vocab_size)
+        return None
+    elif os.path.lexists(tokenizer):
+        made = load_tokenizer(tokenizer)
+    else:
+        raise UsageError(
+            f"--tokenizer {documents.shown(tokenizer)}: no such file; expected bpe, char, byte or "
+            "a tokenizer's file"
+        )
+    if vocab_size not in (None, made.vocab_size):
+        raise UsageError(
+            f"--vocab-size {vocab_size}: this tokenizer has {made.vocab_size} tokens; "
+            "leave --vocab-size out"
+        )
+    return made
+
+
+def _key(text: Text, settings: dict[str, Any]) -> str:
+    """Name a prepared corpus by all that its tokens depend on."""
+    names = {
+        "text": text.survey.digest,
+        "format": shards.VERSION,
+        # Another release may train another tokenizer on the same text.
+        "sentencepiece": version("sentencepiece"),
+        **settings,
+    }
+    return hashlib.sha256(json.dumps(names, sort_keys=True).encode("ascii")).hexdigest()
+
+
+def _is_empty_folder(folder: Path) -> bool:
+    return folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())
+
+
+def _found(folder: Path, key: str, is_cache: bool, say: Say) -> Corpus:
+    if is_cache or shards.is_prepared(folder):
+        corpus = open_corpus(folder)
+        if corpus.key == key:
+            say(_summary(corpus, None))
+            return corpus
+    if is_cache:
+        raise CorruptError(f"{folder}: not the corpus its name says; delete the folder")
+    raise UsageError(
+        f"{documents.shown(folder)}: exists and is not this corpus prepared with these settings; "
+        "choose another --out or remove it"
+    )
+
+
+def _train(text: Text, plan: Split, kind: str, vocab_size: int | None, say: Say) -> Tokenizer:
+    if kind == "char":
+        # All of the text, as nanoGPT does: a character of the held-out part must have an id.
+        return train_tokenizer("char", [text.survey.characters])
+    say(f"training a bpe tokenizer of {vocab_size} tokens")
+    train_texts = (part for side, part in parts(text, plan) if side == "train")
+    made = train_tokenizer(kind, train_texts, vocab_size)
+    if made.vocab_size != vocab_size:
+        say(f"the text supports {made.vocab_size} tokens, not {vocab_size}")
+    return made
+
+
+@contextmanager
+def _building(folder: Path, key: str) -> Iterator[Path]:
+    """A new folder beside `folder` that takes its name in one step once the body is through."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.parent / f".{folder.name[:64]}.{secrets.token_hex(4)}.tmp"
+    temporary.mkdir()
+    try:
+        yield temporary
+        _sync_folder(temporary)
+        try:
+            if _is_empty_folder(folder):
+                folder.rmdir()
+            temporary.rename(folder)
+            _sync_folder(folder.parent)
+        except OSError:
+            # Another process was first with the same corpus; its work is as good as ours.
+            if not shards.is_prepared(folder) or open_corpus(folder).key != key:
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    # Windows cannot open a folder, and does not need this.
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _write(
+    text: Text,
+    plan: Split,
+    made: Tokenizer,
+    folder: Path,
+    workers: int | None,
+    shard_tokens: int,
+    say: Say,
+) -> dict[str, Any]:
+    """Write the tokenizer and the shards into `folder`; return what the index says of them."""
+    file = folder / made.file_name
+    shards.write_durably(file, made.to_bytes())
+    n_bytes = sum(plan.bytes.values())
+    workers = workers or encoding.choose_workers(n_bytes)
+    writers = {
+        side: shards.ShardWriter(folder, side, made.vocab_size, shard_tokens)
+        for side in shards.SPLITS
+    }
+    said = time.monotonic()
+    done = 0
+    for ids, size in encoding.encode(parts(text, plan), made, file, workers):
+        for side, side_ids in ids.items():
+            writers[side].add(side_ids)
+        done += size
+        if time.monotonic() - said > 5:
+            said = time.monotonic()
+            say(f"encoded {done / n_bytes:.0%} of {n_bytes / 1e6:.0f} MB")
+    return {
+        "source": text.source.description,
+        "tokenizer": made.file_name,
+        "tokenizer_sha256": made.sha256,
+        "vocab_size": made.vocab_size,
+        "dtype": shards.dtype_for(made.vocab_size),
+        "bytes_per_split": plan.bytes,
+        "documents": plan.documents,
+        "shards": [entry for side in shards.SPLITS for entry in writers[side].close()],
+    }
+
+
+def _summary(corpus: Corpus, seconds: float | None) -> str:
+    n_bytes, n_tokens = sum(corpus.bytes.values()), sum(corpus.tokens.values())
+    spent = "found prepared" if seconds is None else f"in {seconds:.1f} s"
+    return (
+        f"{corpus.folder}: {corpus.documents['train']} documents and {corpus.documents['val']} "
+        f"held out, {n_bytes} bytes, {n_tokens} tokens, vocabulary {corpus.vocab_size}, "
+        f"{n_bytes / n_tokens:.2f} bytes per token, {spent}"
+    )

@@ -1,0 +1,100 @@
+"""Errors that a user can cause, each with the exit code its process ends with.
+
+Code 1 (a bug of ours) is whatever is not named here. What this room does not do: catch bugs.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+HANGUP = 141  # 128 + SIGPIPE: the reader of our standard output went away
+
+
+class MinillmError(Exception):
+    """A refusal: one line that says what came, what was expected and what to do."""
+
+    code = 1
+
+
+class UsageError(MinillmError, ValueError):
+    """Wrong usage, input or configuration."""
+
+    code = 2
+
+
+class CorruptError(MinillmError):
+    """A file is damaged, or does not belong, and nothing good is left to fall back to."""
+
+    code = 3
+
+
+class UnavailableError(MinillmError):
+    """The environment lacks something: a device, memory, an optional package."""
+
+    code = 4
+
+
+class DivergedError(MinillmError):
+    """Training went non-finite."""
+
+    code = 6
+
+
+def one_line(text: str, limit: int = 300) -> str:
+    """`text` on one printable line of at most `limit` characters (control characters escaped)."""
+    line = " ".join(text.split("\n"))
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+    return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+def run(name: str, body: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
+    """Run `body(argv)`; print a refusal as `name: error: ...` and return the exit code.
+
+    `--debug` among the arguments lets every traceback through.
+    """
+    try:
+        body(argv)
+        return 0
+    except SystemExit as stop:  # argparse: --help is 0, wrong usage is 2
+        return stop.code if isinstance(stop.code, int) else 2
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Python flushes standard output at exit; without this it would complain once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return HANGUP
+    except Exception as error:
+        code = _code(error)
+        if code == 1:
+            print(f"{name}: this is a bug in minillm; please report what follows", file=sys.stderr)
+        if code == 1 or "--debug" in argv:
+            traceback.print_exc()
+            return code
+        print(f"{name}: error: {one_line(_text(error))}", file=sys.stderr)
+        return code
+
+
+def _code(error: Exception) -> int:
+    if isinstance(error, MinillmError):
+        return error.code
+    if isinstance(error, OSError):
+        return 5
+    if isinstance(error, MemoryError) or _is_out_of_memory(error):
+        return 4
+    return 1
+
+
+def _text(error: Exception) -> str:
+    if isinstance(error, MinillmError):
+        return str(error)
+    if isinstance(error, OSError):
+        where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
+        return f"{where}{error.strerror or error}"
+    return f"out of memory; try a smaller --micro-batch-size, --seq-len or model ({error})"
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch raises torch.OutOfMemoryError on a GPU and a plain RuntimeError from its CPU allocator.
+    return type(error).__name__ == "OutOfMemoryError" or "not enough memory" in str(error)

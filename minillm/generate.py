@@ -1,0 +1,193 @@
+"""From prompts to new tokens: a generator over a key-value cache.
+
+A row's tokens depend on its prompt, the seed and its sample number, not on its neighbours, and
+not on whether a cache is used. Past seq_len the context is cut to its last half (see `Context`).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minillm.cache import KVCache
+from minillm.errors import UsageError
+from minillm.model import GPT
+
+
+@dataclass(frozen=True)
+class Token:
+    """One new token of one row.
+
+    row: which prompt.    id: the token.    logprob: of it, under the model's own distribution
+    (no temperature, no filter), natural logarithm.
+    """
+
+    row: int
+    id: int
+    logprob: float
+
+
+@torch.inference_mode()
+def generate(
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int = 200,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
+    samples: Sequence[int] | None = None,
+    stop: Callable[[int, list[int]], bool] | None = None,
+    use_cache: bool = True,
+) -> Iterator[Token]:
+    """Continue each prompt, all rows in step; yields the rows' tokens as they are made.
+
+    prompts: token ids, each at least one.
+    stop: stop(row, its tokens so far) tells after each token whether the row has ended.
+    repetition_penalty: Keskar et al. 2019, arXiv:1909.05858, section 4.1; over prompt and text.
+    seed, samples: the random number of a token is a function of (seed, samples[row], how many
+    tokens the row has made), so row 3 of a batch is what `samples=[3]` gives alone.
+    Raises UsageError on an empty prompt or a prompt token beyond the vocabulary.
+    """
+    _check(model, prompts, max_tokens)
+    numbers = list(range(len(prompts))) if samples is None else list(samples)
+    texts = [list(prompt) for prompt in prompts]
+    # MPS has no float64, which sampling wants.
+    device = model.head.weight.device
+    device = torch.device("cpu") if device.type == "mps" else device
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    context = Context(model, texts, use_cache)
+    for made in range(max_tokens):
+        logits = context.next_logits().to(device, torch.float32)  # (rows, V)
+        logprobs = logits.log_softmax(-1)
+        if repetition_penalty != 1.0:
+            logits = penalise(logits, [texts[r] for r in context.rows], repetition_penalty)
+        draws = [uniform(seed, numbers[r], made) for r in context.rows]
+        u = torch.tensor(draws, device=device)
+        ids = model.ops.sample(logits, u, **options)
+        chosen = logprobs.gather(-1, ids[:, None])[:, 0].tolist()
+        ended = set()
+        for row, token, logprob in zip(list(context.rows), ids.tolist(), chosen, strict=True):
+            texts[row].append(token)
+            yield Token(row, token, logprob)
+            if stop is not None and stop(row, texts[row][len(prompts[row]) :]):
+                ended.add(row)
+        if ended:
+            context.drop(ended)
+        if not context.rows:
+            return
+
+
+class Context:
+    """What the model has read of each row, and the next token's logits.
+
+    A row that reaches seq_len tokens is cut to its last seq_len // 2 (at least 1), which are read
+    anew from position 0; it then grows again. Without a cache the same tokens are read each time.
+    """
+
+    def __init__(self, model: GPT, texts: list[list[int]], use_cache: bool) -> None:
+        self.model, self.texts, self.use_cache = model, texts, use_cache
+        self.rows = list(range(len(texts)))
+        self.starts = {r: 0 for r in self.rows}
+        longest = model.config.seq_len
+        for row, text in enumerate(texts):
+            if len(text) > longest:
+                self.starts[row] = len(text) - max(1, longest // 2)
+        self.cache: KVCache | None = None
+        self.device = model.head.weight.device
+
+    def next_logits(self) -> Tensor:
+        """(rows, V) for the token after each row's text."""
+        cut = self._cut()
+        count = range(len(self.rows))
+        if not self.use_cache:
+            return torch.cat([self._logits(self._unread(row, 0), None) for row in self.rows])
+        if self.cache is None:
+            self.cache = self.model.make_cache(len(self.rows))
+            return torch.cat([self._read(i, held=0) for i in count])
+        if cut:
+            # Once in seq_len / 2 tokens; the others then go one by one, too.
+            held = [0 if row in cut else self.cache.lengths[i] for i, row in enumerate(self.rows)]
+            return torch.cat([self._read(i, held[i]) for i in count])
+        last = torch.tensor([[self.texts[row][-1]] for row in self.rows], device=self.device)
+        return self._logits(last, self.cache)
+
+    def drop(self, ended: set[int]) -> None:
+        """Forget rows that have ended."""
+        kept = [i for i, row in enumerate(self.rows) if row not in ended]
+        self.rows = [self.rows[i] for i in kept]
+        if self.cache is not None and kept:
+            self.cache.keep(kept)
+
+    def _cut(self) -> set[int]:
+        """Move the start of rows that have outgrown seq_len; returns those rows."""
+        longest = self.model.config.seq_len
+        cut = {r for r in self.rows if len(self.texts[r]) - self.starts[r] > longest}
+        for row in cut:
+            self.starts[row] = len(self.texts[row]) - max(1, longest // 2)
+        return cut
+
+    def _unread(self, row: int, held: int) -> Tensor:
+        return torch.tensor([self.texts[row][self.starts[row] + held :]], device=self.device)
+
+    def _read(self, i: int, held: int) -> Tensor:
+        """Read what the i-th row's cache, keeping its first `held` entries, lacks; (1, V)."""
+        cache = self.cache.row(i, held)
+        logits = self._logits(self._unread(self.rows[i], held), cache)
+        self.cache.lengths[i] = cache.lengths[0]
+        return logits
+
+    def _logits(self, tokens: Tensor, cache: KVCache | None) -> Tensor:
+        return self.model.logits(self.model.trunk(tokens, cache)[:, -1])
+
+
+def penalise(logits: Tensor, texts: Sequence[Sequence[int]], penalty: float) -> Tensor:
+    """Divide positive logits of tokens already in a row's text by `penalty`, multiply others.
+
+    logits: (rows, V).    Returns a new tensor of that shape.
+    """
+    logits = logits.clone()
+    for row, text in zip(logits, texts, strict=True):
+        seen = torch.tensor(sorted(set(text)), device=logits.device)
+        z = row[seen]
+        row[seen] = torch.where(z > 0, z / penalty, z * penalty)
+    return logits
+
+
+def uniform(seed: int, sample: int, position: int) -> float:
+    """A number in [0, 1) that is a function of its arguments alone, 24 random bits.
+
+    Two rounds of the splitmix64 finaliser (Steele et al. 2014, "Fast splittable pseudorandom
+    number generators", section 4) over the three in turn.
+    """
+    state = 0
+    for word in (seed, sample, position):
+        state = _mix(_mix((state + word + 0x9E3779B97F4A7C15) & MASK))
+    return (state >> 40) / (1 << 24)
+
+
+MASK = (1 << 64) - 1
+
+
+def _mix(z: int) -> int:
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
+    return z ^ (z >> 31)
+
+
+def _check(model: GPT, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
+    V = model.config.vocab_size
+    if not prompts:
+        raise UsageError("no prompt to continue")
+    if max_tokens < 1:
+        raise UsageError(f"max_tokens {max_tokens} is not at least 1")
+    for i, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise UsageError(f"prompt {i} has no token; a model continues at least one")
+        bad = [t for t in prompt if not 0 <= t < V]
+        if bad:
+            raise UsageError(f"prompt {i} holds token {bad[0]}; the model knows 0 to {V - 1}")

@@ -1,0 +1,109 @@
+"""What is reported while a run goes on: metrics.jsonl, and one line a logged step."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+
+class Meter:
+    """Writes metrics.jsonl and the console; a progress bar on a terminal, plain lines in a pipe.
+
+    path: metrics.jsonl.    steps: in the run.    start: the first step of this process; rows of
+    later steps, from before a resume, are cut off.
+    flops_per_token: forward and backward.    peak_flops: what mfu is a share of, FLOP/s.
+    """
+
+    def __init__(
+        self, path: Path, start: int, steps: int, flops_per_token: float, peak_flops: float
+    ) -> None:
+        self.path, self.flops_per_token, self.peak_flops = path, flops_per_token, peak_flops
+        _cut_after(path, start)
+        self.file = path.open("a", encoding="utf-8")
+        self.bar = tqdm(
+            total=steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.1,
+            disable=None, file=sys.stderr,
+        )  # fmt: skip
+        self.since = time.perf_counter()
+        self.pending_steps = self.pending_tokens = 0
+
+    def step(self, tokens: int, steps: int) -> None:
+        """Count one step of `tokens` tokens in a run of `steps`."""
+        self.pending_steps += 1
+        self.pending_tokens += tokens
+        self.bar.total = steps
+        self.bar.update(1)
+
+    def pause(self) -> float:
+        """Stop the clock for work that is not training; give the result to `proceed`."""
+        return time.perf_counter()
+
+    def proceed(self, paused: float) -> None:
+        """Start the clock again."""
+        self.since += time.perf_counter() - paused
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Write one object: `row` with the speed since the last call; print it as a line.
+
+        row: at least step, tokens, loss, lr, grad_norm; floats that are not finite become null.
+        """
+        if self.pending_steps:
+            seconds = max(1e-9, time.perf_counter() - self.since)
+            tokens_per_s = self.pending_tokens / seconds
+            row = {
+                **row,
+                "step_ms": 1e3 * seconds / self.pending_steps,
+                "tokens_per_s": tokens_per_s,
+                "mfu": tokens_per_s * self.flops_per_token / self.peak_flops,
+            }
+            self.pending_steps = self.pending_tokens = 0
+            self.since = time.perf_counter()
+        self.file.write(json.dumps({k: _jsonable(v) for k, v in row.items()}) + "\n")
+        self.file.flush()
+        if self.bar.disable:
+            self.say(_line(row, self.bar.total))
+        else:
+            self.bar.set_postfix_str(_line(row, None), refresh=False)
+
+    def say(self, text: str) -> None:
+        """Print a line to standard error, above the bar if there is one."""
+        tqdm.write(text, file=sys.stderr) if not self.bar.disable else print(
+            text, file=sys.stderr, flush=True
+        )
+
+    def close(self) -> None:
+        """Finish the bar and the file."""
+        self.bar.close()
+        self.file.close()
+
+
+def _line(row: dict[str, Any], steps: int | None) -> str:
+    parts = [f"step {row['step']:>6}/{steps}"] if steps else []
+    shown = {"loss": ".4f", "val_loss": ".4f", "val_bpb": ".4f", "lr": ".2e", "grad_norm": ".2f"}
+    parts += [f"{k} {row[k]:{form}}" for k, form in shown.items() if row.get(k) is not None]
+    if "step_ms" in row:
+        parts.append(f"{row['step_ms']:.0f} ms {row['tokens_per_s']:,.0f} tok/s mfu {row['mfu']:.0%}")
+    return "  ".join(parts)
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if abs(value) < float("inf") else None
+    return value
+
+
+def _cut_after(path: Path, step: int) -> None:
+    """Drop rows of steps beyond `step`, and a last line that a killed process left unfinished."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            continue
+    path.write_text("".join(kept), encoding="utf-8")

@@ -1,0 +1,142 @@
+"""Muon, parameter groups, clipping and weight averaging. The optimisers see parameters, no model."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from minillm.ops import Ops
+
+# Under Muon, AdamW keeps what is not a matrix of a block, at these multiples of the learning rate
+# (which is one for matrices, about 0.02): measured on the default corpus, see benchmarks/.
+EMBED_RATE, HEAD_RATE, VECTOR_RATE = 0.5, 0.1, 0.5
+
+
+class Muon(Optimizer):
+    """Momentum, orthogonalised: every singular direction of a matrix moves equally far.
+
+        m <- momentum m + g;   u = newton_schulz(g + momentum m)
+        w <- (1 - lr wd) w - lr sqrt(max(1, rows / columns)) u
+
+    params: groups of matrices (rows, columns); group["parts"] lists for each the row counts of the
+    independent maps stacked in it (queries, keys, values: each is orthogonalised by itself).
+    Matrices of equal shape go through Newton-Schulz in one batch.
+    Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers"; weight decay: Liu et al.
+    2025, arXiv:2502.16982, eq. 2.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[dict],
+        ops: Ops,
+        lr: float = 0.02,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.ops = ops
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        """Move every parameter that has a gradient."""
+        for group in self.param_groups:
+            updates: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
+            for w, parts in zip(group["params"], group["parts"], strict=True):
+                if w.grad is None:
+                    continue
+                w.mul_(1 - group["lr"] * group["weight_decay"])
+                u = self._nesterov(w, group["momentum"])
+                for piece, update in zip(w.split(parts), u.split(parts), strict=True):
+                    updates.setdefault(piece.shape, []).append((piece, update))
+            for shape, pairs in updates.items():
+                directions = self.ops.newton_schulz(torch.stack([u for _, u in pairs]))
+                rate = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
+                for (piece, _), direction in zip(pairs, directions, strict=True):
+                    piece.add_(direction, alpha=-rate)
+
+    def _nesterov(self, w: Tensor, momentum: float) -> Tensor:
+        state = self.state[w]
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(w)
+        state["momentum"].mul_(momentum).add_(w.grad)
+        return w.grad.add(state["momentum"], alpha=momentum)
+
+
+def make_optimizers(
+    name: str,
+    parameters: dict[str, nn.Parameter],
+    matrices: dict[str, tuple[int, ...]],
+    ops: Ops,
+    betas: tuple[float, float],
+    weight_decay: float,
+) -> list[Optimizer]:
+    """The optimisers for named parameters; each group carries `rate`, its share of the rate.
+
+    name: "adamw" (matrices and embeddings decay, vectors do not) or "muon" (AdamW for the rest).
+    matrices: the parameters that are matrices of blocks, with their parts; see Muon.
+    """
+    fused = {p.device.type for p in parameters.values()} <= {"cpu", "cuda"}
+    vectors = [p for p in parameters.values() if p.dim() < 2]
+    if name == "adamw":
+        wide = [p for p in parameters.values() if p.dim() >= 2]
+        groups = [
+            {"params": wide, "weight_decay": weight_decay, "rate": 1.0},
+            {"params": vectors, "weight_decay": 0.0, "rate": 1.0},
+        ]
+        groups = [g for g in groups if g["params"]]
+        return [torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=fused)]
+    inner = [parameters[n] for n in matrices]
+    known = {id(p) for p in inner}
+    outer = {n: p for n, p in parameters.items() if p.dim() >= 2 and id(p) not in known}
+    groups = [
+        {"params": [p for n, p in outer.items() if not n.startswith("head.")], "rate": EMBED_RATE},
+        {"params": [p for n, p in outer.items() if n.startswith("head.")], "rate": HEAD_RATE},
+        {"params": vectors, "rate": VECTOR_RATE},
+    ]
+    groups = [g for g in groups if g["params"]]
+    muon = {"params": inner, "parts": list(matrices.values()), "rate": 1.0}
+    return [
+        Muon([muon], ops, lr=0.0, weight_decay=weight_decay),
+        torch.optim.AdamW(groups, lr=0.0, betas=betas, weight_decay=0.0, fused=fused),
+    ]
+
+
+def set_learning_rate(optimizers: list[Optimizer], learning_rate: float) -> None:
+    """Give each group its share of the rate."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * group["rate"]
+
+
+class Average:
+    """Exponential moving average of the weights, fp32: a <- a + (1 - decay) (w - a).
+
+    The decay of step n is min(decay, (1 + n) / (10 + n)), so that the start is forgotten soon.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], decay: float) -> None:
+        self.parameters, self.decay = parameters, decay
+        self.weights = {n: p.detach().float().clone() for n, p in parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move the average towards the weights after `step`."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, p in self.parameters.items():
+            self.weights[name].lerp_(p.float(), 1 - decay)
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """The model holds the average inside the `with`, its own weights after it."""
+        own = {n: p.detach().clone() for n, p in self.parameters.items()}
+        with torch.no_grad():
+            for name, p in self.parameters.items():
+                p.copy_(self.weights[name])
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, p in self.parameters.items():
+                    p.copy_(own[name])

@@ -1,0 +1,73 @@
+"""How many steps a run has: as many as asked for, or as many as its time allows."""
+
+import math
+import time
+
+from minillm.data import Batches
+from minillm.schedule import Schedule
+from minillm.settings import TrainConfig
+
+TOLERANCE = 0.02  # of the remaining steps: smaller changes of the estimate are noise
+
+
+def wished_steps(config: TrainConfig, batches: Batches) -> int | None:
+    """The steps that --steps, --epochs or neither (one epoch) ask for; None: only time limits."""
+    if config.steps is not None:
+        return config.steps
+    if config.epochs is None and config.time_limit is not None:
+        return None
+    return max(1, math.ceil((config.epochs or 1.0) * batches.n_windows / config.batch_size))
+
+
+class Pacer:
+    """Watches the clock and keeps the schedule's end on the deadline.
+
+    trained_s: seconds that the run had trained before this process.    guess_s: seconds a step,
+    before any was timed.
+    """
+
+    def __init__(
+        self, config: TrainConfig, wished: int | None, trained_s: float, guess_s: float
+    ) -> None:
+        self.config, self.wished, self.guess_s = config, wished, guess_s
+        self.start = time.perf_counter() - trained_s
+        self.first: tuple[int, float] | None = None
+
+    @property
+    def trained_s(self) -> float:
+        """Seconds since the run's first step, over all its processes."""
+        return time.perf_counter() - self.start
+
+    def schedule(self, step: int = 0) -> Schedule:
+        """The schedule as it looks before the first step."""
+        c = self.config
+        return Schedule(
+            c.schedule, c.learning_rate, c.min_learning_rate, c.warmup, c.decay_fraction,
+            ((0, 0.0), (self.affordable(step, self.guess_s), 1.0)),
+        )  # fmt: skip
+
+    def affordable(self, step: int, step_s: float) -> int:
+        """Steps in the whole run if each from `step` on takes `step_s` seconds."""
+        limit = self.config.time_limit
+        if limit is None:
+            return self.wished
+        fits = step + max(0, int((limit - self.trained_s) / step_s))
+        return max(1, fits if self.wished is None else min(fits, self.wished))
+
+    def keep_to_time(self, plan: Schedule, step: int) -> Schedule:
+        """`plan`, or after `step` one that ends on the deadline if `plan` no longer would."""
+        if self.config.time_limit is None:
+            return plan
+        now = self.trained_s
+        if self.first is None:  # the first step in a process pays for what happens once
+            self.first = (step, now)
+            return plan
+        if now >= self.config.time_limit:
+            return plan.repaced(step, step) if step < plan.steps else plan
+        if (step - self.first[0]) % self.config.log_every:
+            return plan
+        step_s = (now - self.first[1]) / (step - self.first[0])
+        steps = self.affordable(step, step_s)
+        if abs(steps - plan.steps) <= TOLERANCE * max(1, plan.steps - step):
+            return plan
+        return plan.repaced(step, steps)

@@ -1,0 +1,153 @@
+"""Named settings: what each is for, and the values in which it differs from the defaults."""
+
+from typing import Any
+
+# The recipe that was fastest to a given loss on the default corpus (benchmarks/): rotary positions,
+# QK-norm, squared ReLU, branches that start at zero, Muon, a constant rate and then a long descent.
+_RECIPE: dict[str, Any] = {
+    "position": "rope",
+    "norm": "rmsnorm",
+    "mlp": "relu2",
+    "qk_norm": True,
+    "init": "zero",
+    "optimizer": "muon",
+    "learning_rate": 0.02,
+    "min_learning_rate": 0.0004,
+    "warmup": 0,
+    "schedule": "wsd",
+    "decay_fraction": 0.5,
+    "weight_decay": 0.0,
+}
+
+# nanoGPT's architecture: learned positions, LayerNorm without biases, GELU, one matrix for both
+# embeddings. Source: karpathy/nanoGPT 3adf61e, model.py.
+_NANOGPT: dict[str, Any] = {
+    "position": "learned",
+    "norm": "layernorm",
+    "norm_eps": 1e-5,
+    "mlp": "gelu",
+    "bias": False,
+    "tie_embeddings": True,
+    "init": "gpt2",
+    "optimizer": "adamw",
+    "schedule": "cosine",
+    "weight_decay": 0.1,
+    "grad_clip": 1.0,
+}
+
+_LARGE: dict[str, Any] = {
+    "mlp": "swiglu",
+    "qk_norm": True,
+    "optimizer": "adamw",
+    "beta2": 0.95,
+    "weight_decay": 0.1,
+    "warmup": 700,
+    "seq_len": 1024,
+    "compile": True,
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # The default on a CPU: useful in about two minutes on two cores.
+    "nano": {
+        **_RECIPE,
+        "n_layer": 4,
+        "n_head": 4,
+        "d_model": 128,
+        "seq_len": 256,
+        "batch_size": 16,
+        "steps": 1200,
+        "time_limit": 130.0,
+    },
+    # 10M: the default on a GPU.
+    "tiny": {
+        **_RECIPE,
+        "n_layer": 6,
+        "n_head": 6,
+        "d_model": 384,
+        "seq_len": 512,
+        "batch_size": 64,
+        "steps": 2000,
+    },
+    # 124M, after GPT-2 small.
+    "small": {
+        **_LARGE,
+        "n_layer": 12,
+        "n_head": 12,
+        "d_model": 768,
+        "batch_size": 512,
+        "learning_rate": 6e-4,
+        "min_learning_rate": 6e-5,
+    },
+    # 350M, after GPT-2 medium.
+    "medium": {
+        **_LARGE,
+        "n_layer": 24,
+        "n_head": 16,
+        "d_model": 1024,
+        "batch_size": 512,
+        "learning_rate": 4e-4,
+        "min_learning_rate": 4e-5,
+    },
+    # 1B.
+    "large": {
+        **_LARGE,
+        "n_layer": 20,
+        "n_head": 16,
+        "n_kv_head": 4,
+        "d_model": 2048,
+        "seq_len": 2048,
+        "batch_size": 512,
+        "learning_rate": 3e-4,
+        "min_learning_rate": 3e-5,
+    },
+    # nanoGPT's README, "I only have a macbook": 0.80M, nats a character 1.88.
+    "nanogpt-char-cpu": {
+        **_NANOGPT,
+        "tokenizer": "char",
+        "val_fraction": 0.1,
+        "n_layer": 4,
+        "n_head": 4,
+        "d_model": 128,
+        "seq_len": 64,
+        "batch_size": 12,
+        "steps": 2000,
+        "learning_rate": 1e-3,
+        "min_learning_rate": 1e-4,
+        "warmup": 100,
+        "beta2": 0.99,
+    },
+    # nanoGPT's config/train_shakespeare_char.py: 10.65M, best validation loss 1.4697.
+    "nanogpt-char": {
+        **_NANOGPT,
+        "tokenizer": "char",
+        "val_fraction": 0.1,
+        "n_layer": 6,
+        "n_head": 6,
+        "d_model": 384,
+        "seq_len": 256,
+        "batch_size": 64,
+        "dropout": 0.2,
+        "steps": 5000,
+        "learning_rate": 1e-3,
+        "min_learning_rate": 1e-4,
+        "warmup": 100,
+        "beta2": 0.99,
+    },
+    # nanoGPT's config/train_gpt2.py: 124M, its vocabulary padded to 50304, half a million tokens
+    # a step, 300 billion in all.
+    "nanogpt-124m": {
+        **_NANOGPT,
+        "vocab_size": 50304,
+        "n_layer": 12,
+        "n_head": 12,
+        "d_model": 768,
+        "seq_len": 1024,
+        "batch_size": 480,
+        "steps": 600000,
+        "learning_rate": 6e-4,
+        "min_learning_rate": 6e-5,
+        "warmup": 2000,
+        "beta2": 0.95,
+        "eval_every": 1000,
+    },
+}

@@ -1,0 +1,76 @@
+"""The learning rate as a pure function of the step. What this room does not do: look at a clock.
+
+A run limited in time finds out as it goes how many steps it has. Each time that changes, the pace
+(how far along the schedule each step stands) gets a knot; the knots are saved, so that a resumed
+run sees the same rate at the same step.
+"""
+
+import math
+from bisect import bisect_right
+from dataclasses import dataclass, replace
+
+KINDS = ("cosine", "wsd", "linear", "constant")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Warm-up, then `kind` from `peak` to `minimum`.
+
+    warmup: steps.    decay_fraction: of the whole run, how much wsd decays at its end.
+    pace: knots (step, progress), piecewise linear; the last is (steps, 1.0).
+    """
+
+    kind: str
+    peak: float
+    minimum: float
+    warmup: int
+    decay_fraction: float
+    pace: tuple[tuple[int, float], ...]
+
+    @property
+    def steps(self) -> int:
+        """Steps in the whole run, as decided so far."""
+        return self.pace[-1][0]
+
+    def progress(self, step: int) -> float:
+        """How far along the run `step` stands, in [0, 1]."""
+        right = min(max(1, bisect_right([s for s, _ in self.pace], step)), len(self.pace) - 1)
+        (s0, p0), (s1, p1) = self.pace[right - 1], self.pace[right]
+        return min(1.0, p0 + (p1 - p0) * (step - s0) / max(1, s1 - s0))
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of step 0, 1, ...
+
+            warm-up:  peak (step + 1) / (warmup + 1)
+            cosine:   minimum + (peak - minimum) (1 + cos(pi x)) / 2
+            linear:   peak + (minimum - peak) x
+            wsd:      peak until x = 1 - decay_fraction, then linear to the minimum
+        x: progress since the warm-up's end, 0 to 1.
+        Source: cosine: Loshchilov & Hutter 2016, arXiv:1608.03983, eq. 5; wsd: Hu et al. 2024,
+        arXiv:2404.06395, eq. 1.
+        """
+        if step < self.warmup:
+            return self.peak * (step + 1) / (self.warmup + 1)
+        warm = self.progress(self.warmup)
+        x = (self.progress(step) - warm) / max(1e-12, 1 - warm)
+        span = self.peak - self.minimum
+        if self.kind == "cosine":
+            return self.minimum + span * (1 + math.cos(math.pi * x)) / 2
+        if self.kind == "linear":
+            return self.peak - span * x
+        if self.kind == "wsd":
+            return self.peak - span * max(0.0, x - (1 - self.decay_fraction)) / self.decay_fraction
+        return self.peak
+
+    def repaced(self, step: int, steps: int) -> "Schedule":
+        """The same run, but from `step` on so fast that it ends after `steps`; the past stays."""
+        past = [knot for knot in self.pace if knot[0] < step]
+        here = [(step, self.progress(step))] if step > 0 else [(0, 0.0)]
+        return replace(self, pace=(*past, *here, (max(steps, step + 1), 1.0)))
+
+
+def plain(
+    kind: str, peak: float, minimum: float, warmup: int, decay_fraction: float, steps: int
+) -> Schedule:
+    """A schedule whose number of steps is known from the start."""
+    return Schedule(kind, peak, minimum, warmup, decay_fraction, ((0, 0.0), (steps, 1.0)))

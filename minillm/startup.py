@@ -1,0 +1,179 @@
+"""From a command line of train.py to its settings, its run folder and its corpus."""
+
+import json
+import platform
+import subprocess
+from argparse import Namespace
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from minillm import __version__, checkpoint, cli, world
+from minillm.checkpoint import Checkpoint
+from minillm.config import ModelConfig
+from minillm.corpus import prepare
+from minillm.errors import CorruptError, UnavailableError, UsageError
+from minillm.settings import ALIASES, Settings, TrainConfig, add_flags, changed, resolve
+from minillm.shards import Corpus, open_corpus
+
+BYTES_PER_PARAMETER = 16  # fp32 weight, gradient and the two moments of AdamW
+
+
+def command_line(description: str) -> cli.Parser:
+    """The parser of train.py's flags."""
+    names = ", ".join(f"{theirs} = {ours}" for theirs, ours in ALIASES.items())
+    parser = cli.Parser(
+        prog="train.py",
+        description=description,
+        epilog=f"nanoGPT's names are understood too: {names}. Underscores may stand for dashes.",
+        aliases=ALIASES,
+    )
+    parser.add_argument("--config", metavar="FILE", help="settings from a .toml or .json file")
+    parser.add_argument(
+        "--resume", nargs="?", const="", metavar="RUN", help="go on with RUN, or the newest run"
+    )
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the settings as --config takes them"
+    )
+    add_flags(parser)
+    return parser
+
+
+def begin(args: Namespace) -> tuple[Settings, Path, Checkpoint | None]:
+    """The settings, the run folder and, where a run is resumed, its last checkpoint.
+
+    Raises UsageError if the flags do not fit together or the folder is in use.
+    """
+    if args.resume is not None:
+        if args.out or args.init_from or args.overwrite:
+            raise UsageError("--resume goes on in its own folder; drop --out, --init-from, --overwrite")
+        run = Path(args.resume) if args.resume else checkpoint.newest_run()
+        model, train = checkpoint.read_config(run)
+        wishes = resolve(vars(args), args.config, None)
+        return changed(model, _as_train_config(run, train), wishes), run, checkpoint.open_checkpoint(run)
+    preset = "nano" if world.pick_device(args.device or "auto").type == "cpu" else "tiny"
+    settings = resolve(vars(args), args.config, preset)
+    if settings.train.init_from:
+        settings = _inherit(settings, Path(settings.train.init_from))
+    out = settings.train.out
+    run = Path(out) if out else checkpoint.next_run(Path("runs"), settings.train.preset)
+    checkpoint.check_out(run, settings.train.overwrite)
+    return settings, run, None
+
+
+def _as_train_config(run: Path, train: dict) -> TrainConfig:
+    try:
+        return TrainConfig(**train)
+    except (TypeError, UsageError) as error:
+        raise CorruptError(f"{run}/config.json: {error}") from None
+
+
+def _inherit(settings: Settings, source: Path) -> Settings:
+    """The model's shape and the tokenizer of run `source`; the training of `settings`."""
+    model, _ = checkpoint.read_config(source)
+    for name in sorted(asdict(model).keys() & settings.given | {"tokenizer"} & settings.given):
+        raise UsageError(
+            f"--{name.replace('_', '-')} cannot be set with --init-from: {source} fixes it"
+        )
+    tokenizer = str(checkpoint.tokenizer_path(source))
+    return replace(settings, model=model, train=replace(settings.train, tokenizer=tokenizer))
+
+
+def find_corpus(settings: Settings, run: Path | None, say) -> Corpus:
+    """The prepared text: of a run to resume the very same, else of --data.
+
+    run: the folder to resume, or None.
+    """
+    train = settings.train
+    if run is not None:
+        facts = checkpoint.read_json(run / "config.json")
+        folder = Path(facts["corpus"])
+        corpus = open_corpus(folder) if folder.is_dir() else _prepare(settings, say)
+        if corpus.key != facts["corpus_key"]:
+            raise UsageError(
+                f"the text is not what {run} was trained on; start anew with --init-from {run}"
+            )
+        return corpus
+    corpus = _prepare(settings, say)
+    if train.init_from and corpus.tokenizer().sha256 != checkpoint.file_sha256(
+        Path(train.tokenizer)
+    ):
+        raise UsageError(f"--data {train.data} was prepared with another tokenizer than {train.init_from}'s")
+    return corpus
+
+
+def _prepare(settings: Settings, say) -> Corpus:
+    train = settings.train
+    sized = train.tokenizer == "bpe" or "vocab_size" in settings.given
+    return prepare(
+        [train.data] if train.data else None,
+        tokenizer=train.tokenizer,
+        vocab_size=settings.model.vocab_size if sized and not train.init_from else None,
+        val_fraction=train.val_fraction,
+        cache_dir=Path(train.cache_dir),
+        errors=train.errors,
+        say=say,
+    )
+
+
+def fit_to_corpus(model: ModelConfig, corpus: Corpus) -> ModelConfig:
+    """The model with the tokenizer's vocabulary.
+
+    Raises UsageError if a document mask is asked for and documents have no mark.
+    """
+    bos = corpus.tokenizer().bos_id
+    if model.document_mask and bos is None:
+        raise UsageError("--document-mask needs documents marked by BOS; --tokenizer char has none")
+    return replace(model, vocab_size=corpus.vocab_size, bos_id=bos)
+
+
+def require_memory(model: ModelConfig, device: torch.device) -> None:
+    """Raise UnavailableError if the weights and the optimiser alone cannot fit on `device`."""
+    need, room = BYTES_PER_PARAMETER * model.n_parameters, world.available_memory(device)
+    if need > room:
+        raise UnavailableError(
+            f"{model.n_parameters:,} parameters need {need / 2**30:,.1f} GiB to train and "
+            f"{room / 2**30:,.1f} GiB are free; reduce --d-model or --n-layer"
+        )
+
+
+def facts_of(corpus: Corpus) -> dict:
+    """What config.json says beside the settings: versions, commit, corpus."""
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = None
+    return {
+        "versions": {
+            "minillm": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": triton_version,
+        },
+        "git_commit": _commit(),
+        "corpus": str(corpus.folder.resolve()),
+        "corpus_key": corpus.key,
+        "tokenizer_sha256": corpus.tokenizer().sha256,
+    }
+
+
+def _commit() -> str | None:
+    """The commit of minillm's own checkout, or None where it is not in one."""
+    here = Path(__file__).resolve().parent.parent
+    if not (here / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def config_text(settings: Settings) -> str:
+    """The settings as JSON that --config takes."""
+    return json.dumps({k: v for k, v in settings.flat().items() if v is not None}, indent=1)

@@ -1,0 +1,163 @@
+"""What the loop of train.py works with, and what it does now and then: judge, sample, save."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch.optim import Optimizer
+
+from minillm import checkpoint
+from minillm.checkpoint import Checkpoint
+from minillm.data import Batches, evaluation_windows, warnings_for
+from minillm.evaluate import evaluate
+from minillm.generate import generate
+from minillm.model import GPT
+from minillm.optim import Average
+from minillm.pace import Pacer
+from minillm.schedule import Schedule
+from minillm.settings import TrainConfig
+from minillm.shards import Corpus
+
+SAMPLE_TOKENS = 200
+
+
+@dataclass
+class Progress:
+    """What a run has come to; saved with each checkpoint. Losses in nats a token, times in s."""
+
+    step: int = 0
+    tokens: int = 0
+    trained_s: float = 0.0
+    best_loss: float | None = None
+    best_step: int | None = None
+    evaluations_without_gain: int = 0
+
+
+@dataclass
+class Training:
+    """A run in memory. `fixed` was decided once, at its start: threads, dtype, micro-batch."""
+
+    run: Path
+    config: TrainConfig
+    corpus: Corpus
+    model: GPT
+    optimizers: list[Optimizer]
+    average: Average | None
+    progress: Progress
+    plan: Schedule
+    fixed: dict[str, int | str]
+
+
+def save(t: Training) -> None:
+    """Write a checkpoint, and drop those that are no longer to be kept."""
+    parameters = dict(t.model.named_parameters())
+    tensors = {
+        "model": parameters,
+        "optimizer": checkpoint.optimizer_tensors(
+            t.optimizers, {p: name for name, p in parameters.items()}
+        ),
+    }
+    if t.average:
+        tensors["ema"] = t.average.weights
+    state = {
+        "progress": asdict(t.progress),
+        "best_step": t.progress.best_step,
+        "pace": t.plan.pace,
+        "fixed": t.fixed,
+    }
+    checkpoint.save(t.run, t.progress.step, tensors, state)
+    checkpoint.prune(
+        t.run, t.config.keep_last, t.progress.best_step if t.config.keep_best else None
+    )
+
+
+def restore(t: Training, past: Checkpoint, pacer: Pacer, given: frozenset[str]) -> None:
+    """Put the weights, the optimisers and the schedule back to where `past` left them.
+
+    given: settings that the user changed; a new length paces the rest of the run anew.
+    """
+    parameters = dict(t.model.named_parameters())
+    checkpoint.load_weights(t.model, past.tensors("model"), past.folder)
+    checkpoint.load_optimizer_tensors(t.optimizers, parameters, past.tensors("optimizer"))
+    if t.average:
+        t.average.weights = past.tensors("ema")
+    plan = t.plan
+    t.plan = Schedule(
+        plan.kind, plan.peak, plan.minimum, plan.warmup, plan.decay_fraction,
+        tuple((step, progress) for step, progress in past.state["pace"]),
+    )  # fmt: skip
+    if given & {"steps", "epochs", "time_limit"}:
+        t.plan = t.plan.repaced(past.step, pacer.affordable(past.step, pacer.guess_s))
+
+
+@torch.no_grad()
+def judge(t: Training, whole: bool) -> dict[str, float]:
+    """Loss on the validation split, or on --eval-batches batches of it; notes the best so far.
+
+    Returns val_loss (nats a token) and val_bpb (bits a byte of raw text), nothing without a split.
+    """
+    if t.corpus.tokens["val"] < 2:
+        return {}
+    limit = None if whole else t.config.eval_batches * t.config.batch_size
+    windows = evaluation_windows(t.corpus, "val", t.model.config.seq_len, limit)
+    if t.average:
+        with t.average.swapped_in():
+            result = evaluate(t.model, windows, t.fixed["micro_batch_size"])
+    else:
+        result = evaluate(t.model, windows, t.fixed["micro_batch_size"])
+    p = t.progress
+    if p.best_loss is None or result.loss < p.best_loss:
+        p.best_loss, p.best_step, p.evaluations_without_gain = result.loss, p.step, 0
+    else:
+        p.evaluations_without_gain += 1
+    bpb = result.bits_per_byte(t.corpus.tokens["val"], t.corpus.bytes["val"])
+    return {"val_loss": result.loss, "val_bpb": bpb}
+
+
+def take_sample(t: Training) -> str:
+    """What the model writes of itself; kept in samples.txt under the step."""
+    tokenizer = t.corpus.tokenizer()
+    t.model.eval()
+    made = generate(
+        t.model, [tokenizer.prompt_ids("")], max_tokens=SAMPLE_TOKENS, temperature=0.8, top_p=0.95,
+        seed=t.config.seed, stop=lambda row, ids: ids[-1] == tokenizer.bos_id,
+    )  # fmt: skip
+    text = tokenizer.decode([token.id for token in made if token.id != tokenizer.bos_id])
+    t.model.train()
+    with (t.run / "samples.txt").open("a", encoding="utf-8") as file:
+        file.write(f"=== step {t.progress.step}\n{text}\n")
+    return text
+
+
+def announce(
+    t: Training, batches: Batches, step_s: float, why_threads: str, device: torch.device
+) -> list[str]:
+    """Lines to print before the first step: what is trained, on what, and how long it takes."""
+    c, model, plan = t.config, t.model.config, t.plan
+    left = plan.steps - t.progress.step
+    seconds = left * step_s
+    if c.time_limit is not None:
+        seconds = min(seconds, c.time_limit - t.progress.trained_s)
+    tokens = plan.steps * c.batch_size * model.seq_len
+    return [
+        f"run       {t.run}" + (f" from step {t.progress.step}" if t.progress.step else ""),
+        f"text      {t.corpus.bytes['train']:,} + {t.corpus.bytes['val']:,} bytes, "
+        f"{t.corpus.tokens['train']:,} + {t.corpus.tokens['val']:,} tokens (train + validation)",
+        f"model     {model.n_parameters:,} parameters, {model.n_layer} layers of {model.d_model}, "
+        f"context {model.seq_len}, vocabulary {model.vocab_size}",
+        f"machine   {device}, {t.fixed['dtype']}, {t.model.ops.name} kernels, "
+        f"{t.fixed['threads']} threads ({why_threads})",
+        f"training  {left:,} steps of {c.batch_size} x {model.seq_len} tokens, "
+        f"{t.fixed['micro_batch_size']} sequences at a time, {batches.epochs(plan.steps):.2f} epochs; "
+        f"about {duration(seconds)}",
+        *("warning   " + w for w in warnings_for(
+            t.corpus.tokens["train"], tokens, model.n_parameters
+        )),
+    ]  # fmt: skip
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: 45 s, 12 min, 3.5 h."""
+    if seconds < 90:
+        return f"{max(0, seconds):.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

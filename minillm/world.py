@@ -1,0 +1,151 @@
+"""Where the process runs: device, threads, ranks. The only room that reads the environment."""
+
+import os
+import statistics
+import time
+
+import torch
+
+from minillm.errors import UnavailableError, UsageError
+
+PRODUCT = 512  # side of the matrix product that is timed: 0.27 GFLOP, a millisecond or two
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; "auto" takes cuda, then mps, then cpu.
+
+    Raises UnavailableError if it is not there, UsageError if there is no such name.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device {name!r} is not one of auto, cpu, cuda, cuda:N, mps") from None
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise UnavailableError(
+                f"--device {name}: {count} CUDA devices here; use --device cpu"
+            )
+        return device
+    if device.type == "mps" and torch.backends.mps.is_available():
+        return device
+    raise UnavailableError(f"--device {name} is not available here; use --device cpu")
+
+
+def pick_dtype(name: str, device: torch.device, width: int) -> torch.dtype:
+    """The dtype of the stream; "auto" takes bf16 where it pays.
+
+    On a CPU that is where a bf16 unit (AMX or AVX512-BF16) multiplies at least four times faster
+    than fp32 and the model is at least 128 wide: below, conversions eat the gain.
+    """
+    if name == "auto":
+        if device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        fast = device.type == "cpu" and cpu_has_bf16()
+        return torch.bfloat16 if fast and width >= 128 else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this processor has AMX-bf16 or AVX512-BF16."""
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def available_threads() -> int:
+    """Processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def set_threads(wish: str | int) -> tuple[int, str]:
+    """Set torch's threads to `wish`; "auto" times one matrix product with one thread and with all.
+
+    Two threads beside a busy neighbour have been 25 to 150 times slower than one, because they
+    wait for each other spinning. Returns (threads, the reason in words).
+    """
+    if wish != "auto":
+        torch.set_num_threads(int(wish))
+        return int(wish), "as asked"
+    everyone = available_threads()
+    if everyone == 1:
+        torch.set_num_threads(1)
+        return 1, "one processor"
+    seconds = {}
+    for threads in (1, everyone):
+        torch.set_num_threads(threads)
+        seconds[threads] = _product_seconds()
+    best = min(seconds, key=seconds.get)
+    torch.set_num_threads(best)
+    times = ", ".join(f"{n}: {s * 1e3:.2f} ms" for n, s in seconds.items())
+    return best, f"timed a matrix product by threads: {times}"
+
+
+def _product_seconds() -> float:
+    """Upper quartile of the time of one product: a stall now and then must count."""
+    a = torch.randn(PRODUCT, PRODUCT)
+    times = []
+    end = time.perf_counter() + 0.15
+    while len(times) < 5 or time.perf_counter() < end:
+        start = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - start)
+    return statistics.quantiles(times, n=4)[2]
+
+
+def measured_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a plain matrix product on this machine as it is now: what MFU is a share of."""
+    n = 4096 if device.type == "cuda" else 1024
+    a = torch.randn(n, n, device=device).to(dtype)
+    best = float("inf")
+    end = time.perf_counter() + 0.2
+    while time.perf_counter() < end or best == float("inf"):
+        start = time.perf_counter()
+        a @ a
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def refuse_many_ranks() -> None:
+    """Raise UsageError under a launcher of several processes: this version trains in one."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size != "1":
+        raise UsageError(f"WORLD_SIZE is {size}, but this version trains in one process")
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that a training step may still take; 4 GiB where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 4 << 30
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """The most bytes this process has held so far; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+        import sys
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

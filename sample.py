@@ -1,0 +1,182 @@
+"""Generate text from a trained run.
+
+    python sample.py --prompt "def "                  the newest run
+    python sample.py runs/nano-1 --top-p 0.9 --num-samples 4 --json
+    python sample.py --interactive                    a prompt a line
+
+Text goes to standard output as it is made, everything else to standard error.
+"""
+
+import json
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from minillm import checkpoint, cli, errors, world
+from minillm.generate import generate
+from minillm.model import GPT
+from minillm.stream import TextStream
+from minillm.tokenizer import Tokenizer
+
+ALIASES = {"--start": "--prompt", "--max-new-tokens": "--max-tokens"}
+SEPARATOR = "\n" + "-" * 20 + "\n"
+ONE_THREAD_BELOW = 20_000_000  # parameters: smaller matrices are not worth sharing out
+
+
+def main(argv: Sequence[str]) -> None:
+    """Generate as the command line says."""
+    args = command_line().parse(argv)
+    if args.prompt is not None and args.prompt_file is not None:
+        raise errors.UsageError("--prompt and --prompt-file exclude each other; give one")
+    if args.interactive and (args.prompt is not None or args.prompt_file is not None):
+        raise errors.UsageError("--interactive reads its prompts; drop --prompt, --prompt-file")
+    run = Path(args.run) if args.run else checkpoint.newest_run()
+    device = world.pick_device(args.device)
+    # One token at a time is bound by memory: on a CPU bf16 is slower there than fp32.
+    name = "fp32" if args.dtype == "auto" and device.type == "cpu" else args.dtype
+    model, tokenizer, config = checkpoint.load_run(
+        run,
+        checkpoint=args.checkpoint,
+        device=device,
+        dtype=world.pick_dtype(name, device, 0),
+        kernels=args.kernels,
+    )
+    small = config.n_parameters < ONE_THREAD_BELOW
+    threads, _ = world.set_threads(1 if args.threads == "auto" and small else args.threads)
+    note(f"{run}, step {checkpoint.open_checkpoint(run, args.checkpoint).step}, {device}, "
+         f"{threads} thread{'s' * (threads > 1)}, seed {args.seed}")  # fmt: skip
+    sys.stdout.reconfigure(errors="replace")
+    for prompt in prompts(args):
+        write(model, tokenizer, prompt, args)
+
+
+def command_line() -> cli.Parser:
+    """The parser of sample.py's flags."""
+    p = cli.Parser(
+        prog="sample.py",
+        description=__doc__.split("\n")[0],
+        epilog="nanoGPT's --start and --max-new-tokens are understood too. Filters apply in this "
+        "order: repetition penalty, temperature, top-k, top-p, min-p. Beyond the model's context "
+        "the oldest half of it is forgotten.",
+        aliases=ALIASES,
+    )
+    add = p.add_argument
+    add("run", nargs="?", metavar="RUN", help="run folder (default: the newest in runs/)")
+    add("--prompt", metavar="TEXT", help="text to continue (default: none)")
+    add("--prompt-file", metavar="FILE", help="UTF-8 file to continue")
+    add("--interactive", action="store_true", help="read a prompt a line from standard input")
+    add("--max-tokens", type=cli.whole(1, 10**7), default=200, metavar="N", help="new tokens a sample (default: 200)")
+    add("--num-samples", type=cli.whole(1, 4096), default=1, metavar="N", help="samples, made at once (default: 1)")
+    add("--temperature", type=cli.real(0), default=0.8, metavar="X", help="0: always the likeliest (default: 0.8)")
+    add("--top-k", type=cli.whole(0), default=0, metavar="N", help="of the N likeliest; 0: of all (default: 0)")
+    add("--top-p", type=cli.real(0, 1, above=True), default=0.95, metavar="X", help="of the likeliest with mass X; 1: of all (default: 0.95)")
+    add("--min-p", type=cli.real(0, 1), default=0.0, metavar="X", help="of those at least X times as likely as the likeliest (default: 0)")
+    add("--repetition-penalty", type=cli.real(0, above=True), default=1.0, metavar="X", help="above 1: shun what is in the text (default: 1)")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+    add("--seed", type=cli.whole(0, 2**63 - 1), default=0, metavar="N", help="(default: 0)")
+    add("--checkpoint", default="last", metavar="last|best|STEP", help="(default: last)")
+    add("--device", default="auto", metavar="TEXT", help="auto, cpu, cuda, cuda:N, mps (default: auto)")
+    add("--dtype", default="auto", choices=("auto", "fp32", "bf16"), help="of the computation (default: auto)")
+    add("--threads", type=threads, default="auto", metavar="N", help="processor threads, or auto: one for small models, else timed (default: auto)")
+    add("--kernels", default="auto", choices=("auto", "triton", "eager"), help="table of operations (default: auto)")
+    add("--json", action="store_true", help="one object a sample instead of plain text")
+    return p
+
+
+def threads(text: str) -> str | int:
+    """`auto` or a number of threads."""
+    return text if text == "auto" else cli.whole(1, 4096)(text)
+
+
+def prompts(args: Namespace) -> Iterator[str]:
+    """The prompts to continue, one after the other."""
+    if args.interactive:
+        while True:
+            if sys.stdin.isatty():
+                print("> ", end="", file=sys.stderr, flush=True)
+            line = sys.stdin.readline()
+            if not line:
+                return
+            yield line.removesuffix("\n")
+    elif args.prompt_file is not None:
+        yield read_prompt(Path(args.prompt_file))
+    else:
+        yield args.prompt or ""
+
+
+def read_prompt(path: Path) -> str:
+    """The text of a prompt file. UsageError, with the place, if it is not UTF-8."""
+    if not path.is_file():
+        raise errors.UsageError(f"--prompt-file {path}: no such file")
+    if path.stat().st_size > 100 << 20:
+        raise errors.UsageError(f"--prompt-file {path}: larger than 100 MiB; give its end alone")
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise errors.UsageError(f"--prompt-file {path}: not UTF-8 at byte {error.start}") from None
+
+
+def write(model: GPT, tokenizer: Tokenizer, prompt: str, args: Namespace) -> None:
+    """Make --num-samples continuations at once; the first streams, the others follow whole."""
+    ids = tokenizer.prompt_ids(prompt)
+    if len(ids) > model.config.seq_len:
+        note(f"the prompt is {len(ids)} tokens long; only its last {model.config.seq_len // 2} are read")
+    streams = [TextStream(tokenizer, args.stop) for _ in range(args.num_samples)]
+    logprobs: list[list[float]] = [[] for _ in streams]
+    start = time.perf_counter()
+    first = 0 if not args.json else None
+    show(prompt if first == 0 else "")
+    tokens = generate(
+        model, [ids] * args.num_samples, max_tokens=args.max_tokens, temperature=args.temperature,
+        top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty, seed=args.seed,
+        stop=lambda row, made: streams[row].finish is not None,
+    )  # fmt: skip
+    for token in tokens:
+        text = streams[token.row].feed(token.id)
+        if streams[token.row].finish != "document":
+            logprobs[token.row].append(token.logprob)
+        if token.row == first:
+            show(text)
+    seconds = time.perf_counter() - start
+    for row, stream in enumerate(streams):
+        rest = stream.flush()
+        if args.json:
+            print(json.dumps(record(prompt, stream, logprobs[row], seconds)), flush=True)
+        elif row == first:
+            show(rest + "\n")
+        else:
+            show(SEPARATOR.lstrip() + prompt + stream.text + "\n")
+    made = sum(len(s.ids) for s in streams)
+    note(f"{made} tokens in {seconds:.2f} s, {made / seconds:.0f} tokens/s")
+
+
+def record(prompt: str, stream: TextStream, logprobs: list[float], seconds: float) -> dict:
+    """One sample for --json; log-probabilities are the model's own, before any filter."""
+    return {
+        "prompt": prompt,
+        "text": stream.text,
+        "tokens": stream.ids,
+        "logprobs": [round(x, 6) for x in logprobs],
+        "finish": stream.finish or "length",
+        "tokens_per_s": round(len(stream.ids) / seconds, 1),
+    }
+
+
+def show(text: str) -> None:
+    """Text to standard output, at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def note(text: str) -> None:
+    """One line on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(errors.run("sample.py", main, sys.argv[1:]))

@@ -1,0 +1,33 @@
+"""Install minillm. `kernels/` and the two scripts stay on top of the tree and are imported from within it.
+
+In a wheel `kernels/` becomes `minillm/kernels/`, and `train.py` and `sample.py` become
+`minillm/scripts/`; minillm/kernels.py and minillm/scripts.py find them in either place.
+"""
+
+from pathlib import Path
+
+from setuptools import setup
+
+TEST = ["pytest>=8", "hypothesis>=6.100", "ruff>=0.8"]
+PARQUET = ["pyarrow>=15"]
+
+setup(
+    name="minillm",
+    version="0.1.0",
+    description="A small language model kit: one script trains, one samples, kernels in Triton.",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.11",
+    packages=["minillm", "minillm.commands", "minillm.kernels", "minillm.scripts"],
+    package_dir={"minillm.kernels": "kernels", "minillm.scripts": "."},
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6; platform_system == 'Linux'",
+        "numpy>=1.26",
+        "sentencepiece>=0.2.1",
+        "tqdm>=4.66",
+        "safetensors>=0.5",
+    ],
+    extras_require={"test": TEST, "parquet": PARQUET},
+    entry_points={"console_scripts": ["minillm = minillm.__main__:main"]},
+)

@@ -1,0 +1,326 @@
+"""The fast PyTorch paths answer to the reference: values, every gradient, odd sizes, strides."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minillm.kernels import eager, reference
+
+B, H, G, D, C = 2, 4, 2, 8, 24
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+SLOPES = 0.5 ** torch.arange(1, H + 1)
+
+
+def documents(T):
+    """Two documents a row, three in the second."""
+    t = torch.arange(T)
+    return torch.stack((t >= T // 2, 2 * (t >= T // 3).long() + (t >= T // 2))).long()
+
+
+def heads(T):
+    return {"q": (B, T, H, D), "k": (B, T, G, D), "v": (B, T, G, D)}
+
+
+def rotary(T, *lead):
+    angles = torch.linspace(0, 7, T * D // 2).reshape(T, D // 2).expand(*lead, T, D // 2)
+    return {"cos": angles.cos(), "sin": angles.sin()}
+
+
+# name: (operation, shapes of the inputs that have gradients, the other arguments), for a length T
+CASES = {
+    "rms_norm": lambda T: ("rms_norm", {"x": (B, T, C), "w": (C,)}, {"eps": 1e-5}),
+    "rope": lambda T: ("rope", {"q": (B, T, H, D), "k": (B, T, G, D)}, rotary(T)),
+    "rope, a table a row": lambda T: (
+        "rope",
+        {"q": (B, T, H, D), "k": (B, T, G, D)},
+        rotary(T, B),
+    ),
+    "rope with qk-norm": lambda T: (
+        "rope",
+        {"q": (B, T, H, D), "k": (B, T, G, D), "q_weight": (D,), "k_weight": (D,)},
+        {**rotary(T), "eps": 1e-5},
+    ),
+    "attention": lambda T: ("attention", heads(T), {}),
+    "attention, MHA": lambda T: ("attention", dict.fromkeys("qkv", (B, T, H, D)), {}),
+    "attention, scale": lambda T: ("attention", heads(T), {"scale": 0.7}),
+    "attention, window": lambda T: ("attention", heads(T), {"window": 5}),
+    "attention, window 1": lambda T: ("attention", heads(T), {"window": 1}),
+    "attention, documents": lambda T: ("attention", heads(T), {"documents": documents(T)}),
+    "attention, softcap": lambda T: ("attention", heads(T), {"softcap": 1.5}),
+    "attention, alibi": lambda T: ("attention", heads(T), {"alibi_slopes": SLOPES}),
+    "attention, all": lambda T: (
+        "attention",
+        heads(T),
+        {"window": 5, "documents": documents(T), "alibi_slopes": SLOPES, "scale": 0.7},
+    ),
+    "swiglu": lambda T: ("swiglu", {"x": (B, T, 2 * C)}, {}),
+    "geglu": lambda T: ("geglu", {"x": (B, T, 2 * C)}, {}),
+    "relu2": lambda T: ("relu2", {"x": (B, T, C)}, {}),
+}
+
+
+def outputs_and_gradients(op, inputs, options, weights):
+    """The outputs, then the gradients of their weighted sum, for each input."""
+    inputs = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    ys = op(**inputs, **options)
+    ys = ys if isinstance(ys, tuple) else (ys,)
+    total = sum((y * w.to(y.dtype)).sum() for y, w in zip(ys, weights, strict=False))
+    return [*(y.detach() for y in ys), *torch.autograd.grad(total, list(inputs.values()))]
+
+
+def widened(values):
+    return {
+        name: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+        for name, v in values.items()
+    }
+
+
+def draw(generator, shape, dtype, contiguous):
+    if contiguous:
+        return torch.randn(shape, generator=generator).to(dtype)
+    wide = torch.randn(*shape[:-1], 2 * shape[-1], generator=generator).to(dtype)
+    return wide[..., ::2]
+
+
+@pytest.mark.parametrize("contiguous", [True, False], ids=["contiguous", "strided"])
+@pytest.mark.parametrize("T", [1, 7, 63])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_value_and_gradients(generator, no_worse, name, dtype, T, contiguous):
+    op, shapes, options = CASES[name](T)
+    if op == "rope":  # the model makes its tables in the stream's dtype
+        options = {k: v.to(dtype) if k in ("cos", "sin") else v for k, v in options.items()}
+    inputs = {n: draw(generator, shape, dtype, contiguous) for n, shape in shapes.items()}
+    weights = [torch.randn(inputs[n].shape, generator=generator) for n in ("q", "k") if n in inputs]
+    if op in ("rms_norm", "swiglu", "geglu", "relu2"):
+        width = C if op != "rms_norm" else inputs["x"].shape[-1]
+        weights = [torch.randn(B, T, width, generator=generator)]
+    before = {n: x.clone() for n, x in inputs.items()}
+
+    truth = outputs_and_gradients(
+        getattr(reference, op), widened(inputs), widened(options), weights
+    )
+    yardstick = outputs_and_gradients(getattr(reference, op), inputs, options, weights)
+    ours = outputs_and_gradients(getattr(eager, op), inputs, options, weights)
+    largest = 0.0
+    if op == "attention":  # dq and dk sum scale p (dp - mean dp) k, and dp = dy v^T is the largest
+        dp = torch.einsum("bthd,bshd->bhts", weights[0], inputs["v"].float().repeat_interleave(
+            H // inputs["v"].shape[2], dim=2))  # fmt: skip
+        factor = max(inputs[n].abs().max().item() for n in "qk")
+        largest = options.get("scale", D**-0.5) * dp.abs().max().item() * factor
+    no_worse(ours, yardstick, truth, largest)
+    with torch.no_grad():  # another path in bf16
+        ys = getattr(eager, op)(**inputs, **options)
+    n = len(ys) if isinstance(ys, tuple) else 1
+    no_worse(ys if n > 1 else [ys], yardstick[:n], truth[:n])
+    for n, x in inputs.items():
+        assert x.equal(before[n]), f"{n} was written to"
+
+
+DECODES = {
+    "plain": {},
+    "scale": {"scale": 0.7},
+    "window": {"window": 5},
+    "window 1": {"window": 1},
+    "softcap": {"softcap": 1.5},
+    "alibi": {"alibi_slopes": SLOPES},
+    "alibi and window": {"alibi_slopes": SLOPES, "window": 5},
+}
+
+
+@pytest.mark.parametrize("lengths", [None, [63, 63], [63, 9], [4, 5]], ids=str)
+@pytest.mark.parametrize("T", [1, 4])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", DECODES)
+@torch.no_grad()
+def test_decode_attention(generator, no_worse, name, dtype, T, lengths):
+    options = DECODES[name]
+    S = 63 if lengths is None else max(lengths)
+    q = torch.randn(B, T, H, D, generator=generator).to(dtype)
+    room = torch.randn(2, B, S + 5, G, D, generator=generator).to(dtype)  # as a cache hands it out
+    k, v = room[0, :, :S], room[1, :, :S]
+    ends = None if lengths is None else torch.tensor(lengths)
+    truth = reference.decode_attention(
+        q.double(), k.double(), v.double(), ends, **widened(options)
+    )
+    ours = eager.decode_attention(q, k, v, ends, **options)
+    yardstick = reference.decode_attention(q, k, v, ends, **options)
+    no_worse([ours], [yardstick], [truth])
+
+
+def test_attention_takes_an_empty_batch():
+    q = torch.zeros(0, 3, H, D)
+    assert eager.attention(q, q, q).shape == reference.attention(q, q, q).shape == (0, 3, H, D)
+
+
+def test_dropout_is_on_the_probabilities():
+    x = torch.ones(1, 16, 2, 4, requires_grad=True)
+    torch.manual_seed(1)
+    y = eager.attention(x, x, x, dropout=0.5)
+    # Query i keeps n of i + 1 equal probabilities, each doubled: 2 n / (i + 1).
+    counts = y[0, :, 0, 0] * torch.arange(1, 17) / 2
+    torch.testing.assert_close(counts, counts.round(), rtol=0, atol=1e-5)
+    assert len(set(counts.round().tolist())) > 4
+    assert eager.attention(x, x, x).allclose(x)
+
+
+HEADS = {
+    "plain": {},
+    "softcap": {"softcap": 1.5},
+    "z-loss": {"z_loss": 0.3},
+    "both": {"softcap": 1.5, "z_loss": 0.3},
+    "index 2 ignored": {"ignore_index": 2},
+    "index beyond the vocabulary ignored": {"ignore_index": 1000},
+}
+N, V = 11, 13
+
+
+def head_inputs(generator, dtype=torch.float64, w_dtype=None, ignored=-100, contiguous=True):
+    x = draw(generator, (N, C), dtype, contiguous)
+    w = draw(generator, (V, C), w_dtype or dtype, contiguous)
+    targets = torch.randint(V, (N,), generator=generator)
+    targets[::4] = ignored
+    return {"x": x, "w": w}, targets
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, N - 1, N, 100])
+@pytest.mark.parametrize("name", HEADS)
+def test_linear_cross_entropy_in_chunks(monkeypatch, generator, name, rows):
+    monkeypatch.setattr(eager._LinearCrossEntropy, "CHUNK", rows * V + V - 1)
+    options = HEADS[name]
+    inputs, targets = head_inputs(generator, ignored=options.get("ignore_index", -100))
+    options = {**options, "targets": targets}
+    weights = [torch.tensor(0.7)]
+    truth = outputs_and_gradients(reference.linear_cross_entropy, inputs, options, weights)
+    ours = outputs_and_gradients(eager.linear_cross_entropy, inputs, options, weights)
+    for y, exact in zip(ours, truth, strict=True):
+        torch.testing.assert_close(y, exact, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        y = eager.linear_cross_entropy(**inputs, **options)
+    torch.testing.assert_close(y, truth[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_linear_cross_entropy_gradcheck(monkeypatch, generator, name):
+    monkeypatch.setattr(eager._LinearCrossEntropy, "CHUNK", 4 * V)
+    options = HEADS[name]
+    inputs, targets = head_inputs(generator, ignored=options.get("ignore_index", -100))
+    x, w = (t.requires_grad_() for t in inputs.values())
+    head = eager.linear_cross_entropy
+    assert torch.autograd.gradcheck(lambda x, w: head(x, w, targets, **options), (x, w))
+
+
+def plain_head(x, w, targets, softcap=0.0, z_loss=0.0, ignore_index=-100):
+    """What one writes first: the products in x's dtype, the loss of all logits in fp32."""
+    z = F.linear(x, w.to(x.dtype)).float()
+    z = softcap * torch.tanh(z / softcap) if softcap else z
+    loss = F.cross_entropy(z, targets, ignore_index=ignore_index)
+    if z_loss:
+        loss = loss + z_loss * z[targets != ignore_index].logsumexp(-1).square().mean()
+    return loss
+
+
+@pytest.mark.parametrize("contiguous", [True, False], ids=["contiguous", "strided"])
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", HEADS)
+def test_linear_cross_entropy_in_low_precision(
+    monkeypatch, generator, no_worse, name, dtypes, contiguous
+):
+    monkeypatch.setattr(eager._LinearCrossEntropy, "CHUNK", 4 * V)
+    ignored = HEADS[name].get("ignore_index", -100)
+    inputs, targets = head_inputs(generator, *dtypes, ignored, contiguous)
+    options = {**HEADS[name], "targets": targets}
+    weights = [torch.tensor(0.7)]
+    truth = outputs_and_gradients(
+        reference.linear_cross_entropy, widened(inputs), options, weights
+    )
+    yardstick = outputs_and_gradients(plain_head, inputs, options, weights)
+    ours = outputs_and_gradients(eager.linear_cross_entropy, inputs, options, weights)
+    assert [y.dtype for y in ours] == [torch.float32, *dtypes]
+    no_worse(ours, yardstick, truth)
+
+
+def test_linear_cross_entropy_when_no_row_counts(generator):
+    inputs, targets = head_inputs(generator)
+    targets[:] = -100
+    for op in (reference.linear_cross_entropy, eager.linear_cross_entropy):
+        assert op(**inputs, targets=targets).isnan()
+
+
+@pytest.mark.parametrize("target", [-5, V])
+def test_linear_cross_entropy_refuses_targets_outside_the_vocabulary(generator, target):
+    inputs, targets = head_inputs(generator)
+    targets[3] = target
+    with pytest.raises((IndexError, RuntimeError)):
+        eager.linear_cross_entropy(**inputs, targets=targets)
+
+
+def test_linear_cross_entropy_refuses_second_derivatives(generator):
+    inputs, targets = head_inputs(generator)
+    x, w = (t.requires_grad_() for t in inputs.values())
+    loss = eager.linear_cross_entropy(x, w, targets).square()
+    (dx,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+def test_linear_cross_entropy_leaves_its_gradients_alone(generator):
+    inputs, targets = head_inputs(generator)
+    x, w = (t.requires_grad_() for t in inputs.values())
+    loss = eager.linear_cross_entropy(x, w, targets)
+    first = torch.autograd.grad(loss, (x, w), retain_graph=True)
+    twice = torch.autograd.grad(2 * loss, (x, w))
+    for a, b in zip(first, twice, strict=True):
+        torch.testing.assert_close(2 * a, b, rtol=0, atol=0)
+
+
+def test_newton_schulz_and_sample_are_the_reference():
+    assert eager.newton_schulz is reference.newton_schulz
+    assert eager.sample is reference.sample
+
+
+# The peak only ever rises, so the thrifty way comes first; numbers in MiB, after a small warm-up.
+MEASURE = """
+import resource, sys, torch
+import torch.nn.functional as F
+from minillm.kernels import eager
+torch.set_num_threads(1)
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if DARWIN else 2**10)
+
+def run(head, N, C, V):
+    x, w = torch.ones(N, C, requires_grad=True), torch.ones(V, C, requires_grad=True)
+    before = peak()
+    head(x, w, torch.arange(N)).backward()
+    return peak() - before
+
+DARWIN = sys.platform == "darwin"
+plain = lambda x, w, targets: F.cross_entropy(F.linear(x, w), targets)
+for head in (eager.linear_cross_entropy, plain):
+    run(head, 64, 64, 64)
+for head in (eager.linear_cross_entropy, plain):
+    print(run(head, N=2048, C=384, V=50304))
+"""
+
+
+def test_the_head_needs_a_quarter_of_the_memory():
+    """N = 2048 rows, C = 384, V = 50304: forward and backward, in a process of its own."""
+    pytest.importorskip("resource")
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True
+    )
+    ours, plain = map(float, result.stdout.split())
+    assert plain > 2 * 2048 * 50304 * 4 / 2**20  # logits and their gradient at least
+    assert ours <= plain / 4, f"{ours:.0f} MiB against {plain:.0f} MiB"

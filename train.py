@@ -1,0 +1,191 @@
+"""Train a decoder on text: from raw files to a run folder you can sample from.
+
+    python train.py                                  this Python's own source files, two minutes
+    python train.py --data my.txt --time-limit 10m   your text, your time
+    python train.py --resume                         go on with the newest run
+
+It reads from top to bottom: what to do, on which data, with which model; the loop; the end.
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from minillm import checkpoint, errors, startup, world
+from minillm.data import Batches
+from minillm.meter import Meter
+from minillm.microbatch import largest_that_fits, seconds_per_step
+from minillm.model import GPT
+from minillm.ops import select
+from minillm.optim import Average, make_optimizers, set_learning_rate
+from minillm.pace import Pacer, wished_steps
+from minillm.training import Progress, Training, announce, judge, restore, save, take_sample
+
+
+def main(argv: Sequence[str]) -> None:
+    """Train as the command line says."""
+    # What to do.
+    args = startup.command_line(__doc__.split("\n")[0]).parse(argv)
+    settings, run, past = startup.begin(args)
+    if args.print_config:
+        return print(startup.config_text(settings))
+    world.refuse_many_ranks()
+    config = settings.train
+    device = world.pick_device(config.device)
+
+    # On which data.
+    corpus = startup.find_corpus(settings, run if past else None, say)
+    shape = startup.fit_to_corpus(settings.model, corpus)
+    startup.require_memory(shape, device)
+    batches = Batches(corpus, shape.seq_len, config.batch_size, config.seed)
+
+    # With which model.
+    fixed = dict(past.state["fixed"]) if past else {}
+    fixed["threads"], why = world.set_threads(
+        fixed["threads"] if past and "threads" not in settings.given else config.threads
+    )
+    dtype = world.pick_dtype(fixed.get("dtype", config.dtype), device, shape.d_model)
+    fixed["dtype"] = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+    ops = select(config.kernels, device)
+    start = torch.Generator().manual_seed(config.seed)
+    model = GPT(shape, ops, dtype, start).to(device).train()
+    if "micro_batch_size" not in fixed:
+        fixed["micro_batch_size"] = (
+            largest_that_fits(model, config.batch_size, device)
+            if config.micro_batch_size == "auto"
+            else int(config.micro_batch_size)
+        )
+    parameters = dict(model.named_parameters())
+    betas = (config.beta1, config.beta2)
+    optimizers = make_optimizers(
+        config.optimizer, parameters, model.matrices(), ops, betas, config.weight_decay
+    )
+    average = Average(parameters, config.ema) if config.ema else None
+
+    # From where, and for how long.
+    step_s = seconds_per_step(model, config.batch_size, fixed["micro_batch_size"], device)
+    progress = Progress(**past.state["progress"]) if past else Progress()
+    pacer = Pacer(config, wished_steps(config, batches), progress.trained_s, step_s)
+    t = Training(
+        run, config, corpus, model, optimizers, average, progress, pacer.schedule(), fixed
+    )
+    if past:
+        restore(t, past, pacer, settings.given)
+    else:
+        if config.init_from:
+            checkpoint.open_checkpoint(Path(config.init_from)).load_into(model)
+        checkpoint.make_run(run, config.overwrite)
+        checkpoint.write_config(run, shape, asdict(config), startup.facts_of(corpus) | fixed)
+        corpus.tokenizer().save(run)
+    for line in announce(t, batches, step_s, why, device):
+        say(line)
+
+    # The loop.
+    meter = Meter(
+        run / "metrics.jsonl", progress.step, t.plan.steps, shape.flops_per_token(),
+        world.measured_peak_flops(device, dtype),
+    )  # fmt: skip
+    forward = torch.compile(model) if config.compile else model
+    while progress.step < t.plan.steps:
+        rate = t.plan.learning_rate(progress.step)
+        set_learning_rate(optimizers, rate)
+        if shape.dropout:  # a function of the step, so that a resumed run drops the same
+            torch.manual_seed(config.seed * 1_000_003 + progress.step)
+        tokens, targets = batches.batch(progress.step)
+        loss = accumulate(forward, tokens.to(device), targets.to(device), fixed["micro_batch_size"])
+        norm = nn.utils.clip_grad_norm_(parameters.values(), config.grad_clip or torch.inf)
+        refuse_non_finite(progress.step, loss, norm)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        progress.step += 1
+        progress.tokens += tokens.numel()
+        if average:
+            average.update(progress.step)
+        progress.trained_s = pacer.trained_s
+        t.plan = pacer.keep_to_time(t.plan, progress.step)
+
+        last = progress.step >= t.plan.steps
+        meter.step(tokens.numel(), t.plan.steps)
+        row = {
+            "step": progress.step, "tokens": progress.tokens, "loss": float(loss), "lr": rate,
+            "grad_norm": float(norm), "peak_memory_mib": peak_mib(device),
+        }  # fmt: skip
+        if due(config.eval_every, progress.step) and not last:
+            paused = meter.pause()
+            row |= judge(t, whole=config.eval_batches == 0)
+            meter.proceed(paused)
+        if due(config.log_every, progress.step) or last or "val_loss" in row:
+            meter.log(row)
+        if due(config.sample_every, progress.step) and not last:
+            meter.say(take_sample(t))
+        if due(config.save_every, progress.step) and not last:
+            save(t)
+        if 0 < config.early_stop <= progress.evaluations_without_gain:
+            meter.say(f"stopping early: {config.early_stop} evaluations without gain")
+            break
+
+    # The end.
+    row = {"step": progress.step, "tokens": progress.tokens, **judge(t, whole=True)}
+    meter.log(row)
+    meter.close()
+    save(t)
+    print(take_sample(t))
+    say(farewell(t, row))
+
+
+def say(text: str) -> None:
+    """One line on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def due(every: int, step: int) -> bool:
+    """Whether something that happens `every` so many steps (0: never) happens after `step`."""
+    return every > 0 and step % every == 0
+
+
+def peak_mib(device: torch.device) -> float | None:
+    """Peak memory of this process in MiB, where the system says."""
+    peak = world.peak_memory(device)
+    return None if peak is None else peak / 2**20
+
+
+def accumulate(forward: Callable, tokens: Tensor, targets: Tensor, micro: int) -> Tensor:
+    """Gradients of the batch's mean loss, `micro` sequences at a time; returns that loss, ().
+
+    tokens, targets: (B, T).    A micro-batch weighs as many targets as it has.
+    """
+    count = (targets != -100).sum()
+    total = torch.zeros((), device=tokens.device)
+    for x, y in zip(tokens.split(micro), targets.split(micro), strict=True):
+        loss = forward(x, y) * ((y != -100).sum() / count)
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
+def refuse_non_finite(step: int, loss: Tensor, norm: Tensor) -> None:
+    """Raise DivergedError before the optimiser moves on a loss or gradient that is not finite."""
+    if not torch.isfinite(loss + norm):
+        raise errors.DivergedError(
+            f"step {step}: loss {float(loss):g}, gradient norm {float(norm):g}; the weights of the "
+            "last checkpoint are good; start again with a smaller --learning-rate"
+        )
+
+
+def farewell(t: Training, row: dict) -> str:
+    """What came out, and what to type next."""
+    lines = [f"{t.run}: step {row['step']:,}, {row['tokens']:,} tokens, {t.progress.trained_s:.0f} s"]
+    if "val_loss" in row:
+        loss, bpb = row["val_loss"], row["val_bpb"]
+        lines.append(f"validation: {loss:.4f} nats a token, {bpb:.4f} bits a byte")
+    lines.append(f"sample it:  python sample.py {t.run}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(errors.run("train.py", main, sys.argv[1:]))
