@@ -14,8 +14,6 @@ from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
-
 from minillm import checkpoint, cli, errors, world
 from minillm.generate import generate
 from minillm.model import GPT
@@ -63,26 +61,30 @@ def command_line() -> cli.Parser:
         "order: repetition penalty, temperature, top-k, top-p, min-p. Beyond the model's context "
         "the oldest half of it is forgotten.",
         aliases=ALIASES,
+        formatter_class=cli.HelpFormatter,
     )
-    add = p.add_argument
+    add, whole, real = p.add_argument, cli.whole, cli.real
     add("run", nargs="?", metavar="RUN", help="run folder (default: the newest in runs/)")
     add("--prompt", metavar="TEXT", help="text to continue (default: none)")
     add("--prompt-file", metavar="FILE", help="UTF-8 file to continue")
     add("--interactive", action="store_true", help="read a prompt a line from standard input")
-    add("--max-tokens", type=cli.whole(1, 10**7), default=200, metavar="N", help="new tokens a sample (default: 200)")
-    add("--num-samples", type=cli.whole(1, 4096), default=1, metavar="N", help="samples, made at once (default: 1)")
-    add("--temperature", type=cli.real(0), default=0.8, metavar="X", help="0: always the likeliest (default: 0.8)")
-    add("--top-k", type=cli.whole(0), default=0, metavar="N", help="of the N likeliest; 0: of all (default: 0)")
-    add("--top-p", type=cli.real(0, 1, above=True), default=0.95, metavar="X", help="of the likeliest with mass X; 1: of all (default: 0.95)")
-    add("--min-p", type=cli.real(0, 1), default=0.0, metavar="X", help="of those at least X times as likely as the likeliest (default: 0)")
-    add("--repetition-penalty", type=cli.real(0, above=True), default=1.0, metavar="X", help="above 1: shun what is in the text (default: 1)")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
-    add("--seed", type=cli.whole(0, 2**63 - 1), default=0, metavar="N", help="(default: 0)")
-    add("--checkpoint", default="last", metavar="last|best|STEP", help="(default: last)")
-    add("--device", default="auto", metavar="TEXT", help="auto, cpu, cuda, cuda:N, mps (default: auto)")
-    add("--dtype", default="auto", choices=("auto", "fp32", "bf16"), help="of the computation (default: auto)")
-    add("--threads", type=threads, default="auto", metavar="N", help="processor threads, or auto: one for small models, else timed (default: auto)")
-    add("--kernels", default="auto", choices=("auto", "triton", "eager"), help="table of operations (default: auto)")
+    add("--max-tokens", type=whole(1, 10**7), default=200, help="new tokens a sample")
+    add("--num-samples", type=whole(1, 4096), default=1, help="samples, made at once")
+    add("--temperature", type=real(0), default=0.8, help="0: always the likeliest token")
+    add("--top-k", type=whole(0), default=0, help="of the so many likeliest; 0: of all")
+    add("--top-p", type=real(0, 1, above=True), default=0.95, help="of the likeliest, by mass")
+    add("--min-p", type=real(0, 1), default=0.0, help="of those this share as likely as the best")
+    add(
+        "--repetition-penalty", type=real(0, above=True), default=1.0,
+        help="above 1: shun what the text already has",
+    )  # fmt: skip
+    add("--stop", action="append", metavar="TEXT", help="end before this text; repeatable")
+    add("--seed", type=whole(0, 2**63 - 1), default=0, help="the same seed makes the same text")
+    add("--checkpoint", default="last", help="last, best or a step")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    add("--dtype", default="auto", choices=("auto", "fp32", "bf16"), help="of the computation")
+    add("--threads", type=threads, default="auto", help="auto: one for small models, else timed")
+    add("--kernels", default="auto", choices=("auto", "triton", "eager"), help="operations")
     add("--json", action="store_true", help="one object a sample instead of plain text")
     return p
 
@@ -124,8 +126,9 @@ def write(model: GPT, tokenizer: Tokenizer, prompt: str, args: Namespace) -> Non
     """Make --num-samples continuations at once; the first streams, the others follow whole."""
     ids = tokenizer.prompt_ids(prompt)
     if len(ids) > model.config.seq_len:
-        note(f"the prompt is {len(ids)} tokens long; only its last {model.config.seq_len // 2} are read")
-    streams = [TextStream(tokenizer, args.stop) for _ in range(args.num_samples)]
+        kept = max(1, model.config.seq_len // 2)
+        note(f"the prompt is {len(ids)} tokens long; only its last {kept} are read")
+    streams = [TextStream(tokenizer, args.stop or ()) for _ in range(args.num_samples)]
     logprobs: list[list[float]] = [[] for _ in streams]
     start = time.perf_counter()
     first = 0 if not args.json else None

@@ -1,4 +1,4 @@
-"""Install minillm. `kernels/` and the two scripts stay on top of the tree and are imported from within it.
+"""Install minillm. `kernels/` and the scripts stay on top of the tree, imported from within it.
 
 In a wheel `kernels/` becomes `minillm/kernels/`, and `train.py` and `sample.py` become
 `minillm/scripts/`; minillm/kernels.py and minillm/scripts.py find them in either place.

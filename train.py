@@ -8,7 +8,7 @@ It reads from top to bottom: what to do, on which data, with which model; the lo
 """
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,7 +23,16 @@ from minillm.model import GPT
 from minillm.ops import select
 from minillm.optim import Average, make_optimizers, set_learning_rate
 from minillm.pace import Pacer, wished_steps
-from minillm.training import Progress, Training, announce, judge, restore, save, take_sample
+from minillm.training import (
+    Progress,
+    Training,
+    announce,
+    judge,
+    note_best,
+    restore,
+    save,
+    take_sample,
+)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -32,7 +41,8 @@ def main(argv: Sequence[str]) -> None:
     args = startup.command_line(__doc__.split("\n")[0]).parse(argv)
     settings, run, past = startup.begin(args)
     if args.print_config:
-        return print(startup.config_text(settings))
+        print(startup.config_text(settings))
+        return
     world.refuse_many_ranks()
     config = settings.train
     device = world.pick_device(config.device)
@@ -62,7 +72,7 @@ def main(argv: Sequence[str]) -> None:
     parameters = dict(model.named_parameters())
     betas = (config.beta1, config.beta2)
     optimizers = make_optimizers(
-        config.optimizer, parameters, model.matrices(), ops, betas, config.weight_decay
+        config.optimizer, parameters, model.matrices(), ops, betas, config.weight_decay, dtype
     )
     average = Average(parameters, config.ema) if config.ema else None
 
@@ -70,9 +80,7 @@ def main(argv: Sequence[str]) -> None:
     step_s = seconds_per_step(model, config.batch_size, fixed["micro_batch_size"], device)
     progress = Progress(**past.state["progress"]) if past else Progress()
     pacer = Pacer(config, wished_steps(config, batches), progress.trained_s, step_s)
-    t = Training(
-        run, config, corpus, model, optimizers, average, progress, pacer.schedule(), fixed
-    )
+    t = Training(run, config, corpus, model, optimizers, average, progress, pacer.schedule(), fixed)
     if past:
         restore(t, past, pacer, settings.given)
     else:
@@ -115,22 +123,28 @@ def main(argv: Sequence[str]) -> None:
             "step": progress.step, "tokens": progress.tokens, "loss": float(loss), "lr": rate,
             "grad_norm": float(norm), "peak_memory_mib": peak_mib(device),
         }  # fmt: skip
+        improved = False
         if due(config.eval_every, progress.step) and not last:
             paused = meter.pause()
             row |= judge(t, whole=config.eval_batches == 0)
+            improved = note_best(progress, row)
             meter.proceed(paused)
         if due(config.log_every, progress.step) or last or "val_loss" in row:
             meter.log(row)
         if due(config.sample_every, progress.step) and not last:
             meter.say(take_sample(t))
-        if due(config.save_every, progress.step) and not last:
+        if (due(config.save_every, progress.step) and not last) or (improved and config.keep_best):
             save(t)
         if 0 < config.early_stop <= progress.evaluations_without_gain:
             meter.say(f"stopping early: {config.early_stop} evaluations without gain")
             break
 
-    # The end.
+    # The end. The best is judged on the same part of the split all along.
+    if config.eval_every and config.eval_batches:
+        note_best(progress, judge(t, whole=False))
     row = {"step": progress.step, "tokens": progress.tokens, **judge(t, whole=True)}
+    if not (config.eval_every and config.eval_batches):
+        note_best(progress, row)
     meter.log(row)
     meter.close()
     save(t)
@@ -179,7 +193,8 @@ def refuse_non_finite(step: int, loss: Tensor, norm: Tensor) -> None:
 
 def farewell(t: Training, row: dict) -> str:
     """What came out, and what to type next."""
-    lines = [f"{t.run}: step {row['step']:,}, {row['tokens']:,} tokens, {t.progress.trained_s:.0f} s"]
+    p = t.progress
+    lines = [f"{t.run}: step {p.step:,}, {p.tokens:,} tokens, {p.trained_s:.0f} s of training"]
     if "val_loss" in row:
         loss, bpb = row["val_loss"], row["val_bpb"]
         lines.append(f"validation: {loss:.4f} nats a token, {bpb:.4f} bits a byte")

@@ -6,12 +6,12 @@ interest. The three places where PyTorch's first answer is not its fastest are c
 
 import torch
 import torch.nn.functional as F
+from minillm.kernels.reference import decode_attention as _decode_attention_reference
+from minillm.kernels.reference import sample
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minillm.kernels import reference
-from minillm.kernels.reference import decode_attention as _decode_attention_reference
-from minillm.kernels.reference import newton_schulz, sample
 
 __all__ = [
     "attention",
@@ -72,12 +72,15 @@ def attention(
             q, k, v, scale=scale, window=window, documents=documents, softcap=softcap,
             alibi_slopes=alibi_slopes, dropout=dropout,
         )  # fmt: skip
-    if q.device.type == "cpu" and q.dtype != torch.float64 and torch.is_grad_enabled():
-        # The backward of bf16 SDPA on a CPU is five times slower than that of fp32.
-        dtype, (q, k, v) = q.dtype, (x.float() for x in (q, k, v))
-    else:
-        dtype = q.dtype
     window = window if window < T else 0
+    dtype = q.dtype
+    if q.device.type == "cpu" and dtype == torch.bfloat16 and torch.is_grad_enabled():
+        # The backward of bf16 SDPA on a CPU is five times slower than that of fp32; three plain
+        # products in bf16, a few sequences at a time, are twice as fast again where T^2 fits.
+        plain = documents is None and alibi_slopes is None and not dropout
+        if plain and T <= LONGEST_PLAIN and q.shape[2] == k.shape[2]:
+            return _plain_attention(q, k, v, scale, window)
+        q, k, v = q.float(), k.float(), v.float()
     mask = None
     if window or documents is not None or alibi_slopes is not None:
         positions = torch.arange(T, device=q.device)
@@ -86,6 +89,23 @@ def attention(
             same = documents[:, None, :, None] == documents[:, None, None, :]  # (B, 1, T, S)
             mask = mask & same if mask.dtype == torch.bool else mask.masked_fill(~same, -torch.inf)
     return _sdpa(q, k, v, mask, mask is None, scale, dropout).to(dtype)
+
+
+LONGEST_PLAIN = 1024
+PLAIN_SCORES = 1 << 20  # scores alive at a time: what a CPU's caches hold
+
+
+def _plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int) -> Tensor:
+    """softmax(q k^T + mask) v with every factor in q's dtype, some rows of the batch at a time."""
+    T, H, D = q.shape[1:]
+    positions = torch.arange(T, device=q.device)
+    unseen = ~_mask(positions, positions, window, None, q.dtype)
+    mask = torch.zeros(T, T, dtype=q.dtype, device=q.device).masked_fill_(unseen, -torch.inf)
+    q = q * (D**-0.5 if scale is None else scale)
+    rows = max(1, PLAIN_SCORES // (H * T * T))
+    parts = zip(*(x.transpose(1, 2).split(rows) for x in (q, k, v)), strict=True)  # (rows, H, T, D)
+    y = [torch.matmul(a, b.mT).add_(mask).softmax(-1) @ c for a, b, c in parts]
+    return torch.cat(y).transpose(1, 2)  # (B, T, H, D)
 
 
 def decode_attention(
@@ -180,12 +200,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     for gradients made in the forward pass.
     """
 
-    CHUNK = 1 << 22  # logits alive at a time: 16 MiB of fp32
+    CHUNK = 1 << 20  # logits alive at a time on a CPU: what its caches hold; see benchmarks/
+    ROWS = 96  # but at least so many rows, or the matrix products turn thin
 
     @staticmethod
     def forward(ctx, x, w, targets, softcap, z_loss, ignore_index, train):
         N, V = x.shape[0], w.shape[0]
-        rows = max(1, min(N, _LinearCrossEntropy.CHUNK // V))
+        chunk = _LinearCrossEntropy.CHUNK << (0 if x.device.type == "cpu" else 6)
+        rows = max(_LinearCrossEntropy.ROWS, chunk // V)
         dtype = torch.promote_types(x.dtype, torch.float32)
         wx = w.to(x.dtype)
         dx = torch.empty_like(x) if train else None
@@ -197,19 +219,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = F.linear(x[part], wx).to(dtype)  # (rows, V)
             if softcap:
                 logits = softcap * torch.tanh(logits / softcap)
-            lse = logits.logsumexp(-1, keepdim=True)
+            peak = logits.amax(-1, keepdim=True)
+            p = (logits - peak).exp_()
+            mass = p.sum(-1, keepdim=True)
+            lse = peak + mass.log()
             valid = (targets[part] != ignore_index)[:, None]
             target = targets[part][:, None].where(valid, 0)
             each = lse - logits.gather(-1, target) + z_loss * lse.square()
             loss += torch.where(valid, each, 0).sum()
             if not train:
                 continue
-            scale = valid / count
-            p = logits.sub(lse).exp_()
-            if z_loss:
-                p *= 1 + 2 * z_loss * lse
-            dz = p.scatter_add_(-1, target, p.new_full((1, 1), -1.0).expand_as(target))
-            dz *= scale
+            scale = valid.to(dtype) / count  # (rows, 1)
+            dz = p.mul_(scale / mass * (1 + 2 * z_loss * lse))
+            dz.scatter_add_(-1, target, -scale)
             if softcap:
                 dz *= 1 - (logits / softcap).square()
             dz = dz.to(x.dtype)
@@ -227,3 +249,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, dy):
         dx, dw = ctx.saved_tensors
         return dx * dy.to(dx.dtype), dw * dy.to(dw.dtype), None, None, None, None, None
+
+
+def newton_schulz(g: Tensor, steps: int = 5) -> Tensor:
+    """As reference.newton_schulz, but every product in g's dtype, which may be bf16."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = g / (torch.linalg.vector_norm(g, dim=(-2, -1), keepdim=True) + 1e-7)
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    for _ in range(steps):
+        s = x @ x.mT
+        x = a * x + (b * s + c * (s @ s)) @ x
+    return x.mT if tall else x

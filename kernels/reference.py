@@ -81,7 +81,8 @@ def attention(
     documents: (B, T) integers; a query sees only keys of its own document.
     alibi_slopes: (H,), Press et al. 2021, arXiv:2108.12409.    dropout: on the probabilities.
     Returns (B, T, H, D) in q's dtype.
-    Source: Vaswani et al. 2017, arXiv:1706.03762, eq. 1; GQA: Ainslie et al. 2023, arXiv:2305.13245.
+    Source: Vaswani et al. 2017, arXiv:1706.03762, eq. 1; GQA: Ainslie et al. 2023,
+    arXiv:2305.13245.
     """
     positions = torch.arange(q.shape[1], device=q.device).expand(q.shape[0], -1)
     seen = _seen(positions, positions, window)  # (B, T, S)
@@ -154,7 +155,8 @@ def geglu(x: Tensor) -> Tensor:
 
         y = gelu(gate) * up,   x = [gate, up],   gelu(z) = z Phi(z)
 
-    x: (..., 2F).    Returns (..., F) in x's dtype.    Source: Shazeer 2020, arXiv:2002.05202, eq. 6.
+    x: (..., 2F).    Returns (..., F) in x's dtype.
+    Source: Shazeer 2020, arXiv:2002.05202, eq. 6.
     """
     gate, up = _wide(x).chunk(2, dim=-1)
     return (gate * 0.5 * (1 + torch.erf(gate / math.sqrt(2))) * up).to(x.dtype)
@@ -234,7 +236,8 @@ def sample(
     logits: (B, V).    uniform: (B,) in [0, 1).    temperature 0 takes the (first) largest logit.
     top_k 0, top_p 1, min_p 0 keep all; each filter renormalises; ties at the border are kept.
     Returns (B,) int64.
-    Source: top-p: Holtzman et al. 2019, arXiv:1904.09751; min-p: Nguyen et al. 2024, arXiv:2407.01082.
+    Source: top-p: Holtzman et al. 2019, arXiv:1904.09751; min-p: Nguyen et al. 2024,
+    arXiv:2407.01082.
     """
     logits = _wide(logits)
     if temperature == 0:

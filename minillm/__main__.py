@@ -1,4 +1,4 @@
-"""`minillm VERB` and `python -m minillm VERB`: picks the command; train and sample are the scripts."""
+"""`minillm VERB` and `python -m minillm VERB`; train and sample are the two scripts on top."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ VERBS = {
 
 def main() -> int:
     """Run the verb on the command line; returns the exit code."""
-    verb, rest = (sys.argv[1] if len(sys.argv) > 1 else None), sys.argv[2:]
+    verb, rest = (sys.argv[1:2] or [None])[0], sys.argv[2:]
     if verb in VERBS:
         body: Callable[[Sequence[str]], None] = import_module(VERBS[verb][0]).main
         return errors.run(f"minillm {verb}", body, rest)
@@ -23,9 +23,8 @@ def main() -> int:
 
 
 def _about(argv: Sequence[str]) -> None:
-    usage = "usage: minillm VERB [flags]; minillm VERB --help for the flags\n\nverbs:\n" + "\n".join(
-        f"  {verb:10} {what}" for verb, (_, what) in VERBS.items()
-    )
+    verbs = "\n".join(f"  {verb:10} {what}" for verb, (_, what) in VERBS.items())
+    usage = f"usage: minillm VERB [flags]; minillm VERB --help for the flags\n\nverbs:\n{verbs}"
     if argv and argv[0] in ("-h", "--help"):
         print(usage)
     elif argv and argv[0] == "--version":

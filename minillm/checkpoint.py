@@ -8,9 +8,6 @@ A checkpoint is written under a temporary name and renamed when everything is on
 manifest holds the SHA-256 of every file and one of itself.
 """
 
-import hashlib
-import json
-import os
 import re
 import shutil
 from dataclasses import asdict, dataclass, fields
@@ -27,51 +24,10 @@ from minillm.config import ModelConfig
 from minillm.errors import CorruptError, UsageError
 from minillm.model import GPT
 from minillm.ops import select
+from minillm.storage import file_digest, read_json, sync_file, sync_folder, write_json
 from minillm.tokenizer import Tokenizer, load_tokenizer
 
-VERSION = 1
 STEP = re.compile(r"step-(\d{8})")
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` with a digest of itself, by way of a temporary name."""
-    body = {**content, "sha256": _digest(content)}
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(body, file, indent=1, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """What write_json wrote. Raises CorruptError, naming the file, if it is not that any more."""
-    try:
-        body = json.loads(path.read_bytes())
-        stated = body.pop("sha256")
-    except FileNotFoundError:
-        raise CorruptError(f"{path}: missing") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise CorruptError(f"{path}: damaged, not the JSON that minillm writes") from None
-    if stated != _digest(body):
-        raise CorruptError(f"{path}: damaged, its digest does not match its content")
-    if body.get("version") != VERSION:
-        raise CorruptError(
-            f"{path}: format version {body.get('version')}, this minillm reads {VERSION}"
-        )
-    return body
-
-
-def _digest(content: dict[str, Any]) -> str:
-    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def next_run(root: Path, name: str) -> Path:
@@ -148,25 +104,17 @@ def save(run: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dic
     for kind, named in tensors.items():
         named = {name: t.detach().cpu().contiguous() for name, t in named.items()}
         save_file(named, temporary / f"{kind}-00001-of-00001.safetensors", {"format": "pt"})
-    write_json(temporary / "state.json", {"version": VERSION, "step": step, **state})
+    write_json(temporary / "state.json", {"step": step, **state})
     files = {}
     for path in sorted(temporary.iterdir()):
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-    write_json(temporary / "manifest.json", {"version": VERSION, "files": files})
+        sync_file(path)
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+    write_json(temporary / "manifest.json", {"files": files})
     if final.exists():
         shutil.rmtree(final)
     temporary.replace(final)
-    _sync_folder(final.parent)
+    sync_folder(final.parent)
     return final
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        handle = os.open(folder, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
 
 
 def prune(run: Path, keep_last: int, best: int | None) -> None:
@@ -218,7 +166,7 @@ def _verified(folder: Path, step: int) -> Checkpoint:
         path = folder / name
         if not path.is_file() or path.stat().st_size != stated["bytes"]:
             raise CorruptError(f"{path}: missing or not {stated['bytes']} bytes long")
-        if file_sha256(path) != stated["sha256"]:
+        if file_digest(path) != stated["sha256"]:
             raise CorruptError(f"{path}: damaged, its SHA-256 is not the manifest's")
     state = read_json(folder / "state.json")
     if state["step"] != step:
@@ -227,9 +175,7 @@ def _verified(folder: Path, step: int) -> Checkpoint:
     return Checkpoint(folder, step, state, kinds)
 
 
-def optimizer_tensors(
-    optimizers: list[Optimizer], names: dict[Tensor, str]
-) -> dict[str, Tensor]:
+def optimizer_tensors(optimizers: list[Optimizer], names: dict[Tensor, str]) -> dict[str, Tensor]:
     """Every tensor of the optimisers' states, named KIND.PARAMETER."""
     return {
         f"{kind}.{names[p]}": value if torch.is_tensor(value) else torch.tensor(value)
@@ -289,9 +235,7 @@ def read_config(run: Path) -> tuple[ModelConfig, dict[str, Any]]:
 
 def write_config(run: Path, model: ModelConfig, train: dict, facts: dict) -> None:
     """config.json: the resolved configuration and the facts of where it runs."""
-    write_json(
-        run / "config.json", {"version": VERSION, "model": asdict(model), "train": train, **facts}
-    )
+    write_json(run / "config.json", {"model": asdict(model), "train": train, **facts})
 
 
 def load_run(
@@ -321,7 +265,7 @@ def tokenizer_path(run: Path) -> Path:
     files = [p for n in ("tokenizer.model", "tokenizer.json") if (p := run / n).is_file()]
     if not files:
         raise CorruptError(f"{run}: has no tokenizer.model or tokenizer.json")
-    if read_json(run / "config.json").get("tokenizer_sha256") != file_sha256(files[0]):
+    if read_json(run / "config.json").get("tokenizer_sha256") != file_digest(files[0]):
         raise CorruptError(f"{files[0]}: is not the tokenizer that the run was trained with")
     return files[0]
 

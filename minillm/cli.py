@@ -8,12 +8,19 @@ import argparse
 import difflib
 import math
 import re
-import sys
 from collections.abc import Sequence
-from dataclasses import MISSING, fields
 from typing import Any, NoReturn
 
 from minillm.errors import UsageError
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Adds the default to each flag's help, where there is one to tell."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.help and action.default not in (None, False, argparse.SUPPRESS):
+            return action.help + " (default: %(default)s)"
+        return action.help
 
 
 class Parser(argparse.ArgumentParser):

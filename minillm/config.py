@@ -16,7 +16,7 @@ INITS = ("gpt2", "zero")
 
 
 def setting(default: Any, help: str, **rules: Any) -> Any:
-    """A dataclass field that is also a flag: its default, its help, and `low`, `high`, `choices`."""
+    """A dataclass field that is also a flag: default, help, and `low`, `high` or `choices`."""
     return field(default=default, metadata={"help": help, **rules})
 
 
@@ -43,8 +43,8 @@ class ModelConfig:
         None, "width of a head; default: --d-model / --n-head", low=1, high=1 << 16
     )
     d_ff: int | None = setting(
-        None, "width of the MLP; default: 4 x --d-model, gated: 8/3 x, up to a multiple of 64", low=1,
-        high=1 << 24,
+        None, "width of the MLP; default: 4 x --d-model, gated: 8/3 x, up to a multiple of 64",
+        low=1, high=1 << 24,
     )  # fmt: skip
     position: str = setting("rope", "how positions enter", choices=POSITIONS)
     rope_base: float = setting(10000.0, "base of the rotary frequencies", low=1.0)
@@ -116,7 +116,10 @@ class ModelConfig:
         return n + self.n_layer * (per_layer + 2 * norms) + norms
 
     def flops_per_token(self) -> float:
-        """Forward and backward, 6 N + 12 L H D T; Chowdhery et al. 2022, arXiv:2204.02311, app. B."""
+        """Forward and backward: 6 N + 12 L H D T.
+
+        Source: Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
+        """
         span = min(self.seq_len, self.window or self.seq_len)
         return 6 * self.n_matrix_parameters + 12 * self.n_layer * self.n_head * self.d_head * span
 

@@ -6,8 +6,6 @@ never on paths, workers or the machine. What this room does not do: find files (
 text out (split.py), know the format on disk (shards.py).
 """
 
-import hashlib
-import json
 import os
 import secrets
 import shutil
@@ -23,6 +21,7 @@ from minillm.bpe import check_vocab_size, choose_vocab_size
 from minillm.errors import CorruptError, UsageError
 from minillm.shards import Corpus, open_corpus
 from minillm.split import Split, Text, parts, split, survey
+from minillm.storage import VERSION, json_digest, sync_folder, write_durably
 from minillm.tokenizer import KINDS, Tokenizer, load_tokenizer, train_tokenizer
 
 Say = Callable[[str], None]
@@ -122,12 +121,12 @@ def _key(text: Text, settings: dict[str, Any]) -> str:
     """Name a prepared corpus by all that its tokens depend on."""
     names = {
         "text": text.survey.digest,
-        "format": shards.VERSION,
+        "format": VERSION,
         # Another release may train another tokenizer on the same text.
         "sentencepiece": version("sentencepiece"),
         **settings,
     }
-    return hashlib.sha256(json.dumps(names, sort_keys=True).encode("ascii")).hexdigest()
+    return json_digest(names)
 
 
 def _is_empty_folder(folder: Path) -> bool:
@@ -168,28 +167,18 @@ def _building(folder: Path, key: str) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        _sync_folder(temporary)
+        sync_folder(temporary)
         try:
             if _is_empty_folder(folder):
                 folder.rmdir()
             temporary.rename(folder)
-            _sync_folder(folder.parent)
+            sync_folder(folder.parent)
         except OSError:
             # Another process was first with the same corpus; its work is as good as ours.
             if not shards.is_prepared(folder) or open_corpus(folder).key != key:
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    # Windows cannot open a folder, and does not need this.
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _write(
@@ -203,7 +192,7 @@ def _write(
 ) -> dict[str, Any]:
     """Write the tokenizer and the shards into `folder`; return what the index says of them."""
     file = folder / made.file_name
-    shards.write_durably(file, made.to_bytes())
+    write_durably(file, made.to_bytes())
     n_bytes = sum(plan.bytes.values())
     workers = workers or encoding.choose_workers(n_bytes)
     writers = {

@@ -92,7 +92,7 @@ class Context:
     def __init__(self, model: GPT, texts: list[list[int]], use_cache: bool) -> None:
         self.model, self.texts, self.use_cache = model, texts, use_cache
         self.rows = list(range(len(texts)))
-        self.starts = {r: 0 for r in self.rows}
+        self.starts = dict.fromkeys(self.rows, 0)
         longest = model.config.seq_len
         for row, text in enumerate(texts):
             if len(text) > longest:

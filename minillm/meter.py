@@ -85,7 +85,7 @@ def _line(row: dict[str, Any], steps: int | None) -> str:
     shown = {"loss": ".4f", "val_loss": ".4f", "val_bpb": ".4f", "lr": ".2e", "grad_norm": ".2f"}
     parts += [f"{k} {row[k]:{form}}" for k, form in shown.items() if row.get(k) is not None]
     if "step_ms" in row:
-        parts.append(f"{row['step_ms']:.0f} ms {row['tokens_per_s']:,.0f} tok/s mfu {row['mfu']:.0%}")
+        parts.append(f"{row['step_ms']:.0f} ms  {row['tokens_per_s']:,.0f} tokens/s")
     return "  ".join(parts)
 
 

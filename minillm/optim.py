@@ -1,4 +1,4 @@
-"""Muon, parameter groups, clipping and weight averaging. The optimisers see parameters, no model."""
+"""Muon, parameter groups and weight averaging. The optimisers see parameters, never a model."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -22,9 +22,10 @@ class Muon(Optimizer):
 
     params: groups of matrices (rows, columns); group["parts"] lists for each the row counts of the
     independent maps stacked in it (queries, keys, values: each is orthogonalised by itself).
-    Matrices of equal shape go through Newton-Schulz in one batch.
-    Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers"; weight decay: Liu et al.
-    2025, arXiv:2502.16982, eq. 2.
+    dtype: of the products in Newton-Schulz; bf16 is enough.
+    Matrices of equal shape go through it in one batch.
+    Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers"; decay: Liu et al. 2025,
+    arXiv:2502.16982, eq. 2.
     """
 
     def __init__(
@@ -34,9 +35,10 @@ class Muon(Optimizer):
         lr: float = 0.02,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self.ops = ops
+        self.ops, self.dtype = ops, dtype
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -51,7 +53,9 @@ class Muon(Optimizer):
                 for piece, update in zip(w.split(parts), u.split(parts), strict=True):
                     updates.setdefault(piece.shape, []).append((piece, update))
             for shape, pairs in updates.items():
-                directions = self.ops.newton_schulz(torch.stack([u for _, u in pairs]))
+                directions = self.ops.newton_schulz(
+                    torch.stack([u for _, u in pairs]).to(self.dtype)
+                )
                 rate = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
                 for (piece, _), direction in zip(pairs, directions, strict=True):
                     piece.add_(direction, alpha=-rate)
@@ -71,8 +75,11 @@ def make_optimizers(
     ops: Ops,
     betas: tuple[float, float],
     weight_decay: float,
+    dtype: torch.dtype = torch.float32,
 ) -> list[Optimizer]:
     """The optimisers for named parameters; each group carries `rate`, its share of the rate.
+
+    dtype: of the computation, for Muon's products.
 
     name: "adamw" (matrices and embeddings decay, vectors do not) or "muon" (AdamW for the rest).
     matrices: the parameters that are matrices of blocks, with their parts; see Muon.
@@ -98,7 +105,7 @@ def make_optimizers(
     groups = [g for g in groups if g["params"]]
     muon = {"params": inner, "parts": list(matrices.values()), "rate": 1.0}
     return [
-        Muon([muon], ops, lr=0.0, weight_decay=weight_decay),
+        Muon([muon], ops, lr=0.0, weight_decay=weight_decay, dtype=dtype),
         torch.optim.AdamW(groups, lr=0.0, betas=betas, weight_decay=0.0, fused=fused),
     ]
 

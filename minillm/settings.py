@@ -1,16 +1,13 @@
-"""How a run is trained, and how a command line becomes a configuration.
+"""How a run is trained, and the flags of its command line.
 
-Precedence: defaults < --preset < --config FILE < command line. Flags are made from the fields of
-ModelConfig and TrainConfig; there is no second list.
+Flags are made from the fields of ModelConfig and TrainConfig; there is no second list. How presets,
+files and flags are merged stands in configure.py.
 """
 
-import json
-import tomllib
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Sequence
-from dataclasses import Field, asdict, dataclass, fields, replace
+from dataclasses import Field, asdict, dataclass, fields
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
 from minillm import cli, schedule
@@ -18,11 +15,6 @@ from minillm.config import ModelConfig, setting
 from minillm.errors import UsageError
 from minillm.presets import PRESETS
 
-# What may change when a run is resumed: how it runs and reports, and how long, but not what it is.
-RESUMABLE = frozenset(
-    "device threads kernels compile steps epochs time_limit early_stop log_every eval_every "
-    "eval_batches sample_every save_every keep_last keep_best".split()
-)
 ALIASES = {
     "--block-size": "--seq-len",
     "--n-embd": "--d-model",
@@ -131,29 +123,7 @@ class Settings:
     def flat(self) -> dict[str, Any]:
         """Every setting by its name, as --config takes it."""
         values = {**asdict(self.model), **asdict(self.train)}
-        return {name: values[name] for name in sorted(_flags())}
-
-
-def changed(model: ModelConfig, train: TrainConfig, settings: Settings) -> Settings:
-    """The settings of a run to resume, with what `settings.given` may change of them.
-
-    Raises UsageError, naming the flag, on a given setting that a resumed run cannot change.
-    """
-    wishes = {}
-    for name in sorted(settings.given):
-        if name not in RESUMABLE:
-            old = getattr(train, name, None) if hasattr(train, name) else getattr(model, name)
-            new = settings.flat()[name]
-            if new != old:
-                raise UsageError(
-                    f"--{name.replace('_', '-')} {new} differs from the run's {old} and cannot "
-                    "change on --resume; start anew with --init-from"
-                )
-        else:
-            wishes[name] = getattr(settings.train, name)
-    if wishes.keys() & {"steps", "epochs", "time_limit"}:
-        wishes = {"steps": None, "epochs": None, "time_limit": None, **wishes}
-    return Settings(model, replace(train, **wishes), settings.given)
+        return {name: values[name] for name in sorted(all_flags())}
 
 
 def add_flags(parser: cli.Parser) -> None:
@@ -170,124 +140,19 @@ def add_flags(parser: cli.Parser) -> None:
             if f.type is bool or f.type == "bool":
                 group.add_argument(flag, nargs="?", const=True, type=_boolean, **options)
                 options["help"] = f"the opposite of {flag}"
-                group.add_argument(
-                    "--no-" + flag[2:], action="store_const", const=False, **options
-                )
+                group.add_argument("--no-" + flag[2:], action="store_const", const=False, **options)
             else:
-                parse, metavar = _parser_of(f), _metavar(f)
+                parse, metavar = parser_of(f), _metavar(f)
                 group.add_argument(flag, type=parse, metavar=metavar, **options)
 
 
-def resolve(
-    flags: dict[str, Any], config_file: str | None, default_preset: str | None
-) -> Settings:
-    """Merge the layers. flags: name -> value, None where the user gave none.
-
-    Raises UsageError on an unknown key, a wrong type or settings that do not fit together.
-    """
-    given = {name: value for name, value in flags.items() if name in _flags() and value is not None}
-    from_file = read_config(Path(config_file)) if config_file else {}
-    preset = given.get("preset") or from_file.get("preset") or default_preset
-    values = {**(PRESETS[preset] if preset else {}), **from_file, **given, "preset": preset}
-    # What the user says about the length replaces all that the preset says about it.
-    lengths = ("steps", "epochs", "time_limit")
-    if any(name in given or name in from_file for name in lengths):
-        for name in lengths:
-            if name not in given and (name not in from_file or any(n in given for n in lengths)):
-                values[name] = None
-    if "learning_rate" in values and "min_learning_rate" not in {**from_file, **given}:
-        # The end follows the peak, in the proportion that the preset or the default has.
-        base = {"learning_rate": 1e-3, "min_learning_rate": 1e-4, **PRESETS.get(preset, {})}
-        share = base["min_learning_rate"] / base["learning_rate"]
-        values["min_learning_rate"] = share * values["learning_rate"]
-    model_names = {f.name for f in fields(ModelConfig)}
-    model = ModelConfig(**{n: v for n, v in values.items() if n in model_names})
-    train = TrainConfig(**{n: v for n, v in values.items() if n not in model_names})
-    return Settings(model, train, frozenset(given) | frozenset(from_file))
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The settings in a .toml or .json file: one flat table, names with dashes or underscores.
-
-    Raises UsageError, naming file and key, on what is not a setting or not of its type.
-    """
-    raw = _parse_file(path)
-    if not isinstance(raw, dict):
-        raise UsageError(f"{path}: expected one table of settings, got {type(raw).__name__}")
-    settings: dict[str, Any] = {}
-    for key, value in raw.items():
-        flag = "--" + key.replace("_", "-")
-        name = ALIASES.get(flag, flag)[2:].replace("-", "_")
-        if name not in _flags():
-            near = get_close_matches(name, _flags(), n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise UsageError(f"{path}: unknown setting {key!r}{hint}")
-        if name in settings:
-            raise UsageError(f"{path}: {name} is given twice")
-        if value is not None:
-            settings[name] = _typed(path, key, value, _flags()[name])
-    return settings
-
-
-def _parse_file(path: Path) -> Any:
-    if not path.is_file():
-        raise UsageError(f"--config {path}: no such file")
-    if path.stat().st_size > 1 << 20:
-        raise UsageError(f"--config {path}: larger than 1 MiB; is this a configuration?")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".toml":
-            return tomllib.loads(text)
-        if path.suffix == ".json":
-            return json.loads(text, object_pairs_hook=_refuse_repeats, parse_constant=_refuse_nan)
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not UTF-8 text at byte {error.start}") from None
-    except RecursionError:
-        raise UsageError(f"{path}: nested too deeply") from None
-    except ValueError as error:
-        raise UsageError(f"{path}: {error}") from None
-    raise UsageError(f"--config {path}: expected a .toml or .json file")
-
-
-def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} is given twice")
-    return table
-
-
-def _refuse_nan(text: str) -> None:
-    raise ValueError(f"{text} is not a finite number")
-
-
-def _typed(path: Path, key: str, value: Any, f: Field) -> Any:
-    kind = _kind(f)
-    if f.name in ("threads", "micro_batch_size") and type(value) is int:
-        value = str(value)
-    if f.name == "time_limit" and type(value) in (int, float):
-        value = str(value)
-    fits = type(value) is kind or (kind is float and type(value) in (int, str) and (
-        type(value) is int or "parse" in f.metadata))  # fmt: skip
-    if not fits:
-        raise UsageError(
-            f"{path}: {key} = {json.dumps(value)} is a {type(value).__name__}, "
-            f"expected a {kind.__name__}"
-        )
-    if kind in (bool, str) and "choices" not in f.metadata:
-        return value
-    try:
-        return _parser_of(f)(str(value))
-    except ArgumentTypeError as error:
-        raise UsageError(f"{path}: {key}: {error}") from None
-
-
-def _flags() -> dict[str, Field]:
+def all_flags() -> dict[str, Field]:
+    """The fields that are settings, of model and training, by name."""
     return {f.name: f for owner in (ModelConfig, TrainConfig) for f in fields(owner) if f.metadata}
 
 
-def _kind(f: Field) -> type:
+def kind_of(f: Field) -> type:
+    """int, float, bool or str."""
     words = str(f.type.__name__ if isinstance(f.type, type) else f.type).split(" | ")
     return {"int": int, "float": float, "bool": bool, "str": str}[words[0]]
 
@@ -297,18 +162,19 @@ def _metavar(f: Field) -> str:
         return "{" + ",".join(f.metadata["choices"]) + "}"
     if "parse" in f.metadata:
         return "TIME"
-    return {int: "N", float: "X", str: "TEXT"}[_kind(f)]
+    return {int: "N", float: "X", str: "TEXT"}[kind_of(f)]
 
 
-def _parser_of(f: Field) -> Callable[[str], Any]:
+def parser_of(f: Field) -> Callable[[str], Any]:
+    """What turns a flag's text into the field's value, or refuses it."""
     rules = f.metadata
     if "parse" in rules:
         return rules["parse"]
     if "choices" in rules:
         return _one_of(rules["choices"])
-    if _kind(f) is int:
+    if kind_of(f) is int:
         return cli.whole(rules["low"], rules.get("high"))
-    if _kind(f) is float:
+    if kind_of(f) is float:
         return cli.real(rules["low"], rules.get("high"))
     return str
 

@@ -7,8 +7,6 @@
 What this room does not do: make tokens (corpus.py), or hand them out (data.py).
 """
 
-import hashlib
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -18,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from minillm.errors import CorruptError, UsageError
+from minillm.storage import bytes_digest, file_digest, read_json, write_json
 from minillm.tokenizer import Tokenizer, load_tokenizer
 
 INDEX = "index.json"
-VERSION = 1
+MEND = "delete the folder and prepare the corpus again"
 # Bytes per digest: a reader has to read this much to trust the first token of a block.
 BLOCK = 1 << 20
 SPLITS = ("train", "val")
@@ -103,7 +102,7 @@ class ShardWriter:
     def _write_block(self) -> None:
         block = bytes(self._waiting[:BLOCK])
         del self._waiting[:BLOCK]
-        self._digests.append(_sha256(block))
+        self._digests.append(bytes_digest(block))
         with self._path.open("ab") as file:
             file.write(block)
 
@@ -129,19 +128,9 @@ def dtype_for(vocab_size: int) -> str:
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
-def write_durably(path: Path, data: bytes) -> None:
-    """Write a file and wait until it is on the disk."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def write_index(folder: Path, content: dict[str, Any]) -> None:
-    """Write index.json with the digest of its own content under "sha256"."""
-    content = {"version": VERSION, **content}
-    content["sha256"] = _digest(content)
-    write_durably(folder / INDEX, (json.dumps(content, indent=1) + "\n").encode("ascii"))
+    """Write index.json, which says what every other file must be."""
+    write_json(folder / INDEX, content)
 
 
 def is_prepared(path: str | Path) -> bool:
@@ -161,7 +150,7 @@ def open_corpus(folder: str | Path) -> Corpus:
         raise UsageError(f"{folder}: no such folder; prepare a corpus first")
     if not is_prepared(folder):
         raise UsageError(f"{folder}: not a prepared corpus: it has no {INDEX}")
-    content = _read_index(folder / INDEX)
+    content = read_json(folder / INDEX, MEND)
     try:
         corpus = _from_index(folder, content)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -169,19 +158,6 @@ def open_corpus(folder: str | Path) -> Corpus:
     _check_shards(corpus)
     _check_tokenizer(corpus, str(content["tokenizer_sha256"]))
     return corpus
-
-
-def _read_index(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-        found = content.pop("sha256")
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
-        raise _corrupt(path, "not the index of a prepared corpus, or damaged") from None
-    if content.get("version") != VERSION:
-        raise _corrupt(path, f"has version {content.get('version')!r}, expected {VERSION}")
-    if found != _digest(content):
-        raise _corrupt(path, "its content does not match its own sha256")
-    return content
 
 
 def _from_index(folder: Path, content: dict[str, Any]) -> Corpus:
@@ -236,19 +212,11 @@ def _check_tokenizer(corpus: Corpus, expected: str) -> None:
     path = corpus.tokenizer_file
     if not path.is_file():
         raise _corrupt(path, "is missing")
-    if _sha256(path.read_bytes()) != expected:
+    if file_digest(path) != expected:
         raise _corrupt(path, "is not the tokenizer that made these tokens (its sha256 differs)")
     if corpus.tokenizer().vocab_size != corpus.vocab_size:
         raise _corrupt(path, f"does not have the {corpus.vocab_size} tokens of the index")
 
 
 def _corrupt(path: Path, what: str) -> CorruptError:
-    return CorruptError(f"{path}: {what}; delete the folder and prepare the corpus again")
-
-
-def _digest(content: dict[str, Any]) -> str:
-    return _sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode("ascii"))
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+    return CorruptError(f"{path}: {what}; {MEND}")

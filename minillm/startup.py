@@ -12,10 +12,12 @@ import torch
 from minillm import __version__, checkpoint, cli, world
 from minillm.checkpoint import Checkpoint
 from minillm.config import ModelConfig
+from minillm.configure import changed, resolve
 from minillm.corpus import prepare
 from minillm.errors import CorruptError, UnavailableError, UsageError
-from minillm.settings import ALIASES, Settings, TrainConfig, add_flags, changed, resolve
+from minillm.settings import ALIASES, Settings, TrainConfig, add_flags
 from minillm.shards import Corpus, open_corpus
+from minillm.storage import file_digest, read_json
 
 BYTES_PER_PARAMETER = 16  # fp32 weight, gradient and the two moments of AdamW
 
@@ -47,11 +49,12 @@ def begin(args: Namespace) -> tuple[Settings, Path, Checkpoint | None]:
     """
     if args.resume is not None:
         if args.out or args.init_from or args.overwrite:
-            raise UsageError("--resume goes on in its own folder; drop --out, --init-from, --overwrite")
+            raise UsageError("--resume goes on in its own folder; drop --out, --init-from and such")
         run = Path(args.resume) if args.resume else checkpoint.newest_run()
         model, train = checkpoint.read_config(run)
         wishes = resolve(vars(args), args.config, None)
-        return changed(model, _as_train_config(run, train), wishes), run, checkpoint.open_checkpoint(run)
+        settings = changed(model, _as_train_config(run, train), wishes)
+        return settings, run, checkpoint.open_checkpoint(run)
     preset = "nano" if world.pick_device(args.device or "auto").type == "cpu" else "tiny"
     settings = resolve(vars(args), args.config, preset)
     if settings.train.init_from:
@@ -87,7 +90,7 @@ def find_corpus(settings: Settings, run: Path | None, say) -> Corpus:
     """
     train = settings.train
     if run is not None:
-        facts = checkpoint.read_json(run / "config.json")
+        facts = read_json(run / "config.json")
         folder = Path(facts["corpus"])
         corpus = open_corpus(folder) if folder.is_dir() else _prepare(settings, say)
         if corpus.key != facts["corpus_key"]:
@@ -96,10 +99,10 @@ def find_corpus(settings: Settings, run: Path | None, say) -> Corpus:
             )
         return corpus
     corpus = _prepare(settings, say)
-    if train.init_from and corpus.tokenizer().sha256 != checkpoint.file_sha256(
-        Path(train.tokenizer)
-    ):
-        raise UsageError(f"--data {train.data} was prepared with another tokenizer than {train.init_from}'s")
+    if train.init_from and corpus.tokenizer().sha256 != file_digest(Path(train.tokenizer)):
+        raise UsageError(
+            f"--data {train.data} was prepared with another tokenizer than {train.init_from}'s"
+        )
     return corpus
 
 

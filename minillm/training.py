@@ -92,7 +92,7 @@ def restore(t: Training, past: Checkpoint, pacer: Pacer, given: frozenset[str]) 
 
 @torch.no_grad()
 def judge(t: Training, whole: bool) -> dict[str, float]:
-    """Loss on the validation split, or on --eval-batches batches of it; notes the best so far.
+    """Loss on the whole validation split, or on --eval-batches batches of it.
 
     Returns val_loss (nats a token) and val_bpb (bits a byte of raw text), nothing without a split.
     """
@@ -105,13 +105,21 @@ def judge(t: Training, whole: bool) -> dict[str, float]:
             result = evaluate(t.model, windows, t.fixed["micro_batch_size"])
     else:
         result = evaluate(t.model, windows, t.fixed["micro_batch_size"])
-    p = t.progress
-    if p.best_loss is None or result.loss < p.best_loss:
-        p.best_loss, p.best_step, p.evaluations_without_gain = result.loss, p.step, 0
-    else:
-        p.evaluations_without_gain += 1
     bpb = result.bits_per_byte(t.corpus.tokens["val"], t.corpus.bytes["val"])
     return {"val_loss": result.loss, "val_bpb": bpb}
+
+
+def note_best(progress: Progress, row: dict[str, float]) -> bool:
+    """Note the validation loss in `row`, if any; returns whether it is the best of the run."""
+    loss = row.get("val_loss")
+    if loss is None:
+        return False
+    if progress.best_loss is not None and loss >= progress.best_loss:
+        progress.evaluations_without_gain += 1
+        return False
+    progress.best_loss, progress.best_step = loss, progress.step
+    progress.evaluations_without_gain = 0
+    return True
 
 
 def take_sample(t: Training) -> str:
@@ -148,8 +156,8 @@ def announce(
         f"machine   {device}, {t.fixed['dtype']}, {t.model.ops.name} kernels, "
         f"{t.fixed['threads']} threads ({why_threads})",
         f"training  {left:,} steps of {c.batch_size} x {model.seq_len} tokens, "
-        f"{t.fixed['micro_batch_size']} sequences at a time, {batches.epochs(plan.steps):.2f} epochs; "
-        f"about {duration(seconds)}",
+        f"{t.fixed['micro_batch_size']} sequences at a time, {batches.epochs(plan.steps):.2f} "
+        f"epochs; about {duration(seconds)}",
         *("warning   " + w for w in warnings_for(
             t.corpus.tokens["train"], tokens, model.n_parameters
         )),

@@ -29,9 +29,7 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
-            raise UnavailableError(
-                f"--device {name}: {count} CUDA devices here; use --device cpu"
-            )
+            raise UnavailableError(f"--device {name}: {count} CUDA devices here; use --device cpu")
         return device
     if device.type == "mps" and torch.backends.mps.is_available():
         return device

@@ -117,7 +117,7 @@ def test_a_large_document_is_not_held_out(tmp_path):
 def test_pool_gives_the_same_files_as_one_process(tmp_path):
     (tmp_path / "s").mkdir()
     for i in range(3):
-        text = "".join(f"line {j * j} of {i}\tx\n" for j in range(15_000))
+        text = "".join(f"line {j * j} of {i}\tx\n" for j in range(40_000))
         (tmp_path / "s" / f"{i}.txt").write_text(text + "y" * 40_000 * i)
     made = [
         make(tmp_path / "s", tmp_path / f"c{n}", tokenizer="bpe", vocab_size=400, workers=n)
@@ -263,9 +263,9 @@ def damage(path):
         (lambda f: damage(f / "tokenizer.json"), "tokenizer.json: is not the tokenizer"),
         (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json: is missing"),
         (lambda f: damage(f / "index.json"), "index.json: "),
-        (lambda f: (f / "index.json").write_text("{}"), "index.json: not the index"),
-        (lambda f: (f / "index.json").write_bytes(b"[" * 100_000), "index.json: not the index"),
-        (lambda f: edit_index(f, version=9), "index.json: has version 9"),
+        (lambda f: (f / "index.json").write_text("{}"), "index.json: damaged, not the JSON"),
+        (lambda f: (f / "index.json").write_bytes(b"[" * 100_000), "index.json: damaged, not the JSON"),
+        (lambda f: edit_index(f, version=9), "index.json: has format version 9"),
         (lambda f: edit_index(f, dtype="uint32"), "index.json: not as this version"),
         (lambda f: edit_index(f, shards=[{"name": "../x"}]), "index.json: not as this version"),
         (lambda f: edit_index(f, shards=None), "index.json: not as this version"),
@@ -382,7 +382,7 @@ BAD = [
     (["fine.txt", "--out"], 2, "expected one argument"),
     (["fine.txt", "--out", "a", "--out", "b"], 2, "--out is given twice"),
     (["fine.txt", "--vocabsize", "9"], 2, "did you mean --vocab-size?"),
-    (["corrupt"], 3, "index.json: not the index of a prepared corpus"),
+    (["corrupt"], 3, "index.json: damaged, not the JSON"),
 ]
 
 

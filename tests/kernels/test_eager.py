@@ -45,6 +45,11 @@ CASES = {
     ),
     "attention": lambda T: ("attention", heads(T), {}),
     "attention, MHA": lambda T: ("attention", dict.fromkeys("qkv", (B, T, H, D)), {}),
+    "attention, MHA, scale and window": lambda T: (
+        "attention",
+        dict.fromkeys("qkv", (B, T, H, D)),
+        {"scale": 0.7, "window": 5},
+    ),
     "attention, scale": lambda T: ("attention", heads(T), {"scale": 0.7}),
     "attention, window": lambda T: ("attention", heads(T), {"window": 5}),
     "attention, window 1": lambda T: ("attention", heads(T), {"window": 1}),
@@ -120,6 +125,22 @@ def test_value_and_gradients(generator, no_worse, name, dtype, T, contiguous):
         assert x.equal(before[n]), f"{n} was written to"
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_attention_in_parts_of_the_batch(monkeypatch, generator, rows):
+    T = 7
+    monkeypatch.setattr(eager, "PLAIN_SCORES", rows * H * T * T)
+    q, k, v = (
+        torch.randn(5, T, H, D, generator=generator).bfloat16().requires_grad_() for _ in range(3)
+    )
+    dy = torch.randn(5, T, H, D, generator=generator).bfloat16()
+    together = torch.autograd.grad(eager.attention(q, k, v, window=3), (q, k, v), dy)
+    for b in range(5):
+        row = [x[b : b + 1].detach().requires_grad_() for x in (q, k, v)]
+        alone = torch.autograd.grad(eager.attention(*row, window=3), row, dy[b : b + 1])
+        for x, y in zip(together, alone, strict=True):
+            torch.testing.assert_close(x[b : b + 1], y, rtol=2**-7, atol=2**-7)  # a bf16 ulp of 1
+
+
 DECODES = {
     "plain": {},
     "scale": {"scale": 0.7},
@@ -186,10 +207,15 @@ def head_inputs(generator, dtype=torch.float64, w_dtype=None, ignored=-100, cont
     return {"x": x, "w": w}, targets
 
 
+def chunks_of(monkeypatch, rows):
+    monkeypatch.setattr(eager._LinearCrossEntropy, "CHUNK", rows * V + V - 1)
+    monkeypatch.setattr(eager._LinearCrossEntropy, "ROWS", 1)
+
+
 @pytest.mark.parametrize("rows", [1, 2, 5, N - 1, N, 100])
 @pytest.mark.parametrize("name", HEADS)
 def test_linear_cross_entropy_in_chunks(monkeypatch, generator, name, rows):
-    monkeypatch.setattr(eager._LinearCrossEntropy, "CHUNK", rows * V + V - 1)
+    chunks_of(monkeypatch, rows)
     options = HEADS[name]
     inputs, targets = head_inputs(generator, ignored=options.get("ignore_index", -100))
     options = {**options, "targets": targets}
@@ -205,7 +231,7 @@ def test_linear_cross_entropy_in_chunks(monkeypatch, generator, name, rows):
 
 @pytest.mark.parametrize("name", HEADS)
 def test_linear_cross_entropy_gradcheck(monkeypatch, generator, name):
-    monkeypatch.setattr(eager._LinearCrossEntropy, "CHUNK", 4 * V)
+    chunks_of(monkeypatch, 4)
     options = HEADS[name]
     inputs, targets = head_inputs(generator, ignored=options.get("ignore_index", -100))
     x, w = (t.requires_grad_() for t in inputs.values())
@@ -237,7 +263,7 @@ def plain_head(x, w, targets, softcap=0.0, z_loss=0.0, ignore_index=-100):
 def test_linear_cross_entropy_in_low_precision(
     monkeypatch, generator, no_worse, name, dtypes, contiguous
 ):
-    monkeypatch.setattr(eager._LinearCrossEntropy, "CHUNK", 4 * V)
+    chunks_of(monkeypatch, 4)
     ignored = HEADS[name].get("ignore_index", -100)
     inputs, targets = head_inputs(generator, *dtypes, ignored, contiguous)
     options = {**HEADS[name], "targets": targets}
@@ -285,8 +311,32 @@ def test_linear_cross_entropy_leaves_its_gradients_alone(generator):
         torch.testing.assert_close(2 * a, b, rtol=0, atol=0)
 
 
-def test_newton_schulz_and_sample_are_the_reference():
-    assert eager.newton_schulz is reference.newton_schulz
+@pytest.mark.parametrize("shape", [(6, 6), (4, 9), (9, 4), (2, 3, 8, 5), (1, 7)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_newton_schulz(generator, no_worse, dtype, shape):
+    g = torch.randn(shape, generator=generator).to(dtype)
+    truth = reference.newton_schulz(g.double())
+    no_worse([eager.newton_schulz(g)], [reference.newton_schulz(g)], [truth])
+
+
+@pytest.mark.parametrize("shape", [(32, 48), (3, 48, 32)], ids=str)
+def test_newton_schulz_in_bf16_still_points_the_same_way(generator, shape):
+    g = torch.randn(shape, generator=generator)
+    y = eager.newton_schulz(g.bfloat16())
+    assert y.dtype == torch.bfloat16
+    y, truth = y.float(), reference.newton_schulz(g)
+    cosine = (y * truth).sum() / (y.norm() * truth.norm())
+    assert cosine > 0.99
+    values = torch.linalg.svdvals(y)
+    assert values.min() > 0.6 and values.max() < 1.3
+
+
+def test_newton_schulz_of_nothing_is_nothing():
+    zero = torch.zeros(2, 3, 4)
+    assert eager.newton_schulz(zero).equal(zero)
+
+
+def test_sample_is_the_reference():
     assert eager.sample is reference.sample
 
 
