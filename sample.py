@@ -128,29 +128,37 @@ def write(model: GPT, tokenizer: Tokenizer, prompt: str, args: Namespace) -> Non
     if len(ids) > model.config.seq_len:
         kept = max(1, model.config.seq_len // 2)
         note(f"the prompt is {len(ids)} tokens long; only its last {kept} are read")
-    streams = [TextStream(tokenizer, args.stop or ()) for _ in range(args.num_samples)]
+    ids, beginnings, shown = tokenizer.heal(ids)
+    streams = [TextStream(tokenizer, args.stop or (), shown) for _ in range(args.num_samples)]
     logprobs: list[list[float]] = [[] for _ in streams]
     start = time.perf_counter()
-    first = 0 if not args.json else None
-    show(prompt if first == 0 else "")
+    live = None if args.json else 0
+    show("" if args.json else prompt)
     tokens = generate(
-        model, [ids] * args.num_samples, max_tokens=args.max_tokens, temperature=args.temperature,
-        top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty, seed=args.seed,
+        model,
+        [ids] * args.num_samples,
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        seed=args.seed,
+        first=beginnings,
         stop=lambda row, made: streams[row].finish is not None,
-    )  # fmt: skip
+    )
     for token in tokens:
         text = streams[token.row].feed(token.id)
         if streams[token.row].finish != "document":
             logprobs[token.row].append(token.logprob)
-        if token.row == first:
+        if token.row == live:
             show(text)
     seconds = time.perf_counter() - start
     for row, stream in enumerate(streams):
         rest = stream.flush()
         if args.json:
             print(json.dumps(record(prompt, stream, logprobs[row], seconds)), flush=True)
-        elif row == first:
+        elif row == live:
             show(rest + "\n")
         else:
             show(SEPARATOR.lstrip() + prompt + stream.text + "\n")

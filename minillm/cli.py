@@ -121,5 +121,5 @@ def duration(text: str) -> float:
 def _bounded(value, low, high):
     if value < low or (high is not None and value > high):
         span = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
-        raise argparse.ArgumentTypeError(f"{value:g} is out of range; expected {span}")
+        raise argparse.ArgumentTypeError(f"{value} is out of range; expected {span}")
     return value

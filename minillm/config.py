@@ -29,6 +29,7 @@ class ModelConfig:
 
     vocab_size: int | None = setting(
         None, "tokens in the vocabulary; for bpe chosen from the corpus size if not given",
+        group="model",
         low=1, high=1 << 24,
     )  # fmt: skip
     seq_len: int = setting(256, "context, in tokens", low=1, high=1 << 24)

@@ -136,7 +136,7 @@ def _typed(path: Path, key: str, value: Any, f: Field) -> Any:
         type(value) is int or "parse" in f.metadata))  # fmt: skip
     if not fits:
         raise UsageError(
-            f"{path}: {key} = {json.dumps(value)} is a {type(value).__name__}, "
+            f"{path}: {key} = {json.dumps(value, default=str)} is a {type(value).__name__}, "
             f"expected a {kind.__name__}"
         )
     if kind in (bool, str) and "choices" not in f.metadata:

@@ -57,7 +57,8 @@ def run(name: str, body: Callable[[Sequence[str]], None], argv: Sequence[str]) -
         body(argv)
         return 0
     except SystemExit as stop:  # argparse: --help is 0, wrong usage is 2
-        return stop.code if isinstance(stop.code, int) else 2
+        code = stop.code or 0
+        return code if isinstance(code, int) else 2
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted", file=sys.stderr)
         return 130
@@ -90,11 +91,12 @@ def _text(error: Exception) -> str:
     if isinstance(error, MinillmError):
         return str(error)
     if isinstance(error, OSError):
-        where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
+        name = error.filename  # text or bytes; of a bare file descriptor a number
+        where = f"{os.fsdecode(name) if isinstance(name, bytes) else name}: " if name else ""
         return f"{where}{error.strerror or error}"
     return f"out of memory; try a smaller --micro-batch-size, --seq-len or model ({error})"
 
 
 def _is_out_of_memory(error: Exception) -> bool:
     # torch raises torch.OutOfMemoryError on a GPU and a plain RuntimeError from its CPU allocator.
-    return type(error).__name__ == "OutOfMemoryError" or "not enough memory" in str(error)
+    return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)

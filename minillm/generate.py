@@ -41,12 +41,14 @@ def generate(
     repetition_penalty: float = 1.0,
     seed: int = 0,
     samples: Sequence[int] | None = None,
+    first: Sequence[int] = (),
     stop: Callable[[int, list[int]], bool] | None = None,
     use_cache: bool = True,
 ) -> Iterator[Token]:
     """Continue each prompt, all rows in step; yields the rows' tokens as they are made.
 
     prompts: token ids, each at least one.
+    first: the tokens from which each row's first new one is taken; empty: all.
     stop: stop(row, its tokens so far) tells after each token whether the row has ended.
     repetition_penalty: Keskar et al. 2019, arXiv:1909.05858, section 4.1; over prompt and text.
     seed, samples: the random number of a token is a function of (seed, samples[row], how many
@@ -66,6 +68,10 @@ def generate(
         logprobs = logits.log_softmax(-1)
         if repetition_penalty != 1.0:
             logits = penalise(logits, [texts[r] for r in context.rows], repetition_penalty)
+        if first and made == 0:
+            barred = torch.ones(logits.shape[-1], dtype=torch.bool, device=device)
+            barred[torch.tensor(first, device=device)] = False
+            logits = logits.masked_fill(barred, -torch.inf)
         draws = [uniform(seed, numbers[r], made) for r in context.rows]
         u = torch.tensor(draws, device=device)
         ids = model.ops.sample(logits, u, **options)

@@ -4,6 +4,7 @@ Flags are made from the fields of ModelConfig and TrainConfig; there is no secon
 files and flags are merged stands in configure.py.
 """
 
+import argparse
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Sequence
 from dataclasses import Field, asdict, dataclass, fields
@@ -28,7 +29,10 @@ ALIASES = {
 class TrainConfig:
     """Everything of a run that is not the model's shape. Lengths of time are in steps."""
 
-    preset: str | None = setting(None, "named settings to start from", choices=tuple(PRESETS))
+    preset: str | None = setting(
+        None, "named settings to start from; default: nano on a CPU, tiny on a GPU",
+        choices=tuple(PRESETS), group="run",
+    )  # fmt: skip
     data: str | None = setting(
         None, "file, folder or glob of text, or a prepared folder; default: the source files of "
         "this Python's standard library",
@@ -40,7 +44,7 @@ class TrainConfig:
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
     threads: str = setting("auto", "processor threads; auto times one against all")
 
-    tokenizer: str = setting("bpe", "bpe, char, byte, FILE.model or FILE.json")
+    tokenizer: str = setting("bpe", "bpe, char, byte, FILE.model or FILE.json", group="data")
     val_fraction: float = setting(
         0.05, "share of the text held out: whole documents, of a single one its tail", low=0.0,
         high=0.5,
@@ -48,7 +52,7 @@ class TrainConfig:
     errors: str = setting("strict", "bytes that are not UTF-8", choices=("strict", "replace"))
     cache_dir: str = setting("data/prepared", "where prepared text is kept")
 
-    optimizer: str = setting("adamw", "optimiser", choices=("adamw", "muon"))
+    optimizer: str = setting("adamw", "optimiser", choices=("adamw", "muon"), group="optimiser")
     learning_rate: float = setting(1e-3, "peak; of the matrices, with muon", low=0.0, high=10.0)
     min_learning_rate: float = setting(1e-4, "at the end", low=0.0, high=10.0)
     warmup: int = setting(100, "steps", low=0)
@@ -69,11 +73,13 @@ class TrainConfig:
     ema: float = setting(0.0, "decay of the weights' average; 0: none", low=0.0, high=0.99999)
     early_stop: int = setting(0, "stop after this many evaluations without gain; 0: never", low=0)
 
-    dtype: str = setting("auto", "of the computation", choices=("auto", "fp32", "bf16"))
+    dtype: str = setting(
+        "auto", "of the computation", choices=("auto", "fp32", "bf16"), group="precision and speed"
+    )
     kernels: str = setting("auto", "table of operations", choices=("auto", "triton", "eager"))
     compile: bool = setting(False, "torch.compile the model")
 
-    log_every: int = setting(10, "steps", low=1)
+    log_every: int = setting(10, "steps", low=1, group="reporting")
     eval_every: int = setting(250, "steps; 0: only at the end", low=0)
     eval_batches: int = setting(
         20, "batches of --batch-size windows in an evaluation on the way; 0: the whole split; the "
@@ -128,22 +134,26 @@ class Settings:
 
 def add_flags(parser: cli.Parser) -> None:
     """Give the parser one flag for each field, grouped by what it configures."""
-    for title, owner in (("model", ModelConfig), ("training", TrainConfig)):
-        group = parser.add_argument_group(title)
-        for f in fields(owner):
-            if not f.metadata:
-                continue
-            flag = "--" + f.name.replace("_", "-")
-            default = "" if f.default is None or "default" in f.metadata["help"] else f.default
-            text = f.metadata["help"] + (f" (default: {default})" if default != "" else "")
-            options = {"dest": f.name, "default": None, "help": text.replace("%", "%%")}
-            if f.type is bool or f.type == "bool":
-                group.add_argument(flag, nargs="?", const=True, type=_boolean, **options)
-                options["help"] = f"the opposite of {flag}"
-                group.add_argument("--no-" + flag[2:], action="store_const", const=False, **options)
-            else:
-                parse, metavar = parser_of(f), _metavar(f)
-                group.add_argument(flag, type=parse, metavar=metavar, **options)
+    for f in all_flags().values():
+        if "group" in f.metadata:
+            group = parser.add_argument_group(f.metadata["group"])
+        flag = "--" + f.name.replace("_", "-")
+        text = f.metadata["help"]
+        if f.default is not None and "default" not in text:
+            text += f" (default: {_shown(f.default)})"
+        options = {"dest": f.name, "default": None}
+        if kind_of(f) is bool:
+            words = {"nargs": "?", "const": True, "type": _boolean, "metavar": "true|false"}
+            group.add_argument(flag, help=text, **words, **options)
+            opposite = {"action": "store_const", "const": False, "help": argparse.SUPPRESS}
+            group.add_argument("--no-" + flag[2:], **opposite, **options)
+        else:
+            what = {"type": parser_of(f), "metavar": _metavar(f)}
+            group.add_argument(flag, help=text.replace("%", "%%"), **what, **options)
+
+
+def _shown(default: Any) -> str:
+    return {True: "yes", False: "no"}[default] if isinstance(default, bool) else str(default)
 
 
 def all_flags() -> dict[str, Field]:

@@ -28,7 +28,9 @@ def command_line(description: str) -> cli.Parser:
     parser = cli.Parser(
         prog="train.py",
         description=description,
-        epilog=f"nanoGPT's names are understood too: {names}. Underscores may stand for dashes.",
+        epilog="The defaults shown hold without a preset; --preset NAME --print-config shows a "
+        "preset's. Switches are turned off with --no-NAME. Underscores may stand for dashes, and "
+        f"nanoGPT's names for ours: {names}.",
         aliases=ALIASES,
     )
     parser.add_argument("--config", metavar="FILE", help="settings from a .toml or .json file")

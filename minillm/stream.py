@@ -11,12 +11,14 @@ class TextStream:
 
     stops: texts that end the row; neither they nor what follows is given out.
     BOS, the beginning of another document, ends the row too.
+    skip: bytes of the first token that the prompt already showed, see Tokenizer.heal.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), skip: int = 0) -> None:
         self.tokenizer, self.stops = tokenizer, [s for s in stops if s]
         # Bytes that are no UTF-8 (a model can write any) become U+FFFD.
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.skip = skip
         self.ids: list[int] = []
         self.text = ""
         self.held = ""
@@ -28,7 +30,8 @@ class TextStream:
             self.finish = "document"
             return self.flush()
         self.ids.append(token)
-        self.held += self.decoder.decode(self.tokenizer.decode_bytes([token]))
+        data, self.skip = self.tokenizer.decode_bytes([token])[self.skip :], 0
+        self.held += self.decoder.decode(data)
         found = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
         if found:
             self.finish = "stop"

@@ -48,6 +48,20 @@ class Tokenizer:
         line_break = self._bytes_of.index(b"\n") if b"\n" in self._bytes_of else 0
         return self.encode(prompt) or [line_break]
 
+    def heal(self, ids: Sequence[int]) -> tuple[list[int], list[int], int]:
+        """Give a prompt's last token back to the model, if a longer token begins like it.
+
+        After "def " the model has never seen a space by itself: what followed was always one token,
+        " name". So the last token is taken away, and the first new one must begin with its bytes.
+        Returns (ids, the tokens that may come first (empty: any), bytes of them already there).
+        Source: "token healing", Lundberg 2023, for the guidance library.
+        """
+        last = self._bytes_of[ids[-1]]
+        allowed = [i for i, piece in enumerate(self._bytes_of) if last and piece.startswith(last)]
+        if len(ids) < 2 or len(allowed) < 2:
+            return list(ids), [], 0
+        return list(ids[:-1]), allowed, len(last)
+
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The raw bytes of `ids`; special tokens are empty."""
         ids = list(ids)

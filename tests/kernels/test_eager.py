@@ -164,9 +164,7 @@ def test_decode_attention(generator, no_worse, name, dtype, T, lengths):
     room = torch.randn(2, B, S + 5, G, D, generator=generator).to(dtype)  # as a cache hands it out
     k, v = room[0, :, :S], room[1, :, :S]
     ends = None if lengths is None else torch.tensor(lengths)
-    truth = reference.decode_attention(
-        q.double(), k.double(), v.double(), ends, **widened(options)
-    )
+    truth = reference.decode_attention(q.double(), k.double(), v.double(), ends, **widened(options))
     ours = eager.decode_attention(q, k, v, ends, **options)
     yardstick = reference.decode_attention(q, k, v, ends, **options)
     no_worse([ours], [yardstick], [truth])
@@ -268,9 +266,7 @@ def test_linear_cross_entropy_in_low_precision(
     inputs, targets = head_inputs(generator, *dtypes, ignored, contiguous)
     options = {**HEADS[name], "targets": targets}
     weights = [torch.tensor(0.7)]
-    truth = outputs_and_gradients(
-        reference.linear_cross_entropy, widened(inputs), options, weights
-    )
+    truth = outputs_and_gradients(reference.linear_cross_entropy, widened(inputs), options, weights)
     yardstick = outputs_and_gradients(plain_head, inputs, options, weights)
     ours = outputs_and_gradients(eager.linear_cross_entropy, inputs, options, weights)
     assert [y.dtype for y in ours] == [torch.float32, *dtypes]

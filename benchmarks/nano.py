@@ -1,0 +1,84 @@
+"""What the default run is worth: its held-out text under gzip and xz, and 20 samples looked at.
+
+    python benchmarks/nano.py runs/nano-1
+
+gzip and xz compress the concatenation of the held-out files, byte for byte what train.py's bits a
+byte are counted over. A sampled line is accepted if Python's tokenizer, given that line alone,
+finds no error in it (brackets and triple quotes may stay open); it is a copy if the same line,
+white space around it apart, stands in the training text.
+"""
+
+import io
+import json
+import subprocess
+import sys
+import tokenize
+from pathlib import Path
+
+from minillm.checkpoint import load_run
+from minillm.data import Tokens
+from minillm.generate import generate
+from minillm.shards import Corpus, open_corpus
+from minillm.stream import TextStream
+
+SAMPLES, TOKENS = 20, 200
+
+
+def raw_text(corpus: Corpus, split: str) -> bytes:
+    """The bytes of all documents of a split, one after the other."""
+    tokens = Tokens(corpus, split)
+    return corpus.tokenizer().decode_bytes(tokens.read(0, len(tokens)).tolist())
+
+
+def bits_per_byte(command: list[str], data: bytes) -> float:
+    """What a compressor needs."""
+    return 8 * len(subprocess.run(command, input=data, capture_output=True).stdout) / len(data)
+
+
+def is_accepted(line: str) -> bool:
+    """Whether Python's tokenizer finds no error in the line."""
+    try:
+        tokens = list(tokenize.generate_tokens(io.StringIO(line.strip() + "\n").readline))
+    except (tokenize.TokenError, SyntaxError) as error:
+        return "EOF in multi-line" in str(error) or "unexpected EOF" in str(error)
+    return all(token.type != tokenize.ERRORTOKEN for token in tokens)
+
+
+def main(run: Path) -> None:
+    """Print the table."""
+    corpus = open_corpus(json.loads((run / "config.json").read_text())["corpus"])
+    held_out = raw_text(corpus, "val")
+    print(f"held out: {corpus.documents['val']} files, {len(held_out):,} bytes")
+    assert len(held_out) == corpus.bytes["val"]
+    for command in (["gzip", "-9", "-c"], ["xz", "-9e", "-c"]):
+        print(f"{' '.join(command[:2])}: {bits_per_byte(command, held_out):.4f} bits a byte")
+    model, tokenizer, _ = load_run(run)
+    prompts = [tokenizer.prompt_ids("")] * SAMPLES
+    streams = [TextStream(tokenizer) for _ in prompts]
+    for token in generate(
+        model,
+        prompts,
+        max_tokens=TOKENS,
+        temperature=0.8,
+        top_p=0.95,
+        stop=lambda row, ids: streams[row].finish is not None,
+    ):
+        streams[token.row].feed(token.id)
+    for stream in streams:
+        stream.flush()
+    known = {line.strip() for line in raw_text(corpus, "train").decode().splitlines()}
+    # The last line of a sample that ran out of tokens is cut off in the middle.
+    lines = [
+        line
+        for s in streams
+        for line in (s.text.splitlines() if s.finish else s.text.splitlines()[:-1])
+        if line.strip()
+    ]
+    accepted = sum(map(is_accepted, lines))
+    new = sum(line.strip() not in known for line in lines)
+    print(f"{SAMPLES} samples of up to {TOKENS} tokens, seed 0: {len(lines)} non-blank lines")
+    print(f"accepted by Python's tokenizer: {accepted}; not copies of training lines: {new}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,119 @@
+"""The parser itself: strict, one line a refusal, and numbers within their bounds."""
+
+from argparse import ArgumentTypeError
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minillm.cli import Parser, duration, real, whole
+from minillm.errors import UsageError, run
+
+
+def parser():
+    p = Parser(prog="x.py", aliases={"--start": "--prompt"})
+    p.add_argument("folder", nargs="?")
+    p.add_argument("--prompt")
+    p.add_argument("--max-tokens", type=whole(1))
+    p.add_argument("--stop", action="append")
+    p.add_argument("--json", action="store_true")
+    return p
+
+
+def test_what_is_understood():
+    args = parser().parse(
+        ["run", "--max_tokens=3", "--start", "def f_(", "--stop", "a", "--stop", "b", "--json"]
+    )
+    assert (args.folder, args.max_tokens, args.prompt) == ("run", 3, "def f_(")
+    assert args.stop == ["a", "b"] and args.json and not args.debug
+    assert parser().parse(["--", "--folder"]).folder == "--folder"
+    assert parser().parse(["--prompt=--max_tokens"]).prompt == "--max_tokens"
+    assert parser().parse(["--prompt=a=b"]).prompt == "a=b"
+    assert parser().parse(["--prompt="]).prompt == ""
+
+
+REFUSED = [
+    (["--max-tok", "3"], "unknown flag --max-tok; did you mean --max-tokens?"),
+    (["--p", "x"], "unknown flag --p"),
+    (["--strat", "x"], "unknown flag --strat; did you mean --start?"),
+    (["--wibble=3"], "unknown flag --wibble; see --help"),
+    (["-x"], "unknown flag -x"),
+    (["a", "b"], "unexpected argument 'b'; see --help"),
+    (["--json", "--json"], "--json is given twice; give it once"),
+    (["--prompt", "a", "--start", "b"], "--prompt is given twice"),
+    (["--max-tokens", "0"], "argument --max-tokens: 0 is out of range; expected at least 1"),
+    (["--max-tokens", "x"], "argument --max-tokens: 'x' is not a whole number"),
+    (["--max-tokens"], "argument --max-tokens: expected one argument"),
+    (["--json=yes"], "argument --json: ignored explicit argument 'yes'"),
+]
+
+
+@pytest.mark.parametrize("argv, message", REFUSED, ids=str)
+def test_what_is_refused(argv, message):
+    with pytest.raises(UsageError) as refusal:
+        parser().parse(argv)
+    assert message in str(refusal.value)
+
+
+def test_a_refusal_ends_with_two_in_one_line(capsys):
+    assert run("x.py", parser().parse, ["--wibble"]) == 2
+    assert capsys.readouterr().err == "x.py: error: unknown flag --wibble; see --help\n"
+
+
+def test_help_ends_with_zero(capsys):
+    assert run("x.py", parser().parse, ["--help"]) == 0
+    assert "--max-tokens" in capsys.readouterr().out
+
+
+@given(st.lists(st.text(max_size=8), max_size=4))
+def test_any_words_are_parsed_or_refused(argv):
+    if {"-h", "--help"} & set(argv) or any(w.startswith("-h") for w in argv):
+        return
+    try:
+        parser().parse(argv)
+    except UsageError as refusal:
+        assert str(refusal)
+
+
+@given(st.integers())
+def test_whole(value):
+    parse = whole(-5, 1000)
+    if -5 <= value <= 1000:
+        assert parse(str(value)) == value
+    else:
+        with pytest.raises(ArgumentTypeError, match="expected between -5 and 1000"):
+            parse(str(value))
+
+
+@given(st.floats())
+def test_real(value):
+    parse = real(0.0, 1.0, above=True, below=True)
+    if 0 < value < 1:
+        assert parse(repr(value)) == value
+    else:
+        with pytest.raises(ArgumentTypeError):
+            parse(repr(value))
+
+
+def test_the_ends_of_real():
+    assert real(0.0, 1.0)("0") == 0.0 and real(0.0, 1.0)("1") == 1.0
+    with pytest.raises(ArgumentTypeError, match="0 is not above 0"):
+        real(0.0, 1.0, above=True)("0")
+    with pytest.raises(ArgumentTypeError, match="1.0 is not below 1"):
+        real(0.0, 1.0, below=True)("1.0")
+    with pytest.raises(ArgumentTypeError, match="-1.0 is out of range; expected at least 0"):
+        real(0.0)("-1")
+
+
+@pytest.mark.parametrize(
+    "text, seconds",
+    [("90", 90), ("90s", 90), ("10m", 600), ("1.5h", 5400), (" 2 m ", 120), (".5s", 0.5)],
+)
+def test_duration(text, seconds):
+    assert duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "0", "0s", "-1", "1d", "m", "1e3", "1m30s", "inf", "nan"])
+def test_refused_durations(text):
+    with pytest.raises(ArgumentTypeError, match="is not a duration such as 90s, 10m or 2h"):
+        duration(text)
