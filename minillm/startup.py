@@ -5,6 +5,7 @@ import platform
 import subprocess
 from argparse import Namespace
 from dataclasses import asdict, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -146,10 +147,8 @@ def require_memory(model: ModelConfig, device: torch.device) -> None:
 def facts_of(corpus: Corpus) -> dict:
     """What config.json says beside the settings: versions, commit, corpus."""
     try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
+        triton_version = version("triton")
+    except PackageNotFoundError:
         triton_version = None
     return {
         "versions": {
