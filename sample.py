@@ -47,9 +47,13 @@ def main(argv: Sequence[str]) -> None:
     threads, _ = world.set_threads(1 if args.threads == "auto" and small else args.threads)
     note(f"{run}, step {checkpoint.open_checkpoint(run, args.checkpoint).step}, {device}, "
          f"{threads} thread{'s' * (threads > 1)}, seed {args.seed}")  # fmt: skip
-    sys.stdout.reconfigure(errors="replace")
     for prompt in prompts(args):
-        write(model, tokenizer, prompt, args)
+        try:
+            write(model, tokenizer, prompt, args)
+        except errors.UsageError as error:
+            if not args.interactive:
+                raise
+            note(f"error: {errors.one_line(str(error))}")
 
 
 def command_line() -> cli.Parser:
@@ -113,7 +117,8 @@ def prompts(args: Namespace) -> Iterator[str]:
 def read_prompt(path: Path) -> str:
     """The text of a prompt file. UsageError, with the place, if it is not UTF-8."""
     if not path.is_file():
-        raise errors.UsageError(f"--prompt-file {path}: no such file")
+        what = "is no regular file" if path.exists() else "no such file"
+        raise errors.UsageError(f"--prompt-file {path}: {what}")
     if path.stat().st_size > 100 << 20:
         raise errors.UsageError(f"--prompt-file {path}: larger than 100 MiB; give its end alone")
     try:

@@ -102,7 +102,7 @@ def main(argv: Sequence[str]) -> None:
         rate = t.plan.learning_rate(progress.step)
         set_learning_rate(optimizers, rate)
         if shape.dropout:  # a function of the step, so that a resumed run drops the same
-            torch.manual_seed(config.seed * 1_000_003 + progress.step)
+            torch.manual_seed((config.seed * 1_000_003 + progress.step) % 2**63)
         tokens, targets = batches.batch(progress.step)
         loss = accumulate(forward, tokens.to(device), targets.to(device), fixed["micro_batch_size"])
         norm = nn.utils.clip_grad_norm_(parameters.values(), config.grad_clip or torch.inf)

@@ -128,7 +128,8 @@ def _seen(queries: Tensor, keys: Tensor, window: int) -> Tensor:
 def _attend(q, k, v, seen, distance, scale, softcap, alibi_slopes, dropout) -> Tensor:
     D, share = q.shape[-1], q.shape[2] // k.shape[2]
     k, v = (_wide(x).repeat_interleave(share, dim=2) for x in (k, v))  # (B, S, H, D)
-    scores = torch.einsum("bthd,bshd->bhts", _wide(q), k) * (scale or 1 / math.sqrt(D))
+    scale = 1 / math.sqrt(D) if scale is None else scale
+    scores = torch.einsum("bthd,bshd->bhts", _wide(q), k) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     if alibi_slopes is not None:

@@ -13,6 +13,8 @@ from typing import Any, NoReturn
 
 from minillm.errors import UsageError
 
+LONGEST = 1e9  # seconds: 32 years
+
 
 class HelpFormatter(argparse.HelpFormatter):
     """Adds the default to each flag's help, where there is one to tell."""
@@ -113,7 +115,7 @@ def duration(text: str) -> float:
     """Seconds from `90`, `90s`, `10m` or `1.5h`."""
     match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([smh]?)", text.strip())
     seconds = match and float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
-    if not seconds or not math.isfinite(seconds):
+    if not seconds or seconds > LONGEST:
         raise argparse.ArgumentTypeError(f"{text!r} is not a duration such as 90s, 10m or 2h")
     return seconds
 

@@ -3,7 +3,7 @@
 How it is trained stands in settings.py, the named presets in presets.py.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from minillm.errors import UsageError
@@ -68,7 +68,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            _check_range(f, getattr(self, f.name))
+            check_range(f, getattr(self, f.name))
         if self.d_head is None:
             if self.d_model % self.n_head:
                 raise UsageError(_divisor("--n-head", self.n_head, "--d-model", self.d_model))
@@ -125,7 +125,8 @@ class ModelConfig:
         return 6 * self.n_matrix_parameters + 12 * self.n_layer * self.n_head * self.d_head * span
 
 
-def _check_range(f, value) -> None:
+def check_range(f: Field, value: Any) -> None:
+    """Raise UsageError if a field's value is outside what its `setting` allows."""
     rules, flag = f.metadata, "--" + f.name.replace("_", "-")
     if value is None or not rules:
         return

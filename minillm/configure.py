@@ -139,6 +139,8 @@ def _typed(path: Path, key: str, value: Any, f: Field) -> Any:
             f"{path}: {key} = {json.dumps(value, default=str)} is a {type(value).__name__}, "
             f"expected a {kind.__name__}"
         )
+    if kind is str and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
+        raise UsageError(f"{path}: {key} holds a NUL or half a character")
     if kind in (bool, str) and "choices" not in f.metadata:
         return value
     try:

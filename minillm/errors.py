@@ -3,10 +3,12 @@
 Code 1 (a bug of ours) is whatever is not named here. What this room does not do: catch bugs.
 """
 
+import io
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 HANGUP = 141  # 128 + SIGPIPE: the reader of our standard output went away
 
@@ -53,8 +55,12 @@ def run(name: str, body: Callable[[Sequence[str]], None], argv: Sequence[str]) -
 
     `--debug` among the arguments lets every traceback through.
     """
+    _mend_streams()
     try:
-        body(argv)
+        try:
+            body(argv)
+        finally:
+            sys.stdout.flush()  # at exit a reader that went away would be no BrokenPipeError
         return 0
     except SystemExit as stop:  # argparse: --help is 0, wrong usage is 2
         code = stop.code or 0
@@ -75,6 +81,20 @@ def run(name: str, body: Callable[[Sequence[str]], None], argv: Sequence[str]) -
             return code
         print(f"{name}: error: {one_line(_text(error))}", file=sys.stderr)
         return code
+
+
+def _mend_streams() -> None:
+    """Closed standard streams become the null device; what is not in their encoding is no error."""
+    for name, mode, errors in (
+        ("stdin", "r", "surrogateescape"),
+        ("stdout", "w", "replace"),
+        ("stderr", "w", "backslashreplace"),
+    ):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
 
 
 def _code(error: Exception) -> int:

@@ -49,13 +49,16 @@ def generate(
 
     prompts: token ids, each at least one.
     first: the tokens from which each row's first new one is taken; empty: all.
-    stop: stop(row, its tokens so far) tells after each token whether the row has ended.
+    stop: stop(row, its tokens so far) tells after each token whether the row has ended. A row of a
+    model with a document mask also ends with BOS.
     repetition_penalty: Keskar et al. 2019, arXiv:1909.05858, section 4.1; over prompt and text.
     seed, samples: the random number of a token is a function of (seed, samples[row], how many
     tokens the row has made), so row 3 of a batch is what `samples=[3]` gives alone.
-    Raises UsageError on an empty prompt or a prompt token beyond the vocabulary.
+    Raises UsageError on an option outside its range, an empty prompt or a token beyond the
+    vocabulary.
     """
-    _check(model, prompts, max_tokens)
+    check_sampling(max_tokens, temperature, top_k, top_p, min_p, repetition_penalty)
+    _check_prompts(model, prompts)
     numbers = list(range(len(prompts))) if samples is None else list(samples)
     texts = [list(prompt) for prompt in prompts]
     # MPS has no float64, which sampling wants.
@@ -80,7 +83,9 @@ def generate(
         for row, token, logprob in zip(list(context.rows), ids.tolist(), chosen, strict=True):
             texts[row].append(token)
             yield Token(row, token, logprob)
-            if stop is not None and stop(row, texts[row][len(prompts[row]) :]):
+            # With a document mask what follows BOS would not see what stands before it.
+            over = model.config.document_mask and token == model.config.bos_id
+            if over or (stop is not None and stop(row, texts[row][len(prompts[row]) :])):
                 ended.add(row)
         if ended:
             context.drop(ended)
@@ -185,15 +190,42 @@ def _mix(z: int) -> int:
     return z ^ (z >> 31)
 
 
-def _check(model: GPT, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
-    V = model.config.vocab_size
+def check_sampling(
+    max_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    repetition_penalty: float,
+) -> None:
+    """Raise UsageError on a sampling option outside its range."""
+    rules = (
+        ("max_tokens", max_tokens, max_tokens >= 1, "at least 1"),
+        ("temperature", temperature, 0 <= temperature < float("inf"), "0 or more, and finite"),
+        ("top_k", top_k, top_k >= 0, "0 or more"),
+        ("top_p", top_p, 0 < top_p <= 1, "above 0, at most 1"),
+        ("min_p", min_p, 0 <= min_p <= 1, "between 0 and 1"),
+        (
+            "repetition_penalty",
+            repetition_penalty,
+            0 < repetition_penalty < float("inf"),
+            "above 0",
+        ),
+    )
+    for name, value, is_fine, expected in rules:
+        if not is_fine:
+            raise UsageError(f"{name} is {value}; expected {expected}")
+
+
+def _check_prompts(model: GPT, prompts: Sequence[Sequence[int]]) -> None:
+    V, bos = model.config.vocab_size, model.config.bos_id
     if not prompts:
         raise UsageError("no prompt to continue")
-    if max_tokens < 1:
-        raise UsageError(f"max_tokens {max_tokens} is not at least 1")
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise UsageError(f"prompt {i} has no token; a model continues at least one")
         bad = [t for t in prompt if not 0 <= t < V]
         if bad:
             raise UsageError(f"prompt {i} holds token {bad[0]}; the model knows 0 to {V - 1}")
+        if model.config.document_mask and bos in prompt[1:]:
+            raise UsageError(f"prompt {i} holds a second document; this model sees one at a time")

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from minillm import cli, schedule
-from minillm.config import ModelConfig, setting
+from minillm.config import ModelConfig, check_range, setting
 from minillm.errors import UsageError
 from minillm.presets import PRESETS
 
@@ -65,7 +65,9 @@ class TrainConfig:
     batch_size: int = setting(64, "sequences a step, over all ranks", low=1, high=1 << 24)
     micro_batch_size: str = setting("auto", "sequences at a time; auto: the most that fit")
     steps: int | None = setting(None, "optimiser steps; default: one epoch", low=1, high=10**9)
-    epochs: float | None = setting(None, "passes over the data instead of --steps", low=1e-6)
+    epochs: float | None = setting(
+        None, "passes over the data instead of --steps", low=1e-6, high=1e6
+    )
     time_limit: float | None = setting(
         None, "train no longer than this, such as 90s, 10m, 2h; the schedule ends with it",
         parse=cli.duration,
@@ -91,6 +93,8 @@ class TrainConfig:
     keep_best: bool = setting(True, "keep the checkpoint of the best validation loss too")
 
     def __post_init__(self) -> None:
+        for f in fields(self):
+            check_range(f, getattr(self, f.name))
         if self.min_learning_rate > self.learning_rate:
             raise UsageError(
                 f"--min-learning-rate {self.min_learning_rate:g} is above --learning-rate "

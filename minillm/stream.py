@@ -36,6 +36,7 @@ class TextStream:
         if found:
             self.finish = "stop"
             self.held, sure = "", self.held[: min(found)]
+            self.decoder.reset()
             return self._give(sure)
         keep = max((_overlap(self.held, stop) for stop in self.stops), default=0)
         sure = self.held[: len(self.held) - keep]

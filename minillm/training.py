@@ -1,5 +1,6 @@
 """What the loop of train.py works with, and what it does now and then: judge, sample, save."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -90,6 +91,11 @@ def restore(t: Training, past: Checkpoint, pacer: Pacer, given: frozenset[str]) 
         t.plan = t.plan.repaced(past.step, pacer.affordable(past.step, pacer.guess_s))
 
 
+def _averaged(t: Training) -> AbstractContextManager[None]:
+    """The model holds what will be sampled from: the averaged weights, if there are any."""
+    return t.average.swapped_in() if t.average else nullcontext()
+
+
 @torch.no_grad()
 def judge(t: Training, whole: bool) -> dict[str, float]:
     """Loss on the whole validation split, or on --eval-batches batches of it.
@@ -100,10 +106,7 @@ def judge(t: Training, whole: bool) -> dict[str, float]:
         return {}
     limit = None if whole else t.config.eval_batches * t.config.batch_size
     windows = evaluation_windows(t.corpus, "val", t.model.config.seq_len, limit)
-    if t.average:
-        with t.average.swapped_in():
-            result = evaluate(t.model, windows, t.fixed["micro_batch_size"])
-    else:
+    with _averaged(t):
         result = evaluate(t.model, windows, t.fixed["micro_batch_size"])
     bpb = result.bits_per_byte(t.corpus.tokens["val"], t.corpus.bytes["val"])
     return {"val_loss": result.loss, "val_bpb": bpb}
@@ -126,11 +129,12 @@ def take_sample(t: Training) -> str:
     """What the model writes of itself; kept in samples.txt under the step."""
     tokenizer = t.corpus.tokenizer()
     t.model.eval()
-    made = generate(
-        t.model, [tokenizer.prompt_ids("")], max_tokens=SAMPLE_TOKENS, temperature=0.8, top_p=0.95,
-        seed=t.config.seed, stop=lambda row, ids: ids[-1] == tokenizer.bos_id,
-    )  # fmt: skip
-    text = tokenizer.decode([token.id for token in made if token.id != tokenizer.bos_id])
+    with _averaged(t):
+        made = generate(
+            t.model, [tokenizer.prompt_ids("")], max_tokens=SAMPLE_TOKENS, temperature=0.8,
+            top_p=0.95, seed=t.config.seed, stop=lambda row, ids: ids[-1] == tokenizer.bos_id,
+        )  # fmt: skip
+        text = tokenizer.decode([token.id for token in made if token.id != tokenizer.bos_id])
     t.model.train()
     with (t.run / "samples.txt").open("a", encoding="utf-8") as file:
         file.write(f"=== step {t.progress.step}\n{text}\n")

@@ -1,5 +1,6 @@
 """Every refusal is one line and its exit code; every bug of ours keeps its traceback."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -101,6 +102,7 @@ def test_a_reader_that_goes_away_is_no_error():
     body = "lambda argv: [print('y' * 100, flush=True) for _ in range(100000)]"
     process = subprocess.Popen(
         [sys.executable, "-c", program.replace("BODY", body)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )

@@ -363,6 +363,14 @@ def test_top_k_comes_before_top_p():
     assert [s > 0 for s in shares] == [True, False, False, False, False]
 
 
+def test_top_p_stops_where_the_mass_is_reached():
+    logits = torch.tensor([1.0, 0.5, 0.25, 0.25], dtype=torch.float64).log()
+    assert logits.softmax(-1).tolist() == [0.5, 0.25, 0.125, 0.125]  # exactly
+    for top_p, kept in ((0.5, 1), (0.5 + 1e-9, 2), (0.75, 2)):
+        shares, _ = drawn(logits.tolist(), top_p=top_p)
+        assert sum(s > 0 for s in shares) == kept
+
+
 def test_ties_at_the_border_are_kept():
     logits = [1.0, 2.0, 1.0, 0.0, 1.0]
     for options in ({"top_k": 2}, {"top_p": 0.5}, {"min_p": math.exp(-1) * 0.999}):
