@@ -123,18 +123,19 @@ def main(argv: Sequence[str]) -> None:
             "step": progress.step, "tokens": progress.tokens, "loss": float(loss), "lr": rate,
             "grad_norm": float(norm), "peak_memory_mib": peak_mib(device),
         }  # fmt: skip
-        improved = False
+        paused, improved = meter.pause(), False
         if due(config.eval_every, progress.step) and not last:
-            paused = meter.pause()
             row |= judge(t, whole=config.eval_batches == 0)
             improved = note_best(progress, row)
-            meter.proceed(paused)
+        meter.proceed(paused)
         if due(config.log_every, progress.step) or last or "val_loss" in row:
             meter.log(row)
+        paused = meter.pause()
         if due(config.sample_every, progress.step) and not last:
             meter.say(take_sample(t))
         if (due(config.save_every, progress.step) and not last) or (improved and config.keep_best):
             save(t)
+        meter.proceed(paused)
         if 0 < config.early_stop <= progress.evaluations_without_gain:
             meter.say(f"stopping early: {config.early_stop} evaluations without gain")
             break

@@ -1,12 +1,17 @@
 """What every test stands on: one thread, seeded numbers, and memory in which nothing was written
 holds NaN, so that a read of it shows."""
 
+import random
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 from torch import Tensor
+
+from minillm import errors
+from minillm.scripts import train as train_script
 
 settings.register_profile("house", deadline=None, derandomize=True, database=None)
 settings.load_profile("house")
@@ -64,3 +69,48 @@ def no_worse() -> Callable[..., None]:
             assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
 
     return check
+
+
+TINY = {
+    "--tokenizer": "byte", "--val-fraction": "0.1", "--n-layer": "1", "--n-head": "2",
+    "--d-model": "16", "--seq-len": "16", "--batch-size": "4", "--steps": "8", "--threads": "1",
+    "--dtype": "fp32", "--log-every": "1", "--eval-every": "4", "--eval-batches": "2",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some 6 kB of sentences of ten words, the same on every machine."""
+    numbers = random.Random(0)
+    words = "the cat sat on a mat and dogs ran far".split()
+    lines = [" ".join(words[int(numbers.random() * 10)] for _ in range(8)) for _ in range(200)]
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(".\n".join(lines) + ".\n", encoding="utf-8", newline="")
+    return path
+
+
+@pytest.fixture(scope="session")
+def train(text_file: Path) -> Callable[..., int]:
+    """train(*flags) -> exit code: train.py in this process, tiny where the flags say nothing."""
+
+    def run(*flags: str | Path) -> int:
+        words = [str(flag) for flag in flags]
+        if "--resume" not in words:
+            tiny = {**TINY, "--data": text_file, "--cache-dir": text_file.parent / "prepared"}
+            if {"--epochs", "--time-limit", "--config"} & set(words):
+                del tiny["--steps"]
+            words += [str(w) for pair in tiny.items() if pair[0] not in words for w in pair]
+        return errors.run("train.py", train_script.main, words)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_run(train: Callable[..., int], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of 8 steps with averaged weights and checkpoints 4 and 8. Copy it to change it.
+
+    It has seen bytes; its folder's name has a space.
+    """
+    run = tmp_path_factory.mktemp("runs") / "tiny run"
+    assert train("--out", run, "--ema", "0.9", "--save-every", "4", "--sample-every", "4") == 0
+    return run

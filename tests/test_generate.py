@@ -181,12 +181,28 @@ def test_logprobs_are_the_models_own():
         ([[1], []], {}, "prompt 1 has no token"),
         ([[1, 40]], {}, "prompt 0 holds token 40; the model knows 0 to 39"),
         ([[-1]], {}, "prompt 0 holds token -1"),
-        ([[1]], {"max_tokens": 0}, "max_tokens 0 is not at least 1"),
+        ([[1]], {"max_tokens": 0}, "max_tokens is 0; expected at least 1"),
+        ([[1]], {"temperature": -0.1}, "temperature is -0.1; expected 0 or more"),
+        ([[1]], {"temperature": math.nan}, "temperature is nan"),
+        ([[1]], {"top_k": -1}, "top_k is -1"),
+        ([[1]], {"top_p": 0.0}, "top_p is 0.0; expected above 0, at most 1"),
+        ([[1]], {"min_p": 1.5}, "min_p is 1.5"),
+        ([[1]], {"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
     ],
 )
 def test_refusals(prompts, options, message):
     with pytest.raises(UsageError, match=message):
         list(generate(make_model(), prompts, **options))
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_with_a_document_mask_bos_ends_the_row(use_cache):
+    model = make_model(document_mask=True, bos_id=0)
+    options = {"temperature": 1.0, "max_tokens": 200, "use_cache": use_cache}
+    made = rows(model, [[0, 1], [0, 2]], **options)
+    assert all(row[-1] == 0 and 0 not in row[:-1] for row in made)
+    with pytest.raises(UsageError, match="prompt 0 holds a second document"):
+        rows(model, [[0, 1, 0]], **options)
 
 
 def test_uniform_is_equidistributed():

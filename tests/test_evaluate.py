@@ -1,0 +1,60 @@
+"""The validation loss: every token once, each weighing the same, in nats and in bits a byte."""
+
+import math
+
+import pytest
+import torch
+
+from minillm.config import ModelConfig
+from minillm.corpus import prepare
+from minillm.data import Tokens, evaluation_windows
+from minillm.evaluate import Evaluation, evaluate
+from minillm.model import GPT
+from minillm.ops import EAGER
+
+
+@pytest.fixture(scope="module")
+def corpus(text_file, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluate")
+    return prepare([str(text_file)], tokenizer="char", cache_dir=folder, val_fraction=0.1)
+
+
+@pytest.fixture(scope="module")
+def model(corpus) -> GPT:
+    config = ModelConfig(
+        vocab_size=corpus.vocab_size, seq_len=16, n_layer=1, n_head=2, d_model=16, dropout=0.5
+    )
+    return GPT(config, EAGER, generator=torch.Generator().manual_seed(0))
+
+
+def test_it_is_the_direct_sum_over_the_split(corpus, model):
+    ids = torch.from_numpy(Tokens(corpus, "val").read(0, corpus.tokens["val"]))
+    assert (len(ids) - 1) % 16 != 0  # so that the last window is a short one
+    model.eval()
+    losses = []
+    for start in range(0, len(ids) - 1, 16):
+        window = ids[start : start + 17]
+        logp = model(window[None, :-1]).double().log_softmax(-1)[0]
+        losses += [-float(logp[t, window[t + 1]]) for t in range(len(window) - 1)]
+    model.train()
+    assert len(losses) == len(ids) - 1
+    for batch_size in (1, 3, 1000):
+        result = evaluate(model, evaluation_windows(corpus, "val", 16), batch_size)
+        assert result.tokens == len(losses)
+        assert result.loss == pytest.approx(math.fsum(losses) / len(losses), rel=1e-6)
+        assert model.training
+
+
+def test_a_part_of_the_split_has_its_own_mean(corpus, model):
+    windows = list(evaluation_windows(corpus, "val", 16))
+    part = evaluation_windows(corpus, "val", 16, 5)
+    assert len(part) == 5
+    assert evaluate(model, part, 2).tokens <= 80 < evaluate(model, windows, 2).tokens
+    assert evaluate(model, part, 2) == evaluate(model, list(part), 2)
+
+
+def test_bits_per_byte():
+    # Two bytes a token on average and ln 2 nats a token: half a bit a byte.
+    assert Evaluation(math.log(2), 7).bits_per_byte(100, 200) == pytest.approx(0.5)
+    # What is uniform over bytes takes eight bits.
+    assert Evaluation(math.log(256), 7).bits_per_byte(50, 50) == pytest.approx(8.0)

@@ -1,0 +1,79 @@
+"""What a run reports: rows of metrics.jsonl, lines in a pipe, a bar on a terminal."""
+
+import io
+import json
+import sys
+import time
+
+import pytest
+
+from minillm.meter import Meter
+
+ROW = {"step": 1, "tokens": 64, "loss": 2.5, "lr": 1e-3, "grad_norm": 0.5, "peak_memory_mib": None}
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands until it is moved: clock[0] seconds."""
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    return now
+
+
+def rows(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_row_carries_the_speed_since_the_last(tmp_path, clock, capsys):
+    path = tmp_path / "metrics.jsonl"
+    meter = Meter(path, 0, 4, flops_per_token=100.0, peak_flops=1e6)
+    for step in (1, 2):
+        clock[0] += 0.5
+        meter.step(64, 4)
+    paused = meter.pause()
+    clock[0] += 7  # an evaluation
+    meter.proceed(paused)
+    meter.log({**ROW, "step": step})
+    meter.log({"step": 2, "tokens": 128, "val_loss": 2.25, "val_bpb": 1.5})
+    meter.close()
+    first, second = rows(path)
+    assert first == {
+        **ROW, "step": 2, "step_ms": 500.0, "tokens_per_s": 128.0, "mfu": 128 * 100 / 1e6
+    }  # fmt: skip
+    assert second == {"step": 2, "tokens": 128, "val_loss": 2.25, "val_bpb": 1.5}
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("step      2/4  loss 2.5000  lr 1.00e-03  grad_norm 0.50  500 ms")
+    assert lines[1] == "step      2/4  val_loss 2.2500  val_bpb 1.5000"
+
+
+def test_numbers_that_are_not_finite_become_null(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    meter = Meter(path, 0, 4, 1.0, 1.0)
+    meter.log({**ROW, "loss": float("nan"), "grad_norm": float("inf")})
+    meter.close()
+    assert rows(path)[0]["loss"] is None and rows(path)[0]["grad_norm"] is None
+
+
+def test_a_resume_cuts_what_came_after_and_a_torn_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step}) for step in (1, 2, 2, 3, 4)]
+    path.write_bytes("\n".join([*lines, "7", "[]", "{}"]).encode() + b'\n\xff\xfe\n{"step": 2, "lo')
+    Meter(path, 2, 9, 1.0, 1.0).close()
+    assert [row["step"] for row in rows(path)] == [1, 2, 2]
+    assert path.read_bytes().endswith(b"\n")
+
+
+def test_a_terminal_gets_a_bar(tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    meter = Meter(tmp_path / "metrics.jsonl", 0, 4, 1.0, 1.0)
+    meter.step(64, 4)
+    meter.log(ROW)
+    meter.say("a word")
+    meter.close()
+    shown = terminal.getvalue()
+    assert "1/4" in shown and "a word\n" in shown and "loss 2.5000" in shown
+    assert "step      1/4" not in shown

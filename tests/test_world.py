@@ -1,0 +1,98 @@
+"""Where the process runs: the device, the dtype and the threads that are picked."""
+
+import pytest
+import torch
+
+from minillm import world
+from minillm.errors import UnavailableError, UsageError
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def one_thread_afterwards():
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("fast, slow", [(1, 4), (4, 1)])
+def test_auto_takes_the_faster_number_of_threads(monkeypatch, fast, slow):
+    monkeypatch.setattr(world, "available_threads", lambda: 4)
+    seconds = {fast: 0.001, slow: 0.002}
+    monkeypatch.setattr(world, "_product_seconds", lambda: seconds[torch.get_num_threads()])
+    threads, why = world.set_threads("auto")
+    assert threads == torch.get_num_threads() == fast
+    assert why.startswith("timed a matrix product") and "1: " in why and "4: " in why
+
+
+def test_threads_as_asked(monkeypatch):
+    monkeypatch.setattr(world, "_product_seconds", lambda: pytest.fail("nothing to time"))
+    assert world.set_threads(2) == (2, "as asked")
+    assert world.set_threads("1") == (1, "as asked") and torch.get_num_threads() == 1
+    monkeypatch.setattr(world, "available_threads", lambda: 1)
+    assert world.set_threads("auto") == (1, "one processor")
+
+
+def test_a_stall_now_and_then_counts(monkeypatch):
+    """Half of the products stall: the median may not see it, the upper quartile does."""
+    now = [0.0]
+    calls = [0]
+
+    def clock():
+        calls[0] += 1
+        now[0] += 0.1 if calls[0] % 4 == 3 else 0.001
+        return now[0]
+
+    monkeypatch.setattr(world.time, "perf_counter", clock)
+    assert world._product_seconds() > 0.05
+
+
+def test_devices(monkeypatch):
+    assert world.pick_device("cpu") == CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert world.pick_device("auto") == CUDA
+    assert world.pick_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(UnavailableError, match="--device cuda:2: 2 CUDA devices here"):
+        world.pick_device("cuda:2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert world.pick_device("auto") == torch.device("mps") == world.pick_device("mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert world.pick_device("auto") == CPU
+    for name in ("cuda", "mps", "meta"):
+        with pytest.raises(UnavailableError, match="use --device cpu"):
+            world.pick_device(name)
+    for name in ("", "gpu", "cuda:-1", "cuda:x"):
+        with pytest.raises(UsageError, match="is not one of auto, cpu, cuda"):
+            world.pick_device(name)
+
+
+def test_dtypes(monkeypatch):
+    for has, width, expected in [
+        (True, 128, torch.bfloat16),
+        (True, 127, torch.float32),
+        (False, 4096, torch.float32),
+    ]:
+        monkeypatch.setattr(world, "cpu_has_bf16", lambda has=has: has)
+        assert world.pick_dtype("auto", CPU, width) == expected
+    assert world.pick_dtype("bf16", CPU, 8) == torch.bfloat16
+    assert world.pick_dtype("fp32", CPU, 4096) == torch.float32
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    assert world.pick_dtype("auto", CUDA, 8) == torch.bfloat16
+
+
+def test_many_ranks_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    world.refuse_many_ranks()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="WORLD_SIZE is 2"):
+        world.refuse_many_ranks()
+
+
+def test_memory_and_peak_are_plausible():
+    held = torch.ones(1 << 20)
+    assert world.available_memory(CPU) > 1 << 20
+    peak = world.peak_memory(CPU)
+    assert peak is None or peak > held.nbytes
+    assert world.measured_peak_flops(CPU, torch.float32) > 1e8
