@@ -79,7 +79,7 @@ def command_line() -> cli.Parser:
     add("--top-p", type=real(0, 1, above=True), default=0.95, help="of the likeliest, by mass")
     add("--min-p", type=real(0, 1), default=0.0, help="of those this share as likely as the best")
     add(
-        "--repetition-penalty", type=real(0, above=True), default=1.0,
+        "--repetition-penalty", type=real(0.01, 100), default=1.0,
         help="above 1: shun what the text already has",
     )  # fmt: skip
     add("--stop", action="append", metavar="TEXT", help="end before this text; repeatable")

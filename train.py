@@ -87,7 +87,8 @@ def main(argv: Sequence[str]) -> None:
         if config.init_from:
             checkpoint.open_checkpoint(Path(config.init_from)).load_into(model)
         checkpoint.make_run(run, config.overwrite)
-        checkpoint.write_config(run, shape, asdict(config), startup.facts_of(corpus) | fixed)
+        facts = startup.facts_of(settings, corpus) | fixed
+        checkpoint.write_config(run, shape, asdict(config), facts)
         corpus.tokenizer().save(run)
     for line in announce(t, batches, step_s, why, device):
         say(line)
@@ -136,7 +137,7 @@ def main(argv: Sequence[str]) -> None:
         if (due(config.save_every, progress.step) and not last) or (improved and config.keep_best):
             save(t)
         meter.proceed(paused)
-        if 0 < config.early_stop <= progress.evaluations_without_gain:
+        if "val_loss" in row and 0 < config.early_stop <= progress.evaluations_without_gain:
             meter.say(f"stopping early: {config.early_stop} evaluations without gain")
             break
 

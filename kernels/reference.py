@@ -251,7 +251,7 @@ def sample(
     p = logits.softmax(-1)
     if top_p < 1:
         ordered = p.sort(dim=-1, descending=True).values
-        needed = (ordered.cumsum(-1) - ordered < top_p).sum(-1, keepdim=True)
+        needed = (ordered.cumsum(-1) - ordered < top_p).sum(-1, keepdim=True).clamp(min=1)
         p = p.masked_fill(p < ordered.gather(-1, needed - 1), 0)
     if min_p > 0:
         p = p.masked_fill(p < min_p * p.amax(-1, keepdim=True), 0)

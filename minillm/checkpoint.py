@@ -228,6 +228,8 @@ def read_config(run: Path) -> tuple[ModelConfig, dict[str, Any]]:
         unknown = set(body["model"]) - names
         if unknown:
             raise CorruptError(f"{run}/config.json: unknown model setting {sorted(unknown)[0]!r}")
+        if body["model"].get("vocab_size") is None:
+            raise CorruptError(f"{run}/config.json: the model has no vocab_size")
         return ModelConfig(**body["model"]), body["train"]
     except (KeyError, TypeError, UsageError) as error:
         raise CorruptError(f"{run}/config.json: {error}") from None

@@ -41,7 +41,7 @@ class ModelConfig:
     )  # fmt: skip
     d_model: int = setting(384, "width of the residual stream", low=1, high=1 << 20)
     d_head: int | None = setting(
-        None, "width of a head; default: --d-model / --n-head", low=1, high=1 << 16
+        None, "width of a head; default: --d-model / --n-head", low=1, high=1 << 20
     )
     d_ff: int | None = setting(
         None, "width of the MLP; default: 4 x --d-model, gated: 8/3 x, up to a multiple of 64",

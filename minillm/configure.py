@@ -20,17 +20,29 @@ RESUMABLE = frozenset(
 )  # fmt: skip
 
 
-def resolve(flags: dict[str, Any], config_file: str | None, default_preset: str | None) -> Settings:
+def resolve(
+    flags: dict[str, Any],
+    config_file: str | None,
+    default_preset: str | None,
+    base: dict[str, Any] | None = None,
+) -> Settings:
     """Merge the layers. flags: name -> value, None where the user gave none.
 
+    base: what stands in for the defaults, such as the settings of a run to resume.
     Raises UsageError on an unknown key, a wrong type or settings that do not fit together.
     """
     given = {
         name: value for name, value in flags.items() if name in all_flags() and value is not None
     }
-    from_file = read_config(Path(config_file)) if config_file else {}
+    from_file = read_config(Path(config_file)) if config_file is not None else {}
     preset = given.get("preset") or from_file.get("preset") or default_preset
-    values = {**(PRESETS[preset] if preset else {}), **from_file, **given, "preset": preset}
+    values = {
+        **(base or {}),
+        **(PRESETS[preset] if preset else {}),
+        **from_file,
+        **given,
+        "preset": preset,
+    }
     # What the user says about the length replaces all that the preset says about it.
     lengths = ("steps", "epochs", "time_limit")
     if any(name in given or name in from_file for name in lengths):

@@ -112,8 +112,9 @@ def _text(error: Exception) -> str:
         return str(error)
     if isinstance(error, OSError):
         name = error.filename  # text or bytes; of a bare file descriptor a number
-        where = f"{os.fsdecode(name) if isinstance(name, bytes) else name}: " if name else ""
-        return f"{where}{error.strerror or error}"
+        name = os.fsdecode(name) if isinstance(name, bytes) else str(name or "")
+        name = name if len(name) <= 120 else "..." + name[-117:]
+        return f"{name}: {error.strerror}" if name else error.strerror or str(error)
     return f"out of memory; try a smaller --micro-batch-size, --seq-len or model ({error})"
 
 

@@ -208,8 +208,8 @@ def check_sampling(
         (
             "repetition_penalty",
             repetition_penalty,
-            0 < repetition_penalty < float("inf"),
-            "above 0",
+            0.01 <= repetition_penalty <= 100,
+            "between 0.01 and 100",
         ),
     )
     for name, value, is_fine, expected in rules:

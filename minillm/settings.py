@@ -95,6 +95,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for f in fields(self):
             check_range(f, getattr(self, f.name))
+        for name in ("data", "out", "init_from", "tokenizer", "cache_dir"):
+            if getattr(self, name) == "":
+                raise UsageError(f"--{name.replace('_', '-')} is empty")
         if self.min_learning_rate > self.learning_rate:
             raise UsageError(
                 f"--min-learning-rate {self.min_learning_rate:g} is above --learning-rate "

@@ -19,6 +19,7 @@ from minillm.errors import CorruptError, UnavailableError, UsageError
 from minillm.settings import ALIASES, Settings, TrainConfig, add_flags
 from minillm.shards import Corpus, open_corpus
 from minillm.storage import file_digest, read_json
+from minillm.tokenizer import KINDS
 
 BYTES_PER_PARAMETER = 16  # fp32 weight, gradient and the two moments of AdamW
 
@@ -55,8 +56,9 @@ def begin(args: Namespace) -> tuple[Settings, Path, Checkpoint | None]:
             raise UsageError("--resume goes on in its own folder; drop --out, --init-from and such")
         run = Path(args.resume) if args.resume else checkpoint.newest_run()
         model, train = checkpoint.read_config(run)
-        wishes = resolve(vars(args), args.config, None)
-        settings = changed(model, _as_train_config(run, train), wishes)
+        past = _as_train_config(run, train)
+        wishes = resolve(vars(args), args.config, None, {**asdict(model), **asdict(past)})
+        settings = changed(model, past, wishes)
         return settings, run, checkpoint.open_checkpoint(run)
     preset = "nano" if world.pick_device(args.device or "auto").type == "cpu" else "tiny"
     settings = resolve(vars(args), args.config, preset)
@@ -95,7 +97,7 @@ def find_corpus(settings: Settings, run: Path | None, say) -> Corpus:
     if run is not None:
         facts = read_json(run / "config.json")
         folder = Path(facts["corpus"])
-        corpus = open_corpus(folder) if folder.is_dir() else _prepare(settings, say)
+        corpus = open_corpus(folder) if folder.is_dir() else _prepare_again(settings, run, say)
         if corpus.key != facts["corpus_key"]:
             raise UsageError(
                 f"the text is not what {run} was trained on; start anew with --init-from {run}"
@@ -107,6 +109,16 @@ def find_corpus(settings: Settings, run: Path | None, say) -> Corpus:
             f"--data {train.data} was prepared with another tokenizer than {train.init_from}'s"
         )
     return corpus
+
+
+def _prepare_again(settings: Settings, run: Path, say) -> Corpus:
+    """As for the run's first step: with the vocabulary size it asked for, and its own tokenizer."""
+    asked = read_json(run / "config.json")["asked_vocab_size"]
+    train = settings.train
+    if train.tokenizer not in KINDS:
+        train = replace(train, tokenizer=str(checkpoint.tokenizer_path(run)))
+    model = replace(settings.model, vocab_size=asked)
+    return _prepare(replace(settings, model=model, train=train), say)
 
 
 def _prepare(settings: Settings, say) -> Corpus:
@@ -144,7 +156,7 @@ def require_memory(model: ModelConfig, device: torch.device) -> None:
         )
 
 
-def facts_of(corpus: Corpus) -> dict:
+def facts_of(settings: Settings, corpus: Corpus) -> dict:
     """What config.json says beside the settings: versions, commit, corpus."""
     try:
         triton_version = version("triton")
@@ -160,6 +172,7 @@ def facts_of(corpus: Corpus) -> dict:
         "git_commit": _commit(),
         "corpus": str(corpus.folder.resolve()),
         "corpus_key": corpus.key,
+        "asked_vocab_size": settings.model.vocab_size,
         "tokenizer_sha256": corpus.tokenizer().sha256,
     }
 

@@ -39,14 +39,14 @@ def pick_device(name: str) -> torch.device:
 def pick_dtype(name: str, device: torch.device, width: int) -> torch.dtype:
     """The dtype of the stream; "auto" takes bf16 where it pays.
 
-    On a CPU that is where a bf16 unit (AMX or AVX512-BF16) multiplies at least four times faster
-    than fp32 and the model is at least 128 wide: below, conversions eat the gain.
+    On a CPU that is where a bf16 unit (AMX or AVX512-BF16) multiplies several times faster than
+    fp32 and the model is at least 64 wide: below, conversions eat the gain.
     """
     if name == "auto":
         if device.type == "cuda":
             return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
         fast = device.type == "cpu" and cpu_has_bf16()
-        return torch.bfloat16 if fast and width >= 128 else torch.float32
+        return torch.bfloat16 if fast and width >= 64 else torch.float32
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 

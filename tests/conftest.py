@@ -99,6 +99,9 @@ def train(text_file: Path) -> Callable[..., int]:
             tiny = {**TINY, "--data": text_file, "--cache-dir": text_file.parent / "prepared"}
             if {"--epochs", "--time-limit", "--config"} & set(words):
                 del tiny["--steps"]
+            if "--init-from" in words:
+                for flag in ("--tokenizer", "--n-layer", "--n-head", "--d-model", "--seq-len"):
+                    del tiny[flag]
             words += [str(w) for pair in tiny.items() if pair[0] not in words for w in pair]
         return errors.run("train.py", train_script.main, words)
 
@@ -107,9 +110,9 @@ def train(text_file: Path) -> Callable[..., int]:
 
 @pytest.fixture(scope="session")
 def tiny_run(train: Callable[..., int], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of 8 steps with averaged weights and checkpoints 4 and 8. Copy it to change it.
+    """A finished run of 8 steps, with averaged weights; copy it to change it.
 
-    It has seen bytes; its folder's name has a space.
+    It has checkpoints 4 and 8, has seen bytes, and its folder's name has a space.
     """
     run = tmp_path_factory.mktemp("runs") / "tiny run"
     assert train("--out", run, "--ema", "0.9", "--save-every", "4", "--sample-every", "4") == 0

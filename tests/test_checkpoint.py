@@ -84,9 +84,7 @@ def run(tiny_run, tmp_path) -> Path:
 def reseal(folder: Path) -> None:
     """Make the manifest agree with what the files of a checkpoint are now."""
     names = [p for p in sorted(folder.iterdir()) if p.name != "manifest.json"]
-    files = {
-        p.name: {"bytes": p.stat().st_size, "sha256": storage.file_digest(p)} for p in names
-    }
+    files = {p.name: {"bytes": p.stat().st_size, "sha256": storage.file_digest(p)} for p in names}
     storage.write_json(folder / "manifest.json", {"files": files})
 
 

@@ -264,7 +264,10 @@ def damage(path):
         (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json: is missing"),
         (lambda f: damage(f / "index.json"), "index.json: "),
         (lambda f: (f / "index.json").write_text("{}"), "index.json: damaged, not the JSON"),
-        (lambda f: (f / "index.json").write_bytes(b"[" * 100_000), "index.json: damaged, not the JSON"),
+        (
+            lambda f: (f / "index.json").write_bytes(b"[" * 100_000),
+            "index.json: damaged, not the JSON",
+        ),
         (lambda f: edit_index(f, version=9), "index.json: has format version 9"),
         (lambda f: edit_index(f, dtype="uint32"), "index.json: not as this version"),
         (lambda f: edit_index(f, shards=[{"name": "../x"}]), "index.json: not as this version"),

@@ -1,6 +1,7 @@
 """Generation: with a cache or without, in a batch or alone, within seq_len and beyond it."""
 
 import math
+import time
 from collections import Counter
 from itertools import pairwise, product
 
@@ -230,8 +231,6 @@ def test_uniforms_streams_do_not_meet():
 @pytest.mark.slow
 def test_a_cache_makes_a_token_cost_one_token():
     """Reading 1 of 256 positions instead of all saves far more than the factor asserted."""
-    import time
-
     shape = {"vocab_size": 65, "seq_len": 256, "n_layer": 6, "n_head": 6, "d_model": 384}
     model = make_model(**{**shape, "d_ff": 1536, "mlp": "gelu"})
 

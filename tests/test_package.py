@@ -54,7 +54,15 @@ def wheel(tmp_path_factory) -> Path:
     """A folder with the wheel's content, as site-packages would hold it."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    keep = ("setup.py", "pyproject.toml", "README.md", "train.py", "sample.py", "minillm", "kernels")
+    keep = (
+        "setup.py",
+        "pyproject.toml",
+        "README.md",
+        "train.py",
+        "sample.py",
+        "minillm",
+        "kernels",
+    )
     source.mkdir()
     for name in keep:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
@@ -86,13 +94,17 @@ def test_wheel_trains_and_samples_away_from_the_checkout(wheel, tmp_path):
         "1", "--n-layer", "1", "--d-model", "32", "--n-head", "2", "--seq-len", "16",
         cwd=tmp_path, path=wheel)  # fmt: skip
     assert (tmp_path / "runs" / "nano-1" / "config.json").is_file()
-    text = run(*python, "sample", "--prompt", "to be", "--max-tokens", "20", cwd=tmp_path, path=wheel)
+    text = run(
+        *python, "sample", "--prompt", "to be", "--max-tokens", "20", cwd=tmp_path, path=wheel
+    )
     assert text.startswith("to be") and len(text) > 20
 
 
 @pytest.mark.slow
 def test_the_tests_pass_from_the_wheel(wheel, tmp_path):
-    shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__")
+    )
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     code = "import minillm; print(minillm.__file__)"
     found = run(sys.executable, "-c", code, cwd=tmp_path, path=wheel)

@@ -70,8 +70,8 @@ def test_devices(monkeypatch):
 
 def test_dtypes(monkeypatch):
     for has, width, expected in [
-        (True, 128, torch.bfloat16),
-        (True, 127, torch.float32),
+        (True, 64, torch.bfloat16),
+        (True, 63, torch.float32),
         (False, 4096, torch.float32),
     ]:
         monkeypatch.setattr(world, "cpu_has_bf16", lambda has=has: has)

@@ -440,3 +440,8 @@ def test_sample_draws_only_what_the_filters_keep(logits, temperature, top_k, top
     below, above = sum(p[:token]), sum(p[: token + 1])
     if p == kept_by_hand(logits, **options, top_p=top_p):
         assert below - 1e-9 <= u <= above + 1e-9
+
+
+def test_a_top_p_that_is_nothing_in_fp32_keeps_the_likeliest():
+    ids = reference.sample(torch.tensor([[0.0, 2.0, 1.0]]), torch.tensor([0.99]), top_p=1e-300)
+    assert ids.tolist() == [1]
