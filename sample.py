@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
     )
     small = config.n_parameters < ONE_THREAD_BELOW
     threads, _ = world.set_threads(1 if args.threads == "auto" and small else args.threads)
-    note(f"{run}, step {checkpoint.open_checkpoint(run, args.checkpoint).step}, {device}, "
+    note(f"{run}, step {checkpoint.find_step(run, args.checkpoint)}, {device}, "
          f"{threads} thread{'s' * (threads > 1)}, seed {args.seed}")  # fmt: skip
     for prompt in prompts(args):
         try:

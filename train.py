@@ -83,6 +83,9 @@ def main(argv: Sequence[str]) -> None:
     t = Training(run, config, corpus, model, optimizers, average, progress, pacer.schedule(), fixed)
     if past:
         restore(t, past, pacer, settings.given)
+        if progress.step >= t.plan.steps:
+            say(f"{run} is finished at step {progress.step}; go on with --resume {run} --steps N")
+            return
     else:
         if config.init_from:
             checkpoint.open_checkpoint(Path(config.init_from)).load_into(model)

@@ -135,19 +135,25 @@ def open_checkpoint(run: Path, which: str = "last") -> Checkpoint:
 
     Raises UsageError if there is no such run or checkpoint, CorruptError if it is damaged.
     """
+    step = find_step(run, which)
+    return _verified(_steps(run)[step], step)
+
+
+def find_step(run: Path, which: str = "last") -> int:
+    """The step of the checkpoint "last", "best" or of a number; raises as open_checkpoint."""
     steps = _steps(_as_run(run))
     if not steps:
         raise UsageError(f"{run} holds no checkpoint; train it with: python train.py --out {run}")
-    last = max(steps)
-    step = last
+    step = max(steps)
     if which == "best":
-        step = _verified(steps[last], last).state.get("best_step") or last
+        best = read_json(steps[step] / "state.json").get("best_step")
+        step = step if best is None else best
     elif which != "last":
         step = int(which) if which.isdecimal() and len(which) <= 8 else -1
     if step not in steps:
         known = ", ".join(map(str, sorted(steps)))
         raise UsageError(f"--checkpoint {which}: {run} holds steps {known}; or last, best")
-    return _verified(steps[step], step)
+    return step
 
 
 def _as_run(run: Path) -> Path:

@@ -39,7 +39,7 @@ class Pacer:
         return time.perf_counter() - self.start
 
     def schedule(self, step: int = 0) -> Schedule:
-        """The schedule as it looks before the first step."""
+        """The schedule as it looks from `step`, before this process has timed one."""
         c = self.config
         return Schedule(
             c.schedule, c.learning_rate, c.min_learning_rate, c.warmup, c.decay_fraction,

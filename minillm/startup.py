@@ -17,7 +17,7 @@ from minillm.configure import changed, resolve
 from minillm.corpus import prepare
 from minillm.errors import CorruptError, UnavailableError, UsageError
 from minillm.settings import ALIASES, Settings, TrainConfig, add_flags
-from minillm.shards import Corpus, open_corpus
+from minillm.shards import Corpus, is_prepared, open_corpus
 from minillm.storage import file_digest, read_json
 from minillm.tokenizer import KINDS
 
@@ -123,6 +123,10 @@ def _prepare_again(settings: Settings, run: Path, say) -> Corpus:
 
 def _prepare(settings: Settings, say) -> Corpus:
     train = settings.train
+    late = sorted(settings.given & {"tokenizer", "val_fraction", "errors"})
+    if late and train.data and is_prepared(train.data):
+        flag = "--" + late[0].replace("_", "-")
+        raise UsageError(f"{flag}: {train.data} is prepared already; drop {flag}, or prepare anew")
     sized = train.tokenizer == "bpe" or "vocab_size" in settings.given
     return prepare(
         [train.data] if train.data else None,

@@ -1,7 +1,7 @@
 """What the loop of train.py works with, and what it does now and then: judge, sample, save."""
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -75,20 +75,18 @@ def save(t: Training) -> None:
 def restore(t: Training, past: Checkpoint, pacer: Pacer, given: frozenset[str]) -> None:
     """Put the weights, the optimisers and the schedule back to where `past` left them.
 
-    given: settings that the user changed; a new length paces the rest of the run anew.
+    given: settings that the user changed. With a new length the schedule is that of a run which
+    was meant to be so long from the start: the rate may go up again.
     """
     parameters = dict(t.model.named_parameters())
     checkpoint.load_weights(t.model, past.tensors("model"), past.folder)
     checkpoint.load_optimizer_tensors(t.optimizers, parameters, past.tensors("optimizer"))
     if t.average:
         t.average.weights = past.tensors("ema")
-    plan = t.plan
-    t.plan = Schedule(
-        plan.kind, plan.peak, plan.minimum, plan.warmup, plan.decay_fraction,
-        tuple((step, progress) for step, progress in past.state["pace"]),
-    )  # fmt: skip
     if given & {"steps", "epochs", "time_limit"}:
-        t.plan = t.plan.repaced(past.step, pacer.affordable(past.step, pacer.guess_s))
+        t.plan = pacer.schedule(past.step)
+    else:
+        t.plan = replace(t.plan, pace=tuple(map(tuple, past.state["pace"])))
 
 
 def _averaged(t: Training) -> AbstractContextManager[None]:

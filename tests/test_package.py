@@ -1,4 +1,4 @@
-"""The three ways in: a bare checkout, an editable install (the README's), a wheel away from both."""
+"""The ways in: a bare checkout, an editable install (the README's), a wheel away from both."""
 
 import os
 import shutil
