@@ -50,13 +50,16 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The default on a CPU: useful in about two minutes on two cores.
     "nano": {
         **_RECIPE,
+        "learning_rate": 0.05,
+        "min_learning_rate": 0.001,
         "n_layer": 4,
-        "n_head": 4,
+        "n_head": 2,
         "d_model": 128,
         "seq_len": 256,
         "batch_size": 16,
-        "steps": 1200,
+        "steps": 1000,
         "time_limit": 130.0,
+        "log_every": 50,
     },
     # 10M: the default on a GPU.
     "tiny": {
