@@ -14,7 +14,7 @@ from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from minillm import checkpoint, cli, errors, world
+from minillm import checkpoint, cli, errors, runs, world
 from minillm.generate import generate
 from minillm.model import GPT
 from minillm.stream import TextStream
@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> None:
         raise errors.UsageError("--prompt and --prompt-file exclude each other; give one")
     if args.interactive and (args.prompt is not None or args.prompt_file is not None):
         raise errors.UsageError("--interactive reads its prompts; drop --prompt, --prompt-file")
-    run = Path(args.run) if args.run else checkpoint.newest_run()
+    run = runs.newest_run() if args.run is None else Path(args.run)
     device = world.pick_device(args.device)
     # One token at a time is bound by memory: on a CPU bf16 is slower there than fp32.
     name = "fp32" if args.dtype == "auto" and device.type == "cpu" else args.dtype
@@ -134,6 +134,7 @@ def write(model: GPT, tokenizer: Tokenizer, prompt: str, args: Namespace) -> Non
         kept = max(1, model.config.seq_len // 2)
         note(f"the prompt is {len(ids)} tokens long; only its last {kept} are read")
     ids, beginnings, shown = tokenizer.heal(ids)
+    require_memory(model, args.num_samples)
     streams = [TextStream(tokenizer, args.stop or (), shown) for _ in range(args.num_samples)]
     logprobs: list[list[float]] = [[] for _ in streams]
     start = time.perf_counter()
@@ -169,6 +170,18 @@ def write(model: GPT, tokenizer: Tokenizer, prompt: str, args: Namespace) -> Non
             show(SEPARATOR.lstrip() + prompt + stream.text + "\n")
     made = sum(len(s.ids) for s in streams)
     note(f"{made} tokens in {seconds:.2f} s, {made / seconds:.0f} tokens/s")
+
+
+def require_memory(model: GPT, rows: int) -> None:
+    """Raise UnavailableError if the cache of so many rows cannot fit."""
+    c = model.config
+    each = 2 * c.n_layer * c.seq_len * c.n_kv_head * c.d_head * model.dtype.itemsize
+    free = world.available_memory(model.head.weight.device)
+    if free is not None and rows * each > free:
+        raise errors.UnavailableError(
+            f"--num-samples {rows} needs {rows * each / 2**30:.1f} GiB of cache and "
+            f"{free / 2**30:.1f} GiB are free; at most {free // each} fit"
+        )
 
 
 def record(prompt: str, stream: TextStream, logprobs: list[float], seconds: float) -> dict:

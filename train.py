@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minillm import checkpoint, errors, startup, world
+from minillm import checkpoint, errors, runs, startup, world
 from minillm.data import Batches
 from minillm.meter import Meter
 from minillm.microbatch import largest_that_fits, seconds_per_step
@@ -64,8 +64,9 @@ def main(argv: Sequence[str]) -> None:
     start = torch.Generator().manual_seed(config.seed)
     model = GPT(shape, ops, dtype, start).to(device).train()
     if "micro_batch_size" not in fixed:
+        copies = (2 if config.optimizer == "adamw" else 1) + 2 * bool(config.ema)
         fixed["micro_batch_size"] = (
-            largest_that_fits(model, config.batch_size, device)
+            largest_that_fits(model, config.batch_size, device, copies)
             if config.micro_batch_size == "auto"
             else int(config.micro_batch_size)
         )
@@ -74,13 +75,12 @@ def main(argv: Sequence[str]) -> None:
     optimizers = make_optimizers(
         config.optimizer, parameters, model.matrices(), ops, betas, config.weight_decay, dtype
     )
-    average = Average(parameters, config.ema) if config.ema else None
 
     # From where, and for how long.
     step_s = seconds_per_step(model, config.batch_size, fixed["micro_batch_size"], device)
     progress = Progress(**past.state["progress"]) if past else Progress()
     pacer = Pacer(config, wished_steps(config, batches), progress.trained_s, step_s)
-    t = Training(run, config, corpus, model, optimizers, average, progress, pacer.schedule(), fixed)
+    t = Training(run, config, corpus, model, optimizers, None, progress, pacer.schedule(), fixed)
     if past:
         restore(t, past, pacer, settings.given)
         if progress.step >= t.plan.steps:
@@ -89,16 +89,17 @@ def main(argv: Sequence[str]) -> None:
     else:
         if config.init_from:
             checkpoint.open_checkpoint(Path(config.init_from)).load_into(model)
-        checkpoint.make_run(run, config.overwrite)
+        t.average = Average(parameters, config.ema) if config.ema else None
+        t.run = runs.make_run(config.out, config.preset, config.overwrite)
         facts = startup.facts_of(settings, corpus) | fixed
-        checkpoint.write_config(run, shape, asdict(config), facts)
-        corpus.tokenizer().save(run)
+        runs.write_config(t.run, shape, asdict(config), facts)
+        corpus.tokenizer().save(t.run)
     for line in announce(t, batches, step_s, why, device):
         say(line)
 
     # The loop.
     meter = Meter(
-        run / "metrics.jsonl", progress.step, t.plan.steps, shape.flops_per_token(),
+        t.run / "metrics.jsonl", progress.step, t.plan.steps, shape.flops_per_token(),
         world.measured_peak_flops(device, dtype),
     )  # fmt: skip
     forward = torch.compile(model) if config.compile else model
@@ -116,8 +117,8 @@ def main(argv: Sequence[str]) -> None:
             optimizer.zero_grad(set_to_none=True)
         progress.step += 1
         progress.tokens += tokens.numel()
-        if average:
-            average.update(progress.step)
+        if t.average:
+            t.average.update(progress.step)
         progress.trained_s = pacer.trained_s
         t.plan = pacer.keep_to_time(t.plan, progress.step)
 
@@ -127,29 +128,27 @@ def main(argv: Sequence[str]) -> None:
             "step": progress.step, "tokens": progress.tokens, "loss": float(loss), "lr": rate,
             "grad_norm": float(norm), "peak_memory_mib": peak_mib(device),
         }  # fmt: skip
-        paused, improved = meter.pause(), False
+        improved = False
         if due(config.eval_every, progress.step) and not last:
-            row |= judge(t, whole=config.eval_batches == 0)
+            with meter.paused():
+                row |= judge(t, config.eval_batches)
             improved = note_best(progress, row)
-        meter.proceed(paused)
         if due(config.log_every, progress.step) or last or "val_loss" in row:
             meter.log(row)
-        paused = meter.pause()
-        if due(config.sample_every, progress.step) and not last:
-            meter.say(take_sample(t))
-        if (due(config.save_every, progress.step) and not last) or (improved and config.keep_best):
-            save(t)
-        meter.proceed(paused)
+        with meter.paused():
+            if due(config.sample_every, progress.step) and not last:
+                meter.say(take_sample(t))
+            if due(config.save_every, progress.step) and not last or improved and config.keep_best:
+                save(t)
         if "val_loss" in row and 0 < config.early_stop <= progress.evaluations_without_gain:
             meter.say(f"stopping early: {config.early_stop} evaluations without gain")
             break
 
-    # The end. The best is judged on the same part of the split all along.
-    if config.eval_every and config.eval_batches:
-        note_best(progress, judge(t, whole=False))
-    row = {"step": progress.step, "tokens": progress.tokens, **judge(t, whole=True)}
-    if not (config.eval_every and config.eval_batches):
-        note_best(progress, row)
+    # The end. Which checkpoint is best is judged on the same part of the split all along.
+    row = {"step": progress.step, "tokens": progress.tokens}
+    row |= judge(t, config.final_eval_batches)
+    same = not config.eval_every or config.eval_batches == config.final_eval_batches
+    note_best(progress, row if same else judge(t, config.eval_batches))
     meter.log(row)
     meter.close()
     save(t)

@@ -6,12 +6,11 @@ interest. The three places where PyTorch's first answer is not its fastest are c
 
 import torch
 import torch.nn.functional as F
-from minillm.kernels.reference import decode_attention as _decode_attention_reference
-from minillm.kernels.reference import sample
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minillm.kernels import reference
+from minillm.kernels.reference import sample
 
 __all__ = [
     "attention",
@@ -122,7 +121,7 @@ def decode_attention(
     """As reference.decode_attention."""
     T, S = q.shape[1], k.shape[1]
     if softcap or (lengths is not None and alibi_slopes is not None):
-        return _decode_attention_reference(
+        return reference.decode_attention(
             q, k, v, lengths, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes
         )
     if lengths is None and T == 1 and alibi_slopes is None:

@@ -93,6 +93,8 @@ def _train(sample: Sequence[str], vocab_size: int) -> bytes:
         remove_extra_whitespaces=False,
         allow_whitespace_only_pieces=True,
         user_defined_symbols=["\n"],
+        # A space, as SentencePiece writes it: to be known even if the text holds none.
+        required_chars="\u2581",
         unk_id=0,
         bos_id=1,
         eos_id=2,

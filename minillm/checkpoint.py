@@ -1,6 +1,5 @@
-"""A run folder and what is in it: written whole or not at all, hashed, never a pickle.
+"""Checkpoints: written whole or not at all, hashed, never a pickle.
 
-    runs/NAME/config.json, tokenizer.model|json, metrics.jsonl, samples.txt
     runs/NAME/checkpoints/step-00001000/{model,optimizer,ema}-00001-of-00001.safetensors,
                                         state.json, manifest.json
 
@@ -8,15 +7,14 @@ A checkpoint is written under a temporary name and renamed when everything is on
 manifest holds the SHA-256 of every file and one of itself.
 """
 
-import re
 import shutil
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -24,49 +22,9 @@ from minillm.config import ModelConfig
 from minillm.errors import CorruptError, UsageError
 from minillm.model import GPT
 from minillm.ops import select
+from minillm.runs import checkpoints_of, load_run_tokenizer, read_config, require_run
 from minillm.storage import file_digest, read_json, sync_file, sync_folder, write_json
-from minillm.tokenizer import Tokenizer, load_tokenizer
-
-STEP = re.compile(r"step-(\d{8})")
-
-
-def next_run(root: Path, name: str) -> Path:
-    """The first of root/name-1, root/name-2, ... that does not exist."""
-    n = 1
-    while (root / f"{name}-{n}").exists():
-        n += 1
-    return root / f"{name}-{n}"
-
-
-def newest_run(root: Path = Path("runs")) -> Path:
-    """The run in `root` whose newest checkpoint is the newest. UsageError if there is none."""
-    found = [(max(c.stat().st_mtime_ns for c in _steps(run).values()), run)
-             for run in root.glob("*") if _steps(run)]  # fmt: skip
-    if not found:
-        raise UsageError(f"no run with a checkpoint in {root}/; train one with: python train.py")
-    return max(found)[1]
-
-
-def check_out(run: Path, overwrite: bool) -> None:
-    """Raise UsageError unless `run` is free: absent, empty, or a run that may be overwritten."""
-    if not run.exists():
-        return
-    if not run.is_dir():
-        raise UsageError(f"--out {run} is a file; name a folder")
-    if not any(run.iterdir()):
-        return
-    if not (run / "config.json").is_file():
-        raise UsageError(f"--out {run} holds other things than a run; name another folder")
-    if not overwrite:
-        raise UsageError(f"--out {run} exists; go on with --resume {run}, or --overwrite it")
-
-
-def make_run(run: Path, overwrite: bool) -> None:
-    """Make an empty run folder in the place of whatever check_out lets go."""
-    check_out(run, overwrite)
-    if run.exists():
-        shutil.rmtree(run)
-    run.mkdir(parents=True)
+from minillm.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -82,7 +40,8 @@ class Checkpoint:
         """The tensors of "model", "optimizer" or "ema", on the CPU."""
         path = self.folder / f"{kind}-00001-of-00001.safetensors"
         try:
-            return load_file(path)
+            # Read, not mapped: a mapped file that is cut off takes the process along.
+            return load(path.read_bytes())
         except (SafetensorError, OSError) as error:
             raise CorruptError(f"{path}: {error}") from None
 
@@ -119,15 +78,10 @@ def save(run: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dic
 
 def prune(run: Path, keep_last: int, best: int | None) -> None:
     """Delete all checkpoints but the newest `keep_last` and step `best`."""
-    steps = _steps(run)
+    steps = checkpoints_of(run)
     for step in sorted(steps)[:-keep_last]:
         if step != best:
             shutil.rmtree(steps[step])
-
-
-def _steps(run: Path) -> dict[int, Path]:
-    folders = run.glob("checkpoints/step-*/manifest.json")
-    return {int(m[1]): f.parent for f in folders if (m := STEP.fullmatch(f.parent.name))}
 
 
 def open_checkpoint(run: Path, which: str = "last") -> Checkpoint:
@@ -136,17 +90,19 @@ def open_checkpoint(run: Path, which: str = "last") -> Checkpoint:
     Raises UsageError if there is no such run or checkpoint, CorruptError if it is damaged.
     """
     step = find_step(run, which)
-    return _verified(_steps(run)[step], step)
+    return _verified(checkpoints_of(run)[step], step)
 
 
 def find_step(run: Path, which: str = "last") -> int:
     """The step of the checkpoint "last", "best" or of a number; raises as open_checkpoint."""
-    steps = _steps(_as_run(run))
+    steps = checkpoints_of(require_run(run))
     if not steps:
-        raise UsageError(f"{run} holds no checkpoint; train it with: python train.py --out {run}")
+        raise UsageError(
+            f"{run} holds no checkpoint; train it anew: python train.py --out {run} --overwrite"
+        )
     step = max(steps)
     if which == "best":
-        best = read_json(steps[step] / "state.json").get("best_step")
+        best = read_json(steps[step] / "state.json")["progress"]["best_step"]
         step = step if best is None else best
     elif which != "last":
         step = int(which) if which.isdecimal() and len(which) <= 8 else -1
@@ -154,16 +110,6 @@ def find_step(run: Path, which: str = "last") -> int:
         known = ", ".join(map(str, sorted(steps)))
         raise UsageError(f"--checkpoint {which}: {run} holds steps {known}; or last, best")
     return step
-
-
-def _as_run(run: Path) -> Path:
-    if run.is_dir() and (run / "config.json").is_file():
-        return run
-    if run.is_dir():
-        raise UsageError(f"{run} is not a run of minillm: it has no config.json")
-    if run.exists():
-        raise UsageError(f"{run} is a file, not a run folder; pickled checkpoints are never read")
-    raise UsageError(f"{run}: no such run")
 
 
 def _verified(folder: Path, step: int) -> Checkpoint:
@@ -208,42 +154,29 @@ def load_optimizer_tensors(
 
 
 def load_weights(model: GPT, tensors: dict[str, Tensor], source: Path) -> None:
-    """Copy `tensors` into the model. CorruptError if names, shapes or finiteness are not right."""
-    expected = dict(model.named_parameters())
-    missing, extra = sorted(expected.keys() - tensors), sorted(tensors.keys() - expected.keys())
+    """Copy `tensors` into the model; raises as load_into."""
+    load_into(dict(model.named_parameters()), tensors, source)
+
+
+@torch.no_grad()
+def load_into(own: dict[str, Tensor], tensors: dict[str, Tensor], source: Path) -> None:
+    """Copy `tensors` into those of the same names.
+
+    Raises CorruptError if names or shapes are not the same or a value is not finite.
+    """
+    missing, extra = sorted(own.keys() - tensors), sorted(tensors.keys() - own.keys())
     if missing or extra:
         what = f"lacks {missing[0]}" if missing else f"has {extra[0]}, which is unknown"
         raise CorruptError(f"{source}: does not fit the run's configuration: {what}")
-    with torch.no_grad():
-        for name, p in expected.items():
-            t = tensors[name]
-            if t.shape != p.shape or not t.is_floating_point():
-                raise CorruptError(
-                    f"{source}: {name} is {t.dtype} {list(t.shape)}, expected {list(p.shape)}"
-                )
-            if not torch.isfinite(t).all():
-                raise CorruptError(f"{source}: {name} holds values that are not finite")
-            p.copy_(t)
-
-
-def read_config(run: Path) -> tuple[ModelConfig, dict[str, Any]]:
-    """The model's configuration and the training settings that config.json states."""
-    body = read_json(_as_run(run) / "config.json")
-    try:
-        names = {f.name for f in fields(ModelConfig)}
-        unknown = set(body["model"]) - names
-        if unknown:
-            raise CorruptError(f"{run}/config.json: unknown model setting {sorted(unknown)[0]!r}")
-        if body["model"].get("vocab_size") is None:
-            raise CorruptError(f"{run}/config.json: the model has no vocab_size")
-        return ModelConfig(**body["model"]), body["train"]
-    except (KeyError, TypeError, UsageError) as error:
-        raise CorruptError(f"{run}/config.json: {error}") from None
-
-
-def write_config(run: Path, model: ModelConfig, train: dict, facts: dict) -> None:
-    """config.json: the resolved configuration and the facts of where it runs."""
-    write_json(run / "config.json", {"model": asdict(model), "train": train, **facts})
+    for name, mine in own.items():
+        t = tensors[name]
+        if t.shape != mine.shape or not t.is_floating_point():
+            raise CorruptError(
+                f"{source}: {name} is {t.dtype} {list(t.shape)}, expected {list(mine.shape)}"
+            )
+        if not torch.isfinite(t).all():
+            raise CorruptError(f"{source}: {name} holds values that are not finite")
+        mine.copy_(t)
 
 
 def load_run(
@@ -256,7 +189,7 @@ def load_run(
 ) -> tuple[GPT, Tokenizer, ModelConfig]:
     """The model of a run, ready to generate, its tokenizer and its configuration.
 
-    The averaged weights are taken where the run has them.
+    dtype: of the weights and the computation. The averaged weights are taken where there are any.
     Raises UsageError if there is no such run, CorruptError if a file is damaged.
     """
     run = Path(run)
@@ -266,6 +199,8 @@ def load_run(
     found.load_into(model)
     tokenizer = load_run_tokenizer(run, config)
     model = model.to(device).eval().requires_grad_(False)
+    for p in model.parameters():
+        p.data = p.data.to(dtype)
     if model.head.weight.device.type == "cpu":
         _store_by_columns(model)
     return model, tokenizer, config
@@ -280,24 +215,3 @@ def _store_by_columns(model: GPT) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
             module.weight.data = module.weight.data.t().contiguous().t()
-
-
-def tokenizer_path(run: Path) -> Path:
-    """The tokenizer's file in a run. CorruptError if it is missing or another than stated."""
-    files = [p for n in ("tokenizer.model", "tokenizer.json") if (p := run / n).is_file()]
-    if not files:
-        raise CorruptError(f"{run}: has no tokenizer.model or tokenizer.json")
-    if read_json(run / "config.json").get("tokenizer_sha256") != file_digest(files[0]):
-        raise CorruptError(f"{files[0]}: is not the tokenizer that the run was trained with")
-    return files[0]
-
-
-def load_run_tokenizer(run: Path, config: ModelConfig) -> Tokenizer:
-    """The tokenizer of a run. CorruptError if it does not belong."""
-    path = tokenizer_path(run)
-    tokenizer = load_tokenizer(path)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise CorruptError(
-            f"{path}: {tokenizer.vocab_size} tokens, the model knows {config.vocab_size}"
-        )
-    return tokenizer

@@ -8,15 +8,15 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from minillm.config import ModelConfig
+from minillm.config import PRESETS, ModelConfig, TrainConfig
 from minillm.errors import UsageError
-from minillm.presets import PRESETS
-from minillm.settings import ALIASES, Settings, TrainConfig, all_flags, kind_of, parser_of
+from minillm.settings import ALIASES, Settings, all_flags, kind_of, parser_of
 
 # What may change when a run is resumed: how it runs and reports, and how long, but not what it is.
 RESUMABLE = frozenset(
-    "device threads kernels compile steps epochs time_limit early_stop log_every eval_every"
-    " eval_batches sample_every save_every keep_last keep_best".split()
+    "data cache_dir device threads kernels compile steps epochs time_limit early_stop log_every"
+    " eval_every eval_batches final_eval_batches sample_every save_every keep_last"
+    " keep_best".split()
 )  # fmt: skip
 
 
@@ -51,8 +51,8 @@ def resolve(
                 values[name] = None
     if "learning_rate" in values and "min_learning_rate" not in {**from_file, **given}:
         # The end follows the peak, in the proportion that the preset or the default has.
-        base = {"learning_rate": 1e-3, "min_learning_rate": 1e-4, **PRESETS.get(preset, {})}
-        share = base["min_learning_rate"] / base["learning_rate"]
+        rates = {f.name: f.default for f in fields(TrainConfig)} | PRESETS.get(preset, {})
+        share = rates["min_learning_rate"] / rates["learning_rate"]
         values["min_learning_rate"] = share * values["learning_rate"]
     model_names = {f.name for f in fields(ModelConfig)}
     model = ModelConfig(**{n: v for n, v in values.items() if n in model_names})

@@ -1,8 +1,8 @@
 """Documents to token ids, in this process or in a pool of them, with the same result.
 
 Work goes out in batches of about PIECE characters and comes back in order; only a few batches are
-in memory at a time. A worker imports neither torch nor the model. What this room does not do: write
-files, or decide which text belongs where.
+in memory at a time. This room imports no torch, so that a worker which starts anew (not on Linux,
+where it is forked) starts fast. What it does not do: write files, or decide what text goes where.
 """
 
 import multiprocessing

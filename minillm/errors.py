@@ -115,7 +115,7 @@ def _text(error: Exception) -> str:
         name = os.fsdecode(name) if isinstance(name, bytes) else str(name or "")
         name = name if len(name) <= 120 else "..." + name[-117:]
         return f"{name}: {error.strerror}" if name else error.strerror or str(error)
-    return f"out of memory; try a smaller --micro-batch-size, --seq-len or model ({error})"
+    return f"out of memory; use a smaller model, --micro-batch-size or --num-samples ({error})"
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -3,6 +3,8 @@
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +39,14 @@ class Meter:
         self.bar.total = steps
         self.bar.update(1)
 
-    def pause(self) -> float:
-        """Stop the clock for work that is not training; give the result to `proceed`."""
-        return time.perf_counter()
-
-    def proceed(self, paused: float) -> None:
-        """Start the clock again."""
-        self.since += time.perf_counter() - paused
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside the `with` is not training: it does not count as a step's time."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.since += time.perf_counter() - start
 
     def log(self, row: dict[str, Any]) -> None:
         """Write one object: `row` with the speed since the last call; print it as a line.
@@ -70,9 +73,10 @@ class Meter:
 
     def say(self, text: str) -> None:
         """Print a line to standard error, above the bar if there is one."""
-        tqdm.write(text, file=sys.stderr) if not self.bar.disable else print(
-            text, file=sys.stderr, flush=True
-        )
+        if self.bar.disable:
+            print(text, file=sys.stderr, flush=True)
+        else:
+            tqdm.write(text, file=sys.stderr)
 
     def close(self) -> None:
         """Finish the bar and the file."""

@@ -9,27 +9,34 @@ from minillm.errors import UnavailableError
 from minillm.model import GPT
 from minillm.world import available_memory, synchronize
 
-SHARE = 0.5  # of the memory that is free now; the rest is the optimiser's and the neighbours'
+SHARE = 0.5  # of a CPU's memory that is free now; the rest is the neighbours'
+UNKNOWN = 4 << 30  # bytes to reckon with where the system does not say what is free
 
 
-def largest_that_fits(model: GPT, batch_size: int, device: torch.device) -> int:
+def largest_that_fits(model: GPT, batch_size: int, device: torch.device, copies: int) -> int:
     """The largest divisor of `batch_size` whose forward and backward pass fit in memory.
 
-    On a GPU each candidate is run, largest first, and running out of memory is caught. On a CPU
-    that would end the process, so one sequence is run and the bytes kept for its backward counted.
+    copies: fp32 tensors of each parameter's size that the optimiser and the average will yet take.
+    On a GPU each candidate is run beside them, largest first, and running out of memory is caught.
+    On a CPU that would end the process: what one and two sequences keep for their backward is
+    counted instead, which gives a constant and a slope.
     Raises UnavailableError if not even one sequence fits.
     """
     divisors = [d for d in range(batch_size, 0, -1) if batch_size % d == 0]
+    later = 4 * copies * sum(p.numel() for p in model.parameters())
     if device.type == "cuda":
         for candidate in divisors:
-            if _runs(model, candidate, device):
+            if _runs(model, candidate, device, later):
                 return candidate
-        raise UnavailableError(_too_small(model, device))
-    each = _bytes_for_backward(model, device)
-    room = SHARE * available_memory(device)
-    if each > room:
-        raise UnavailableError(_too_small(model, device))
-    return next(d for d in divisors if d * each <= room)
+        raise UnavailableError(_too_small(model, torch.cuda.mem_get_info(device)[0]))
+    free = available_memory(device)
+    free = UNKNOWN if free is None else free
+    one, two = (_bytes_for_backward(model, rows, device) for rows in (1, 2))
+    room = SHARE * free - later
+    for candidate in divisors:
+        if one + (candidate - 1) * (two - one) <= room:
+            return candidate
+    raise UnavailableError(_too_small(model, free))
 
 
 def seconds_per_step(model: GPT, batch_size: int, micro: int, device: torch.device) -> float:
@@ -48,9 +55,11 @@ def _run(model: GPT, rows: int, device: torch.device) -> None:
     model.zero_grad(set_to_none=True)
 
 
-def _runs(model: GPT, rows: int, device: torch.device) -> bool:
+def _runs(model: GPT, rows: int, device: torch.device, later: int) -> bool:
     try:
+        held = torch.empty(later, dtype=torch.uint8, device=device)
         _run(model, rows, device)
+        del held
         return True
     except torch.OutOfMemoryError:
         return False
@@ -59,7 +68,7 @@ def _runs(model: GPT, rows: int, device: torch.device) -> bool:
         torch.cuda.empty_cache()
 
 
-def _bytes_for_backward(model: GPT, device: torch.device) -> int:
+def _bytes_for_backward(model: GPT, rows: int, device: torch.device) -> int:
     kept: dict[int, int] = {}
     known = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
@@ -69,15 +78,14 @@ def _bytes_for_backward(model: GPT, device: torch.device) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return t
 
-    tokens = torch.zeros((1, model.config.seq_len), dtype=torch.int64, device=device)
+    tokens = torch.zeros((rows, model.config.seq_len), dtype=torch.int64, device=device)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
         model(tokens, tokens)
     return sum(kept.values())
 
 
-def _too_small(model: GPT, device: torch.device) -> str:
-    free = available_memory(device) / 2**30
+def _too_small(model: GPT, free: int) -> str:
     return (
-        f"one sequence of {model.config.seq_len} tokens does not fit in {free:.1f} GiB of free "
-        "memory; use a smaller --seq-len, --n-layer or --d-model"
+        f"one sequence of {model.config.seq_len} tokens does not fit in {free / 2**30:.1f} GiB of "
+        "free memory; use a smaller --seq-len, --n-layer or --d-model"
     )

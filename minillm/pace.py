@@ -3,10 +3,12 @@
 import math
 import time
 
+from minillm import schedule
+from minillm.config import TrainConfig
 from minillm.data import Batches
 from minillm.schedule import Schedule
-from minillm.settings import TrainConfig
 
+LOOK_S = 2.0  # seconds between two looks at the clock
 TOLERANCE = 0.02  # of the remaining steps: smaller changes of the estimate are noise
 
 
@@ -32,6 +34,7 @@ class Pacer:
         self.config, self.wished, self.guess_s = config, wished, guess_s
         self.start = time.perf_counter() - trained_s
         self.first: tuple[int, float] | None = None
+        self.looked = 0.0
 
     @property
     def trained_s(self) -> float:
@@ -41,9 +44,9 @@ class Pacer:
     def schedule(self, step: int = 0) -> Schedule:
         """The schedule as it looks from `step`, before this process has timed one."""
         c = self.config
-        return Schedule(
+        return schedule.plain(
             c.schedule, c.learning_rate, c.min_learning_rate, c.warmup, c.decay_fraction,
-            ((0, 0.0), (self.affordable(step, self.guess_s), 1.0)),
+            self.affordable(step, self.guess_s),
         )  # fmt: skip
 
     def affordable(self, step: int, step_s: float) -> int:
@@ -64,9 +67,11 @@ class Pacer:
             return plan
         if now >= self.config.time_limit:
             return plan.repaced(step, step) if step < plan.steps else plan
-        if (step - self.first[0]) % self.config.log_every:
-            return plan
-        step_s = (now - self.first[1]) / (step - self.first[0])
+        timed = step - self.first[0]
+        if timed & (timed - 1) and now - self.looked < LOOK_S:
+            return plan  # neither after 1, 2, 4, ... steps nor LOOK_S later
+        self.looked = now
+        step_s = (now - self.first[1]) / timed
         steps = self.affordable(step, step_s)
         if abs(steps - plan.steps) <= TOLERANCE * max(1, plan.steps - step):
             return plan

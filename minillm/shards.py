@@ -42,7 +42,7 @@ class Corpus:
     """A prepared corpus whose index has been checked. tokens, bytes, documents: per split.
 
     bytes counts the UTF-8 text, not the shards; dtype is "uint16" or "uint32"; key names the text
-    and the settings that it was made from.
+    and the settings (tokenizer, vocab_size, val_fraction) that it was made from.
     """
 
     folder: Path
@@ -55,6 +55,7 @@ class Corpus:
     tokenizer_file: Path
     source: str
     key: str
+    settings: dict[str, Any]
 
     def tokenizer(self) -> Tokenizer:
         """Load the tokenizer that made these tokens."""
@@ -184,6 +185,7 @@ def _from_index(folder: Path, content: dict[str, Any]) -> Corpus:
         tokenizer_file=folder / content["tokenizer"],
         source=str(content["source"]),
         key=str(content["key"]),
+        settings=dict(content.get("settings", {})),
     )
 
 

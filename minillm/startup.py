@@ -1,26 +1,30 @@
 """From a command line of train.py to its settings, its run folder and its corpus."""
 
+import errno
 import json
+import os
 import platform
 import subprocess
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-from minillm import __version__, checkpoint, cli, world
+from minillm import __version__, checkpoint, cli, runs, world
 from minillm.checkpoint import Checkpoint
-from minillm.config import ModelConfig
-from minillm.configure import changed, resolve
+from minillm.config import ModelConfig, TrainConfig
+from minillm.configure import changed, read_config, resolve
 from minillm.corpus import prepare
 from minillm.errors import CorruptError, UnavailableError, UsageError
-from minillm.settings import ALIASES, Settings, TrainConfig, add_flags
+from minillm.settings import ALIASES, Settings, add_flags
 from minillm.shards import Corpus, is_prepared, open_corpus
 from minillm.storage import file_digest, read_json
 from minillm.tokenizer import KINDS
 
+NEWEST = object()  # --resume without a name
 BYTES_PER_PARAMETER = 16  # fp32 weight, gradient and the two moments of AdamW
 
 
@@ -37,7 +41,7 @@ def command_line(description: str) -> cli.Parser:
     )
     parser.add_argument("--config", metavar="FILE", help="settings from a .toml or .json file")
     parser.add_argument(
-        "--resume", nargs="?", const="", metavar="RUN", help="go on with RUN, or the newest run"
+        "--resume", nargs="?", const=NEWEST, metavar="RUN", help="go on with RUN, or the newest run"
     )
     parser.add_argument(
         "--print-config", action="store_true", help="print the settings as --config takes them"
@@ -46,28 +50,45 @@ def command_line(description: str) -> cli.Parser:
     return parser
 
 
-def begin(args: Namespace) -> tuple[Settings, Path, Checkpoint | None]:
-    """The settings, the run folder and, where a run is resumed, its last checkpoint.
+def begin(args: Namespace) -> tuple[Settings, Path | None, Checkpoint | None]:
+    """The settings and, where a run is resumed, its folder and last checkpoint.
 
-    Raises UsageError if the flags do not fit together or the folder is in use.
+    Raises UsageError if the flags do not fit together or --out is in use.
     """
     if args.resume is not None:
         if args.out or args.init_from or args.overwrite:
             raise UsageError("--resume goes on in its own folder; drop --out, --init-from and such")
-        run = Path(args.resume) if args.resume else checkpoint.newest_run()
-        model, train = checkpoint.read_config(run)
-        past = _as_train_config(run, train)
-        wishes = resolve(vars(args), args.config, None, {**asdict(model), **asdict(past)})
-        settings = changed(model, past, wishes)
-        return settings, run, checkpoint.open_checkpoint(run)
-    preset = "nano" if world.pick_device(args.device or "auto").type == "cpu" else "tiny"
+        if args.resume == "":
+            raise UsageError("--resume is empty; name a run, or give --resume alone for the newest")
+        run = runs.newest_run() if args.resume is NEWEST else Path(args.resume)
+        model, train = runs.read_config(run)
+        past = checkpoint.open_checkpoint(run)
+        # What an earlier --resume changed stands in the checkpoint.
+        config = _as_train_config(run, train | past.state["settings"])
+        wishes = resolve(vars(args), args.config, None, asdict(model) | asdict(config))
+        return changed(model, config, wishes), run, past
+    device = args.device
+    if device is None and args.config is not None:
+        device = read_config(Path(args.config)).get("device")
+    preset = "nano" if world.pick_device(device or "auto").type == "cpu" else "tiny"
     settings = resolve(vars(args), args.config, preset)
-    if settings.train.init_from:
-        settings = _inherit(settings, Path(settings.train.init_from))
-    out = settings.train.out
-    run = Path(out) if out else checkpoint.next_run(Path("runs"), settings.train.preset)
-    checkpoint.check_out(run, settings.train.overwrite)
-    return settings, run, None
+    train = settings.train
+    if train.init_from:
+        settings = _inherit(settings, Path(train.init_from))
+    if train.out:
+        runs.check_out(Path(train.out), train.overwrite)
+    for flag, place in (("--out", train.out or "runs"), ("--cache-dir", train.cache_dir)):
+        _check_place(flag, Path(place))
+    return settings, None, None
+
+
+def _check_place(flag: str, path: Path) -> None:
+    """Raise before the work, not after it, if nothing can be written to `path`."""
+    there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise UsageError(f"{flag} {path}: {there} is not a folder; name another place")
+    if not os.access(there, os.W_OK):
+        raise PermissionError(errno.EACCES, f"not writable; give another {flag}", str(there))
 
 
 def _as_train_config(run: Path, train: dict) -> TrainConfig:
@@ -79,49 +100,57 @@ def _as_train_config(run: Path, train: dict) -> TrainConfig:
 
 def _inherit(settings: Settings, source: Path) -> Settings:
     """The model's shape and the tokenizer of run `source`; the training of `settings`."""
-    model, _ = checkpoint.read_config(source)
-    for name in sorted(asdict(model).keys() & settings.given | {"tokenizer"} & settings.given):
+    model, _ = runs.read_config(source)
+    fixed = (asdict(model).keys() | {"tokenizer"}) - {"dropout"}
+    for name in sorted(fixed & settings.given):
         raise UsageError(
             f"--{name.replace('_', '-')} cannot be set with --init-from: {source} fixes it"
         )
-    tokenizer = str(checkpoint.tokenizer_path(source))
+    model = replace(model, dropout=settings.model.dropout)
+    tokenizer = str(runs.tokenizer_path(source))
     return replace(settings, model=model, train=replace(settings.train, tokenizer=tokenizer))
 
 
-def find_corpus(settings: Settings, run: Path | None, say) -> Corpus:
+def find_corpus(settings: Settings, run: Path | None, say: Callable[[str], None]) -> Corpus:
     """The prepared text: of a run to resume the very same, else of --data.
 
     run: the folder to resume, or None.
     """
     train = settings.train
-    if run is not None:
-        facts = read_json(run / "config.json")
-        folder = Path(facts["corpus"])
-        corpus = open_corpus(folder) if folder.is_dir() else _prepare_again(settings, run, say)
-        if corpus.key != facts["corpus_key"]:
+    if run is None:
+        corpus = _prepare(settings, say)
+        if train.init_from and corpus.tokenizer().sha256 != file_digest(Path(train.tokenizer)):
             raise UsageError(
-                f"the text is not what {run} was trained on; start anew with --init-from {run}"
+                f"--data {train.data} was prepared with another tokenizer than {train.init_from}'s"
             )
         return corpus
-    corpus = _prepare(settings, say)
-    if train.init_from and corpus.tokenizer().sha256 != file_digest(Path(train.tokenizer)):
+    facts = read_json(run / "config.json")
+    folder = Path(facts["corpus"])
+    if folder.is_dir() and "data" not in settings.given:
+        corpus = open_corpus(folder)
+    else:
+        try:
+            corpus = _prepare_again(settings, run, say)
+        except UsageError as error:
+            raise UsageError(f"{error}; if the text has moved, say where with --data") from None
+    if corpus.key != facts["corpus_key"]:
         raise UsageError(
-            f"--data {train.data} was prepared with another tokenizer than {train.init_from}'s"
+            f"the text is not what {run} was trained on; start anew with --init-from {run}"
         )
     return corpus
 
 
-def _prepare_again(settings: Settings, run: Path, say) -> Corpus:
+def _prepare_again(settings: Settings, run: Path, say: Callable[[str], None]) -> Corpus:
     """As for the run's first step: with the vocabulary size it asked for, and its own tokenizer."""
     asked = read_json(run / "config.json")["asked_vocab_size"]
     train = settings.train
     if train.tokenizer not in KINDS:
-        train = replace(train, tokenizer=str(checkpoint.tokenizer_path(run)))
+        train = replace(train, tokenizer=str(runs.tokenizer_path(run)))
     model = replace(settings.model, vocab_size=asked)
     return _prepare(replace(settings, model=model, train=train), say)
 
 
-def _prepare(settings: Settings, say) -> Corpus:
+def _prepare(settings: Settings, say: Callable[[str], None]) -> Corpus:
     train = settings.train
     late = sorted(settings.given & {"tokenizer", "val_fraction", "errors"})
     if late and train.data and is_prepared(train.data):
@@ -153,7 +182,7 @@ def fit_to_corpus(model: ModelConfig, corpus: Corpus) -> ModelConfig:
 def require_memory(model: ModelConfig, device: torch.device) -> None:
     """Raise UnavailableError if the weights and the optimiser alone cannot fit on `device`."""
     need, room = BYTES_PER_PARAMETER * model.n_parameters, world.available_memory(device)
-    if need > room:
+    if room is not None and need > room:
         raise UnavailableError(
             f"{model.n_parameters:,} parameters need {need / 2**30:,.1f} GiB to train and "
             f"{room / 2**30:,.1f} GiB are free; reduce --d-model or --n-layer"
@@ -176,6 +205,7 @@ def facts_of(settings: Settings, corpus: Corpus) -> dict:
         "git_commit": _commit(),
         "corpus": str(corpus.folder.resolve()),
         "corpus_key": corpus.key,
+        "corpus_settings": corpus.settings,
         "asked_vocab_size": settings.model.vocab_size,
         "tokenizer_sha256": corpus.tokenizer().sha256,
     }

@@ -9,6 +9,8 @@ from torch.optim import Optimizer
 
 from minillm import checkpoint
 from minillm.checkpoint import Checkpoint
+from minillm.config import TrainConfig
+from minillm.configure import RESUMABLE
 from minillm.data import Batches, evaluation_windows, warnings_for
 from minillm.evaluate import evaluate
 from minillm.generate import generate
@@ -16,7 +18,6 @@ from minillm.model import GPT
 from minillm.optim import Average
 from minillm.pace import Pacer
 from minillm.schedule import Schedule
-from minillm.settings import TrainConfig
 from minillm.shards import Corpus
 
 SAMPLE_TOKENS = 200
@@ -62,7 +63,7 @@ def save(t: Training) -> None:
         tensors["ema"] = t.average.weights
     state = {
         "progress": asdict(t.progress),
-        "best_step": t.progress.best_step,
+        "settings": {name: getattr(t.config, name) for name in sorted(RESUMABLE)},
         "pace": t.plan.pace,
         "fixed": t.fixed,
     }
@@ -81,8 +82,9 @@ def restore(t: Training, past: Checkpoint, pacer: Pacer, given: frozenset[str]) 
     parameters = dict(t.model.named_parameters())
     checkpoint.load_weights(t.model, past.tensors("model"), past.folder)
     checkpoint.load_optimizer_tensors(t.optimizers, parameters, past.tensors("optimizer"))
-    if t.average:
-        t.average.weights = past.tensors("ema")
+    if t.config.ema:
+        t.average = Average(parameters, t.config.ema)
+        checkpoint.load_into(t.average.weights, past.tensors("ema"), past.folder)
     if given & {"steps", "epochs", "time_limit"}:
         t.plan = pacer.schedule(past.step)
     else:
@@ -95,19 +97,20 @@ def _averaged(t: Training) -> AbstractContextManager[None]:
 
 
 @torch.no_grad()
-def judge(t: Training, whole: bool) -> dict[str, float]:
-    """Loss on the whole validation split, or on --eval-batches batches of it.
+def judge(t: Training, batches: int) -> dict[str, float]:
+    """Loss on `batches` batches of the validation split, spread evenly; 0: on the whole of it.
 
-    Returns val_loss (nats a token) and val_bpb (bits a byte of raw text), nothing without a split.
+    Returns val_loss (nats a token), val_bpb (bits a byte of raw text) and val_tokens (how many were
+    predicted); nothing without a split.
     """
     if t.corpus.tokens["val"] < 2:
         return {}
-    limit = None if whole else t.config.eval_batches * t.config.batch_size
+    limit = batches * t.config.batch_size or None
     windows = evaluation_windows(t.corpus, "val", t.model.config.seq_len, limit)
     with _averaged(t):
         result = evaluate(t.model, windows, t.fixed["micro_batch_size"])
     bpb = result.bits_per_byte(t.corpus.tokens["val"], t.corpus.bytes["val"])
-    return {"val_loss": result.loss, "val_bpb": bpb}
+    return {"val_loss": result.loss, "val_bpb": bpb, "val_tokens": result.tokens}
 
 
 def note_best(progress: Progress, row: dict[str, float]) -> bool:
@@ -148,7 +151,12 @@ def announce(
     seconds = left * step_s
     if c.time_limit is not None:
         seconds = min(seconds, c.time_limit - t.progress.trained_s)
-    tokens = plan.steps * c.batch_size * model.seq_len
+    step_tokens = c.batch_size * model.seq_len
+    judged = c.final_eval_batches * step_tokens or t.corpus.tokens["val"]
+    judge_s = min(judged, t.corpus.tokens["val"]) / step_tokens * step_s / 3  # forward only
+    warnings = warnings_for(t.corpus.tokens["train"], plan.steps * step_tokens, model.n_parameters)
+    if plan.warmup > plan.steps / 2:
+        warnings.append(f"--warmup {plan.warmup} is most of the {plan.steps} steps")
     return [
         f"run       {t.run}" + (f" from step {t.progress.step}" if t.progress.step else ""),
         f"text      {t.corpus.bytes['train']:,} + {t.corpus.bytes['val']:,} bytes, "
@@ -159,11 +167,9 @@ def announce(
         f"{t.fixed['threads']} threads ({why_threads})",
         f"training  {left:,} steps of {c.batch_size} x {model.seq_len} tokens, "
         f"{t.fixed['micro_batch_size']} sequences at a time, {batches.epochs(plan.steps):.2f} "
-        f"epochs; about {duration(seconds)}",
-        *("warning   " + w for w in warnings_for(
-            t.corpus.tokens["train"], tokens, model.n_parameters
-        )),
-    ]  # fmt: skip
+        f"epochs; about {duration(seconds)}, then {duration(judge_s)} to evaluate",
+        *(f"warning   {warning}" for warning in warnings),
+    ]
 
 
 def duration(seconds: float) -> str:

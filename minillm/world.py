@@ -1,8 +1,10 @@
 """Where the process runs: device, threads, ranks. The only room that reads the environment."""
 
 import os
+import re
 import statistics
 import time
+from pathlib import Path
 
 import torch
 
@@ -52,14 +54,21 @@ def pick_dtype(name: str, device: torch.device, width: int) -> torch.dtype:
 
 def cpu_has_bf16() -> bool:
     """Whether this processor has AMX-bf16 or AVX512-BF16."""
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    # Not public in torch: an older or newer one may lack them.
+    tests = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in tests)
 
 
 def available_threads() -> int:
-    """Processors this process may use."""
+    """Processors this process may use, a container's quota counted."""
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        count = len(os.sched_getaffinity(0))
+    else:
+        count = os.cpu_count() or 1
+    quota = _read("/sys/fs/cgroup/cpu.max").split()  # microseconds in each period, or "max"
+    if len(quota) == 2 and quota[0].isdecimal():
+        count = min(count, max(1, round(int(quota[0]) / int(quota[1]))))
+    return count
 
 
 def set_threads(wish: str | int) -> tuple[int, str]:
@@ -87,7 +96,7 @@ def set_threads(wish: str | int) -> tuple[int, str]:
 
 def _product_seconds() -> float:
     """Upper quartile of the time of one product: a stall now and then must count."""
-    a = torch.randn(PRODUCT, PRODUCT)
+    a = torch.ones(PRODUCT, PRODUCT)
     times = []
     end = time.perf_counter() + 0.15
     while len(times) < 5 or time.perf_counter() < end:
@@ -100,7 +109,7 @@ def _product_seconds() -> float:
 def measured_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a plain matrix product on this machine as it is now: what MFU is a share of."""
     n = 4096 if device.type == "cuda" else 1024
-    a = torch.randn(n, n, device=device).to(dtype)
+    a = torch.ones(n, n, device=device).to(dtype)
     best = float("inf")
     end = time.perf_counter() + 0.2
     while time.perf_counter() < end or best == float("inf"):
@@ -126,14 +135,26 @@ def refuse_many_ranks() -> None:
         raise UsageError(f"WORLD_SIZE is {size}, but this version trains in one process")
 
 
-def available_memory(device: torch.device) -> int:
-    """Bytes that a training step may still take; 4 GiB where the system does not say."""
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that a training step may still take; None where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    match = re.search(r"^MemAvailable:\s+(\d+) kB", _read("/proc/meminfo"), re.MULTILINE)
+    if match is None:
+        return None
+    free = int(match[1]) * 1024
+    limit, used = _read("/sys/fs/cgroup/memory.max"), _read("/sys/fs/cgroup/memory.current")
+    if limit.strip().isdecimal() and used.strip().isdecimal():
+        free = min(free, int(limit) - int(used))
+    return max(0, free)
+
+
+def _read(path: str) -> str:
+    """The text of a file of the system's, empty where there is none."""
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return 4 << 30
+        return Path(path).read_text(encoding="ascii")
+    except (OSError, ValueError):
+        return ""
 
 
 def peak_memory(device: torch.device) -> int | None:

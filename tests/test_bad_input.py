@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minillm import __main__ as verbs
-from minillm import checkpoint, errors, storage
+from minillm import errors, runs, storage
 from minillm.scripts import sample
 from minillm.scripts import train as train_script
 
@@ -23,7 +23,8 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 TRAIN = [
     # The command line.
     (["--stpes", "3"], 2, "unknown flag --stpes; did you mean --steps?"),
-    (["--lr", "3"], 2, "unknown flag --lr"),
+    (["--lrr", "3"], 2, "unknown flag --lrr; did you mean --lr?"),
+    (["--lr", "30"], 2, "argument --learning-rate: 30.0 is out of range"),
     (["--learn", "1"], 2, "unknown flag --learn; did you mean --"),
     (["--n_lyaer=3"], 2, "unknown flag --n-lyaer; did you mean --n-layer?"),
     (["words.txt"], 2, "unexpected argument 'words.txt'"),
@@ -101,9 +102,10 @@ TRAIN = [
     (["--out", "{t}"], 2, "holds other things than a run; name another folder"),
     (["--out", "{t}", "--overwrite"], 2, "holds other things than a run"),
     (["--out", "{t}/one.txt"], 2, "one.txt is a file; name a folder"),
-    (["--out", "{t}/one.txt/run"], 5, "Not a directory"),
+    (["--out", "{t}/one.txt/run"], 2, "one.txt is not a folder; name another place"),
     (["--out", "{t}/" + "x" * 300], 5, "File name too long"),
-    (["--cache-dir", "{t}/one.txt"], 5, "one.txt"),
+    (["--cache-dir", "{t}/one.txt"], 2, "one.txt is not a folder; name another place"),
+    (["--cache-dir", "{t}/one.txt/a/b"], 2, "one.txt is not a folder; name another place"),
     pytest.param(["--out", "/proc/run"], 5, "/proc/run: ", marks=POSIX),
     (["--resume", "{t}/none"], 2, "none: no such run"),
     (["--resume", "{t}"], 2, "is not a run of minillm: it has no config.json"),
@@ -314,7 +316,7 @@ def pickle_for_tensors(run: Path, place: Path) -> None:
 
 
 def other_model(run: Path, place: Path) -> None:
-    config, train = checkpoint.read_config(run)
+    config, train = runs.read_config(run)
     facts = storage.read_json(run / "config.json")
     storage.write_json(run / "config.json", {**facts, "model": {**facts["model"], "d_ff": 8}})
 
@@ -356,7 +358,7 @@ DAMAGE = {
     "no tokenizer": (lambda r, p: (r / "tokenizer.json").unlink(), 3, "has no tokenizer"),
     "another tokenizer": (lambda r, p: (r / "tokenizer.json").write_text(
         '{"version": 1, "kind": "char", "characters": "ab"}'), 3, "is not the tokenizer"),
-    "no checkpoint": (no_checkpoint, 2, "holds no checkpoint; train it with"),
+    "no checkpoint": (no_checkpoint, 2, "holds no checkpoint; train it anew: python train.py --out"),
 }  # fmt: skip
 
 

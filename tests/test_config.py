@@ -6,10 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minillm.config import GATED, MLPS, ModelConfig
+from minillm.config import GATED, MLPS, ModelConfig, TrainConfig
 from minillm.errors import UsageError
 from minillm.presets import PRESETS
-from minillm.settings import TrainConfig
 
 
 def test_a_made_config_has_everything():

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minillm import cli
-from minillm.config import ModelConfig
+from minillm.config import ModelConfig, TrainConfig
 from minillm.configure import changed, read_config, resolve
 from minillm.errors import UsageError
 from minillm.presets import PRESETS
-from minillm.settings import ALIASES, Settings, TrainConfig, add_flags
+from minillm.settings import ALIASES, Settings, add_flags
 
 
 @cache
@@ -282,6 +282,6 @@ def test_a_resumed_run_may_be_longer():
 
 def test_a_resumed_run_cannot_become_another():
     assert resumed("--n-layer", "6").model.n_layer == 6  # as it is
-    for argv in (["--n-layer", "7"], ["--learning-rate", "0.1"], ["--data", "other.txt"]):
+    for argv in (["--n-layer", "7"], ["--learning-rate", "0.1"], ["--tokenizer", "char"]):
         with pytest.raises(UsageError, match=f"{argv[0]} .* cannot change on --resume"):
             resumed(*argv)

@@ -62,7 +62,8 @@ def test_exit_codes_and_messages(capsys, body, code, text):
 def test_lack_of_memory_is_the_environments(capsys, body):
     assert run("x.py", body, []) == 4
     message = capsys.readouterr().err
-    assert message.startswith("x.py: error: out of memory; try a smaller --micro-batch-size")
+    assert message.startswith("x.py: error: out of memory; ")
+    assert "--micro-batch-size" in message
     assert message.count("\n") == 1
 
 

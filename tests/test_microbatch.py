@@ -1,5 +1,7 @@
 """The micro-batch: the largest divisor of the batch that fits, by a memory of our own making."""
 
+import math
+
 import pytest
 import torch
 
@@ -18,48 +20,70 @@ def model() -> GPT:
     return GPT(ModelConfig(vocab_size=20, seq_len=16, n_layer=2, n_head=2, d_model=16), EAGER)
 
 
+@pytest.mark.parametrize("copies", [0, 1, 4])
 @pytest.mark.parametrize(
     "sequences, batch_size, expected",
     [(100, 12, 12), (11, 12, 6), (5, 12, 4), (3.5, 12, 3), (1, 12, 1), (6, 7, 1), (7, 7, 7)],
 )
-def test_the_largest_divisor_that_fits(model, monkeypatch, sequences, batch_size, expected):
-    each = microbatch._bytes_for_backward(model, CPU)
-    room = int(sequences * each / microbatch.SHARE) + 1
-    monkeypatch.setattr(microbatch, "available_memory", lambda device: room)
-    assert largest_that_fits(model, batch_size, CPU) == expected
+def test_the_largest_divisor_that_fits(model, monkeypatch, sequences, batch_size, expected, copies):
+    """What does not grow with the sequences is counted once, and room is left for the copies."""
+    one, two = (microbatch._bytes_for_backward(model, rows, CPU) for rows in (1, 2))
+    assert 0 < two - one < one
+    need = one + (sequences - 1) * (two - one) + copies * 4 * model.config.n_parameters
+    free = math.ceil(need / microbatch.SHARE)
+    monkeypatch.setattr(microbatch, "available_memory", lambda device: free)
+    assert largest_that_fits(model, batch_size, CPU, copies) == expected
 
 
-def test_no_room_for_one_sequence(model, monkeypatch):
-    monkeypatch.setattr(microbatch, "available_memory", lambda device: 1000)
+def test_where_the_system_says_nothing_four_gib_are_reckoned_with(model, monkeypatch):
+    monkeypatch.setattr(microbatch, "available_memory", lambda device: None)
+    assert largest_that_fits(model, 12, CPU, 2) == 12
+    seen = microbatch.UNKNOWN * microbatch.SHARE / 5.5
+    monkeypatch.setattr(microbatch, "_bytes_for_backward", lambda model, rows, device: rows * seen)
+    assert largest_that_fits(model, 12, CPU, 0) == 4
+
+
+@pytest.mark.parametrize("free, copies", [(1000, 0), (40_000, 1_000), (0, 0)])
+def test_no_room_for_one_sequence(model, monkeypatch, free, copies):
+    monkeypatch.setattr(microbatch, "available_memory", lambda device: free)
     with pytest.raises(UnavailableError, match="one sequence of 16 tokens does not fit"):
-        largest_that_fits(model, 8, CPU)
+        largest_that_fits(model, 8, CPU, copies)
 
 
 def test_what_a_backward_keeps_grows_with_the_model(model):
-    kept = microbatch._bytes_for_backward(model, CPU)
+    kept = microbatch._bytes_for_backward(model, 1, CPU)
     # At the least the inputs of the eight matrices of two blocks: 16 tokens of 16 (or 64) floats.
     assert kept > 2 * 16 * (3 * 16 + 64) * 4
     deeper = GPT(ModelConfig(vocab_size=20, seq_len=16, n_layer=4, n_head=2, d_model=16), EAGER)
-    assert 1.5 * kept < microbatch._bytes_for_backward(deeper, CPU) < 2.1 * kept
+    assert 1.5 * kept < microbatch._bytes_for_backward(deeper, 1, CPU) < 2.1 * kept
 
 
 def test_on_a_gpu_running_out_is_caught(model, monkeypatch):
-    tried = []
+    """Beside what the optimiser will take: with the copies less fits."""
+    tried, held = [], []
+
+    def hold(size, dtype, device):
+        held.append(size)
 
     def run(model, rows, device):
         tried.append(rows)
-        if rows > 4:
+        if held[-1] + rows * 1000 > 5000:
             raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(microbatch, "_run", run)
+    monkeypatch.setattr(torch, "empty", hold)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    assert largest_that_fits(model, 12, torch.device("cuda")) == 4
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5000, 5000))
+    assert largest_that_fits(model, 12, torch.device("cuda"), 0) == 4
     assert tried == [12, 6, 4]
+    with pytest.raises(UnavailableError, match="does not fit"):
+        largest_that_fits(model, 12, torch.device("cuda"), 3)
+    assert held[0] == 0 and held[-1] == 12 * model.config.n_parameters
 
 
 def test_a_trial_leaves_no_gradient_and_no_change(model):
     before = {name: p.clone() for name, p in model.named_parameters()}
-    largest_that_fits(model, 4, CPU)
+    largest_that_fits(model, 4, CPU, 2)
     assert seconds_per_step(model, 4, 2, CPU) > 0
     for name, p in model.named_parameters():
         assert p.grad is None and torch.equal(p, before[name])

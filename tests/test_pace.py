@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from minillm import pace
+from minillm.config import TrainConfig
 from minillm.pace import Pacer, wished_steps
 from minillm.schedule import Schedule
-from minillm.settings import TrainConfig
 
 LIMITED = TrainConfig(time_limit=100.0, warmup=0, log_every=1)
 

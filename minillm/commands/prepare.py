@@ -1,25 +1,30 @@
 """`python -m minillm prepare`: text to a tokenizer and token shards."""
 
 import sys
-from argparse import ArgumentDefaultsHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 
-from minillm.cli import Parser, real, whole
+from minillm.cli import HelpFormatter, Parser, real, whole
 from minillm.corpus import prepare
+from minillm.errors import UsageError
+from minillm.shards import is_prepared
 
 
 def main(argv: Sequence[str]) -> None:
     """Prepare what the command line names; all that is said goes to standard error."""
     args = _parser().parse(argv)
+    late = [n for n in ("tokenizer", "val_fraction", "errors") if getattr(args, n) is not None]
+    for path in filter(is_prepared, args.paths):
+        if late or len(args.paths) > 1:
+            raise UsageError(f"{path} is prepared already; give the text it was made from")
     prepare(
         args.paths or None,
-        tokenizer=args.tokenizer,
+        tokenizer=args.tokenizer or "bpe",
         vocab_size=args.vocab_size,
-        val_fraction=args.val_fraction,
+        val_fraction=0.05 if args.val_fraction is None else args.val_fraction,
         out=args.out,
         cache_dir=args.cache_dir,
-        errors=args.errors,
+        errors=args.errors or "strict",
         workers=args.workers,
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
@@ -29,7 +34,7 @@ def _parser() -> Parser:
     parser = Parser(
         prog="minillm prepare",
         description="Split text, tokenize it and write token shards that train.py --data reads.",
-        formatter_class=ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     add = parser.add_argument
     add(
@@ -41,7 +46,7 @@ def _parser() -> Parser:
     )
     add("--out", type=Path, help="new folder to write (without it: a place below --cache-dir)")
     add("--cache-dir", type=Path, default=Path("data/prepared"), help="where corpora are kept")
-    add("--tokenizer", default="bpe", help="bpe, char, byte, or FILE.model or FILE.json to use")
+    add("--tokenizer", help="bpe, char, byte, FILE.model or FILE.json (default: bpe)")
     add(
         "--vocab-size",
         type=whole(1, 1_000_000),
@@ -50,14 +55,12 @@ def _parser() -> Parser:
     add(
         "--val-fraction",
         type=real(0, 0.5),
-        default=0.05,
-        help="share of the bytes held out for validation, 0 to 0.5",
+        help="share of the bytes held out for validation, 0 to 0.5 (default: 0.05)",
     )
     add(
         "--errors",
         choices=("strict", "replace"),
-        default="strict",
-        help="bytes that are not UTF-8: refuse, or put U+FFFD in their place",
+        help="bytes that are not UTF-8: refuse, or put U+FFFD in their place (default: strict)",
     )
     add(
         "--workers",

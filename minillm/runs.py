@@ -1,0 +1,133 @@
+"""A run folder: its name, its config.json and its tokenizer.
+
+    runs/NAME/config.json, tokenizer.model|json, metrics.jsonl, samples.txt, checkpoints/
+
+What this room does not do: read or write checkpoints (checkpoint.py).
+"""
+
+import re
+import shutil
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from minillm.config import ModelConfig
+from minillm.errors import CorruptError, UsageError
+from minillm.storage import file_digest, read_json, write_json
+from minillm.tokenizer import Tokenizer, load_tokenizer
+
+STEP = re.compile(r"step-(\d{8})")
+
+
+def newest_run(root: Path = Path("runs")) -> Path:
+    """The run in `root` whose newest checkpoint is the newest. UsageError if there is none."""
+    found = [(max(c.stat().st_mtime_ns for c in checkpoints_of(run).values()), run)
+             for run in root.glob("*") if checkpoints_of(run)]  # fmt: skip
+    if not found:
+        raise UsageError(f"no run with a checkpoint in {root}/; train one with: python train.py")
+    return max(found)[1]
+
+
+def check_out(run: Path, overwrite: bool) -> None:
+    """Raise UsageError unless `run` is free: absent, empty, or a run that may be overwritten."""
+    if not run.exists():
+        return
+    if not run.is_dir():
+        raise UsageError(f"--out {run} is a file; name a folder")
+    if not any(run.iterdir()):
+        return
+    if not (run / "config.json").is_file():
+        raise UsageError(f"--out {run} holds other things than a run; name another folder")
+    if not overwrite:
+        more = (
+            f"go on with --resume {run}, or" if checkpoints_of(run) else "it has no checkpoint yet;"
+        )
+        raise UsageError(f"--out {run} exists; {more} replace it with --overwrite")
+
+
+def make_run(out: str | None, name: str, overwrite: bool) -> Path:
+    """Make an empty run folder: `out`, in the place of whatever check_out lets go, or runs/name-N.
+
+    Of two processes that ask for the same `out` one gets it, the other UsageError.
+    """
+    if out is None:
+        return _make_next(Path("runs"), name)
+    run = Path(out)
+    check_out(run, overwrite)
+    if run.exists():
+        shutil.rmtree(run)
+    try:
+        run.mkdir(parents=True)
+    except FileExistsError:
+        raise UsageError(f"--out {run} was taken by another process; name another") from None
+    return run
+
+
+def _make_next(root: Path, name: str) -> Path:
+    """Make the first of root/name-1, root/name-2, ... that nobody else has."""
+    n = 1
+    while True:
+        try:
+            run = root / f"{name}-{n}"
+            run.mkdir(parents=True)
+            return run
+        except FileExistsError:
+            n += 1
+
+
+def checkpoints_of(run: Path) -> dict[int, Path]:
+    """The folders of a run's whole checkpoints, by step."""
+    folders = run.glob("checkpoints/step-*/manifest.json")
+    return {int(m[1]): f.parent for f in folders if (m := STEP.fullmatch(f.parent.name))}
+
+
+def require_run(run: Path) -> Path:
+    """`run`, if it is a run folder; UsageError if not."""
+    if run.is_dir() and (run / "config.json").is_file():
+        return run
+    if run.is_dir():
+        raise UsageError(f"{run} is not a run of minillm: it has no config.json")
+    if run.exists():
+        raise UsageError(f"{run} is a file, not a run folder; pickled checkpoints are never read")
+    raise UsageError(f"{run}: no such run")
+
+
+def read_config(run: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """The model's configuration and the training settings that config.json states."""
+    body = read_json(require_run(run) / "config.json")
+    try:
+        names = {f.name for f in fields(ModelConfig)}
+        unknown = set(body["model"]) - names
+        if unknown:
+            raise CorruptError(f"{run}/config.json: unknown model setting {sorted(unknown)[0]!r}")
+        if body["model"].get("vocab_size") is None:
+            raise CorruptError(f"{run}/config.json: the model has no vocab_size")
+        return ModelConfig(**body["model"]), body["train"]
+    except (KeyError, TypeError, UsageError) as error:
+        raise CorruptError(f"{run}/config.json: {error}") from None
+
+
+def write_config(run: Path, model: ModelConfig, train: dict, facts: dict) -> None:
+    """config.json: the resolved configuration and the facts of where it runs."""
+    write_json(run / "config.json", {"model": asdict(model), "train": train, **facts})
+
+
+def tokenizer_path(run: Path) -> Path:
+    """The tokenizer's file in a run. CorruptError if it is missing or another than stated."""
+    files = [p for n in ("tokenizer.model", "tokenizer.json") if (p := run / n).is_file()]
+    if not files:
+        raise CorruptError(f"{run}: has no tokenizer.model or tokenizer.json")
+    if read_json(run / "config.json").get("tokenizer_sha256") != file_digest(files[0]):
+        raise CorruptError(f"{files[0]}: is not the tokenizer that the run was trained with")
+    return files[0]
+
+
+def load_run_tokenizer(run: Path, config: ModelConfig) -> Tokenizer:
+    """The tokenizer of a run. CorruptError if it does not belong."""
+    path = tokenizer_path(run)
+    tokenizer = load_tokenizer(path)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise CorruptError(
+            f"{path}: {tokenizer.vocab_size} tokens, the model knows {config.vocab_size}"
+        )
+    return tokenizer

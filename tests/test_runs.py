@@ -1,0 +1,129 @@
+"""Run folders: which is the newest, where a new one may go, and who gets it."""
+
+import os
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from minillm import errors, runs
+from minillm.checkpoint import load_run, save
+from minillm.errors import UsageError
+from minillm.scripts import sample
+from minillm.scripts import train as train_script
+
+
+@pytest.fixture
+def run(tiny_run, tmp_path) -> Path:
+    """A copy of the finished run, to damage."""
+    return shutil.copytree(tiny_run, tmp_path / "run")
+
+
+def test_the_newest_run_has_the_newest_checkpoint(tmp_path):
+    with pytest.raises(UsageError, match="no run with a checkpoint in .*train.py"):
+        runs.newest_run(tmp_path / "runs")
+    for when, name in ((3, "b"), (9, "a"), (5, "c")):
+        folder = save(tmp_path / name, 1, {}, {})
+        os.utime(folder, ns=(when * 10**9, when * 10**9))
+    (tmp_path / "d").mkdir()
+    (tmp_path / "e").write_text("")
+    assert runs.newest_run(tmp_path) == tmp_path / "a"
+
+
+def test_runs_are_numbered(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert runs.make_run(None, "nano", False) == Path("runs/nano-1")
+    (tmp_path / "runs" / "nano-2").write_text("")
+    assert runs.make_run(None, "nano", False) == Path("runs/nano-3")
+    assert not any(Path("runs/nano-3").iterdir())
+
+
+def test_where_a_run_may_go(tmp_path, run):
+    runs.check_out(tmp_path / "new", False)
+    (tmp_path / "empty").mkdir()
+    runs.check_out(tmp_path / "empty", False)
+    runs.check_out(run, True)
+    with pytest.raises(
+        UsageError, match=r"exists; go on with --resume .*, or replace it with --over"
+    ):
+        runs.check_out(run, False)
+    for overwrite in (False, True):
+        with pytest.raises(UsageError, match="holds other things than a run"):
+            runs.check_out(run / "checkpoints", overwrite)
+        with pytest.raises(UsageError, match="is a file; name a folder"):
+            runs.check_out(run / "config.json", overwrite)
+    runs.make_run(str(run), "nano", True)
+    assert not any(run.iterdir())
+
+
+def overtaken(monkeypatch, name: str) -> None:
+    """Let another process make the folder `name` just before this one does."""
+    mkdir, made = Path.mkdir, []
+
+    def slow_mkdir(path, *args, **options):
+        if path.name == name and not made:
+            made.append(path)
+            mkdir(path, parents=True)
+        mkdir(path, *args, **options)
+
+    monkeypatch.setattr(Path, "mkdir", slow_mkdir)
+
+
+def test_who_comes_second_gets_the_next_number(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    overtaken(monkeypatch, "nano-1")
+    assert runs.make_run(None, "nano", False) == Path("runs/nano-2")
+
+
+def test_who_comes_second_for_a_name_is_refused(tmp_path, monkeypatch):
+    overtaken(monkeypatch, "mine")
+    with pytest.raises(UsageError, match="mine was taken by another process; name another"):
+        runs.make_run(str(tmp_path / "mine"), "nano", False)
+
+
+def test_many_at_once_get_a_folder_each(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    together = threading.Barrier(16)
+
+    def claim(_):
+        together.wait()
+        return runs.make_run(None, "nano", False)
+
+    with ThreadPoolExecutor(16) as pool:
+        claimed = sorted(pool.map(claim, range(16)), key=lambda p: int(p.name[5:]))
+    assert claimed == [Path(f"runs/nano-{n}") for n in range(1, 17)]
+
+
+def test_a_run_that_ended_before_its_first_checkpoint(train, tmp_path, monkeypatch, capfd):
+    """Nobody is told to go on with it: it is to be replaced, and is never the newest."""
+    run = tmp_path / "runs" / "early"
+    whole, calls = train_script.accumulate, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return whole(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_script, "accumulate", interrupted)
+        assert train("--out", run) == 130
+    assert (run / "config.json").is_file() and not runs.checkpoints_of(run)
+
+    def said() -> str:
+        return capfd.readouterr().err.splitlines()[-1]
+
+    assert train("--out", run) == 2
+    assert said().endswith("exists; it has no checkpoint yet; replace it with --overwrite")
+    anew = f"{run} holds no checkpoint; train it anew: python train.py --out {run} --overwrite"
+    assert train("--resume", run) == 2
+    assert said() == f"train.py: error: {anew}"
+    assert errors.run("sample.py", sample.main, [str(run)]) == 2
+    assert said() == f"sample.py: error: {anew}"
+    monkeypatch.chdir(tmp_path)
+    assert train("--resume") == 2
+    assert "no run with a checkpoint in runs/" in said()
+    assert train("--out", run, "--overwrite") == 0
+    assert load_run(run) and runs.newest_run() == Path("runs/early")
