@@ -58,7 +58,8 @@ class Tokenizer:
         """
         last = self._bytes_of[ids[-1]]
         allowed = [i for i, piece in enumerate(self._bytes_of) if last and piece.startswith(last)]
-        if len(ids) < 2 or len(allowed) < 2:
+        # A byte and a piece of that byte alone are equally long: there is nothing to heal.
+        if len(ids) < 2 or all(len(self._bytes_of[i]) == len(last) for i in allowed):
             return list(ids), [], 0
         return list(ids[:-1]), allowed, len(last)
 

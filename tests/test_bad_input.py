@@ -44,6 +44,8 @@ TRAIN = [
     (["--seed", str(2**64)], 2, "out of range; expected between 0 and"),
     (["--epochs", "1e308"], 2, "out of range; expected between 1e-06 and 1e+06"),
     (["--steps", "2", "--epochs", "1"], 2, "--steps and --epochs exclude each other"),
+    (["--early-stop", "2", "--eval-every", "0"], 2, "--early-stop needs --eval-every and"),
+    (["--early-stop", "2", "--val-fraction", "0"], 2, "--val-fraction above 0"),
     (["--time-limit", "soon"], 2, "'soon' is not a duration such as 90s, 10m or 2h"),
     (["--time-limit", "9" * 306], 2, "argument --time-limit: '9999"),
     (["--threads", "0"], 2, "--threads: 0 is out of range"),
@@ -358,7 +360,7 @@ DAMAGE = {
     "no tokenizer": (lambda r, p: (r / "tokenizer.json").unlink(), 3, "has no tokenizer"),
     "another tokenizer": (lambda r, p: (r / "tokenizer.json").write_text(
         '{"version": 1, "kind": "char", "characters": "ab"}'), 3, "is not the tokenizer"),
-    "no checkpoint": (no_checkpoint, 2, "holds no checkpoint; train it anew: python train.py --out"),
+    "no checkpoint": (no_checkpoint, 2, "holds no checkpoint; train it anew: python train.py"),
 }  # fmt: skip
 
 
@@ -405,6 +407,36 @@ def test_a_resume_on_other_text(train, tmp_path, capfd):
     shutil.rmtree(cache)
     given = train("--resume", tmp_path / "run", "--steps", "9")
     check(given, 2, "text.txt: no such file or folder", "train.py", capfd)
+
+
+LATE = [["--tokenizer", "bpe"], ["--val-fraction", "0.2"], ["--errors", "replace"]]
+
+
+@pytest.mark.parametrize("flags", LATE, ids=lambda words: words[0])
+def test_a_prepared_folder_cannot_be_prepared_otherwise(
+    train, tiny_run, tmp_path, capfd, monkeypatch, flags
+):
+    """Not even with the values it was prepared with: the flag would do nothing."""
+    folder = storage.read_json(tiny_run / "config.json")["corpus"]
+    name = "minillm prepare"
+    monkeypatch.setattr(sys, "argv", ["minillm", "prepare", folder, *flags])
+    check(verbs.main(), 2, f"{folder} is prepared already; give the text", name, capfd)
+    monkeypatch.setattr(sys, "argv", ["minillm", "prepare", folder, str(tmp_path)])
+    check(verbs.main(), 2, f"{folder} is prepared already; give the text", name, capfd)
+    words = ["--data", folder, "--out", str(tmp_path / "run"), *flags]
+    words += [] if "--tokenizer" in flags else ["--tokenizer", "byte"]
+    check(train(*words), 2, "is prepared already; drop --", "train.py", capfd)
+
+
+def test_more_samples_than_memory(tiny_run, monkeypatch, capfd):
+    """16 tokens of 2 x 16 floats take 2 KiB a sample."""
+    monkeypatch.setattr(sample.world, "available_memory", lambda device: 5 << 11)
+    words = [str(tiny_run), "--num-samples", "6", "--max-tokens", "3"]
+    assert errors.run("sample.py", sample.main, words) == 4
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert line.startswith("sample.py: error: --num-samples 6 needs ") and "at most 5 fit" in line
+    words[2] = "5"
+    assert errors.run("sample.py", sample.main, words) == 0
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from minillm.config import TrainConfig
 from minillm.pace import Pacer, wished_steps
 from minillm.schedule import Schedule
 
-LIMITED = TrainConfig(time_limit=100.0, warmup=0, log_every=1)
+# The clock is looked at whether or not anything is logged.
+LIMITED = TrainConfig(time_limit=100.0, warmup=0, log_every=100_000)
 
 
 @pytest.fixture
@@ -57,6 +58,7 @@ SPEEDS = {
     "slower in the middle": lambda step: 0.5 if step < 80 else 1.5,
     "faster in the middle": lambda step: 0.5 if step < 80 else 0.2,
     "a stall": lambda step: 30.0 if step == 60 else 0.5,
+    "thousands of steps": lambda step: 0.01 if step < 2000 else 0.03,
     "uneven": lambda step: 0.2 + 0.6 * (step * 7919 % 11) / 10,
 }
 
@@ -114,3 +116,21 @@ def test_small_changes_of_the_estimate_change_nothing(clock):
 def test_there_is_always_one_step(clock):
     pacer = Pacer(LIMITED, None, 0.0, guess_s=1e9)
     assert pacer.schedule().steps == 1
+
+
+def test_the_clock_is_looked_at_soon_and_then_now_and_again(clock, monkeypatch):
+    """After 1, 2, 4, ... steps beyond the first, then every LOOK_S: not after each of thousands."""
+    looks = []
+    whole = Pacer.affordable
+
+    def affordable(pacer, step, step_s):
+        looks.append(step)
+        return whole(pacer, step, step_s)
+
+    pacer = Pacer(LIMITED, None, 0.0, 0.01)
+    plan = pacer.schedule()
+    monkeypatch.setattr(Pacer, "affordable", affordable)
+    train(pacer, clock, lambda step: 0.01, plan)
+    assert looks[:6] == [2, 3, 5, 9, 17, 33]
+    gaps = [b - a for a, b in zip(looks, looks[1:], strict=False)]
+    assert max(gaps) <= pace.LOOK_S / 0.01 + 1 and len(looks) < 70

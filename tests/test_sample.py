@@ -153,3 +153,40 @@ def test_without_a_run_the_newest_is_taken(tiny_run, tmp_path, monkeypatch, caps
     assert errors.run("sample.py", script.main, ["--prompt", "def ", "--max-tokens", "9"]) == 0
     out, err = capsys.readouterr()
     assert out.startswith("def ") and "nano-1, step 8" in err
+
+
+@pytest.fixture(scope="module")
+def bpe_run(train, tmp_path_factory):
+    """A run with tokens such as " cat"; its text has no two spaces in a row."""
+    run = tmp_path_factory.mktemp("bpe") / "run"
+    flags = ["--tokenizer", "bpe", "--vocab-size", "340", "--steps", "60", "--eval-every", "0"]
+    assert train("--out", run, *flags, "--learning-rate", "0.02") == 0
+    return run
+
+
+@pytest.mark.parametrize("prompt", ["the ", "the cat ", "on\nthe "])
+@pytest.mark.parametrize("heat", [["--temperature", "0"], ["--temperature", "3", "--top-p", "1"]])
+def test_the_space_at_a_prompts_end_is_given_back_to_the_model(bpe_run, capsys, prompt, heat):
+    """The first new token begins with it, and it is printed once."""
+    tokenizer = load_run(bpe_run)[1]
+    flags = ["--prompt", prompt, "--max-tokens", "8", "--num-samples", "8", *heat]
+    assert errors.run("sample.py", script.main, [str(bpe_run), *flags, "--json"]) == 0
+    found = objects(capsys.readouterr().out)
+    assert len(found) == 8
+    for x in found:
+        assert tokenizer.decode(x["tokens"][:1]).startswith(" ")
+        assert prompt + x["text"] == prompt[:-1] + tokenizer.decode(x["tokens"])
+    if heat[1] == "0":
+        assert found[0]["text"] and not found[0]["text"].startswith(" ")
+    assert errors.run("sample.py", script.main, [str(bpe_run), *flags]) == 0
+    shown = capsys.readouterr().out.split("-" * 20 + "\n")
+    assert shown == [prompt + x["text"] + "\n" for x in found]
+
+
+def test_a_prompt_that_needs_no_healing_may_go_on_anyhow(bpe_run, capsys):
+    """No longer token begins like a line break: whatever the model likes comes next."""
+    flags = ["--prompt", "the cat\n", "--max-tokens", "1", "--num-samples", "8", "--json"]
+    assert errors.run("sample.py", script.main, [str(bpe_run), *flags]) == 0
+    found = objects(capsys.readouterr().out)
+    assert not any(x["text"].startswith("\n\n") for x in found)
+    assert len({x["text"] for x in found}) > 1

@@ -102,6 +102,10 @@ REFUSED_TOGETHER = [
         ["--batch-size", "12", "--micro-batch-size", "5"],
         "--micro-batch-size 5 does not divide --batch-size 12; nearest: ",
     ),
+    *(
+        (["--early-stop", "2", flag, "0"], "--early-stop needs --eval-every and --val-fraction")
+        for flag in ("--eval-every", "--val-fraction")
+    ),
     (["--steps", "5", "--epochs", "2"], "--steps and --epochs exclude each other; give one"),
     (
         ["--learning-rate", "0.01", "--min-learning-rate", "0.1"],

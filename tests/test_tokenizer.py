@@ -138,6 +138,14 @@ def test_vocabulary_shrinks_to_what_the_text_supports():
     assert tokenizer.decode(tokenizer.encode("hello world")) == "hello world"
 
 
+def test_text_without_a_space_gives_a_lossless_tokenizer():
+    """The space must be known even where none was seen, or encoding drops it."""
+    tokenizer = train_tokenizer("bpe", ["abc\ndef\n" * 200, "x=1\n" * 50], 330)
+    assert tokenizer.note == "" and tokenizer.by_lines
+    for text in (" ", "   ", "abc def", " abc\n  def ", "a \u2581 b", *HARD):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
 def test_thousands_of_characters_fit_a_small_vocabulary():
     text = "".join(map(chr, range(0x4E00, 0x5200))) + "\u4e00\u4e01" * 50
     tokenizer = train_tokenizer("bpe", [text], 400)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from minillm import __main__ as verbs
-from minillm import microbatch, storage
+from minillm import microbatch, startup, storage
 from minillm.checkpoint import load_run, open_checkpoint
 from minillm.config import ModelConfig
 from minillm.data import evaluation_windows
@@ -114,6 +114,37 @@ def test_samples_are_kept_and_the_last_is_printed(train, tmp_path, capfd):
 def test_many_passes_over_the_text_are_warned_of(train, tmp_path, capfd):
     assert train("--out", tmp_path / "run", "--epochs", "4.5", "--batch-size", "64") == 0
     assert "warning   the run passes 4.5 times over its" in capfd.readouterr().err
+
+
+def test_a_warmup_longer_than_the_run_is_warned_of(train, tmp_path, capfd):
+    assert train("--out", tmp_path / "run", "--warmup", "20") == 0
+    assert "warning   --warmup 20 is most of the 8 steps" in capfd.readouterr().err
+    assert train("--out", tmp_path / "other", "--warmup", "4") == 0
+    assert "--warmup" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("device, preset", [("cuda", "tiny"), ("cpu", "nano")])
+def test_the_device_of_a_config_file_picks_the_preset(
+    train, tmp_path, monkeypatch, capsys, device, preset
+):
+    """The one that the command line names comes before it."""
+    pick = {"auto": "cpu"}
+    monkeypatch.setattr(startup.world, "pick_device", lambda n: torch.device(pick.get(n, n)))
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"device": device, "steps": 3}))
+    for flags, expected in (([], preset), (["--device", "cpu"], "nano")):
+        assert train("--config", path, "--print-config", *flags) == 0
+        assert json.loads(capsys.readouterr().out)["preset"] == expected
+
+
+def test_the_evaluation_at_the_end_may_be_a_part(train, tmp_path, capfd):
+    """In batches of 4 x 16 tokens, spread over the split of 627; the whole of it is the default."""
+    for name, flags in (("part", ["--final-eval-batches", "3"]), ("whole", [])):
+        assert train("--out", tmp_path / name, *flags) == 0
+    part, whole = (metrics(tmp_path / name, "val_tokens") for name in ("part", "whole"))
+    assert part == {4: 128, 8: 192} and whole == {4: 128, 8: 626}
+    loss = [metrics(tmp_path / name, "val_loss")[8] for name in ("part", "whole")]
+    assert loss[0] == pytest.approx(loss[1], rel=0.02) and loss[0] != loss[1]
 
 
 FLAVOURS = {
@@ -245,14 +276,15 @@ def test_a_golden_loss_curve(train, tmp_path):
 
 
 def test_a_time_limit(train, tmp_path):
-    assert train("--out", tmp_path / "run", "--time-limit", "1.5s") == 0
+    """It is kept, and the rate comes down with it, however seldom anything is logged."""
+    seldom = ["--log-every", "100000", "--eval-every", "0"]
+    assert train("--out", tmp_path / "run", "--time-limit", "1.5s", *seldom) == 0
     state = open_checkpoint(tmp_path / "run").state
     assert 1.0 < state["progress"]["trained_s"] < 3
     assert state["pace"][0] == [0, 0.0] and state["pace"][-1] == [state["step"], 1.0]
     rates = metrics(tmp_path / "run", "lr")
-    nano = PRESETS["nano"]
-    assert rates[1] == nano["learning_rate"]
-    assert rates[state["step"]] < 0.1 * nano["learning_rate"]
+    assert list(rates) == [state["step"]]
+    assert rates[state["step"]] < 0.1 * PRESETS["nano"]["learning_rate"]
     # What was decided is recorded: a resume has nothing left to do.
     assert train("--resume", tmp_path / "run") == 0
     assert open_checkpoint(tmp_path / "run").step == state["step"]

@@ -90,9 +90,71 @@ def test_many_ranks_are_refused(monkeypatch):
         world.refuse_many_ranks()
 
 
+MIB = 1 << 20
+
+
+@pytest.fixture
+def system(monkeypatch) -> dict[str, str]:
+    """The files of the system, by path: those put here, and no others."""
+    files: dict[str, str] = {}
+    monkeypatch.setattr(world, "_read", lambda path: files.get(path, ""))
+    return files
+
+
+@pytest.mark.parametrize(
+    "available, limit, used, expected",
+    [
+        (2048, "", "", 2048),
+        (2048, "max\n", f"{900 * MIB}\n", 2048),  # a container without a limit
+        (2048, f"{1000 * MIB}\n", f"{900 * MIB}\n", 100),
+        (50, f"{1000 * MIB}\n", f"{900 * MIB}\n", 50),
+        (2048, f"{1000 * MIB}\n", f"{1001 * MIB}\n", 0),
+        (2048, f"{1000 * MIB}\n", "", 2048),
+        (2048, "rubbish", "1", 2048),
+        (0, "", "", 0),
+        (None, "", "", None),
+    ],
+)
+def test_the_memory_that_is_free(system, available, limit, used, expected):
+    """MemAvailable, not MemFree: what the page cache holds can be had. MiB in and out."""
+    if available is not None:
+        system["/proc/meminfo"] = (
+            "MemTotal:       99999999 kB\nMemFree:            1024 kB\n"
+            f"MemAvailable:   {available * 1024:8d} kB\nBuffers:             512 kB\n"
+        )
+    system["/sys/fs/cgroup/memory.max"] = limit
+    system["/sys/fs/cgroup/memory.current"] = used
+    free = world.available_memory(CPU)
+    assert free == (None if expected is None else expected * MIB)
+
+
+@pytest.mark.parametrize("text", ["", "MemFree: 12 kB\n", "MemAvailable: lots\n"])
+def test_a_system_that_does_not_say_what_is_free(system, text):
+    system["/proc/meminfo"] = text
+    assert world.available_memory(CPU) is None
+
+
+@pytest.mark.parametrize(
+    "quota, expected",
+    [("", 8), ("max 100000\n", 8), ("200000 100000\n", 2), ("150000 100000\n", 2),
+     ("50000 100000\n", 1), ("1600000 100000\n", 8)],
+)  # fmt: skip
+def test_a_containers_share_of_the_processors_counts(system, monkeypatch, quota, expected):
+    monkeypatch.setattr(world.os, "sched_getaffinity", lambda pid: range(8), raising=False)
+    system["/sys/fs/cgroup/cpu.max"] = quota
+    assert world.available_threads() == expected
+
+
+def test_a_file_that_the_system_lacks_is_empty(tmp_path):
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
+    assert world._read(str(tmp_path / "none")) == world._read(str(tmp_path / "bytes")) == ""
+    assert world._read(str(tmp_path)) == ""
+
+
 def test_memory_and_peak_are_plausible():
     held = torch.ones(1 << 20)
-    assert world.available_memory(CPU) > 1 << 20
+    free = world.available_memory(CPU)
+    assert free is None or free > 1 << 20
     peak = world.peak_memory(CPU)
     assert peak is None or peak > held.nbytes
     assert world.measured_peak_flops(CPU, torch.float32) > 1e8

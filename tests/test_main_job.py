@@ -1,0 +1,51 @@
+"""The main job, as a newcomer runs it, on this Python's own source files."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import pytest
+
+from minillm import storage
+from minillm.data import Tokens
+from minillm.shards import Corpus, open_corpus
+
+
+def held_out_text(corpus: Corpus) -> bytes:
+    """The bytes of all held-out documents, one after the other."""
+    tokens = Tokens(corpus, "val")
+    return corpus.tokenizer().decode_bytes(tokens.read(0, len(tokens)).tolist())
+
+
+def run(*words: str | Path) -> subprocess.CompletedProcess:
+    """A verb of minillm in a process of its own, with the machine's own number of threads."""
+    path = os.pathsep.join(p for p in sys.path if p)
+    return subprocess.run(
+        [sys.executable, "-m", "minillm", *map(str, words)],
+        env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, encoding="utf-8",
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_half_a_minute_beats_gzip(tmp_path):
+    """Validation bits a byte, over every held-out byte, are fewer than gzip -9 needs."""
+    start = time.monotonic()
+    out, cache = tmp_path / "run", tmp_path / "cache"
+    trained = run("train", "--time-limit", "30s", "--out", out, "--cache-dir", cache)
+    assert trained.returncode == 0, trained.stderr
+    corpus = open_corpus(Path(storage.read_json(out / "config.json")["corpus"]))
+    text = held_out_text(corpus)
+    assert len(text) == corpus.bytes["val"] > 100_000
+    gzip_bpb = 8 * len(zlib.compress(text, 9)) / len(text)
+    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["val_tokens"] == corpus.tokens["val"] - 1
+    assert last["val_bpb"] < gzip_bpb, f"{last['val_bpb']} against {gzip_bpb}\n{trained.stderr}"
+    sampled = run("sample", out, "--prompt", "def ")
+    assert sampled.returncode == 0, sampled.stderr
+    assert sampled.stdout.startswith("def ") and len(sampled.stdout.strip()) > len("def ")
+    assert not sampled.stdout.startswith("def  ")
+    assert time.monotonic() - start < 180
