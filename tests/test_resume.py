@@ -93,13 +93,16 @@ def test_text_that_moved_is_named_with_data(train, tmp_path, text_file, capfd):
     here, there = tmp_path / "here.txt", tmp_path / "there.txt"
     shutil.copy(text_file, here)
     assert train("--out", run, "--data", here, "--cache-dir", cache, "--tokenizer", "bpe") == 0
-    shutil.rmtree(cache)
-    here.rename(there)
-    capfd.readouterr()
-    assert train("--resume", run, "--steps", "9") == 2
-    assert "if the text has moved, say where with --data" in capfd.readouterr().err
     other = tmp_path / "other.txt"
     other.write_text("something else entirely, of another length. " * 99)
+    capfd.readouterr()
+    # What --data names counts, even where the prepared text still is.
+    assert train("--resume", run, "--steps", "9", "--data", other) == 2
+    assert f"the text is not what {run} was trained on" in capfd.readouterr().err
+    shutil.rmtree(cache)
+    here.rename(there)
+    assert train("--resume", run, "--steps", "9") == 2
+    assert "if the text has moved, say where with --data" in capfd.readouterr().err
     new = ["--cache-dir", tmp_path / "elsewhere"]
     assert train("--resume", run, "--steps", "9", "--data", other, *new) == 2
     assert f"the text is not what {run} was trained on" in capfd.readouterr().err
