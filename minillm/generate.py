@@ -61,6 +61,7 @@ def generate(
     _check_prompts(model, prompts)
     numbers = list(range(len(prompts))) if samples is None else list(samples)
     texts = [list(prompt) for prompt in prompts]
+    new: list[list[int]] = [[] for _ in prompts]
     # MPS has no float64, which sampling wants.
     device = model.head.weight.device
     device = torch.device("cpu") if device.type == "mps" else device
@@ -82,10 +83,11 @@ def generate(
         ended = set()
         for row, token, logprob in zip(list(context.rows), ids.tolist(), chosen, strict=True):
             texts[row].append(token)
+            new[row].append(token)
             yield Token(row, token, logprob)
             # With a document mask what follows BOS would not see what stands before it.
             over = model.config.document_mask and token == model.config.bos_id
-            if over or (stop is not None and stop(row, texts[row][len(prompts[row]) :])):
+            if over or (stop is not None and stop(row, new[row])):
                 ended.add(row)
         if ended:
             context.drop(ended)
