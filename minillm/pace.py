@@ -8,7 +8,8 @@ from minillm.config import TrainConfig
 from minillm.data import Batches
 from minillm.schedule import Schedule
 
-LOOK_S = 2.0  # seconds between two looks at the clock
+LOOK_S = 2.0  # seconds between two looks at the clock, ...
+LOOK_SHARE = 0.05  # ... or this share of the time limit, if that is less
 TOLERANCE = 0.02  # of the remaining steps: smaller changes of the estimate are noise
 
 
@@ -68,8 +69,9 @@ class Pacer:
         if now >= self.config.time_limit:
             return plan.repaced(step, step) if step < plan.steps else plan
         timed = step - self.first[0]
-        if timed & (timed - 1) and now - self.looked < LOOK_S:
-            return plan  # neither after 1, 2, 4, ... steps nor LOOK_S later
+        patience = min(LOOK_S, LOOK_SHARE * self.config.time_limit)
+        if timed & (timed - 1) and now - self.looked < patience:
+            return plan  # neither after 1, 2, 4, ... steps nor long after the last look
         self.looked = now
         step_s = (now - self.first[1]) / timed
         steps = self.affordable(step, step_s)
