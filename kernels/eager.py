@@ -10,9 +10,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minillm.kernels import reference
+from minillm.kernels.eager_optim import adamw, newton_schulz
+from minillm.kernels.eager_sampling import uniform
 from minillm.kernels.reference import sample
 
 __all__ = [
+    "adamw",
+    "add_rms_norm",
     "attention",
     "decode_attention",
     "geglu",
@@ -21,14 +25,33 @@ __all__ = [
     "relu2",
     "rms_norm",
     "rope",
+    "rope_cache",
     "sample",
+    "sandwich_norm",
     "swiglu",
+    "uniform",
 ]
 
 
 def rms_norm(x: Tensor, w: Tensor, eps: float = 1e-6) -> Tensor:
     """As reference.rms_norm."""
     return F.rms_norm(x, (x.shape[-1],), w.to(x.dtype), eps)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, w: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """As reference.add_rms_norm."""
+    s = x + residual
+    return rms_norm(s, w, eps), s
+
+
+def sandwich_norm(
+    x: Tensor, residual: Tensor, w_post: Tensor, w_pre: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """As reference.sandwich_norm."""
+    h = rms_norm(x + residual, w_post, eps)
+    return rms_norm(h, w_pre, eps), h
 
 
 def rope(
@@ -50,6 +73,33 @@ def rope(
         return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
 
     return rotate(q), rotate(k)
+
+
+def rope_cache(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cache_k: Tensor,
+    cache_v: Tensor,
+    positions: Tensor | int,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """As reference.rope_cache; one position for all rows is a slice, not an index."""
+    B, T = q.shape[:2]
+    if isinstance(positions, int):
+        rows, where = slice(None), slice(positions, positions + T)
+    else:
+        where = positions[:, None] + torch.arange(T, device=q.device)  # (B, T)
+        rows = torch.arange(B, device=q.device)[:, None]
+    tables = cos[where].to(q.dtype), sin[where].to(q.dtype)
+    q, k = rope(q, k, *tables, q_weight, k_weight, eps)
+    cache_k[rows, where] = k.to(cache_k.dtype)
+    cache_v[rows, where] = v.to(cache_v.dtype)
+    return q
 
 
 def attention(
@@ -248,15 +298,3 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, dy):
         dx, dw = ctx.saved_tensors
         return dx * dy.to(dx.dtype), dw * dy.to(dw.dtype), None, None, None, None, None
-
-
-def newton_schulz(g: Tensor, steps: int = 5) -> Tensor:
-    """As reference.newton_schulz, but every product in g's dtype, which may be bf16."""
-    a, b, c = 3.4445, -4.7750, 2.0315
-    x = g / (torch.linalg.vector_norm(g, dim=(-2, -1), keepdim=True) + 1e-7)
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
-    for _ in range(steps):
-        s = x @ x.mT
-        x = a * x + (b * s + c * (s @ s)) @ x
-    return x.mT if tall else x

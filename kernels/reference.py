@@ -1,4 +1,4 @@
-"""All the maths of the house on one page: pure PyTorch, slow, in at least fp32.
+"""All the maths of the house in one place: pure PyTorch, slow, in at least fp32.
 
 Every fast path (eager.py, the Triton kernels) has a function of the same name and signature and
 answers to the one here. A change in this file changes meaning; a change elsewhere only speed.
@@ -11,6 +11,27 @@ import math
 
 import torch
 from torch import Tensor
+
+from minillm.kernels.reference_optim import adamw, newton_schulz
+from minillm.kernels.reference_sampling import sample, uniform
+
+__all__ = [
+    "adamw",
+    "add_rms_norm",
+    "attention",
+    "decode_attention",
+    "geglu",
+    "linear_cross_entropy",
+    "newton_schulz",
+    "relu2",
+    "rms_norm",
+    "rope",
+    "rope_cache",
+    "sample",
+    "sandwich_norm",
+    "swiglu",
+    "uniform",
+]
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -28,6 +49,35 @@ def rms_norm(x: Tensor, w: Tensor, eps: float = 1e-6) -> Tensor:
     x32 = _wide(x)
     rstd = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
     return (x32 * rstd * w).to(x.dtype)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, w: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """Add a branch to the residual stream and normalise the sum, in one pass.
+
+        s = x + residual (rounded to x's dtype);   y = rms_norm(s, w)
+
+    x, residual: (..., C), one dtype.    w: (C,).    Returns y, s, both (..., C) in x's dtype.
+    """
+    s = (_wide(x) + _wide(residual)).to(x.dtype)
+    return rms_norm(s, w, eps), s
+
+
+def sandwich_norm(
+    x: Tensor, residual: Tensor, w_post: Tensor, w_pre: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """Close one half of a sandwich block and open the next, in one pass.
+
+        h = rms_norm(x + residual, w_post) (rounded to x's dtype);   y = rms_norm(h, w_pre)
+
+    h is the new residual stream: in a sandwich block the stream itself is normalised, which
+    bounds it however often the block runs.    x, residual: (..., C).    w_post, w_pre: (C,).
+    Returns y, h, both (..., C) in x's dtype.
+    Source: Geiping et al. 2025, arXiv:2502.05171, section 3.2.
+    """
+    h, _ = add_rms_norm(x, residual, w_post, eps)
+    return rms_norm(h, w_pre, eps), h
 
 
 def rope(
@@ -59,6 +109,38 @@ def rope(
     return rotate(q), rotate(k)
 
 
+def rope_cache(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cache_k: Tensor,
+    cache_v: Tensor,
+    positions: Tensor | int,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """`rope` of new tokens while decoding; their keys and values go straight into the cache.
+
+        cache_k[b, p_b + t] = k'[b, t];   cache_v[b, p_b + t] = v[b, t]
+
+    q: (B, T, H, D).    k, v: (B, T, G, D).    cos, sin: (P, D/2), rows by absolute position.
+    cache_k, cache_v: (B, S, G, D), written in place, any float dtype, S <= P.
+    positions: (B,) integers or one for all, p_b: where row b's first new token stands.
+    Returns q', (B, T, H, D) in q's dtype.
+    """
+    B, T = q.shape[:2]
+    first = torch.as_tensor(positions, device=q.device).expand(B)
+    where = first[:, None] + torch.arange(T, device=q.device)  # (B, T)
+    q, k = rope(q, k, cos[where], sin[where], q_weight, k_weight, eps)
+    rows = torch.arange(B, device=q.device)[:, None]
+    cache_k[rows, where] = k.to(cache_k.dtype)
+    cache_v[rows, where] = v.to(cache_v.dtype)
+    return q
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -78,7 +160,7 @@ def attention(
 
     q: (B, T, H, D).    k, v: (B, T, G, D), G divides H; query head h reads k/v head h // (H/G).
     scale: 1/sqrt(D) if None.    window: see only i - j < window; 0 sees all.
-    documents: (B, T) integers; a query sees only keys of its own document.
+    documents: (B, T) integers that never fall along T; a query sees only its own document's keys.
     alibi_slopes: (H,), Press et al. 2021, arXiv:2108.12409.    dropout: on the probabilities.
     Returns (B, T, H, D) in q's dtype.
     Source: Vaswani et al. 2017, arXiv:1706.03762, eq. 1; GQA: Ainslie et al. 2023,
@@ -199,63 +281,3 @@ def linear_cross_entropy(
 def cap(logits: Tensor, softcap: float) -> Tensor:
     """Soft-capped logits, softcap tanh(logits / softcap); unchanged where softcap is 0."""
     return softcap * torch.tanh(logits / softcap) if softcap else logits
-
-
-def newton_schulz(g: Tensor, steps: int = 5) -> Tensor:
-    """Push the singular values of each matrix towards 1 (about 0.7 to 1.2 after five steps).
-
-        X <- G / (|G|_F + 1e-7);   repeat: A = X X^T;  X <- a X + (b A + c A A) X
-
-    g: (..., M, N), any float dtype.    Returns (..., M, N) in g's dtype.
-    Source: Jordan et al. 2024, "Muon", coefficients (3.4445, -4.7750, 2.0315).
-    """
-    a, b, c = 3.4445, -4.7750, 2.0315
-    x = _wide(g)
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
-    for _ in range(steps):
-        s = x @ x.mT
-        x = a * x + (b * s + c * (s @ s)) @ x
-    return (x.mT if tall else x).to(g.dtype)
-
-
-def sample(
-    logits: Tensor,
-    uniform: Tensor,
-    *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-) -> Tensor:
-    """Draw one token a row by inverse transform, filters in the order of the arguments.
-
-        p = softmax(logits / temperature) -> keep the top_k largest -> keep the smallest set of
-        largest with mass >= top_p -> keep p >= min_p max(p);   token = min {t: cdf(t) > u cdf(V)}
-
-    logits: (B, V).    uniform: (B,) in [0, 1).    temperature 0 takes the (first) largest logit.
-    top_k 0, top_p 1, min_p 0 keep all; each filter renormalises; ties at the border are kept.
-    Returns (B,) int64.
-    Source: top-p: Holtzman et al. 2019, arXiv:1904.09751; min-p: Nguyen et al. 2024,
-    arXiv:2407.01082.
-    """
-    logits = _wide(logits)
-    if temperature == 0:
-        return logits.argmax(-1)
-    # Below 1e-30 the temperature would be 0 in fp32, and the largest logit's 0 / 0 not a number.
-    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)
-    if 0 < top_k < logits.shape[-1]:
-        border = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < border, -math.inf)
-    p = logits.softmax(-1)
-    if top_p < 1:
-        ordered = p.sort(dim=-1, descending=True).values
-        needed = (ordered.cumsum(-1) - ordered < top_p).sum(-1, keepdim=True).clamp(min=1)
-        p = p.masked_fill(p < ordered.gather(-1, needed - 1), 0)
-    if min_p > 0:
-        p = p.masked_fill(p < min_p * p.amax(-1, keepdim=True), 0)
-    cdf = p.double().cumsum(-1)
-    # right=True: the first token whose cdf is strictly above u, so a token without mass never wins.
-    token = torch.searchsorted(cdf, uniform.double()[:, None] * cdf[:, -1:], right=True).squeeze(-1)
-    return token.clamp(max=logits.shape[-1] - 1)

@@ -33,6 +33,16 @@ def rotary(T, *lead):
 # name: (operation, shapes of the inputs that have gradients, the other arguments), for a length T
 CASES = {
     "rms_norm": lambda T: ("rms_norm", {"x": (B, T, C), "w": (C,)}, {"eps": 1e-5}),
+    "add_rms_norm": lambda T: (
+        "add_rms_norm",
+        {"x": (B, T, C), "residual": (B, T, C), "w": (C,)},
+        {"eps": 1e-5},
+    ),
+    "sandwich_norm": lambda T: (
+        "sandwich_norm",
+        {"x": (B, T, C), "residual": (B, T, C), "w_post": (C,), "w_pre": (C,)},
+        {"eps": 1e-5},
+    ),
     "rope": lambda T: ("rope", {"q": (B, T, H, D), "k": (B, T, G, D)}, rotary(T)),
     "rope, a table a row": lambda T: (
         "rope",
@@ -106,9 +116,8 @@ def test_value_and_gradients(generator, no_worse, name, dtype, T, contiguous):
         options = {k: v.to(dtype) if k in ("cos", "sin") else v for k, v in options.items()}
     inputs = {n: draw(generator, shape, dtype, contiguous) for n, shape in shapes.items()}
     weights = [torch.randn(inputs[n].shape, generator=generator) for n in ("q", "k") if n in inputs]
-    if op in ("rms_norm", "swiglu", "geglu", "relu2"):
-        width = C if op != "rms_norm" else inputs["x"].shape[-1]
-        weights = [torch.randn(B, T, width, generator=generator)]
+    if "x" in inputs:
+        weights = [torch.randn(B, T, C, generator=generator) for _ in range(2)]
     before = {n: x.clone() for n, x in inputs.items()}
 
     truth = outputs_and_gradients(
@@ -145,6 +154,67 @@ def test_attention_in_parts_of_the_batch(monkeypatch, generator, rows):
         alone = torch.autograd.grad(eager.attention(*row, window=3), row, dy[b : b + 1])
         for x, y in zip(together, alone, strict=True):
             torch.testing.assert_close(x[b : b + 1], y, rtol=2**-7, atol=2**-7)  # a bf16 ulp of 1
+
+
+@pytest.mark.parametrize("positions", [0, 3, [0, 5]], ids=str)
+@pytest.mark.parametrize("weights", [False, True], ids=["plain", "qk-norm"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@torch.no_grad()
+def test_rope_cache(generator, no_worse, dtype, weights, positions):
+    T, S = 4, 12
+    q, k, v = (torch.randn(B, T, n, D, generator=generator).to(dtype) for n in (H, G, G))
+    caches = [torch.randn(3, B, S, G, D, generator=generator).to(dtype)[1] for _ in range(2)]
+    tables = [t.to(dtype) for t in rotary(S).values()]
+    norms = [torch.randn(D, generator=generator).to(dtype) for _ in range(2)] if weights else []
+    where = torch.tensor(positions) if isinstance(positions, list) else positions
+
+    def run(room, wide):
+        x = [wide(t) for t in (q, k, v, *tables)]
+        into = [wide(t.clone()) for t in caches]
+        return [room.rope_cache(*x, *into, where, *map(wide, norms)), *into]
+
+    plain = run(reference, lambda t: t)
+    no_worse(run(eager, lambda t: t), plain, run(reference, torch.Tensor.double))
+    # Said once more, from rope: the rows lie where they should and the others are untouched.
+    starts = torch.as_tensor(where).expand(B)
+    for b in range(B):
+        rows = slice(int(starts[b]), int(starts[b]) + T)
+        mine = reference.rope(q[b : b + 1], k[b : b + 1], *(t[rows] for t in tables), *norms)
+        assert torch.equal(plain[0][b], mine[0][0])
+        for cache, before, new in zip(plain[1:], caches, (mine[1][0], v[b]), strict=True):
+            expected = before[b].clone()
+            expected[rows] = new
+            assert torch.equal(cache[b], expected)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_adamw(generator, no_worse, scaled):
+    shapes, rates, decays = [(3, 5), (7,), (2, 2)], [0.1, 0.02, 0.1], [0.1, 0.0, 0.3]
+    start = [[torch.randn(s, generator=generator) for s in shapes] for _ in range(4)]
+    factor = torch.tensor(0.25) if scaled else None
+
+    def run(room, wide):
+        params, *others = ([wide(t.clone()) for t in group] for group in start)
+        grads, m, v = others[0], others[1], [t.square() for t in others[2]]
+        copies = [torch.zeros_like(p, dtype=torch.bfloat16) for p in params]
+        for step in (1, 2, 3):
+            room.adamw(
+                params, grads, m, v, step, lr=rates, weight_decay=decays, betas=(0.8, 0.9),
+                grad_scale=factor, copies=copies,
+            )  # fmt: skip
+        assert all(torch.equal(c, p.bfloat16()) for c, p in zip(copies, params, strict=True))
+        return [*params, *m, *v]
+
+    no_worse(
+        run(eager, lambda t: t), run(reference, lambda t: t), run(reference, torch.Tensor.double)
+    )
+
+
+def test_uniform():
+    """Equal to the reference bit for bit, whatever the seed."""
+    rows, made = torch.tensor([0, 1, 5, 2**40]), torch.tensor([3, 0, 7, 2**33])
+    for seed in (0, 1337, 2**63, 2**64 - 1, 2**64 + 3, -5):
+        assert torch.equal(eager.uniform(seed, rows, made), reference.uniform(seed, rows, made))
 
 
 DECODES = {
@@ -344,13 +414,14 @@ def test_sample_is_the_reference():
 
 # The peak only ever rises, so the thrifty way comes first; numbers in MiB, after a small warm-up.
 MEASURE = """
-import resource, sys, torch
+import torch
 import torch.nn.functional as F
 from minillm.kernels import eager
+from minillm.world import peak_memory
 torch.set_num_threads(1)
 
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if DARWIN else 2**10)
+    return peak_memory(torch.device("cpu")) / 2**20
 
 def run(head, N, C, V):
     x, w = torch.ones(N, C, requires_grad=True), torch.ones(V, C, requires_grad=True)
@@ -358,7 +429,6 @@ def run(head, N, C, V):
     head(x, w, torch.arange(N)).backward()
     return peak() - before
 
-DARWIN = sys.platform == "darwin"
 plain = lambda x, w, targets: F.cross_entropy(F.linear(x, w), targets)
 for head in (eager.linear_cross_entropy, plain):
     run(head, 64, 64, 64)

@@ -2,7 +2,8 @@
 
 import cmath
 import math
-from itertools import product
+from collections import Counter
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -445,3 +446,75 @@ def test_sample_draws_only_what_the_filters_keep(logits, temperature, top_k, top
 def test_a_top_p_that_is_nothing_in_fp32_keeps_the_likeliest():
     ids = reference.sample(torch.tensor([[0.0, 2.0, 1.0]]), torch.tensor([0.99]), top_p=1e-300)
     assert ids.tolist() == [1]
+
+
+def test_add_and_sandwich_norm_are_norms_of_sums(generator):
+    x, residual = torch.randn(2, 3, 8, generator=generator)
+    a, b = torch.randn(2, 8, generator=generator)
+    y, s = reference.add_rms_norm(x, residual, a)
+    assert torch.equal(s, x + residual) and torch.equal(y, reference.rms_norm(x + residual, a))
+    y, h = reference.sandwich_norm(x, residual, a, b)
+    assert torch.equal(h, reference.rms_norm(x + residual, a))
+    assert torch.equal(y, reference.rms_norm(h, b))
+
+
+def test_adamw_by_scalars():
+    """Three steps of one number, in Python's floats; the gradient is scaled, then used."""
+    p, m, v, g, lr, wd, b1, b2, eps = 0.7, 0.0, 0.0, -3.0, 0.1, 0.2, 0.9, 0.99, 1e-8
+    tensors = [[torch.tensor([x], dtype=torch.float64)] for x in (p, g, m, v)]
+    scale = torch.tensor(0.5, dtype=torch.float64)
+    for step in (1, 2, 3):
+        reference.adamw(
+            *tensors, step, lr=[lr], weight_decay=[wd], betas=(b1, b2), eps=eps, grad_scale=scale
+        )
+        m, v = b1 * m + (1 - b1) * g * 0.5, b2 * v + (1 - b2) * (g * 0.5) ** 2
+        p = p * (1 - lr * wd)
+        p -= lr * (m / (1 - b1**step)) / (math.sqrt(v / (1 - b2**step)) + eps)
+    for (tensor,), expected in zip(tensors, (p, g, m, v), strict=True):
+        assert tensor.item() == pytest.approx(expected, rel=1e-14)
+
+
+def uniforms(*keys):
+    """The number of each (seed, sample, position)."""
+    return [reference.uniform(s, torch.tensor([r]), torch.tensor([p])).item() for s, r, p in keys]
+
+
+def test_uniform_by_integers():
+    """splitmix64's finaliser in Python's integers."""
+
+    def mix(z):
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64
+        return z ^ (z >> 31)
+
+    for key in [(0, 0, 0), (1337, 5, 77), (2**64 - 1, 3, 2**40), (-1, 2, 3)]:
+        state = 0
+        for word in key:
+            state = mix(mix((state + word + 0x9E3779B97F4A7C15) % 2**64))
+        assert uniforms(key) == [(state >> 40) / 2**24]
+
+
+def test_uniform_is_equidistributed():
+    draws = []
+    for seed in range(30):
+        rows, made = torch.meshgrid(torch.arange(30), torch.arange(30), indexing="ij")
+        draws += reference.uniform(seed, rows.flatten(), made.flatten()).tolist()
+    assert all(0 <= u < 1 for u in draws)
+    # Chi-square with 255 degrees of freedom: mean 255, standard deviation sqrt(510) = 22.6; five
+    # of those are passed by chance once in a million times.
+    counts = Counter(int(u * 256) for u in draws)
+    expected = len(draws) / 256
+    chi_square = sum((counts[b] - expected) ** 2 / expected for b in range(256))
+    assert 255 - 5 * 22.6 < chi_square < 255 + 5 * 22.6
+
+
+def test_uniforms_streams_do_not_meet():
+    seen = set()
+    for seed, row in product(range(40), range(40)):
+        rows, made = torch.full((8,), row), torch.arange(8)
+        stream = reference.uniform(seed, rows, made).tolist()
+        # Two neighbours are 48 bits: 11,200 of them meet by chance once in four million times.
+        for pair in pairwise(stream):
+            assert pair not in seen
+            seen.add(pair)
+    assert len(set(uniforms((1, 2, 3), (3, 2, 1), (2, 1, 3), (6, 0, 0)))) == 4

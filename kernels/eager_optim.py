@@ -1,0 +1,49 @@
+"""The optimisers' operations as PyTorch runs them fastest; eager.py hands them on."""
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw as torch_adamw
+
+
+def newton_schulz(g: Tensor, steps: int = 5) -> Tensor:
+    """As reference.newton_schulz, but every product in g's dtype, which may be bf16."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = g / (torch.linalg.vector_norm(g, dim=(-2, -1), keepdim=True) + 1e-7)
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    for _ in range(steps):
+        s = x @ x.mT
+        x = a * x + (b * s + c * (s @ s)) @ x
+    return x.mT if tall else x
+
+
+def adamw(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    step: int,
+    *,
+    lr: list[float],
+    weight_decay: list[float],
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+    grad_scale: Tensor | None = None,
+    copies: list[Tensor] | None = None,
+) -> None:
+    """As reference.adamw: PyTorch's fused kernel, once for each pair of rate and decay."""
+    grads = [g.to(p.dtype) for g, p in zip(grads, params, strict=True)]
+    if grad_scale is not None:
+        grads = torch._foreach_mul(grads, grad_scale)
+    groups: dict[tuple[float, float], list[int]] = {}
+    for i, pair in enumerate(zip(lr, weight_decay, strict=True)):
+        groups.setdefault(pair, []).append(i)
+    for (rate, decay), members in groups.items():
+        lists = [[x[i] for i in members] for x in (params, grads, exp_avgs, exp_avg_sqs)]
+        steps = [torch.full((), step - 1.0, device=p.device) for p in lists[0]]
+        torch_adamw(
+            *lists, [], steps, fused=params[0].device.type in ("cpu", "cuda"), amsgrad=False,
+            beta1=betas[0], beta2=betas[1], lr=rate, weight_decay=decay, eps=eps, maximize=False,
+        )  # fmt: skip
+    if copies is not None:
+        torch._foreach_copy_(copies, params)
