@@ -1,7 +1,9 @@
 """What every test stands on: one thread, seeded numbers, and memory in which nothing was written
-holds NaN, so that a read of it shows."""
+holds NaN, so that a read of it shows. Kernels are interpreted where there is no GPU."""
 
+import os
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,9 +15,19 @@ from torch import Tensor
 from minillm import errors, world
 from minillm.scripts import train as train_script
 
+if not torch.cuda.is_available():  # before any kernel is defined: they are interpreted
+    os.environ["TRITON_INTERPRET"] = "1"
 settings.register_profile("house", deadline=None, derandomize=True, database=None)
 settings.load_profile("house")
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where there is a GPU, the tests of kernels run on it, and are those of `-m gpu`."""
+    for item in items:
+        if torch.cuda.is_available() and {"device", "triton_ops"} & set(item.fixturenames):
+            item.add_marker(pytest.mark.gpu)
 
 
 @pytest.fixture
@@ -69,6 +81,28 @@ def no_worse() -> Callable[..., None]:
             assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
 
     return check
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Counter:
+    """How often each Triton kernel was launched in this test, counted inside Triton itself."""
+    from triton.runtime import jit
+    from triton.runtime.interpreter import GridExecutor
+
+    counts: Counter = Counter()
+    interpreted, compiled = GridExecutor.__call__, jit.JITFunction.run
+
+    def count_interpreted(self, *args, **kwargs):
+        counts[self.fn.__name__] += 1
+        return interpreted(self, *args, **kwargs)
+
+    def count_compiled(self, *args, **kwargs):
+        counts[self.fn.__name__] += 1
+        return compiled(self, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", count_interpreted)
+    monkeypatch.setattr(jit.JITFunction, "run", count_compiled)
+    return counts
 
 
 TINY = {

@@ -1,0 +1,172 @@
+"""The MLP's activations in Triton: SwiGLU and GEGLU, which gate half a row by the other, and relu2.
+
+One kernel forward and one backward serve all three. Only the input is saved: the backward pass
+computes the gate again, which costs less than reading it would.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from minillm.kernels._launch import launch, tile
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@triton.jit
+def _tile(N, F, blocks, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr):
+    """The rows and columns of this program; `blocks` neighbours lie side by side."""
+    program = tl.program_id(0)
+    rows = (program // blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    columns = (program % blocks) * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
+    return rows, columns, (rows < N) & (columns < F)
+
+
+@triton.jit
+def _gate(x, ACTIVATION: tl.constexpr):
+    """silu(x) or gelu(x), and its derivative; x fp32."""
+    if ACTIVATION == "silu":
+        share = 1 / (1 + tl.exp(-x))
+        slope = share * (1 + x * (1 - share))
+    else:
+        share = 0.5 * (1 + tl.erf(x * 0.7071067811865476))  # x / sqrt 2
+        slope = share + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)  # 1 / sqrt(2 pi)
+    return x * share, slope
+
+
+@triton.jit
+def _swiglu_fwd_kernel(
+    x_ptr, y_ptr, x_stride, N, F, blocks,
+    ACTIVATION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    rows, columns, mask = _tile(N, F, blocks, BLOCK_N, BLOCK_F)
+    x = tl.load(x_ptr + rows * x_stride + columns, mask=mask).to(tl.float32)
+    if ACTIVATION == "relu2":
+        x = tl.where(x < 0, 0.0, x)
+        y = x * x
+    else:
+        up = tl.load(x_ptr + rows * x_stride + F + columns, mask=mask).to(tl.float32)
+        gate, _ = _gate(x, ACTIVATION)
+        y = gate * up
+    tl.store(y_ptr + rows * F + columns, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _swiglu_bwd_kernel(
+    x_ptr, dy_ptr, dx_ptr, x_stride, dy_stride, N, F, blocks,
+    ACTIVATION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    rows, columns, mask = _tile(N, F, blocks, BLOCK_N, BLOCK_F)
+    x = tl.load(x_ptr + rows * x_stride + columns, mask=mask).to(tl.float32)
+    dy = tl.load(dy_ptr + rows * dy_stride + columns, mask=mask).to(tl.float32)
+    if ACTIVATION == "relu2":
+        dx = tl.where(x < 0, 0.0, 2 * x) * dy
+        tl.store(dx_ptr + rows * F + columns, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    else:
+        up = tl.load(x_ptr + rows * x_stride + F + columns, mask=mask).to(tl.float32)
+        gate, slope = _gate(x, ACTIVATION)
+        dx_ptr += rows * 2 * F + columns
+        tl.store(dx_ptr, (slope * up * dy).to(dx_ptr.dtype.element_ty), mask=mask)
+        tl.store(dx_ptr + F, (gate * dy).to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+def _grid(kernel: str, N: int, F: int) -> tuple[tuple[int], int, dict[str, int]]:
+    """The grid, the programs a row of tiles, and the tile, for N rows of F results."""
+    options = tile("swiglu", kernel, F)
+    blocks = triton.cdiv(F, options["BLOCK_F"])
+    return (triton.cdiv(N, options["BLOCK_N"]) * blocks,), blocks, options
+
+
+@torch.library.custom_op("minillm::swiglu", mutates_args=())
+def _swiglu(x: Tensor, activation: str) -> Tensor:
+    N, F = x.shape[0], _width(x, activation)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    y = torch.empty((N, F), dtype=x.dtype, device=x.device)
+    grid, blocks, options = _grid("fwd", N, F)
+    launch(
+        _swiglu_fwd_kernel, grid, x, y, x.stride(0), N, F, blocks, ACTIVATION=activation, **options
+    )
+    return y
+
+
+@_swiglu.register_fake
+def _(x, activation):
+    return x.new_empty(x.shape[0], _width(x, activation))
+
+
+@torch.library.custom_op("minillm::swiglu_bwd", mutates_args=())
+def _swiglu_bwd(x: Tensor, dy: Tensor, activation: str) -> Tensor:
+    N, F = dy.shape
+    x, dy = (t if t.stride(1) == 1 else t.contiguous() for t in (x, dy))
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    grid, blocks, options = _grid("bwd", N, F)
+    launch(
+        _swiglu_bwd_kernel, grid, x, dy, dx, x.stride(0), dy.stride(0), N, F, blocks,
+        ACTIVATION=activation, **options,
+    )  # fmt: skip
+    return dx
+
+
+@_swiglu_bwd.register_fake
+def _(x, dy, activation):
+    return x.new_empty(x.shape)
+
+
+def _save(ctx, inputs, output) -> None:
+    x, ctx.activation = inputs
+    ctx.save_for_backward(x)
+
+
+def _backward(ctx, dy):
+    return _swiglu_bwd(*ctx.saved_tensors, dy, ctx.activation), None
+
+
+_swiglu.register_autograd(_backward, setup_context=_save)
+
+
+def _width(x: Tensor, activation: str) -> int:
+    """How many results a row of x has."""
+    return x.shape[-1] if activation == "relu2" else x.shape[-1] // 2
+
+
+def _apply(x: Tensor, activation: str) -> Tensor:
+    if x.dtype not in DTYPES:
+        raise ValueError(f"x: {x.dtype}, expected one of {DTYPES}")
+    if activation != "relu2" and (x.dim() == 0 or x.shape[-1] % 2):
+        raise ValueError(f"x: a tensor of shape {tuple(x.shape)}, expected (..., 2F)")
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1] if x.dim() else 1)
+    y = _swiglu(rows, activation)
+    return y.view(*x.shape[:-1], y.shape[1]) if x.dim() else y.view(())
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """As reference.swiglu: y = silu(gate) * up, x = [gate, up].
+
+    x: (..., 2F) fp32, fp16 or bf16, any strides.    Returns (..., F) in x's dtype.
+    Gradient: d gate = silu'(gate) up dy, d up = silu(gate) dy, in x's dtype; computed in fp32.
+    Raises ValueError on another dtype or an odd width.
+    Reads x once and writes y once; saves x. Loads are of 128 bits where F and the rows' stride are
+    multiples of 16, narrower elsewhere.
+    Source: Shazeer 2020, arXiv:2002.05202, eq. 6.
+    """
+    return _apply(x, "silu")
+
+
+def geglu(x: Tensor) -> Tensor:
+    """As reference.geglu: y = gelu(gate) * up, x = [gate, up], gelu(z) = z Phi(z); else as swiglu.
+
+    Source: Shazeer 2020, arXiv:2002.05202, eq. 6.
+    """
+    return _apply(x, "gelu")
+
+
+def relu2(x: Tensor) -> Tensor:
+    """As reference.relu2: y = max(x, 0)^2, elementwise; gradient 2 max(x, 0) dy; else as swiglu.
+
+    x: any shape.
+    Source: So et al. 2021, arXiv:2109.08668, section 3.1.
+    """
+    return _apply(x, "relu2")
