@@ -14,7 +14,8 @@ FLOORS = {
     "kernels/reference_optim kernels/reference_sampling kernels/eager_optim kernels/eager_sampling "
     "kernels/_interpreter",
     1: "kernels/reference kernels/_launch cli world bpe storage documents",
-    2: "kernels/eager kernels/swiglu ",
+    2: "kernels/eager kernels/swiglu "
+    "kernels/linear_cross_entropy ",
     3: "",
     4: "",
     5: "config ops tokenizer split",

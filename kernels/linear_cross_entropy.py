@@ -1,0 +1,230 @@
+"""The output layer and its cross-entropy: the logits exist for one chunk of rows at a time.
+
+For each chunk: logits by cuBLAS; one Triton kernel, a program a row, for the loss and the gradient
+of the logits; two more products for dx and dw. The gradients are made in the forward pass, while
+the chunk is at hand, and the backward pass only multiplies them by a number. Nothing waits for the
+device, and no sum depends on the order in which programs run.
+
+Precision: logits are kept in fp32. In bf16 they would be half as many bytes, but the loss, itself
+fp32, then errs by 27 to 450 times what the tests allow (dx and dw pass either way). Only the
+gradient of the logits is rounded to x's dtype, in which its products are made. It is kept without
+the factor 1 / rows, so that fp16 holds it; that factor is applied in fp32 at the end.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from minillm.kernels._launch import launch, tile
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+CHUNK = 1 << 26  # logits alive at a time: 256 MiB in fp32, and half of that their bf16 gradients
+ROWS = 1024  # but at least so many rows, or each chunk's pass over the fp32 dw costs too much
+ALIGNMENT = 16  # rows of a chunk start at multiples of so many numbers, whatever V is
+
+
+@triton.jit
+def _tanh(x):
+    """tanh(x), to two units in the last place.
+
+    The polynomial near zero, where the other formula cancels, is that of tanhf in Cephes
+    (S. Moshier, 1989), as are its coefficients.
+    """
+    y = x * x
+    near = -5.70498872745e-3 * y + 2.06390887954e-2
+    near = (near * y - 5.37397155531e-2) * y + 1.33314422036e-1
+    near = (near * y - 3.33332819422e-1) * y * x + x
+    far = 1 - 2 / (tl.exp(2 * tl.abs(x)) + 1)
+    return tl.where(y < 0.390625, near, tl.where(x < 0, -far, far))  # 0.625^2
+
+
+@triton.jit
+def _cap(x, softcap, CAPPED: tl.constexpr):
+    return softcap * _tanh(x / softcap) if CAPPED else x
+
+
+@triton.jit
+def _linear_cross_entropy_kernel(
+    logits_ptr, dlogits_ptr, targets_ptr, losses_ptr, stride, V, softcap, z_loss, ignore_index,
+    CAPPED: tl.constexpr, TRAIN: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    # Masks end at `stride`, a multiple of 16, so that rows of any V are read 16 bytes at a time;
+    # the columns between V and there, which belong to nobody, are replaced once read.
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets_ptr + row)
+    logits_ptr += row * stride
+    dlogits_ptr += row * stride
+    block = tl.arange(0, BLOCK_V)
+    if target == ignore_index:
+        tl.store(losses_ptr + row, 0.0)
+        if TRAIN:
+            zeros = tl.zeros([BLOCK_V], dlogits_ptr.dtype.element_ty)
+            for start in range(0, V, BLOCK_V):
+                tl.store(dlogits_ptr + start + block, zeros, mask=start + block < stride)
+    else:
+        inside = (target >= 0) & (target < V)
+        picked = tl.load(logits_ptr + target, mask=inside, other=float("nan"))
+        peak = -float("inf")
+        masses = tl.zeros([BLOCK_V], tl.float32)
+        for start in range(0, V, BLOCK_V):
+            columns = start + block
+            z = tl.load(logits_ptr + columns, mask=columns < stride, other=0.0)
+            z = tl.where(columns < V, _cap(z, softcap, CAPPED), -float("inf"))
+            higher = tl.maximum(peak, tl.max(z, 0))
+            masses = masses * tl.exp(peak - higher) + tl.exp(z - higher)
+            peak = higher
+        mass = tl.sum(masses, 0)
+        lse = peak + tl.log(mass)
+        # Not lse - picked, where digits of a confident row's small loss would cancel.
+        loss = (peak - _cap(picked, softcap, CAPPED)) + tl.log(mass) + z_loss * lse * lse
+        tl.store(losses_ptr + row, loss)
+        if TRAIN:
+            scale = tl.where(inside, 1 / mass, float("nan"))
+            for start in range(0, V, BLOCK_V):
+                columns = start + block
+                z = tl.load(logits_ptr + columns, mask=columns < stride, other=0.0)
+                z = _cap(z, softcap, CAPPED)
+                p = tl.exp(z - peak) * scale
+                dz = (p - tl.where(columns == target, 1.0, 0.0)) + p * (2 * z_loss * lse)
+                if CAPPED:
+                    dz *= 1 - (z / softcap) * (z / softcap)
+                dz = tl.where(columns < V, dz, 0.0).to(dlogits_ptr.dtype.element_ty)
+                tl.store(dlogits_ptr + columns, dz, mask=columns < stride)
+
+
+def _product(out: Tensor, a: Tensor, b: Tensor, beta: int = 0) -> None:
+    """out = beta out + a b, where out is fp32 and so are all sums, whatever the dtype of a, b.
+
+    On a CPU, where kernels are only interpreted, the sums are made in fp64: the order in which a
+    CPU sums thin products shall not hide or mimic an error of the kernel.
+    """
+    if not a.is_cuda:
+        out.copy_(torch.addmm(out.double(), a.double(), b.double(), beta=beta))
+    elif a.dtype == torch.float32:
+        torch.addmm(out, a, b, beta=beta, out=out)
+    else:
+        torch.addmm(out, a, b, beta=beta, out_dtype=torch.float32, out=out)
+
+
+@torch.library.custom_op("minillm::linear_cross_entropy", mutates_args=())
+def _linear_cross_entropy(
+    x: Tensor, w: Tensor, targets: Tensor, softcap: float, z_loss: float, ignore_index: int,
+    train_x: bool, train_w: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The loss; dx and dw before they are divided by the count, empty if not wanted; the count."""
+    (N, C), V, device = x.shape, w.shape[0], x.device
+    train = train_x or train_w
+    rows = min(N, max(ROWS, CHUNK // V // 128 * 128))
+    stride = triton.cdiv(V, ALIGNMENT) * ALIGNMENT
+    logits = torch.empty((rows, stride), dtype=torch.float32, device=device)
+    dlogits = logits
+    if train and x.dtype != torch.float32:
+        dlogits = torch.empty((rows, stride), dtype=x.dtype, device=device)
+    product = torch.empty((rows if train_x else 0, C), dtype=torch.float32, device=device)
+    dx = torch.empty((N, C) if train_x else (0,), dtype=x.dtype, device=device)
+    dw = torch.zeros((V, C) if train_w else (0,), dtype=torch.float32, device=device)
+    losses = torch.empty(N, dtype=torch.float32, device=device)
+    targets = targets.contiguous()
+    wx = w.to(x.dtype)
+    for start in range(0, N, rows or 1):
+        part = slice(start, min(start + rows, N))
+        size = part.stop - start
+        z, dz = logits[:size, :V], dlogits[:size, :V]  # (size, V), rows `stride` apart
+        _product(z, x[part], wx.t())
+        launch(
+            _linear_cross_entropy_kernel, (size,), z, dz, targets[part], losses[part], stride, V,
+            softcap, z_loss, ignore_index, CAPPED=softcap != 0, TRAIN=train,
+            **tile("linear_cross_entropy", "row", V),
+        )  # fmt: skip
+        if train_x:
+            # Not straight into dx: split over V, cuBLAS would add partial sums in x's dtype.
+            _product(product[:size], dz, wx)
+            dx[part].copy_(product[:size])
+        if train_w:
+            _product(dw, dz.t(), x[part], beta=1)
+    count = (targets != ignore_index).sum()
+    loss = (losses.sum(dtype=torch.float64) / count).float()
+    return loss, dx, dw.to(w.dtype), count
+
+
+@_linear_cross_entropy.register_fake
+def _(x, w, targets, softcap, z_loss, ignore_index, train_x, train_w):
+    dx = x.new_empty(x.shape if train_x else (0,))
+    dw = w.new_empty(w.shape if train_w else (0,))
+    return x.new_empty((), dtype=torch.float32), dx, dw, targets.new_empty((), dtype=torch.int64)
+
+
+@torch.library.custom_op("minillm::linear_cross_entropy_bwd", mutates_args=())
+def _linear_cross_entropy_bwd(
+    dx: Tensor, dw: Tensor, count: Tensor, dy: Tensor
+) -> tuple[Tensor, Tensor]:
+    # Where no row counts the gradients are zeros, as the reference's; the loss is nan.
+    # A factor of shape () would be rounded to dx's dtype first; one of shape (1,) is not.
+    scale = (dy / count.clamp(min=1)).view(1)
+    dx, dw = (torch.mul(d, scale, out=torch.empty_like(d)) for d in (dx, dw))
+    return dx, dw
+
+
+@_linear_cross_entropy_bwd.register_fake
+def _(dx, dw, count, dy):
+    return torch.empty_like(dx), torch.empty_like(dw)
+
+
+def _save(ctx, inputs, output) -> None:
+    *_, ctx.train_x, ctx.train_w = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # or zeros as large as dw would be made
+    ctx.save_for_backward(*output[1:])
+
+
+def _backward(ctx, dy, *_):
+    dx, dw = _linear_cross_entropy_bwd(*ctx.saved_tensors, dy)
+    dx, dw = dx if ctx.train_x else None, dw if ctx.train_w else None
+    return dx, dw, None, None, None, None, None, None
+
+
+_linear_cross_entropy.register_autograd(_backward, setup_context=_save)
+
+
+def _refuse(x: Tensor, w: Tensor, targets: Tensor) -> None:
+    """Raise ValueError unless shapes and dtypes are those of linear_cross_entropy."""
+    for name, t in (("x", x), ("w", w)):
+        if t.dtype not in DTYPES:
+            raise ValueError(f"{name}: {t.dtype}, expected one of {DTYPES}")
+        if t.dim() != 2 or t.shape[1] != x.shape[-1]:
+            shapes = f"x {tuple(x.shape)}, w {tuple(w.shape)}"
+            raise ValueError(f"{name}: {shapes}, expected (N, C) and (V, C)")
+    if targets.dtype != torch.int64 or targets.shape != x.shape[:1]:
+        came = f"{targets.dtype} {tuple(targets.shape)}"
+        raise ValueError(f"targets: {came}, expected torch.int64 ({x.shape[0]},)")
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    w: Tensor,
+    targets: Tensor,
+    *,
+    softcap: float = 0.0,
+    z_loss: float = 0.0,
+    ignore_index: int = -100,
+) -> Tensor:
+    """As reference.linear_cross_entropy: the mean cross-entropy of targets under x w^T.
+
+        z = cap(x w^T);   loss = mean_n [ lse(z_n) - z_n[target_n] + z_loss lse(z_n)^2 ]
+
+    x: (N, C) fp32, fp16 or bf16.    w: (V, C), any of them: products are made in x's dtype, into
+    which w is cast once, and summed in fp32.    targets: (N,) int64.
+    Returns () fp32; nan if no row counts, or if a target that counts is outside [0, V).
+    Gradients: dx in x's dtype, dw in w's, summed over all chunks in fp32; no second derivative.
+    What needs no gradient costs none. Raises ValueError on other dtypes or shapes.
+    Cost: 2 N C V FLOP a product, three of them, one without gradients. Memory: a chunk of logits
+    and its gradient, 6 bytes a logit (4 in fp32); dx, dw, and dw once more in fp32. Each logit
+    is written once, read twice (the second time soon after) and its gradient written once.
+    Source: Wijmans et al. 2024, arXiv:2411.09009, for the aim; Hsu et al. 2024, arXiv:2410.10989,
+    for gradients made in the forward pass.
+    """
+    _refuse(x, w, targets)
+    train = torch.is_grad_enabled()
+    trains = train and x.requires_grad, train and w.requires_grad
+    return _linear_cross_entropy(x, w, targets, softcap, z_loss, ignore_index, *trains)[0]

@@ -1,0 +1,210 @@
+"""The Triton cross-entropy answers to the reference."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from minillm.kernels import linear_cross_entropy as room
+from minillm.kernels.linear_cross_entropy import linear_cross_entropy
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+OPTIONS = {
+    "plain": {},
+    "soft-cap": {"softcap": 2.0},
+    "z-loss": {"z_loss": 0.1},
+    "all": {"softcap": 30.0, "z_loss": 1e-2, "ignore_index": 2},
+    "index beyond the vocabulary ignored": {"ignore_index": 10**6},
+}
+
+
+def inputs(N, V, C, dtype, device, ignored=-100, seed=0):
+    """x, w of logits that spread by 2 to 4, and targets, some of which do not count.
+
+    All numbers are of few bits, so that logits are exact in fp32 in whatever order they are summed.
+    """
+    numbers = torch.Generator().manual_seed(seed)
+    x = torch.randn(N, C, generator=numbers).clamp(-4, 4).mul(8).round() / 8
+    spread = 2 ** round(2 - math.log2(C) / 2)
+    w = torch.randn(V, C, generator=numbers).clamp(-4, 4).mul(8).round() / 8 * spread
+    targets = torch.randint(V, (N,), generator=numbers)
+    targets[1::4] = ignored
+    return {"x": x.to(device, dtype), "w": w.to(device, dtype)}, targets.to(device)
+
+
+@pytest.fixture
+def in_chunks(monkeypatch):
+    """in_chunks(rows): so many rows a chunk, from here on."""
+
+    def of(rows, module=room):
+        monkeypatch.setattr(module, "CHUNK", 0)
+        monkeypatch.setattr(module, "ROWS", rows)
+
+    return of
+
+
+@settings(max_examples=24, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    N=st.integers(1, 14),
+    V=st.sampled_from([1, 2, 13, 16, 127, 1000, 1024, 1025, 4096, 9001]),
+    C=st.sampled_from([1, 5, 16, 33]),
+    rows=st.sampled_from([1, 3, 5, 128]),
+    dtype=st.sampled_from(DTYPES),
+    name=st.sampled_from(sorted(OPTIONS)),
+)
+def test_values_and_gradients(check, in_chunks, device, N, V, C, rows, dtype, name):
+    in_chunks(rows)
+    options = OPTIONS[name]
+    tensors, targets = inputs(N, V, C, dtype, device, options.get("ignore_index", -100))
+    check(linear_cross_entropy, tensors, targets=targets, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strides(check, device, dtype):
+    """Slices of rows and of columns, transposed matrices, every second target."""
+    tensors, targets = inputs(24, 300, 48, dtype, device)
+    x, w = tensors["x"], tensors["w"]
+    check(linear_cross_entropy, {"x": x[::2], "w": w[::3]}, targets=targets[::2] % 100)
+    check(linear_cross_entropy, {"x": x[:, 16:], "w": w[:, :32]}, targets=targets)
+    turned = {"x": x.t().contiguous().t(), "w": w.t().contiguous().t()}
+    check(linear_cross_entropy, turned, targets=targets)
+
+
+def test_weights_of_another_dtype(device):
+    """fp32 weights under a bf16 stream: as if they were cast first; their gradient stays fp32."""
+    tensors, targets = inputs(9, 100, 32, torch.bfloat16, device)
+    x, w = tensors["x"].requires_grad_(), tensors["w"].float().requires_grad_()
+    cast = w.detach().bfloat16().requires_grad_()
+    ours = torch.autograd.grad(linear_cross_entropy(x, w, targets), (x, w))
+    same = torch.autograd.grad(linear_cross_entropy(x, cast, targets), (x, cast))
+    assert ours[1].dtype == torch.float32
+    assert torch.equal(ours[0], same[0])
+    torch.testing.assert_close(ours[1], same[1].float(), rtol=2**-7, atol=0)
+
+
+def test_no_row_counts(device):
+    """nan, as the mean of nothing is, and gradients of zero; without rows too."""
+    for n in (0, 5):
+        tensors, targets = inputs(n, 20, 8, torch.float32, device)
+        leaves = [x.requires_grad_() for x in tensors.values()]
+        loss = linear_cross_entropy(*leaves, torch.full_like(targets, -100))
+        loss.backward()
+        assert loss.isnan() and not any(leaf.grad.any() for leaf in leaves)
+
+
+@pytest.mark.parametrize("target", [-1, 20, 10**9])
+def test_a_target_outside_the_vocabulary_is_nan(device, target):
+    """Nothing is read beyond the logits, and nothing goes unnoticed."""
+    tensors, targets = inputs(4, 20, 8, torch.float32, device)
+    targets[2] = target
+    leaves = [x.requires_grad_() for x in tensors.values()]
+    loss = linear_cross_entropy(*leaves, targets)
+    loss.backward()
+    assert loss.isnan() and leaves[0].grad[2].isnan().all() and not leaves[0].grad[0].isnan().any()
+
+
+def test_far_from_zero(check, device):
+    """Logits of +-8000 overflow nothing."""
+    x = torch.tensor([[2000.0], [-2000.0], [0.0]], device=device)
+    w = torch.tensor([[4.0], [-4.0], [0.5], [0.0]], device=device)
+    check(linear_cross_entropy, {"x": x, "w": w}, targets=torch.tensor([1, 2, 3], device=device))
+
+
+def test_launches_and_repeats(in_chunks, device, launches):
+    """One launch a chunk, none backward; twice the same bits; dx alone if only dx is wanted."""
+    in_chunks(4)
+    tensors, targets = inputs(10, 100, 16, torch.bfloat16, device)
+
+    def run():
+        leaves = [x.detach().requires_grad_() for x in tensors.values()]
+        loss = linear_cross_entropy(*leaves, targets, softcap=3.0)
+        return loss.detach(), *torch.autograd.grad(loss, leaves)
+
+    first, second = run(), run()
+    assert launches == {"_linear_cross_entropy_kernel": 6}
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    with torch.no_grad():
+        assert torch.equal(linear_cross_entropy(*tensors.values(), targets, softcap=3.0), first[0])
+    x, w = tensors["x"].detach().requires_grad_(), tensors["w"].detach()
+    (dx,) = torch.autograd.grad(linear_cross_entropy(x, w, targets, softcap=3.0), x)
+    assert torch.equal(dx, first[1])
+
+
+def test_logits_are_never_whole(in_chunks, device, monkeypatch):
+    """The largest tensor, forward and backward, is a chunk of 8 rows of logits, not 64."""
+    made = []
+
+    def watched(make):
+        return lambda *args, **kwargs: made.append(make(*args, **kwargs)) or made[-1]
+
+    for name in ("empty", "zeros", "empty_like", "addmm"):
+        monkeypatch.setattr(torch, name, watched(getattr(torch, name)))
+    in_chunks(8)
+    tensors, targets = inputs(64, 1000, 4, torch.float32, device)
+    leaves = [x.requires_grad_() for x in tensors.values()]
+    linear_cross_entropy(*leaves, targets, softcap=3.0).backward()
+    assert 8 * 1000 <= max(x.numel() for x in made) <= 8 * 1008
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("if target == ignore_index:", "if target == ignore_index + 1:"),
+        ("z = tl.where(columns < V, _cap(z", "z = tl.where(columns < stride, _cap(z"),
+        ("(peak - _cap(picked", "(peak + _cap(picked"),
+        ("masses * tl.exp(peak - higher)", "masses"),
+        ("tl.where(columns == target, 1.0, 0.0)", "tl.where(columns == target, -1.0, 0.0)"),
+        ("p * (2 * z_loss * lse)", "p * (z_loss * lse)"),
+        ("dz *= 1 - (z / softcap)", "dz *= 1 + (z / softcap)"),
+        ("_product(dw, dz.t(), x[part], beta=1)", "_product(dw, dz.t(), x[part])"),
+        ("for start in range(0, N, rows or 1):", "for start in range(0, N - rows, rows or 1):"),
+    ],
+)
+def test_a_broken_copy_is_seen(broken, check, in_chunks, device, old, new):
+    copy = broken(room, old, new)
+    in_chunks(4, copy)
+    tensors, targets = inputs(10, 4500, 16, torch.float32, device)
+    with pytest.raises(AssertionError):
+        check(copy.linear_cross_entropy, tensors, targets=targets, softcap=9.0, z_loss=0.1)
+
+
+def test_opcheck(device):
+    tensors, targets = inputs(6, 40, 16, torch.float32, device)
+    leaves = [x.requires_grad_() for x in tensors.values()]
+    torch.library.opcheck(
+        room._linear_cross_entropy, (*leaves, targets, 3.0, 0.1, -100, True, True)
+    )
+    dx, dw = (torch.ones_like(x.detach()) for x in leaves)
+    scalars = torch.tensor(5, device=device), torch.tensor(2.0, device=device)
+    torch.library.opcheck(room._linear_cross_entropy_bwd, (dx, dw, *scalars))
+
+
+def test_compiles_as_one_graph(device):
+    tensors, targets = inputs(6, 40, 16, torch.bfloat16, device)
+    leaves = [x.requires_grad_() for x in tensors.values()]
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    found = []
+    for op in (linear_cross_entropy, compiled):
+        loss = op(*leaves, targets, z_loss=1e-3)
+        found.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.ones(4, 8, dtype=torch.float64)}, "x: torch.float64, expected one of"),
+        ({"w": torch.ones(20, 7)}, r"w: .*expected \(N, C\) and \(V, C\)"),
+        ({"x": torch.ones(8)}, "x: "),
+        ({"targets": torch.ones(4)}, r"targets: torch.float32 \(4,\), expected torch.int64 \(4,\)"),
+        ({"targets": torch.ones(3, dtype=torch.int64)}, r"expected torch.int64 \(4,\)"),
+    ],
+    ids=["dtype", "widths", "shape", "floats", "length"],
+)
+def test_wrong_arguments(device, change, message):
+    tensors, targets = inputs(4, 20, 8, torch.float32, device)
+    wrong = {n: x.to(device) for n, x in change.items()}
+    with pytest.raises(ValueError, match=message):
+        linear_cross_entropy(**{**tensors, "targets": targets, **wrong})
