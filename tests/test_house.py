@@ -14,7 +14,7 @@ FLOORS = {
     "kernels/reference_optim kernels/reference_sampling kernels/eager_optim kernels/eager_sampling "
     "kernels/_interpreter",
     1: "kernels/reference kernels/_launch cli world bpe storage documents",
-    2: "kernels/eager kernels/adamw kernels/swiglu "
+    2: "kernels/eager kernels/adamw kernels/newton_schulz kernels/swiglu "
     "kernels/linear_cross_entropy ",
     3: "",
     4: "",
