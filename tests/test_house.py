@@ -15,9 +15,10 @@ FLOORS = {
     "kernels/_interpreter",
     1: "kernels/reference kernels/_launch cli world bpe storage documents",
     2: "kernels/eager kernels/adamw kernels/newton_schulz kernels/swiglu "
-    "kernels/linear_cross_entropy ",
-    3: "",
-    4: "",
+    "kernels/linear_cross_entropy "
+    "kernels/_rope_kernels",
+    3: "kernels/rope_cache ",
+    4: "kernels/rope",
     5: "config ops tokenizer split",
     6: "model runs settings optim shards encoding stream",
     7: "configure checkpoint data corpus evaluate generate microbatch",

@@ -1,0 +1,122 @@
+"""Rotary embedding in Triton, with the QK-norm before it: queries and keys in one launch.
+
+The same while decoding, into the cache, is in rope_cache.py, the kernels in _rope_kernels.py.
+"""
+
+import torch
+import triton
+from torch import Tensor
+
+from minillm.kernels._launch import launch
+from minillm.kernels._rope_kernels import (
+    _rope_bwd_kernel,
+    _rope_fwd_kernel,
+    angle_strides,
+    check,
+    grid_of,
+    heads_together,
+)
+from minillm.kernels.rope_cache import rope_cache
+
+__all__ = ["rope", "rope_cache"]
+
+
+@torch.library.custom_op("minillm::rope", mutates_args=())
+def _rope(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor,
+    q_weight: Tensor | None, k_weight: Tensor | None, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    (B, T, H, _), G = q.shape, k.shape[2]
+    q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    q, k, cos, sin = heads_together(q, k, cos, sin)
+    grid, options = grid_of("fwd", q, k)
+    norm = q_weight is not None
+    launch(
+        _rope_fwd_kernel, grid, q, k, k, cos, sin, q_weight if norm else q, k_weight if norm else k,
+        q, q_out, k_out, k_out, *q.stride()[:3], *k.stride()[:3], *k.stride()[:3],
+        *k_out.stride()[:3], *k_out.stride()[:3], *angle_strides(cos), 0, B * T, T, H, G, eps,
+        NORM=norm, CACHE=False, RAGGED=False, **options,
+    )  # fmt: skip
+    return q_out, k_out
+
+
+@_rope.register_fake
+def _(q, k, cos, sin, q_weight, k_weight, eps):
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+@torch.library.custom_op("minillm::rope_bwd", mutates_args=())
+def _rope_bwd(
+    dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor,
+    q_weight: Tensor | None, k_weight: Tensor | None, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk and the gradients of the weights, (0,) without weights."""
+    (B, T, H, D), G = q.shape, k.shape[2]
+    dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    dq_out, dk_out, q, k, cos, sin = heads_together(dq_out, dk_out, q, k, cos, sin)
+    grid, options = grid_of("bwd", q, k)
+    norm = q_weight is not None
+    of_q = triton.cdiv(H, options["HEADS"])
+    dw = torch.empty((grid[1], grid[0] if norm else 0, D), dtype=torch.float32, device=q.device)
+    launch(
+        _rope_bwd_kernel, grid, dq_out, dk_out, q, k, cos, sin,
+        q_weight if norm else q, k_weight if norm else k, dq, dk, dw,
+        *dq_out.stride()[:3], *dk_out.stride()[:3], *q.stride()[:3], *k.stride()[:3],
+        *angle_strides(cos), B * T, T, H, G, eps, NORM=norm, **options,
+    )  # fmt: skip
+    if not norm:
+        return dq, dk, dw.new_empty(0), dw.new_empty(0)
+    dq_weight = dw[:of_q].sum((0, 1)).to(q_weight.dtype)
+    return dq, dk, dq_weight, dw[of_q:].sum((0, 1)).to(k_weight.dtype)
+
+
+@_rope_bwd.register_fake
+def _(dq_out, dk_out, q, k, cos, sin, q_weight, k_weight, eps):
+    weights = [q.new_empty(0, dtype=torch.float32) if w is None else w.new_empty(w.shape)
+               for w in (q_weight, k_weight)]  # fmt: skip
+    return q.new_empty(q.shape), k.new_empty(k.shape), *weights
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, dq_out, dk_out):
+    q, k, cos, sin, q_weight, k_weight = ctx.saved_tensors
+    dq, dk, *weights = _rope_bwd(dq_out, dk_out, q, k, cos, sin, q_weight, k_weight, ctx.eps)
+    weights = (None, None) if q_weight is None else weights
+    return dq, dk, None, None, *weights, None
+
+
+_rope.register_autograd(_backward, setup_context=_save)
+
+
+def rope(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """As reference.rope: rotate the halves of each head; with weights, RMSNorm heads first.
+
+        [y1, y2] = [x1 cos - x2 sin, x2 cos + x1 sin];   dx rotates dy back
+
+    q: (B, T, H, D).    k: (B, T, G, D), each fp32, fp16 or bf16, any strides.    cos, sin:
+    (T, D/2) or (B, T, D/2).    q_weight, k_weight: (D,), both or neither. D even, at most 256.
+    Returns q, k rotated, contiguous, in their dtypes; nothing is rounded between norm and rotation.
+    Gradients: dq, dk in their dtypes, those of the weights summed in fp32; none for cos and sin.
+    Raises ValueError on another dtype or shape.
+    Forward: reads and writes q and k once, 2 B T (H + G) D numbers; backward the same, and with
+    the norm half as many more (q and k). Saves the arguments.
+    Source: Su et al. 2021, arXiv:2104.09864, eq. 34; QK-norm: Henry et al. 2020, arXiv:2010.04245.
+    """
+    check(q, k, cos, sin, q_weight, k_weight)
+    B, T, _, D = q.shape
+    if cos.shape not in ((T, D // 2), (B, T, D // 2)):
+        wanted = f"({T}, {D // 2}) or ({B}, {T}, {D // 2})"
+        raise ValueError(f"cos: shape {tuple(cos.shape)}, expected {wanted}")
+    return _rope(q, k, cos, sin, q_weight, k_weight, eps)
