@@ -40,14 +40,14 @@ def _store_halves(y_ptr, y1, y2, rows, columns, mask, HALF: tl.constexpr):
     tl.store(y_ptr + rows + HALF + columns, y2.to(dtype), mask=mask)
 
 
-@triton.jit(do_not_specialize=["N", "T", "first_position"])
+@triton.jit(do_not_specialize=["N", "T", "S", "first_position"])
 def _rope_fwd_kernel(
     q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, positions_ptr,
     q_out_ptr, k_out_ptr, v_out_ptr,
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
     v_stride_b, v_stride_t, v_stride_h, k_out_stride_b, k_out_stride_t, k_out_stride_h,
     v_out_stride_b, v_out_stride_t, v_out_stride_h, angle_stride_b, angle_stride_t,
-    first_position, N, T, H, G, eps,
+    first_position, N, T, S, H, G, eps,
     HALF: tl.constexpr, NORM: tl.constexpr, CACHE: tl.constexpr, RAGGED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
@@ -62,6 +62,7 @@ def _rope_fwd_kernel(
         at += first_position
         if RAGGED:
             at += tl.load(positions_ptr + b, mask=n < N, other=0)
+        mask = mask & (at >= 0) & (at < S)  # a wrong position shall not write elsewhere
     angles = b * angle_stride_b + at * angle_stride_t + columns
     cos = tl.load(cos_ptr + angles, mask=mask, other=0.0).to(tl.float32)
     sin = tl.load(sin_ptr + angles, mask=mask, other=0.0).to(tl.float32)

@@ -34,7 +34,7 @@ def _rope(
     launch(
         _rope_fwd_kernel, grid, q, k, k, cos, sin, q_weight if norm else q, k_weight if norm else k,
         q, q_out, k_out, k_out, *q.stride()[:3], *k.stride()[:3], *k.stride()[:3],
-        *k_out.stride()[:3], *k_out.stride()[:3], *angle_strides(cos), 0, B * T, T, H, G, eps,
+        *k_out.stride()[:3], *k_out.stride()[:3], *angle_strides(cos), 0, B * T, T, T, H, G, eps,
         NORM=norm, CACHE=False, RAGGED=False, **options,
     )  # fmt: skip
     return q_out, k_out
@@ -47,12 +47,13 @@ def _(q, k, cos, sin, q_weight, k_weight, eps):
 
 @torch.library.custom_op("minillm::rope_bwd", mutates_args=())
 def _rope_bwd(
-    dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor,
+    dq_out: Tensor, dk_out: Tensor, q: Tensor | None, k: Tensor | None, cos: Tensor, sin: Tensor,
     q_weight: Tensor | None, k_weight: Tensor | None, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk and the gradients of the weights, (0,) without weights."""
-    (B, T, H, D), G = q.shape, k.shape[2]
-    dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    """dq, dk and the gradients of the weights, (0,) without weights; q and k matter only with."""
+    (B, T, H, D), G = dq_out.shape, dk_out.shape[2]
+    q, k = dq_out if q is None else q, dk_out if k is None else k
+    dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (dq_out, dk_out))
     dq_out, dk_out, q, k, cos, sin = heads_together(dq_out, dk_out, q, k, cos, sin)
     grid, options = grid_of("bwd", q, k)
     norm = q_weight is not None
@@ -72,14 +73,17 @@ def _rope_bwd(
 
 @_rope_bwd.register_fake
 def _(dq_out, dk_out, q, k, cos, sin, q_weight, k_weight, eps):
-    weights = [q.new_empty(0, dtype=torch.float32) if w is None else w.new_empty(w.shape)
-               for w in (q_weight, k_weight)]  # fmt: skip
-    return q.new_empty(q.shape), k.new_empty(k.shape), *weights
+    weights = [
+        dq_out.new_empty(0, dtype=torch.float32) if w is None else w.new_empty(w.shape)
+        for w in (q_weight, k_weight)
+    ]
+    return dq_out.new_empty(dq_out.shape), dk_out.new_empty(dk_out.shape), *weights
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, ctx.eps = inputs
-    ctx.save_for_backward(*tensors)
+    q, k, *rest, ctx.eps = inputs
+    norm = rest[-1] is not None  # else rotating back needs the angles alone
+    ctx.save_for_backward(q if norm else None, k if norm else None, *rest)
 
 
 def _backward(ctx, dq_out, dk_out):
@@ -111,7 +115,7 @@ def rope(
     Gradients: dq, dk in their dtypes, those of the weights summed in fp32; none for cos and sin.
     Raises ValueError on another dtype or shape.
     Forward: reads and writes q and k once, 2 B T (H + G) D numbers; backward the same, and with
-    the norm half as many more (q and k). Saves the arguments.
+    the norm half as many more (q and k). Saves the angles and, with the norm, q, k and weights.
     Source: Su et al. 2021, arXiv:2104.09864, eq. 34; QK-norm: Henry et al. 2020, arXiv:2010.04245.
     """
     check(q, k, cos, sin, q_weight, k_weight)

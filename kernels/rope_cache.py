@@ -29,7 +29,8 @@ def _rope_cache(
         q_weight if norm else q, k_weight if norm else k, q if positions is None else positions,
         q_out, cache_k, cache_v, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         *cache_k.stride()[:3], *cache_v.stride()[:3], *angle_strides(cos), position,
-        B * T, T, H, G, eps, NORM=norm, CACHE=True, RAGGED=positions is not None, **options,
+        B * T, T, cache_k.shape[1], H, G, eps, NORM=norm, CACHE=True,
+        RAGGED=positions is not None, **options,
     )  # fmt: skip
     return q_out
 
@@ -58,7 +59,8 @@ def rope_cache(
 
     q: (B, T, H, D).    k, v: (B, T, G, D).    cos, sin: (P, D/2), rows by absolute position.
     cache_k, cache_v: (B, S, G, D) of contiguous heads, written in place, S <= P.
-    positions: (B,) integers or one for all. They are trusted: to check a tensor would wait for it.
+    positions: (B,) integers or one for all. To check a tensor would wait for it: a token beyond
+    the cache is not written, and its q' is undefined.
     Returns q', (B, T, H, D) in q's dtype. There are no gradients.
     Raises ValueError on another dtype or shape.
     Cost: reads q, k and v and writes them once.

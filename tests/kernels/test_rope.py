@@ -204,3 +204,24 @@ def test_wrong_positions(device):
     for positions, message in ((18, "expected 0 to 17"), (torch.zeros(3), r"expected \(2,\)")):
         with pytest.raises(ValueError, match=f"positions: .*{message}"):
             rope_cache.rope_cache(**given_, cache_k=cache_k, cache_v=cache_v, positions=positions)
+
+
+def test_a_position_beyond_the_cache_writes_nothing(device):
+    """The second row stands at the end: of its three tokens one is written."""
+    given_, cache_k, cache_v = decoding(device)
+    caches = {"cache_k": cache_k.clone(), "cache_v": cache_v.clone()}
+    rope_cache.rope_cache(**given_, **caches, positions=torch.tensor([-2, 19], device=device))
+    for cache, before in zip(caches.values(), (cache_k, cache_v), strict=True):
+        changed = (cache != before).any(-1).any(-1).nonzero().tolist()
+        assert changed == [[0, 0], [1, 19]]
+
+
+def test_what_is_saved(device):
+    """Without a norm not q and k, which would be kept for nothing."""
+    for norm in (False, True):
+        given_, turned = inputs(device, norm=norm)
+        leaves = {n: x.detach().requires_grad_() for n, x in given_.items()}
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda x: x):
+            rope(**leaves, **turned)
+        assert any(x.shape == leaves["q"].shape for x in saved) == norm
