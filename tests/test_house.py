@@ -12,12 +12,12 @@ import pytest
 FLOORS = {
     0: "__init__ errors presets schedule cache meter positions kernels scripts "
     "kernels/reference_optim kernels/reference_sampling kernels/eager_optim kernels/eager_sampling "
-    "kernels/_interpreter",
+    "kernels/_interpreter kernels/_rows",
     1: "kernels/reference kernels/_launch cli world bpe storage documents",
-    2: "kernels/eager kernels/adamw kernels/newton_schulz kernels/swiglu "
+    2: "kernels/eager kernels/adamw kernels/newton_schulz kernels/sandwich_norm kernels/swiglu "
     "kernels/linear_cross_entropy "
     "kernels/_rope_kernels",
-    3: "kernels/rope_cache ",
+    3: "kernels/rms_norm kernels/rope_cache ",
     4: "kernels/rope",
     5: "config ops tokenizer split",
     6: "model runs settings optim shards encoding stream",
@@ -221,6 +221,7 @@ PLANTED = [
     ("kernels/eager.py", "from minillm.errors import UsageError", "knows more than kernels"),
     ("kernels/reference.py", "import triton", "kernels/reference imports triton"),
     ("kernels/eager_optim.py", "import triton", "kernels/eager_optim imports triton"),
+    ("kernels/rms_norm.py", "_rms_norm()", "kernels/rms_norm does something at import"),
     ("minillm/model.py", "import os\nx = os.environ", "model reads the environment"),
     ("minillm/model.py", "from os import environ", "model reads the environment"),
     ("minillm/data.py", "import os\nx = os.getenv('HOME')", "data reads the environment"),

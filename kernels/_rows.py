@@ -1,0 +1,61 @@
+"""What kernels over whole rows share: reading a tile of them, and sharing rows among programs."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+WIDEST = 16384  # columns: what the tables of tiles end with
+
+
+@triton.jit
+def load_tile(ptr, rows, stride, columns, mask):
+    """The tile at rows (BLOCK_N, 1) and columns (1, BLOCK_C) in fp32, 0 beyond the mask."""
+    return tl.load(ptr + rows * stride + columns, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_row(ptr, columns, mask):
+    """The numbers at columns (1, BLOCK_C) in fp32, 0 beyond the mask."""
+    return tl.load(ptr + columns, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store(ptr, x, mask):
+    """x at ptr, rounded to what is stored there."""
+    tl.store(ptr, x.to(ptr.dtype.element_ty), mask=mask)
+
+
+def share(N: int, BLOCK_N: int, num_warps: int, device: torch.device) -> tuple[int, int]:
+    """How many programs share N rows in a backward pass, and how many blocks of rows each takes.
+
+    As many as a GPU holds at 128 registers a thread, 16 warps a multiprocessor: each leaves a row
+    of partial sums, so more would only leave more to add.
+    """
+    gpu = device.type == "cuda"
+    count = torch.cuda.get_device_properties(device).multi_processor_count if gpu else 132
+    programs = max(1, count * 16 // num_warps)
+    blocks = max(1, triton.cdiv(N, BLOCK_N * programs))
+    return triton.cdiv(N, BLOCK_N * blocks), blocks
+
+
+def columns_together(x: Tensor) -> Tensor:
+    """x with its last dimension contiguous: itself if it is so already."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def check_rows(x: Tensor, like_x: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
+    """Raise ValueError, naming the argument, unless a norm's kernel can take these."""
+    if x.dim() == 0 or not 1 <= x.shape[-1] <= WIDEST:
+        raise ValueError(f"x: shape {tuple(x.shape)}, expected (..., C) with C from 1 to {WIDEST}")
+    for name, t in {"x": x, **like_x, **weights}.items():
+        if t.dtype not in DTYPES:
+            raise ValueError(f"{name}: {t.dtype}, expected one of {DTYPES}")
+    for name, t in like_x.items():
+        if (t.shape, t.dtype) != (x.shape, x.dtype):
+            came, wanted = ((tuple(u.shape), u.dtype) for u in (t, x))
+            raise ValueError(f"{name}: {came}, expected x's {wanted}")
+    for name, w in weights.items():
+        if w.shape != x.shape[-1:]:
+            raise ValueError(f"{name}: shape {tuple(w.shape)}, expected ({x.shape[-1]},)")

@@ -1,0 +1,237 @@
+"""RMSNorm in Triton, alone or after the addition of a branch: one program a few whole rows.
+
+Statistics are in fp32 and the inverse root is saved. The weight's gradient is summed in two steps,
+rows of a program and then programs, in an order that is fixed: no atomics, so it is equal bit for
+bit from run to run. A norm that follows upon another is in sandwich_norm.py.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from minillm.kernels._launch import launch, tile
+from minillm.kernels._rows import check_rows, columns_together, load_row, load_tile, share, store
+from minillm.kernels.sandwich_norm import sandwich_norm
+
+__all__ = ["add_rms_norm", "rms_norm", "sandwich_norm"]
+
+
+@triton.jit(do_not_specialize=["N"])
+def _rms_norm_fwd_kernel(
+    x_ptr, residual_ptr, w_ptr, y_ptr, s_ptr, rstd_ptr, x_stride, residual_stride, N, C, eps,
+    ADD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    columns = tl.arange(0, BLOCK_C)[None, :]
+    mask = (rows < N) & (columns < C)
+    x = load_tile(x_ptr, rows, x_stride, columns, mask)
+    w = load_row(w_ptr, columns, columns < C)
+    if ADD:
+        x += load_tile(residual_ptr, rows, residual_stride, columns, mask)
+        s = x.to(s_ptr.dtype.element_ty)
+        tl.store(s_ptr + rows * C + columns, s, mask=mask)
+        x = s.to(tl.float32)
+    rstd = 1 / tl.sqrt_rn(tl.sum(x * x, 1, keep_dims=True) / C + eps)
+    tl.store(rstd_ptr + rows, rstd, mask=rows < N)
+    y = x * rstd * w
+    store(y_ptr + rows * C + columns, y, mask)
+
+
+@triton.jit(do_not_specialize=["N", "blocks"])
+def _rms_norm_bwd_kernel(
+    x_ptr, w_ptr, rstd_ptr, dy_ptr, ds_ptr, dx_ptr, dw_ptr, x_stride, dy_stride, ds_stride,
+    N, C, blocks,
+    ADD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK_C)[None, :]
+    w = load_row(w_ptr, columns, columns < C)
+    dw = tl.zeros([1, BLOCK_C], tl.float32)
+    for i in tl.range(0, blocks, num_stages=STAGES):
+        rows = (program * blocks + i) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+        mask = (rows < N) & (columns < C)
+        rstd = tl.load(rstd_ptr + rows, mask=rows < N, other=0.0)
+        x = load_tile(x_ptr, rows, x_stride, columns, mask) * rstd
+        dy = load_tile(dy_ptr, rows, dy_stride, columns, mask)
+        dw += tl.sum(dy * x, 0, keep_dims=True)
+        dy *= w
+        dx = (dy - x * (tl.sum(dy * x, 1, keep_dims=True) / C)) * rstd
+        if ADD:
+            dx += load_tile(ds_ptr, rows, ds_stride, columns, mask)
+        store(dx_ptr + rows * C + columns, dx, mask)
+    tl.store(dw_ptr + program * C + columns, dw, mask=columns < C)
+
+
+@triton.jit(do_not_specialize=["N", "blocks"])
+def _rms_norm_wide_bwd_kernel(
+    x_ptr, w_ptr, rstd_ptr, dy_ptr, ds_ptr, dx_ptr, dw_ptr, x_stride, dy_stride, ds_stride,
+    N, C, blocks,
+    ADD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """For rows too wide for registers: through the columns twice, the second time out of a cache.
+
+    The partial sums of dw stay in memory.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    dw_ptr += program * C
+    for i in range(blocks):
+        rows = (program * blocks + i) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+        rstd = tl.load(rstd_ptr + rows, mask=rows < N, other=0.0)
+        products = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+        for start in tl.range(0, C, BLOCK_C, num_stages=STAGES):
+            columns = start + tl.arange(0, BLOCK_C)[None, :]
+            mask = (rows < N) & (columns < C)
+            x = load_tile(x_ptr, rows, x_stride, columns, mask)
+            dy = load_tile(dy_ptr, rows, dy_stride, columns, mask)
+            products += x * dy * load_row(w_ptr, columns, columns < C)
+        mean = tl.sum(products, 1, keep_dims=True) * rstd / C
+        for start in tl.range(0, C, BLOCK_C, num_stages=STAGES):
+            columns = start + tl.arange(0, BLOCK_C)[None, :]
+            mask = (rows < N) & (columns < C)
+            x = load_tile(x_ptr, rows, x_stride, columns, mask) * rstd
+            dy = load_tile(dy_ptr, rows, dy_stride, columns, mask)
+            dw = load_row(dw_ptr, columns, (columns < C) & (i > 0))
+            dw += tl.sum(dy * x, 0, keep_dims=True)
+            tl.store(dw_ptr + columns, dw, mask=columns < C)
+            dx = (dy * load_row(w_ptr, columns, columns < C) - x * mean) * rstd
+            if ADD:
+                dx += load_tile(ds_ptr, rows, ds_stride, columns, mask)
+            store(dx_ptr + rows * C + columns, dx, mask)
+        tl.debug_barrier()  # other threads may read dw than have written it
+
+
+def _forward(
+    x: Tensor, residual: Tensor | None, w: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, s and rstd of x + residual; without a residual s is x."""
+    N, C = x.shape
+    x = columns_together(x)
+    y = torch.empty((N, C), dtype=x.dtype, device=x.device)
+    rstd = torch.empty(N, dtype=torch.float32, device=x.device)
+    added = x if residual is None else columns_together(residual)
+    s = x if residual is None else torch.empty_like(y)
+    options = tile("rms_norm", "fwd", C)
+    launch(
+        _rms_norm_fwd_kernel, (triton.cdiv(N, options["BLOCK_N"]),), x, added, w, y, s, rstd,
+        x.stride(0), added.stride(0), N, C, eps,
+        ADD=residual is not None, BLOCK_C=triton.next_power_of_2(C), **options,
+    )  # fmt: skip
+    return y, s, rstd
+
+
+@torch.library.custom_op("minillm::rms_norm", mutates_args=())
+def _rms_norm(x: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    y, _, rstd = _forward(x, None, w, eps)
+    return y, rstd
+
+
+@_rms_norm.register_fake
+def _(x, w, eps):
+    return x.new_empty(x.shape), x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("minillm::add_rms_norm", mutates_args=())
+def _add_rms_norm(
+    x: Tensor, residual: Tensor, w: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _forward(x, residual, w, eps)
+
+
+@_add_rms_norm.register_fake
+def _(x, residual, w, eps):
+    return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("minillm::rms_norm_bwd", mutates_args=())
+def _rms_norm_bwd(
+    x: Tensor, w: Tensor, rstd: Tensor, dy: Tensor, ds: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """dx and dw; ds is what reaches x beside the norm, if anything does."""
+    N, C = x.shape
+    x, dy = columns_together(x), columns_together(dy)
+    beside = dy if ds is None else columns_together(ds)
+    dx = torch.empty((N, C), dtype=x.dtype, device=x.device)
+    options = {"BLOCK_C": triton.next_power_of_2(C), **tile("rms_norm", "bwd", C)}
+    kernel = _rms_norm_wide_bwd_kernel if options["BLOCK_C"] < C else _rms_norm_bwd_kernel
+    programs, blocks = share(N, options["BLOCK_N"], options["num_warps"], x.device)
+    dw = torch.empty((programs, C), dtype=torch.float32, device=x.device)
+    launch(
+        kernel, (programs,), x, w, rstd, dy, beside, dx, dw,
+        x.stride(0), dy.stride(0), beside.stride(0), N, C, blocks, ADD=ds is not None, **options,
+    )  # fmt: skip
+    return dx, dw.sum(0).to(w.dtype)
+
+
+@_rms_norm_bwd.register_fake
+def _(x, w, rstd, dy, ds):
+    return x.new_empty(x.shape), w.new_empty(w.shape)
+
+
+def _save(ctx, inputs, output) -> None:
+    x, w, _ = inputs
+    _, rstd = output
+    ctx.save_for_backward(x, w, rstd)
+    ctx.mark_non_differentiable(rstd)
+
+
+def _backward(ctx, dy, _):
+    x, w, rstd = ctx.saved_tensors
+    return *_rms_norm_bwd(x, w, rstd, dy, None), None
+
+
+_rms_norm.register_autograd(_backward, setup_context=_save)
+
+
+def _add_save(ctx, inputs, output) -> None:
+    _, _, w, _ = inputs
+    _, s, rstd = output
+    ctx.save_for_backward(s, w, rstd)
+    ctx.mark_non_differentiable(rstd)
+    ctx.set_materialize_grads(False)
+
+
+def _add_backward(ctx, dy, ds, _):
+    s, w, rstd = ctx.saved_tensors
+    if dy is None:  # only s went on
+        return ds, ds, None, None
+    dx, dw = _rms_norm_bwd(s, w, rstd, dy, ds)
+    return dx, dx, dw, None
+
+
+_add_rms_norm.register_autograd(_add_backward, setup_context=_add_save)
+
+
+def rms_norm(x: Tensor, w: Tensor, eps: float = 1e-6) -> Tensor:
+    """As reference.rms_norm: y = x / sqrt(mean(x^2, -1) + eps) * w.
+
+        dx = (dy w - n mean(dy w n)) rstd,   dw = sum(dy n),   n = x rstd
+
+    x: (..., C) fp32, fp16 or bf16, any strides.    w: (C,) any of them.
+    Returns (..., C) in x's dtype; gradients: dx in x's dtype, dw in w's, both computed in fp32.
+    Raises ValueError if C is above 16384, or on another dtype or shape.
+    Forward: reads x, writes y, 2 N C numbers. Backward: 3 N C (x, dy, dx). Saves x and N fp32.
+    Source: Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4.
+    """
+    check_rows(x, {}, {"w": w})
+    return _rms_norm(x.reshape(-1, x.shape[-1]), w, eps)[0].view(x.shape)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, w: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """As reference.add_rms_norm: s = x + residual, y = rms_norm(s, w), in one launch.
+
+        dx = dresidual = ds + (dy w - n mean(dy w n)) rstd,   dw = sum(dy n),   n = s rstd
+
+    x, residual: (..., C), one dtype of fp32, fp16 and bf16, any strides.    w: (C,) any of them.
+    Returns y and s, (..., C) in x's dtype; gradients as of rms_norm. One tensor serves as dx and
+    as dresidual.
+    Raises ValueError if C is above 16384, or on another dtype or shape.
+    Forward: 4 N C numbers (x, residual, s, y). Backward: 4 N C (s, dy, ds, dx), 3 N C if nothing
+    but the norm uses s. Saves s, an output, and N fp32.
+    """
+    check_rows(x, {"residual": residual}, {"w": w})
+    rows = (t.reshape(-1, t.shape[-1]) for t in (x, residual))
+    y, s, _ = _add_rms_norm(*rows, w, eps)
+    return y.view(x.shape), s.view(x.shape)
