@@ -16,9 +16,9 @@ FLOORS = {
     1: "kernels/reference kernels/_launch cli world bpe storage documents",
     2: "kernels/eager kernels/adamw kernels/newton_schulz kernels/sandwich_norm kernels/swiglu "
     "kernels/linear_cross_entropy "
-    "kernels/_rope_kernels",
-    3: "kernels/rms_norm kernels/rope_cache ",
-    4: "kernels/rope",
+    "kernels/_rope_kernels kernels/_attention_blocks",
+    3: "kernels/rms_norm kernels/rope_cache kernels/_attention_forward kernels/_attention_backward ",
+    4: "kernels/rope kernels/attention",
     5: "config ops tokenizer split",
     6: "model runs settings optim shards encoding stream",
     7: "configure checkpoint data corpus evaluate generate microbatch",
