@@ -17,7 +17,8 @@ FLOORS = {
     2: "kernels/eager kernels/adamw kernels/newton_schulz kernels/sandwich_norm kernels/swiglu "
     "kernels/linear_cross_entropy "
     "kernels/_rope_kernels kernels/_attention_blocks",
-    3: "kernels/rms_norm kernels/rope_cache kernels/_attention_forward kernels/_attention_backward ",
+    3: "kernels/rms_norm kernels/rope_cache kernels/_attention_forward kernels/_attention_backward "
+    "kernels/decode_attention",
     4: "kernels/rope kernels/attention",
     5: "config ops tokenizer split",
     6: "model runs settings optim shards encoding stream",
