@@ -15,7 +15,7 @@ FLOORS = {
     "kernels/_interpreter kernels/_rows",
     1: "kernels/reference kernels/_launch cli world bpe storage documents",
     2: "kernels/eager kernels/adamw kernels/newton_schulz kernels/sandwich_norm kernels/swiglu "
-    "kernels/linear_cross_entropy "
+    "kernels/linear_cross_entropy kernels/sample "
     "kernels/_rope_kernels kernels/_attention_blocks",
     3: "kernels/rms_norm kernels/rope_cache kernels/_attention_forward kernels/_attention_backward "
     "kernels/decode_attention",
