@@ -45,7 +45,8 @@ def main(argv: Sequence[str]) -> None:
     )
     small = config.n_parameters < ONE_THREAD_BELOW
     threads, _ = world.set_threads(1 if args.threads == "auto" and small else args.threads)
-    note(f"{run}, step {checkpoint.find_step(run, args.checkpoint)}, {device}, "
+    step = checkpoint.find_step(run, args.checkpoint)
+    note(f"{run}, step {step}, {device}, {model.ops.name} kernels ({model.ops.why}), "
          f"{threads} thread{'s' * (threads > 1)}, seed {args.seed}")  # fmt: skip
     for prompt in prompts(args):
         try:

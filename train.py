@@ -60,7 +60,10 @@ def main(argv: Sequence[str]) -> None:
     )
     dtype = world.pick_dtype(fixed.get("dtype", config.dtype), device, shape.d_model)
     fixed["dtype"] = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
-    ops = select(config.kernels, device)
+    ops = select(
+        config.kernels, device,
+        d_model=shape.d_model, d_head=shape.d_head, dropout=shape.dropout,
+    )  # fmt: skip
     start = torch.Generator().manual_seed(config.seed)
     model = GPT(shape, ops, dtype, start).to(device).train()
     if "micro_batch_size" not in fixed:
@@ -110,10 +113,10 @@ def main(argv: Sequence[str]) -> None:
             torch.manual_seed((config.seed * 1_000_003 + progress.step) % 2**63)
         tokens, targets = batches.batch(progress.step)
         loss = accumulate(forward, tokens.to(device), targets.to(device), fixed["micro_batch_size"])
-        norm = nn.utils.clip_grad_norm_(parameters.values(), config.grad_clip or torch.inf)
+        norm = nn.utils.get_total_norm([p.grad for p in parameters.values()])
         refuse_non_finite(progress.step, loss, norm)
         for optimizer in optimizers:
-            optimizer.step()
+            optimizer.step(grad_scale=clip_factor(norm, config.grad_clip))
             optimizer.zero_grad(set_to_none=True)
         progress.step += 1
         progress.tokens += tokens.numel()
@@ -184,6 +187,14 @@ def accumulate(forward: Callable, tokens: Tensor, targets: Tensor, micro: int) -
         loss.backward()
         total += loss.detach()
     return total
+
+
+def clip_factor(norm: Tensor, limit: float) -> Tensor | None:
+    """What gradients of total norm `norm` are multiplied by to have at most `limit`; 0: no limit.
+
+    norm: ().    Returns () on its device, so that nothing waits for it.
+    """
+    return (limit / (norm + 1e-6)).clamp(max=1.0) if limit else None
 
 
 def refuse_non_finite(step: int, loss: Tensor, norm: Tensor) -> None:

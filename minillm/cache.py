@@ -61,18 +61,32 @@ class KVCache:
         The rows' lengths move on only with `advance`, once all layers have written.
         """
         T = k.shape[1]
-        end = max(self.lengths) + T
-        if end > self.capacity:
-            raise ValueError(f"cache holds {self.capacity} positions; {end} are asked for")
+        into_k, into_v = self.room(layer, T)
         if self.uniform():
-            self.k[layer, :, end - T : end] = k
-            self.v[layer, :, end - T : end] = v
+            into_k[:, -T:] = k
+            into_v[:, -T:] = v
         else:
             rows = torch.arange(k.shape[0], device=k.device)[:, None]
             columns = self.positions(T)
-            self.k[layer, rows, columns] = k.to(self.k.dtype)
-            self.v[layer, rows, columns] = v.to(self.v.dtype)
+            into_k[rows, columns] = k.to(self.k.dtype)
+            into_v[rows, columns] = v.to(self.v.dtype)
+        return into_k, into_v
+
+    def room(self, layer: int, T: int) -> tuple[Tensor, Tensor]:
+        """The layer's k, v, (B, S, G, D) each, up to the longest row's end after T more entries.
+
+        Raises ValueError if the cache is too small for them.
+        """
+        end = max(self.lengths) + T
+        if end > self.capacity:
+            raise ValueError(f"cache holds {self.capacity} positions; {end} are asked for")
         return self.k[layer, :, :end], self.v[layer, :, :end]
+
+    def starts(self) -> Tensor | int:
+        """Where each row's next entry stands: (B,), or one number if the rows are equally long."""
+        if self.uniform():
+            return self.lengths[0]
+        return torch.tensor(self.lengths, device=self.k.device)
 
     def positions(self, T: int) -> Tensor:
         """(B, T): where the next T entries of each row stand."""

@@ -150,7 +150,8 @@ def load_optimizer_tensors(
         if name not in parameters:
             raise CorruptError(f"optimizer state of {name}, which the model does not have")
         p = parameters[name]
-        owner[p].state[p][kind] = value.to(p.device)
+        # Counts of steps stay on the CPU, where reading one waits for nothing.
+        owner[p].state[p][kind] = value.to(p.device) if value.dim() else value
 
 
 def load_weights(model: GPT, tensors: dict[str, Tensor], source: Path) -> None:
@@ -195,7 +196,8 @@ def load_run(
     run = Path(run)
     config, _ = read_config(run)
     found = open_checkpoint(run, checkpoint)
-    model = GPT(config, select(kernels, device), dtype)
+    ops = select(kernels, device, d_model=config.d_model, d_head=config.d_head)
+    model = GPT(config, ops, dtype)
     found.load_into(model)
     tokenizer = load_run_tokenizer(run, config)
     model = model.to(device).eval().requires_grad_(False)

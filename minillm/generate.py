@@ -76,8 +76,8 @@ def generate(
             barred = torch.ones(logits.shape[-1], dtype=torch.bool, device=device)
             barred[torch.tensor(first, device=device)] = False
             logits = logits.masked_fill(barred, -torch.inf)
-        draws = [uniform(seed, numbers[r], made) for r in context.rows]
-        u = torch.tensor(draws, device=device)
+        rows = torch.tensor([numbers[r] for r in context.rows], device=device)
+        u = model.ops.uniform(seed, rows, torch.full_like(rows, made))
         ids = model.ops.sample(logits, u, **options)
         chosen = logprobs.gather(-1, ids[:, None])[:, 0].tolist()
         ended = set()
@@ -169,27 +169,6 @@ def penalise(logits: Tensor, texts: Sequence[Sequence[int]], penalty: float) -> 
         z = row[seen]
         row[seen] = torch.where(z > 0, z / penalty, z * penalty)
     return logits
-
-
-def uniform(seed: int, sample: int, position: int) -> float:
-    """A number in [0, 1) that is a function of its arguments alone, 24 random bits.
-
-    Two rounds of the splitmix64 finaliser (Steele et al. 2014, "Fast splittable pseudorandom
-    number generators", section 4) over the three in turn.
-    """
-    state = 0
-    for word in (seed, sample, position):
-        state = _mix(_mix((state + word + 0x9E3779B97F4A7C15) & MASK))
-    return (state >> 40) / (1 << 24)
-
-
-MASK = (1 << 64) - 1
-
-
-def _mix(z: int) -> int:
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
-    return z ^ (z >> 31)
 
 
 def check_sampling(

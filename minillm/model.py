@@ -38,6 +38,10 @@ class RMSNorm(nn.Module):
         """x: (..., width).    Returns the same shape."""
         return self.ops.rms_norm(x, self.weight, self.eps)
 
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """norm(x + residual) and x + residual, in one pass over them."""
+        return self.ops.add_rms_norm(x, residual, self.weight, self.eps)
+
 
 class LayerNorm(nn.Module):
     """(x - mean) / std * w + b; Ba et al. 2016, arXiv:1607.06450, eq. 4. The bias is optional."""
@@ -52,6 +56,11 @@ class LayerNorm(nn.Module):
         """x: (..., width).    Returns the same shape."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), bias, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """norm(x + residual) and x + residual."""
+        total = x + residual
+        return self(total), total
 
 
 def make_norm(config: ModelConfig, ops: Ops) -> nn.Module:
@@ -88,20 +97,28 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         heads = self.qkv(x).view(B, T, c.n_head + 2 * c.n_kv_head, c.d_head)
         q, k, v = heads.split((c.n_head, c.n_kv_head, c.n_kv_head), dim=2)  # (B, T, H|G|G, D)
-        if rotation is not None:
+        decoding = cache is not None and max(cache.lengths) > 0
+        if rotation is not None and not decoding:
             q, k = ops.rope(q, k, *rotation, self.q_norm, self.k_norm, c.norm_eps)
-        elif c.qk_norm:
+        elif rotation is None and c.qk_norm:
             q = ops.rms_norm(q, self.q_norm, c.norm_eps)
             k = ops.rms_norm(k, self.k_norm, c.norm_eps)
         options = {"window": c.window, "alibi_slopes": self.slopes}
         if cache is None:
             dropout = c.dropout if self.training else 0.0
             y = ops.attention(q, k, v, documents=documents, dropout=dropout, **options)
-        elif max(cache.lengths) == 0:
+        elif not decoding:
             cache.write(layer, k, v)
             y = ops.attention(q, k, v, **options)
         else:
-            k, v = cache.write(layer, k, v)  # (B, S, G, D)
+            if rotation is None:
+                k, v = cache.write(layer, k, v)  # (B, S, G, D)
+            else:
+                past = cache.room(layer, T)  # (B, S, G, D) each
+                q = ops.rope_cache(
+                    q, k, v, *rotation, *past, cache.starts(), self.q_norm, self.k_norm, c.norm_eps
+                )
+                k, v = past
             ends = None if cache.uniform() else cache.positions(T)[:, -1] + 1
             y = ops.decode_attention(q, k, v, ends, **options)
         return self.out(y.reshape(B, T, c.n_head * c.d_head))
@@ -142,8 +159,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, rotation, documents, cache: KVCache | None, layer: int) -> Tensor:
         """x: (B, T, C).    Returns (B, T, C)."""
         y = self.attention(self.attention_norm(x), rotation, documents, cache, layer)
-        x = x + self.dropout(y)
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        y, x = self.mlp_norm.add(self.dropout(y), x)
+        return x + self.dropout(self.mlp(y))
 
 
 class GPT(nn.Module):
@@ -219,7 +236,11 @@ class GPT(nn.Module):
         x = self.dropout(x).to(self.dtype)
         rotation = None
         if self.config.position == "rope":
-            rotation = self.cos[where].to(x.dtype), self.sin[where].to(x.dtype)  # (T, D/2)
+            # While decoding the rows of the tables are taken where they are needed.
+            rows = slice(None) if held else where
+            rotation = self.cos[rows], self.sin[rows]  # (P or T, D/2)
+            if not held:
+                rotation = tuple(table.to(x.dtype) for table in rotation)
         documents = None
         if self.config.document_mask and cache is None:
             documents = (tokens == self.config.bos_id).cumsum(1)  # (B, T)

@@ -41,15 +41,15 @@ class Muon(Optimizer):
         self.ops, self.dtype = ops, dtype
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
-        """Move every parameter that has a gradient."""
+    def step(self, closure=None, grad_scale: Tensor | None = None) -> None:
+        """Move every parameter that has a gradient; grad_scale: () factor of the gradients."""
         for group in self.param_groups:
             updates: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
             for w, parts in zip(group["params"], group["parts"], strict=True):
                 if w.grad is None:
                     continue
                 w.mul_(1 - group["lr"] * group["weight_decay"])
-                u = self._nesterov(w, group["momentum"])
+                u = self._nesterov(w, group["momentum"], grad_scale)
                 for piece, update in zip(w.split(parts), u.split(parts), strict=True):
                     updates.setdefault(piece.shape, []).append((piece, update))
             for shape, pairs in updates.items():
@@ -60,12 +60,13 @@ class Muon(Optimizer):
                 for (piece, _), direction in zip(pairs, directions, strict=True):
                     piece.add_(direction, alpha=-rate)
 
-    def _nesterov(self, w: Tensor, momentum: float) -> Tensor:
+    def _nesterov(self, w: Tensor, momentum: float, grad_scale: Tensor | None) -> Tensor:
+        gradient = w.grad if grad_scale is None else w.grad * grad_scale
         state = self.state[w]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(w)
-        state["momentum"].mul_(momentum).add_(w.grad)
-        return w.grad.add(state["momentum"], alpha=momentum)
+        state["momentum"].mul_(momentum).add_(gradient)
+        return gradient.add(state["momentum"], alpha=momentum)
 
 
 def make_optimizers(
@@ -84,7 +85,6 @@ def make_optimizers(
     name: "adamw" (matrices and embeddings decay, vectors do not) or "muon" (AdamW for the rest).
     matrices: the parameters that are matrices of blocks, with their parts; see Muon.
     """
-    fused = {p.device.type for p in parameters.values()} <= {"cpu", "cuda"}
     vectors = [p for p in parameters.values() if p.dim() < 2]
     if name == "adamw":
         wide = [p for p in parameters.values() if p.dim() >= 2]
@@ -93,7 +93,7 @@ def make_optimizers(
             {"params": vectors, "weight_decay": 0.0, "rate": 1.0},
         ]
         groups = [g for g in groups if g["params"]]
-        return [torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=fused)]
+        return [AdamW(groups, ops, lr=0.0, betas=betas)]
     inner = [parameters[n] for n in matrices]
     known = {id(p) for p in inner}
     outer = {n: p for n, p in parameters.items() if p.dim() >= 2 and id(p) not in known}
@@ -106,7 +106,7 @@ def make_optimizers(
     muon = {"params": inner, "parts": list(matrices.values()), "rate": 1.0}
     return [
         Muon([muon], ops, lr=0.0, weight_decay=weight_decay, dtype=dtype),
-        torch.optim.AdamW(groups, lr=0.0, betas=betas, weight_decay=0.0, fused=fused),
+        AdamW(groups, ops, lr=0.0, betas=betas),
     ]
 
 
@@ -115,6 +115,54 @@ def set_learning_rate(optimizers: list[Optimizer], learning_rate: float) -> None
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * group["rate"]
+
+
+class AdamW(torch.optim.AdamW):
+    """PyTorch's AdamW, all parameters of all groups stepped by one call of the table's operation.
+
+    See minillm.kernels.reference.adamw for the formula. The state is PyTorch's own.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[dict],
+        ops: Ops,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay)
+        self.ops = ops
+
+    @torch.no_grad()
+    def step(self, closure=None, grad_scale: Tensor | None = None) -> None:
+        """Move every parameter that has a gradient; grad_scale: () factor of the gradients."""
+        # Parameters that have taken equally many steps go together: all of them, as a rule.
+        calls: dict[int, list[tuple[Tensor, float, float]]] = {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["step"] = torch.tensor(0.0)
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+                state["step"] += 1
+                rates = group["lr"], group["weight_decay"]
+                calls.setdefault(int(state["step"]), []).append((p, *rates))
+        for step, members in calls.items():
+            params = [p for p, _, _ in members]
+            self.ops.adamw(
+                params,
+                [p.grad for p in params],
+                [self.state[p]["exp_avg"] for p in params],
+                [self.state[p]["exp_avg_sq"] for p in params],
+                step,
+                lr=[rate for _, rate, _ in members],
+                weight_decay=[decay for _, _, decay in members],
+                betas=self.defaults["betas"],
+                grad_scale=grad_scale,
+            )
 
 
 class Average:

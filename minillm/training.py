@@ -163,8 +163,8 @@ def announce(
         f"{t.corpus.tokens['train']:,} + {t.corpus.tokens['val']:,} tokens (train + validation)",
         f"model     {model.n_parameters:,} parameters, {model.n_layer} layers of {model.d_model}, "
         f"context {model.seq_len}, vocabulary {model.vocab_size}",
-        f"machine   {device}, {t.fixed['dtype']}, {t.model.ops.name} kernels, "
-        f"{t.fixed['threads']} threads ({why_threads})",
+        f"machine   {device}, {t.fixed['dtype']}, {t.model.ops.name} kernels "
+        f"({t.model.ops.why}), {t.fixed['threads']} threads ({why_threads})",
         f"training  {left:,} steps of {c.batch_size} x {model.seq_len} tokens, "
         f"{t.fixed['micro_batch_size']} sequences at a time, {batches.epochs(plan.steps):.2f} "
         f"epochs; about {duration(seconds)}, then {duration(judge_s)} to evaluate",

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from minillm import __main__ as verbs
 from minillm import errors, runs, storage
+from minillm.kernels import _launch
 from minillm.scripts import sample
 from minillm.scripts import train as train_script
 
@@ -229,6 +230,12 @@ def check(code: int, expected: int, fragment: str, name: str, capfd) -> None:
 
 def filled(flags: list[str], place: Path, run: Path) -> list[str]:
     return [f.replace("{t}", str(place)).replace("{run}", str(run)) for f in flags]
+
+
+@pytest.fixture(autouse=True)
+def not_interpreted(monkeypatch):
+    """As users have it: no TRITON_INTERPRET, which these tests otherwise run under."""
+    monkeypatch.setattr(_launch, "interpreted", lambda: False)
 
 
 @pytest.mark.parametrize("flags, code, fragment", TRAIN)

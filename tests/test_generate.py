@@ -2,8 +2,6 @@
 
 import math
 import time
-from collections import Counter
-from itertools import pairwise, product
 
 import pytest
 import torch
@@ -11,7 +9,7 @@ import torch
 from minillm.cache import KVCache
 from minillm.config import POSITIONS, ModelConfig
 from minillm.errors import UsageError
-from minillm.generate import generate, penalise, uniform
+from minillm.generate import generate, penalise
 from minillm.kernels import reference
 from minillm.model import GPT
 from minillm.ops import EAGER
@@ -90,7 +88,7 @@ def test_beyond_seq_len_the_context_is_cut_to_its_last_half(position, length):
     for made in range(50):
         read = len(text) if len(text) < first else half + (len(text) - first) % period
         logits = model(torch.tensor([text[-read:]]))[:, -1]
-        u = torch.tensor([uniform(3, 0, made)], dtype=torch.float64)
+        u = reference.uniform(3, torch.tensor([0]), torch.tensor([made]))
         text.append(int(reference.sample(logits, u, temperature=1.0, top_p=0.9)))
     assert rows(model, [prompt], max_tokens=50, **SAMPLED) == [text[length:]]
     assert len(set(text[length:])) > 5
@@ -204,28 +202,6 @@ def test_with_a_document_mask_bos_ends_the_row(use_cache):
     assert all(row[-1] == 0 and 0 not in row[:-1] for row in made)
     with pytest.raises(UsageError, match="prompt 0 holds a second document"):
         rows(model, [[0, 1, 0]], **options)
-
-
-def test_uniform_is_equidistributed():
-    draws = [uniform(*key) for key in product(range(30), range(30), range(30))]
-    assert all(0 <= u < 1 for u in draws)
-    # Chi-square with 255 degrees of freedom: mean 255, standard deviation sqrt(510) = 22.6; five
-    # of those are passed by chance once in a million times.
-    counts = Counter(int(u * 256) for u in draws)
-    expected = len(draws) / 256
-    chi_square = sum((counts[b] - expected) ** 2 / expected for b in range(256))
-    assert 255 - 5 * 22.6 < chi_square < 255 + 5 * 22.6
-
-
-def test_uniforms_streams_do_not_meet():
-    seen = set()
-    for seed, sample in product(range(40), range(40)):
-        stream = [uniform(seed, sample, position) for position in range(8)]
-        # Two neighbours are 48 bits: 11,200 of them meet by chance once in four million times.
-        for pair in pairwise(stream):
-            assert pair not in seen
-            seen.add(pair)
-    assert len({uniform(*key) for key in [(1, 2, 3), (3, 2, 1), (2, 1, 3), (6, 0, 0)]}) == 4
 
 
 @pytest.mark.slow

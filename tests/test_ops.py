@@ -9,12 +9,13 @@ import torch
 from minillm.config import ModelConfig
 from minillm.errors import UnavailableError, UsageError
 from minillm.generate import generate
-from minillm.kernels import reference
+from minillm.kernels import _launch, reference, rms_norm
 from minillm.model import GPT
 from minillm.ops import EAGER, Ops, select
 from minillm.optim import make_optimizers
 
-NAMES = [f.name for f in fields(Ops) if f.name != "name"]
+# sandwich_norm is recurrent depth's; this model has no such block.
+NAMES = [f.name for f in fields(Ops) if f.name not in ("name", "why", "sandwich_norm")]
 LAYERS = 3
 
 
@@ -47,13 +48,15 @@ TOKENS = torch.arange(18).reshape(2, 9) % 17
 def per_forward(config):
     """What one forward pass must call."""
     L = config.n_layer
-    norms = 2 * L + 1 if config.norm == "rmsnorm" else 0
+    is_rms = config.norm == "rmsnorm"
+    norms = L + 1 if is_rms else 0
     roped = config.position == "rope"
     if config.qk_norm and not roped:  # rope does it on the way
         norms += 2 * L
     return Counter(
         {
             "rms_norm": norms,
+            "add_rms_norm": L if is_rms else 0,
             "rope": L if roped else 0,
             "attention": L,
             config.mlp: L if config.mlp in NAMES else 0,
@@ -95,13 +98,14 @@ def test_every_call_goes_through_the_table(options):
     for t in range(5, 9):
         model.trunk(TOKENS[:, t : t + 1], cache)
     once = expected - Counter(attention=LAYERS) + Counter(decode_attention=LAYERS)
+    once += Counter(rope_cache=once.pop("rope", 0))
     assert +counts == Counter({name: 4 * n for name, n in once.items()})
 
 
 def test_generate_draws_through_the_table():
     ops, counts = counting()
     list(generate(model_of(config_of(), ops), [[1, 2], [3]], max_tokens=6))
-    assert counts["sample"] == 6
+    assert counts["sample"] == counts["uniform"] == 6
 
 
 def muon_step(model, ops):
@@ -121,11 +125,14 @@ def test_muon_takes_equal_shapes_at_once():
     muon_step(model, ops)
     # q, out (16, 16); k, v (8, 16); gate, up (64, 16); down (16, 64)
     assert counts["newton_schulz"] == 4
+    assert counts["adamw"] == 1
 
 
 WRONG = {
     "rms_norm": lambda x, w, eps=1e-6: x * w,
+    "add_rms_norm": lambda x, residual, w, eps=1e-6: (EAGER.rms_norm(x, w, eps), x + residual),
     "rope": lambda q, k, *rest: (q, k),
+    "rope_cache": lambda q, k, v, cos, *rest: EAGER.rope_cache(q, k, v, 1.1 * cos, *rest),
     "attention": lambda q, k, v, **options: EAGER.attention(q, k, v),  # forgets the window
     "decode_attention": lambda q, k, v, lengths=None, **options: EAGER.decode_attention(
         q, k, v, lengths
@@ -134,8 +141,10 @@ WRONG = {
     "geglu": lambda x: EAGER.swiglu(x),
     "relu2": lambda x: x.square(),
     "linear_cross_entropy": lambda x, w, t, **options: 1.001 * EAGER.linear_cross_entropy(x, w, t),
+    "adamw": lambda *args, lr, **options: EAGER.adamw(*args, lr=[2 * r for r in lr], **options),
     "newton_schulz": lambda g, steps=5: g,
     "sample": lambda logits, u, **options: EAGER.sample(-logits, u, **options),
+    "uniform": lambda seed, rows, made: EAGER.uniform(seed + 1, rows, made),
 }
 
 
@@ -170,19 +179,49 @@ def test_a_wrong_operation_is_seen(name):
 
 
 def test_the_reference_is_a_table_too():
-    table = Ops(name="reference", **{name: getattr(reference, name) for name in NAMES})
+    everything = [*NAMES, "sandwich_norm"]
+    table = Ops(name="reference", **{name: getattr(reference, name) for name in everything})
     for mlp in ("swiglu", "geglu", "relu2"):
         assert agree(answers(table, mlp), answers(EAGER, mlp))
 
 
 @pytest.mark.parametrize("device", ["cpu", torch.device("cpu")])
 def test_select(device):
-    assert select("eager", device) is EAGER
-    assert isinstance(select("auto", device), Ops)
+    assert select("eager", device) == replace(EAGER, why="asked for")
+    assert select("auto", device) == replace(EAGER, why="on a CPU")
     with pytest.raises(UsageError, match="--kernels 'fast' is not one of auto, eager, triton"):
         select("fast", device)
 
 
-def test_select_says_why_triton_cannot_run():
-    with pytest.raises(UnavailableError, match="--kernels triton: .*use --kernels eager or auto"):
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        ({}, "no GPU; on a CPU set TRITON_INTERPRET=1"),
+        ({"dropout": 0.1}, "the attention kernel has no dropout"),
+        ({"d_head": 160}, "heads are at most 128 wide"),
+        ({"d_model": 16400}, "rows of at most 16384"),
+    ],
+    ids=str,
+)
+def test_select_says_why_triton_cannot_run(monkeypatch, model, reason):
+    monkeypatch.setattr(_launch, "interpreted", lambda: False)
+    with pytest.raises(UnavailableError, match=f"--kernels triton: .*{reason}.*use --kernels "):
+        select("triton", "cpu", **model)
+
+
+def test_select_says_what_the_compiler_says(monkeypatch):
+    def fail(x, w):
+        raise RuntimeError("no ptxas\nand more")
+
+    monkeypatch.setattr(rms_norm, "rms_norm", fail)
+    with pytest.raises(UnavailableError, match="Triton fails on cpu: no ptxas; use"):
         select("triton", "cpu")
+    monkeypatch.setattr(rms_norm, "rms_norm", lambda x, w: x + 1)
+    with pytest.raises(UnavailableError, match="Triton computes wrongly on cpu"):
+        select("triton", "cpu")
+
+
+def test_select_triton_where_it_is_interpreted():
+    ops = select("triton", "cpu")
+    assert (ops.name, ops.why) == ("triton", "asked for")
+    assert all(getattr(ops, name) is not getattr(EAGER, name) for name in NAMES)

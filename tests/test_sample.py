@@ -38,7 +38,8 @@ def test_the_prompt_and_its_continuation(sample, tiny_run):
         seed=7,
     )  # fmt: skip
     assert out == "the cat" + tokenizer.decode([t.id for t in made]) + "\n"
-    assert "step 8, cpu, 1 thread, seed 7" in err and "20 tokens in" in err
+    assert "step 8, cpu, eager kernels (on a CPU), 1 thread, seed 7" in err
+    assert "20 tokens in" in err
 
 
 def test_json_has_one_object_a_sample(sample, tiny_run):
