@@ -18,7 +18,8 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
-    packages=["minillm", "minillm.commands", "minillm.kernels"],
+    packages=["minillm", "minillm.commands", "minillm.profiling", "minillm.kernels"],
+    package_data={"minillm.kernels": ["tiles/*.json"]},
     py_modules=["minillm.scripts.train", "minillm.scripts.sample"],
     package_dir={"minillm.kernels": "kernels", "minillm.scripts": "."},
     install_requires=[

@@ -1,0 +1,116 @@
+"""Who does an operation: PyTorch eagerly, compiled, by its vendor's kernels, and ours in Triton.
+
+eager       the table EAGER, what the model calls without Triton
+compile     torch.compile of it; where it is written around the compiler, of plain PyTorch
+flash, cudnn, efficient    the back ends of scaled_dot_product_attention, by name
+vendor      the one kernel that PyTorch or the GPU's maker has for it, called most directly
+triton      ours
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim.adamw import adamw as torch_adamw
+
+from minillm.errors import UnavailableError, one_line
+from minillm.kernels import reference
+from minillm.ops import EAGER, Ops, select
+from minillm.profiling.workloads import Problem
+
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+NEEDS_GPU = "needs a GPU"
+
+Absent = str  # why an implementation is not there
+
+
+def implementations(
+    problem: Problem, device: torch.device, compiled: bool, triton: Ops | Absent
+) -> dict[str, Callable | Absent]:
+    """Each implementation of the problem's operation by name, or why there is none.
+
+    compiled: whether torch.compile shall be tried.    triton: our table, or why there is none.
+    """
+    op, on_gpu = problem.op, device.type == "cuda"
+    found: dict[str, Callable | Absent] = {"eager": getattr(EAGER, op)}
+    # What is compiled for one shape shall neither be taken for the next nor count against a limit.
+    torch.compiler.reset()
+    plain = COMPILED.get(op, getattr(EAGER, op))
+    found["compile"] = torch.compile(plain, dynamic=False) if compiled else "not with --quick"
+    if op in ("attention", "decode_attention"):
+        for name, backend in BACKENDS.items():
+            there = on_gpu or name == "flash"
+            found[name] = partial(VENDOR[op], backend=backend) if there else NEEDS_GPU
+    elif op in VENDOR:
+        found["vendor"] = VENDOR[op]
+    found["triton"] = triton if isinstance(triton, Absent) else getattr(triton, op)
+    return found
+
+
+def our_table(device: torch.device) -> Ops | Absent:
+    """The table of Triton's kernels, or why it cannot be had."""
+    if device.type != "cuda":
+        return NEEDS_GPU
+    try:
+        return select("triton", device)
+    except (UnavailableError, ImportError) as e:
+        return said(e)
+
+
+def said(error: BaseException) -> str:
+    """An exception in a few words: its kind and its first line that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    first = lines[0] if lines else ""
+    if first.endswith("raised:") and len(lines) > 1:  # torch.compile tells the cause next
+        first = lines[1]
+    return one_line(f"{type(error).__name__}: {first}" if first else type(error).__name__, 160)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, *, backend: SDPBackend) -> Tensor:
+    heads = (x.transpose(1, 2) for x in (q, k, v))
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2)
+
+
+def _decode_attention(q: Tensor, k: Tensor, v: Tensor, *, backend: SDPBackend) -> Tensor:
+    heads = (x.transpose(1, 2) for x in (q, k, v))
+    grouped = q.shape[2] != k.shape[2]
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(*heads, enable_gqa=grouped).transpose(1, 2)
+
+
+def _rms_norm(x: Tensor, w: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],), w.to(x.dtype), 1e-6)
+
+
+def _cross_entropy(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(x, w).float(), targets)
+
+
+def _adamw(params, grads, exp_avgs, exp_avg_sqs, step, *, lr, weight_decay) -> None:
+    steps = [torch.full((), step - 1.0, device=p.device) for p in params]
+    grads = [g.to(p.dtype) for g, p in zip(grads, params, strict=True)]
+    torch_adamw(
+        params, grads, exp_avgs, exp_avg_sqs, [], steps, fused=True, amsgrad=False, beta1=0.9,
+        beta2=0.95, lr=lr[0], weight_decay=weight_decay[0], eps=1e-8, maximize=False,
+    )  # fmt: skip
+
+
+VENDOR: dict[str, Callable] = {
+    "attention": _attention,
+    "decode_attention": _decode_attention,
+    "rms_norm": _rms_norm,
+    "linear_cross_entropy": _cross_entropy,
+    "adamw": _adamw,
+}
+COMPILED: dict[str, Callable] = {
+    "linear_cross_entropy": _cross_entropy,
+    "adamw": reference.adamw,
+}

@@ -1,0 +1,281 @@
+"""The profile as one HTML page that asks nothing of the network: figures, tables, remarks."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from math import exp, log
+
+from minillm.profiling import pivot, plot
+from minillm.profiling.pivot import Line, Row, duration, number, per_cent, short, size, text, times
+from minillm.profiling.style import SCRIPT, STYLE
+
+MACHINE = ("device", "driver", "torch", "triton", "python", "commit")  # what makes runs one
+
+# A cell: what is shown, what it is sorted by (None: by what is shown), its CSS class.
+Cell = tuple[str, object, str]
+
+
+def render(
+    about: dict, suites: dict[str, list[dict]], earlier: dict[str, dict] | None = None
+) -> str:
+    """The page, from a run's results.
+
+    about, suites: as report.write takes them; any suite or value may be missing.
+    earlier: of suites that stem from another run, what that run said of its machine.
+    """
+    earlier = earlier or {}
+    known = {name: suites.get(name) or [] for name in pivot.SUITES}
+    other = {name: rows for name, rows in suites.items() if name not in known and rows}
+    makers = {"kernels": _kernels, "model": _model, "decode": _decode, "audit": _audit}
+    parts = []
+    for name, rows in {**known, **other}.items():
+        if not rows:
+            continue
+        told = earlier.get(name, about)
+        made = (
+            _roofline(rows, told.get("ceilings") or about.get("ceilings"))
+            if name == "roofline"
+            else makers.get(name, _plain)(rows)
+        )
+        parts.append(_section(name, _origin(told, about) + made))
+    device = text(about.get("device")) or "device unknown"
+    head = (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        # The browser, too, is told that the page needs nothing from elsewhere.
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
+        "style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:\">"
+        '<link rel="icon" href="data:,">'
+        f"<title>minillm profile, {escape(device)}</title><style>{STYLE}</style></head>\n"
+    )
+    there = [name for name in (*known, *other) if suites.get(name)]
+    links = "".join(f'<a href="#{_id(name)}">{escape(name)}</a>' for name in there)
+    return (
+        f"{head}<body><header><p>minillm profile</p><h1>{escape(device)}</h1>"
+        f'<nav>{links}<a href="#remarks">remarks</a></nav></header>\n<main>'
+        f"{_section('machine', _machine(about))}\n{''.join(parts)}"
+        f"{_section('remarks', _remarks({**known, **other}))}</main>\n"
+        f"<script>{SCRIPT}</script></body></html>\n"
+    )
+
+
+def _id(*words: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-") or "x"
+
+
+def _section(name: str, content: str) -> str:
+    title = escape(name[:1].upper() + name[1:])
+    return f'<section id="{_id(name)}"><h2>{title}</h2>\n{content}</section>\n'
+
+
+def _flat(value: object) -> str:
+    """A value of `about` in words, a dict's among it."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k} {_flat(v) or 'not measured'}" for k, v in value.items())
+    return text(value)
+
+
+def _machine(about: dict) -> str:
+    """Everything that the run says of itself, the well-known first."""
+    first = [*MACHINE, "date", "command", "ceilings"]
+    keys = first + [key for key in about if key not in first]
+    pairs = (
+        f"<dt>{escape(str(key))}</dt><dd>{escape(_flat(about.get(key))) or '–'}</dd>"
+        for key in keys
+    )
+    return f"<dl>{''.join(pairs)}</dl>"
+
+
+def _origin(told: dict, about: dict) -> str:
+    """A warning over a suite that another machine, version or commit was measured for."""
+    unlike = [key for key in MACHINE if told.get(key) != about.get(key)]
+    if not unlike:
+        return ""
+    words = ", ".join(f"{key} {text(told.get(key)) or 'unknown'}" for key in unlike)
+    when = text(told.get("date"))
+    return f'<p class="warn">From another run{escape(f" ({when})" if when else "")}: '\
+        f"{escape(words)}.</p>"  # fmt: skip
+
+
+def _cell(shown: str, by: object = None, css: str = "") -> Cell:
+    return ("–" if shown == "-" else shown, by, css)
+
+
+def _table(header: Sequence[str], body: Iterable[Sequence[Cell]], css: str = "") -> str:
+    """A table that the page's script lets a reader sort; it scrolls where the page is narrow."""
+    lines = [*body]
+    right = {i for line in lines for i, cell in enumerate(line) if number(cell[1]) is not None}
+
+    def made(tag: str, i: int, shown: str, kind: str = "", more: str = "") -> str:
+        kinds = f"{kind} n".strip() if i in right else kind
+        return f"<{tag}{f' class={kinds!r}' if kinds else ''}{more}>{escape(shown)}</{tag}>"
+
+    head = "".join(made("th", i, title, more=' scope="col"') for i, title in enumerate(header))
+    rows = []
+    for line in lines:
+        cells = []
+        for i, (shown, by, kind) in enumerate(line):
+            x = number(by)
+            cells.append(made("td", i, shown, kind, f' data-v="{x!r}"' if x is not None else ""))
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    return (
+        f'<div class="scroll {css}"><table class="sort"><thead><tr>{head}</tr></thead>\n'
+        f"<tbody>{chr(10).join(rows)}</tbody></table></div>\n"
+    )
+
+
+def _ratio(line: Line) -> Cell:
+    """How many times as fast as the best other one, and which that is."""
+    ratio = line.ratio
+    if ratio is None:
+        return _cell("-")
+    return _cell(f"{times(ratio)} {line.best(ours=False)}", ratio, "win" if ratio >= 1 else "lose")
+
+
+def _kernels(rows: Sequence[Row]) -> str:
+    """A summary, and for each op its bars and its table."""
+    summary, parts, links = [], [], []
+    for op, its in pivot.grouped(rows, "op").items():
+        found = pivot.lines(its)
+        ratios = sorted(r for line in found if (r := line.ratio) is not None)
+        best = max((number(line.ours.get("percent_of_ceiling")) or 0 for line in found), default=0)
+        mean = exp(sum(map(log, ratios)) / len(ratios)) if ratios else None
+        spread = [ratios[0], mean, ratios[-1]] if ratios else [None] * 3
+        summary.append(
+            [_cell(op), _cell(str(len(found)), len(found)), *(_cell(times(r), r) for r in spread)]
+            + [_cell(per_cent(best or None), best or None)]
+        )
+        links.append(f'<a href="#{_id("op", op)}">{escape(op)}</a>')
+        parts.append(
+            f'<h3 id="{_id("op", op)}">{escape(op)}</h3>{plot.legend(pivot.implementations(its))}'
+            f"{_cases(found)}{_pivoted(found, its)}"
+        )
+    header = ["op", "cases", "least", "mean", "most", "best % of ceiling"]
+    return (
+        "<p>Median times on the device. A ratio says how many times as fast as the best other "
+        "implementation Triton's kernel is, over the cases of an op; the mean is geometric.</p>"
+        f"{_table(header, summary)}<nav>{''.join(links)}</nav>{''.join(parts)}"
+    )
+
+
+def _cases(found: Sequence[Line], shown: int = 6) -> str:
+    """The bars of each case; those behind the first few only when asked for."""
+    figures = []
+    for line in found:
+        words = " ".join(w for w in line.case[1:] if w)
+        items = []
+        for name in pivot.implementations(line.by.values()):
+            row, value = line.by[name], line.measured(name)
+            hint = f"{name}: {duration(value)}, spread {pivot.spread(row.get('spread_us'))} us, "
+            hint += f"{pivot.speed(row)}, {per_cent(row.get('percent_of_ceiling'))} % of ceiling, "
+            hint += f"peak {size(row.get('peak_bytes'))}"
+            failed = "failed" if pivot.failure(row) else "not measured"
+            items.append((name, value, duration(value, failed), hint))
+        figures.append(_figure(words, plot.bars(f"{line.case[0]} {words}", items)))
+    first, rest = "".join(figures[:shown]), "".join(figures[shown:])
+    more = f"<summary>{len(figures) - shown} more cases</summary>"
+    return f'<div class="figures">{first}</div>' + (
+        f'<details>{more}<div class="figures">{rest}</div></details>' if rest else ""
+    )
+
+
+def _figure(words: str, svg: str) -> str:
+    return f"<figure><figcaption>{escape(words)}</figcaption>{svg}</figure>"
+
+
+def _measured(line: Line, name: str) -> Cell:
+    value = line.measured(name)
+    failed = "failed" if pivot.failure(line.by.get(name, {})) else "-"
+    return _cell(short(value, failed), value)
+
+
+def _pivoted(found: Sequence[Line], rows: Sequence[Row]) -> str:
+    names = pivot.implementations(rows)
+    header = ["shape", "dtype", "pass", *(f"{name} us" for name in names), "vs best"]
+    header += ["speed", "% of ceiling", "ceiling", "peak, triton", "peak, least other"]
+    header += ["error, triton", "error, eager"]
+    body = []
+    for line in found:
+        ours = line.ours
+        share, peak = ours.get("percent_of_ceiling"), ours.get("peak_bytes")
+        others = [number(r.get("peak_bytes")) for n, r in line.by.items() if not pivot.is_ours(n)]
+        least = min((x for x in others if x is not None), default=None)
+        cells = [_cell(word) for word in line.case[1:]]
+        cells += [_measured(line, name) for name in names]
+        cells += [_ratio(line), _cell(pivot.speed(ours)), _cell(per_cent(share), share)]
+        cells += [_cell(text(ours.get("ceiling")) or "-")]
+        cells += [_cell(size(peak), peak), _cell(size(least), least)]
+        errors = (ours, line.by.get("eager", {}))
+        body.append([*cells, *(_cell(pivot.accuracy(r), r.get("error")) for r in errors)])
+    return _table(header, body)
+
+
+def _plain(rows: Sequence[Row], suite: str = "", css: str = "") -> str:
+    """One line a row: of a known suite the columns a reader wants, of another all of them."""
+    shown = pivot.SHOWN.get(suite) or {key: (str(key), text) for row in rows for key in row}
+    wide = any(pivot.failure(row) for row in rows) and "error" not in shown
+    body = []
+    for row in rows:
+        cells = [
+            _cell(write(row.get(key)) or "-", row.get(key)) for key, (_, write) in shown.items()
+        ]
+        body.append(cells + [_cell(pivot.failure(row), None, "lose")] * wide)
+    return _table([title for title, _ in shown.values()] + ["error"] * wide, body, css)
+
+
+def _model(rows: Sequence[Row]) -> str:
+    items = []
+    for row in rows:
+        value = number(row.get("step_ms"))
+        words = f"{short(value)} ms" if value is not None else "not measured"
+        name = text(row.get("implementation"))
+        hint = f"{name}: {words}, spread {pivot.spread(row.get('spread_ms'))} ms"
+        items.append((name, value, words, hint))
+    figure = _figure("Time of a step", plot.bars("Time of a step", items))
+    return (
+        "<p>One training step: forward, backward, update.</p>"
+        f'<div class="figures">{figure}</div>{_plain(rows, "model")}'
+    )
+
+
+def _decode(rows: Sequence[Row]) -> str:
+    names = pivot.implementations(rows)
+    figures = (
+        _figure(f"batch {batch}", svg)
+        for batch, its in pivot.grouped(rows, "batch").items()
+        if (svg := plot.decode(its))
+    )
+    body = []
+    for line in pivot.lines(rows, ("batch", "context"), "tokens_per_s", higher=True):
+        row = next(iter(line.by.values()))
+        cells = [_cell(text(row.get(key)) or "-", row.get(key)) for key in ("batch", "context")]
+        body.append([*cells, *(_measured(line, name) for name in names), _ratio(line)])
+    header = ["batch", "context", *(f"{name} tokens/s" for name in names), "vs best"]
+    return f'{plot.legend(names)}<div class="figures">{"".join(figures)}</div>' + _table(
+        header, body
+    )
+
+
+def _roofline(rows: Sequence[Row], ceilings: object) -> str:
+    roofs = ceilings if isinstance(ceilings, Mapping) else {}
+    svg = plot.roofline(rows, dict(roofs))
+    figure = f'<div class="scroll"><div class="wide">{svg}</div></div>' if svg else ""
+    return plot.legend(pivot.implementations(rows)) + figure + _plain(rows, "roofline", "tall")
+
+
+def _audit(rows: Sequence[Row]) -> str:
+    return (
+        "<p>Read off the machine code, compiled ahead for each architecture; no time was measured. "
+        "A bound is what the instructions of the hot loop allow at most.</p>"
+        + _plain(rows, "audit", "tall")
+    )
+
+
+def _remarks(suites: Mapping[str, Sequence[Row]]) -> str:
+    """What was not measured, and why."""
+    parts = []
+    for name, rows in suites.items():
+        told = pivot.remarks(name, rows) if rows else ["this suite was not measured"]
+        items = "".join(f"<li>{escape(one)}</li>" for one in told)
+        parts += [f"<h3>{escape(name)}</h3><ul>{items}</ul>"] if told else []
+    return "".join(parts) or "<p>Everything was measured, and nothing was remarked.</p>"

@@ -1,0 +1,194 @@
+"""What a profile leaves behind: results.json, a CSV for each suite, index.html, and text tables."""
+
+import csv
+import io
+import json
+import numbers
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from minillm.profiling import page, pivot
+from minillm.profiling.pivot import Row, per_cent, short, text, times
+from minillm.storage import write_durably
+
+RESULTS = "results.json"
+
+# The columns of each suite's CSV, always in this order; other keys follow by the alphabet.
+COLUMNS = {
+    "kernels": "suite op shape dtype direction implementation median_us spread_us tflops gbps "
+    "percent_of_ceiling ceiling peak_bytes error note",
+    "model": "implementation step_ms spread_ms tokens_per_s mfu peak_bytes loss note",
+    "decode": "implementation batch context tokens_per_s spread note",
+    "roofline": "op shape dtype direction implementation intensity tflops attainable_tflops "
+    "percent",
+    "audit": "kernel op config arch registers spill_bytes shared_bytes tensor_core occupancy "
+    "ctas_per_sm bound_tflops bound_split_tflops bound_sum_tflops bound_gbps limit num_warps "
+    "num_stages serialised loads_128 loads_narrow atomics error",
+}
+
+
+def write(folder: Path, about: dict, suites: dict[str, list[dict]]) -> list[Path]:
+    """Write the results of a run, each file whole or not at all; the paths written.
+
+    Suites that an earlier run left in the same folder, and this one did not measure (or has no
+    rows of), stay; what that run said about its machine stays with them under "earlier". A suite
+    measured again is replaced. Numbers that are not finite become null.
+
+    about: device, driver, torch, triton, python, commit, date, command, ceilings.
+    suites: the rows by suite; the page shows kernels, model, decode, roofline, audit and, as plain
+    tables, any other.
+    Raises ValueError for a suite whose name is no plain word, since a file is named after it.
+    """
+    for name in suites:
+        if not re.fullmatch(r"[a-z][a-z0-9_-]*", name):
+            raise ValueError(f"suites: got the name {name!r}, expected a word such as 'kernels'")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    results = _merged(_plain({"about": about, "suites": suites}), _read(folder / RESULTS))
+    files = {RESULTS: json.dumps(results, indent=1, allow_nan=False) + "\n"}
+    files |= {f"{name}.csv": _csv(name, rows) for name, rows in results["suites"].items()}
+    files["index.html"] = page.render(
+        results["about"], results["suites"], results.get("earlier", {})
+    )
+    for name, content in files.items():
+        # A lone surrogate, as a damaged path may have, is no reason to lose a run.
+        write_durably(folder / name, content.encode("utf-8", "replace"))
+    return [folder / name for name in files]
+
+
+def _plain(value: object) -> Any:
+    """The value as JSON knows it."""
+    if value is None or isinstance(value, str | bool):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return pivot.number(float(value))
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return str(value)
+
+
+def _read(path: Path) -> dict | None:
+    """An earlier run's results; a file that is none is put aside, not written over."""
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_bytes())
+        about, suites, earlier = found["about"], found["suites"], found.get("earlier", {})
+        rows = [row for suite in suites.values() for row in suite]
+        if all(isinstance(x, dict) for x in (about, earlier, *earlier.values(), *rows)):
+            return found
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        pass
+    aside = path.replace(path.with_name(path.name + ".damaged"))
+    warnings.warn(f"{path}: not results that minillm wrote; kept as {aside}", stacklevel=3)
+    return None
+
+
+def _merged(new: dict, old: dict | None) -> dict:
+    """The new results with those suites of the old that the new have no rows of."""
+    if old is None:
+        return new
+    kept = {s: rows for s, rows in old["suites"].items() if rows and not new["suites"].get(s)}
+    together = {**new["suites"], **kept}
+    order = [s for s in pivot.SUITES if s in together]
+    order += sorted(s for s in together if s not in pivot.SUITES)
+    merged = {"about": new["about"], "suites": {s: together[s] for s in order}}
+    earlier = {s: old.get("earlier", {}).get(s, old["about"]) for s in kept}
+    return {**merged, "earlier": earlier} if earlier else merged
+
+
+def _csv(suite: str, rows: Sequence[Row]) -> str:
+    """The rows as CSV: numbers in full, nothing for None."""
+    columns = COLUMNS.get(suite, "").split()
+    columns += sorted({key for row in rows for key in row} - set(columns))
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(columns)
+    for row in rows:
+        cells = (row.get(c) for c in columns)
+        writer.writerow(text(v) if isinstance(v, list) else "" if v is None else v for v in cells)
+    return out.getvalue()
+
+
+def table(suite: str, rows: Sequence[dict]) -> str:
+    """A suite as aligned text for a terminal, without a newline at its end.
+
+    suite kernels: under each op a line for every shape, dtype and direction, a column for each
+    implementation with its median in microseconds; how many times as fast as the best other one
+    ours is; our TFLOP/s or GB/s and its per cent of the ceiling; our error and eager's. Below
+    stands what was not measured, and why.
+    """
+    if not rows:
+        return f"{suite}: nothing was measured"
+    makers: dict[str, Callable[[Sequence[dict]], str]] = {"kernels": _kernels, "decode": _decode}
+    body = makers[suite](rows) if suite in makers else _columns(suite, rows)
+    return "\n".join([body, *(f"  {said}" for said in pivot.remarks(suite, rows))])
+
+
+def _aligned(header: Sequence[str], body: Sequence[Sequence[str]], left: int) -> str:
+    """Cells in columns; the first `left` to the left, the rest to the right.
+
+    A column in which no line has anything is left out.
+    """
+    keep = [i for i in range(len(header)) if any(line[i] not in ("", "-") for line in body)]
+    cells = [[line[i] for i in keep] for line in (header, *body)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    sides = ["<" if i < left else ">" for i in keep]
+    return "\n".join(
+        "  ".join(f"{c:{s}{w}}" for c, s, w in zip(line, sides, widths, strict=True)).rstrip()
+        for line in cells
+    )
+
+
+def _value(line: pivot.Line, implementation: str) -> str:
+    """A cell of a pivoted table: the number, "failed" or "-"."""
+    row = line.by.get(implementation, {})
+    value = line.measured(implementation)
+    return short(value) if value is not None else "failed" if pivot.failure(row) else "-"
+
+
+def _kernels(rows: Sequence[dict]) -> str:
+    """A table for each op, since each has its own implementations."""
+    units = ("TFLOP/s", "GB/s")
+    found = []
+    for op, its in pivot.grouped(rows, "op").items():
+        names = pivot.implementations(its)
+        body = []
+        for line in pivot.lines(its):
+            rate, unit = pivot.rate(line.ours)
+            cells = [*line.case[1:], *(_value(line, name) for name in names), times(line.ratio)]
+            cells += [short(rate if unit == one else None) for one in units]
+            cells.append(per_cent(line.ours.get("percent_of_ceiling")))
+            errors = (pivot.accuracy(r) for r in (line.ours, line.by.get("eager", {})))
+            body.append([*cells, *errors])
+        header = ["shape", "dtype", "pass", *names, "vs best", *units, "%", "error", "eager's"]
+        found.append(f"{op}, median us (% of the ceiling)\n{_aligned(header, body, 3)}")
+    return "\n\n".join(found)
+
+
+def _decode(rows: Sequence[dict]) -> str:
+    names = pivot.implementations(rows)
+    body = [
+        [*line.case, *(_value(line, name) for name in names), times(line.ratio)]
+        for line in pivot.lines(rows, ("batch", "context"), "tokens_per_s", higher=True)
+    ]
+    return "tokens/s\n" + _aligned(["batch", "context", *names, "vs best"], body, 0)
+
+
+def _columns(suite: str, rows: Sequence[dict]) -> str:
+    """One line a row, and of its columns those that a reader wants; all of an unknown suite."""
+    shown = pivot.SHOWN.get(suite) or {key: (key, text) for row in rows for key in row}
+    left = next((i for i, k in enumerate(shown) if any(_numeric(r.get(k)) for r in rows)), 9)
+    body = [[words(row.get(key)) for key, (_, words) in shown.items()] for row in rows]
+    return _aligned([title for title, _ in shown.values()], body, left)
+
+
+def _numeric(value: object) -> bool:
+    return pivot.number(value) is not None

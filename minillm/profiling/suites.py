@@ -1,0 +1,95 @@
+"""The suites of `minillm profile`, each by its name; what they share is measured once."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from minillm import world
+from minillm.errors import UnavailableError
+from minillm.profiling import decoding, machine, operations, roofline, sizes, steps
+from minillm.profiling.operations import Effort, Row
+
+QUICK_ARCH = 90  # what the audit of --quick compiles for
+COVERED = {  # audited operations under a name of sizes.OPS
+    "rope": ("rope", "rope_cache"),
+    "swiglu": ("swiglu", "geglu", "relu2"),
+    "sample": ("sample", "uniform"),
+}
+
+
+@dataclass
+class Job:
+    """What is measured, and on what.    about: of the machine; the ceilings are added to it."""
+
+    device: torch.device
+    ops: tuple[str, ...]
+    dtype: str
+    quick: bool
+    about: dict
+    say: Callable[[str], None]
+
+    @property
+    def effort(self) -> Effort:
+        """How long each row may take."""
+        return Effort(0.02, False) if self.quick else Effort()
+
+    @cached_property
+    def roofs(self) -> dict[str, float]:
+        """The ceilings of this machine, measured when first asked for."""
+        self.say(f"ceilings of {self.about['device']}")
+        # Whatever --dtype says, some operations have fp32 data.
+        dtypes = tuple(machine.DTYPES) if self.device.type == "cuda" else ("fp32", self.dtype)
+        found = machine.ceilings(self.device, tuple(dict.fromkeys(dtypes)), self.quick)
+        self.about["ceilings"] = found
+        return found
+
+    @cached_property
+    def kernels(self) -> list[Row]:
+        """The rows of the suite `kernels`, which `roofline` is drawn from."""
+        chosen = sizes.problems(self.ops, self.device.type, self.dtype, self.quick)
+        return operations.run(chosen, self.device, self.roofs, self.effort, self.say)
+
+
+def measure(job: Job, name: str, full: bool) -> tuple[list[Row], list[str]]:
+    """The rows of the suite called `name` and, of the audit, the faults that it found.
+
+    full: audit everything.    Raises UnavailableError if the suite cannot run here.
+    """
+    if name == "kernels":
+        return job.kernels, []
+    if name == "roofline":
+        return roofline.rows(job.kernels, job.roofs), []
+    if name == "model":
+        return steps.run(job.device, job.dtype, job.roofs, job.effort, job.quick, job.say), []
+    if name == "decode":
+        return decoding.run(job.device, job.dtype, job.effort, job.quick, job.say), []
+    return _audit(job, full)
+
+
+def _audit(job: Job, full: bool) -> tuple[list[Row], list[str]]:
+    """The rows of the static audit, and its faults in words."""
+    try:
+        from triton import knobs
+
+        from minillm.profiling import audit, cases
+    except ImportError as e:
+        raise UnavailableError(f"the audit needs Triton, and it is not installed ({e})") from None
+    if knobs.runtime.interpret:
+        raise UnavailableError("the audit compiles, and TRITON_INTERPRET interprets: unset it")
+    chosen = cases.full() if full else cases.subset()
+    if job.quick and not full:
+        chosen = [case for case in chosen if case.arch == QUICK_ARCH]
+    wanted = {name for op in job.ops for name in COVERED.get(op, (op,))}
+    if set(job.ops) != set(sizes.OPS):
+        chosen = [case for case in chosen if case.op in wanted]
+    job.say(f"audit of {len(chosen)} cases")
+    workers = min(world.available_threads(), len(chosen))
+    rows = audit.audit(chosen, workers if workers > 1 else 0, job.say)
+    faults = [
+        f"{row['kernel']} {row['config']} {row['arch']}: {fault}"
+        for row in rows
+        for fault in audit.faults(row)
+    ]
+    return rows, faults

@@ -1,0 +1,490 @@
+"""`minillm profile`: the command from end to end on a CPU, and what it measures with."""
+
+import contextlib
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+import types
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+
+from minillm import errors
+from minillm.commands import profile
+from minillm.kernels import eager
+from minillm.profiling import (
+    implementations,
+    machine,
+    operations,
+    precision,
+    roofline,
+    sizes,
+    steps,
+    suites,
+    timing,
+    tune,
+)
+from minillm.profiling.workloads import BACKWARD, BOTH, FORWARD, Problem
+
+HOME = Path(machine.__file__).resolve().parents[2]  # where minillm is imported from
+CPU = torch.device("cpu")
+ROOFS = {"fp32_tflops": 1.0, "bf16_tflops": 2.0, "fp16_tflops": 2.0, "memory_gbps": 100.0}
+
+
+def run(*flags: object) -> int:
+    words = ["--device", "cpu", "--threads", "1", *map(str, flags)]
+    return errors.run("minillm profile", profile.main, words)
+
+
+@pytest.fixture
+def fixed_roofs(monkeypatch):
+    """Ceilings that need not be measured."""
+    monkeypatch.setattr(machine, "ceilings", lambda device, dtypes, quick: dict(ROOFS))
+
+
+@pytest.fixture
+def no_interpreter(monkeypatch):
+    """Our kernels are not interpreted, which starts a process."""
+    monkeypatch.setattr(operations.interpreted, "errors", lambda problems: [
+        {"errors": {}, "note": "no interpreter"} for _ in problems
+    ])  # fmt: skip
+
+
+def read(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+def test_the_kernels_suite(tmp_path, capsys, no_interpreter):
+    flags = ("--quick", "--op", "rms_norm", "--op", "linear_cross_entropy", "--out", tmp_path)
+    assert run("--suite", "kernels", *flags) == 0
+    said = capsys.readouterr()
+    assert "rms_norm" in said.out and "no GPU in use" in said.err.splitlines()[0]
+    results = read(tmp_path)
+    rows = results["suites"]["kernels"]
+    assert {row["op"] for row in rows} == {"rms_norm", "linear_cross_entropy"}
+    assert set(results["about"]["ceilings"]) == {"fp32_tflops", "memory_gbps"}
+    for key in ("device", "torch", "python", "date", "command"):
+        assert results["about"][key]
+    for row in rows:
+        assert (row["median_us"] is None) == (row["tflops"] is None)
+        if row["implementation"] in ("eager", "vendor"):
+            assert row["median_us"] > 0 and row["spread_us"] >= 0 and row["note"] == ""
+            assert row["gbps"] > 0 and row["percent_of_ceiling"] > 0
+            assert 0 < row["error"] < 1e-5, row
+        else:
+            assert row["median_us"] is None and row["note"]
+    ways = {(row["op"], row["direction"]) for row in rows}
+    assert ways == {
+        ("rms_norm", FORWARD), ("rms_norm", BACKWARD), ("linear_cross_entropy", FORWARD),
+        ("linear_cross_entropy", BOTH),
+    }  # fmt: skip
+    with (tmp_path / "kernels.csv").open(newline="", encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == len(rows)
+    for line, row in zip(table, rows, strict=True):
+        for key, value in row.items():
+            if isinstance(value, float):
+                assert float(line[key]) == value
+            else:
+                assert line[key] == ("" if value is None else str(value))
+
+
+def test_the_triton_kernels_errors_come_from_the_interpreter(tmp_path, fixed_roofs):
+    flags = ("--quick", "--out", tmp_path, "--dtype", "bf16")
+    assert run("--suite", "kernels", *(w for op in sizes.OPS for w in ("--op", op)), *flags) == 0
+    ours = [r for r in read(tmp_path)["suites"]["kernels"] if r["implementation"] == "triton"]
+    assert {row["op"] for row in ours} == set(sizes.OPS)
+    for row in ours:
+        assert row["median_us"] is None and "interpreter" in row["note"], row
+        assert row["error"] is not None and row["error"] < 0.06, row
+
+
+def test_the_model_suite(tmp_path, fixed_roofs):
+    assert run("--suite", "model", "--quick", "--out", tmp_path) == 0
+    rows = {row["implementation"]: row for row in read(tmp_path)["suites"]["model"]}
+    assert list(rows) == ["eager", "compile", "triton", "triton_compile"]
+    row = rows["eager"]
+    chosen = steps.size("cpu", quick=True)
+    tokens = chosen.batch * chosen.model.seq_len
+    assert row["tokens_per_s"] == pytest.approx(1e3 * tokens / row["step_ms"])
+    assert row["mfu"] == pytest.approx(row["tokens_per_s"] * chosen.model.flops_per_token() / 1e12)
+    assert 0 < row["loss"] < math.log(1024)  # it has learnt its one batch a little
+    assert rows["compile"]["note"] == "not with --quick" and rows["triton"]["step_ms"] is None
+
+
+def test_the_decode_suite(tmp_path):
+    assert run("--suite", "decode", "--quick", "--out", tmp_path) == 0
+    rows = read(tmp_path)["suites"]["decode"]
+    assert [row["implementation"] for row in rows] == ["eager", "triton", "compile"]
+    assert rows[0]["tokens_per_s"] > 0 and rows[0]["batch"] == 1 and rows[0]["context"] == 64
+    assert all(row["note"] and row["tokens_per_s"] is None for row in rows[1:])
+
+
+def test_the_roofline_suite(tmp_path, fixed_roofs, no_interpreter):
+    assert run("--suite", "roofline", "--quick", "--op", "swiglu", "--out", tmp_path) == 0
+    results = read(tmp_path)
+    rows = results["suites"]["roofline"]
+    assert [row["implementation"] for row in rows] == ["eager", "eager"]
+    for row in rows:
+        roof = min(1.0, row["intensity"] * 0.1)
+        assert row["attainable_tflops"] == pytest.approx(roof)
+        assert row["percent"] == pytest.approx(100 * row["tflops"] / roof)
+    assert rows[0]["intensity"] == pytest.approx(5 / 12)
+    assert "kernels" not in results["suites"]
+
+
+AUDIT = """
+import sys
+from minillm import errors
+from minillm.commands import profile
+from minillm.profiling import audit, cases
+if __name__ == "__main__":
+    two = [cases.Case(90, "swiglu", "bf16", 2048), cases.Case(80, "adamw", "bf16", 0)]
+    cases.subset = lambda: two
+    well = errors.run("minillm profile", profile.main, [*sys.argv[1:], "--op", "swiglu"])
+    audit.faults = lambda row: ["planted"]
+    sys.argv[sys.argv.index("--out") + 1] += "-faulty"
+    print(well, errors.run("minillm profile", profile.main, [*sys.argv[1:], "--op", "adamw"]))
+"""
+
+
+def test_the_audit_suite_needs_no_gpu_and_tells_faults_by_its_exit_code(tmp_path):
+    script = tmp_path / "audited.py"
+    script.write_text(AUDIT, encoding="utf-8")
+    env = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}  # Triton compiles there
+    words = [sys.executable, script, "--suite", "audit", "--out", tmp_path / "out"]
+    done = subprocess.run(
+        [*map(str, words), "--device", "cpu", "--threads", "1"], capture_output=True, text=True,
+        env={**env, "PYTHONPATH": str(HOME)}, timeout=600,
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1] == "0 1", done.stderr
+    assert "fault: _adamw_kernel" in done.stderr and "bug" not in done.stderr
+    for folder, op in (("out", "swiglu"), ("out-faulty", "adamw")):
+        rows = read(tmp_path / folder)["suites"]["audit"]
+        assert {row["op"] for row in rows} == {op} and all(row["registers"] for row in rows)
+
+
+def test_the_audit_refuses_under_the_interpreter(tmp_path, capsys):
+    from triton import knobs
+
+    if not knobs.runtime.interpret:
+        pytest.skip("Triton compiles here")
+    assert run("--suite", "audit", "--out", tmp_path / "out") == 4
+    assert "TRITON_INTERPRET" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_trace_is_json_with_events(tmp_path, capsys):
+    path = tmp_path / "new" / "trace.json"
+    assert run("--trace", path, "--quick") == 0
+    events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    names = {event.get("name") for event in events}
+    assert {"step 0", "step 2", "aten::linear"} <= names
+    assert str(path) in capsys.readouterr().err
+    assert run("--trace", tmp_path, "--quick") == 5  # a folder cannot be written
+
+
+@pytest.mark.parametrize(
+    "flags, code, message",
+    [
+        (["--suite", "speed"], 2, "invalid choice"),
+        (["--op", "softmax"], 2, "--op softmax: not one of attention"),
+        (["--dtype", "fp8"], 2, "invalid choice"),
+        (["--full"], 2, "--suite audit"),
+        (["--quik"], 2, "did you mean --quick"),
+        (["--out", __file__], 2, "is not a folder"),
+        (["--tune"], 4, "there is none here"),
+        (["--tune", "softmax"], 2, "--tune softmax: not one of adamw"),
+    ],
+)
+def test_wrong_input_is_one_line(flags, code, message, capsys):
+    assert run(*flags) == code
+    said = capsys.readouterr().err
+    assert message in said and len(said.splitlines()) == 1
+
+
+def test_without_triton_the_rest_is_measured(tmp_path):
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "from minillm import errors; from minillm.commands import profile\n"
+        "sys.exit(errors.run('minillm profile', profile.main, sys.argv[1:]))"
+    )
+    words = ("--suite", "model", "--quick", "--device", "cpu", "--threads", "1", "--out", tmp_path)
+    env = {**os.environ, "PYTHONPATH": str(HOME)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, env=env,
+        timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert read(tmp_path)["suites"]["model"][0]["step_ms"] > 0
+
+
+def fake_clock(*durations: float):
+    """A clock that is read before and after each run, and now and then between."""
+    times, step = [0.0], count()
+
+    def now() -> float:
+        return times[0]
+
+    def work(_) -> None:
+        times[0] += durations[next(step) % len(durations)]
+
+    return now, work
+
+
+def test_the_median_is_of_all_runs_and_the_first_is_not_timed():
+    now, work = fake_clock(100.0, 1.0, 2.0, 3.0, 4.0, 90.0)  # the first warms up
+    found = timing.on_cpu([timing.Trial(work)], seconds=0.0, now=now)
+    assert found == [timing.Timing(3e6, pytest.approx(found[0].spread_us), 5)]
+    middle, spread = timing.middle([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert middle == 3 and spread == pytest.approx(3.6)
+    assert timing.summary([2.0]) == timing.Timing(2e6, 0.0, 1)
+
+
+def test_trials_take_turns_and_preparing_is_not_timed():
+    order, clock = [], [0.0]
+
+    def tick(name: str, seconds: float):
+        def work(given) -> None:
+            order.append((name, given))
+            clock[0] += seconds
+
+        return work
+
+    def prepare() -> str:
+        clock[0] += 50
+        return "given"
+
+    trials = [timing.Trial(tick("a", 1.0), prepare), timing.Trial(tick("b", 2.0))]
+    a, b = timing.on_cpu(trials, seconds=0.0, now=lambda: clock[0])
+    assert (a.median_us, b.median_us, a.runs) == (1e6, 2e6, timing.LEAST)
+    assert order[2:] == [("a", "given"), ("b", None)] * timing.LEAST
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """torch.cuda as timing sees it: a clock of milliseconds that kernels move, and a log."""
+    log: list[str] = []
+    clock = [0.0]
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = clock[0]
+
+        def elapsed_time(self, other: "Event") -> float:
+            return other.at - self.at
+
+    fakes = {
+        "device": lambda device: contextlib.nullcontext(),
+        "get_device_properties": lambda device: types.SimpleNamespace(L2_cache_size=64),
+        "synchronize": lambda device: None,
+        "_sleep": lambda cycles: log.append("hold"),
+        "Event": Event,
+        "memory_allocated": lambda device: 1000,
+        "max_memory_allocated": lambda device: 5000,
+        "reset_peak_memory_stats": lambda device: None,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+
+    def kernel(name: str, ms: float):
+        def work(_=None) -> None:
+            log.append(name)
+            clock[0] += ms
+
+        return work
+
+    return kernel, log
+
+
+def test_on_a_gpu_events_are_around_the_run_alone(gpu):
+    kernel, log = gpu
+    trial = timing.Trial(kernel("backward", 3.0), kernel("forward", 50.0))
+    found = timing.on_gpu(trial, seconds=0.0, device=CPU)
+    assert (found.median_us, found.spread_us, found.runs) == (3000.0, 0.0, timing.LEAST)
+    assert log[-3:] == ["forward", "hold", "backward"] and log.count("hold") == timing.LEAST
+
+
+def test_on_a_gpu_each_trial_is_by_itself_and_its_memory_is_told(gpu, monkeypatch):
+    kernel, _ = gpu
+    monkeypatch.setattr(operations, "on_gpu", lambda t, s, d: timing.on_gpu(t, s, CPU))
+
+    def fails(_) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
+
+    trials = {"eager": timing.Trial(fails), "triton": timing.Trial(kernel("k", 1.0))}
+    found = operations._timed(trials, torch.device("cuda"), 0.0)
+    assert found["eager"] == (None, None, "OutOfMemoryError: CUDA out of memory. Tried to allocate")
+    assert found["triton"][0].median_us == 1000.0 and found["triton"][1:] == (4000, "")
+
+
+def test_errors_are_relative_to_the_truth_in_fp64():
+    problem = Problem("swiglu", {"N": 8, "F": 16}, "fp32")
+    data = problem.data(CPU)
+    true = precision.truth(problem, data)
+    exact = precision.errors(eager.swiglu, data, true)
+    assert exact[FORWARD] < 1e-6 and exact[BACKWARD] < 1e-6
+    off = precision.errors(lambda x: eager.swiglu(x) * 1.01, data, true)
+    assert off[FORWARD] == pytest.approx(0.01, rel=1e-3)
+    assert off[BACKWARD] == pytest.approx(0.01, rel=1e-3)
+    lost = precision.errors(lambda x: eager.swiglu(x) * torch.nan, data, true)
+    assert math.isnan(lost[FORWARD])
+
+
+def test_attention_is_judged_by_a_part_that_does_not_depend_on_the_rest():
+    problem = Problem("attention", {"B": 2, "T": 24, "H": 2, "D": 16}, "fp32")
+    data = problem.data(CPU)
+    true = precision.truth(problem, data)
+    assert true[FORWARD][0].shape == (1, 24, 1, 16)
+    found = precision.errors(eager.attention, data, true)
+    assert max(found.values()) < 1e-5
+
+
+@pytest.mark.parametrize("op", sizes.OPS)
+def test_every_operation_has_data_costs_and_directions(op):
+    problem = sizes.small(op, "fp32")
+    data = problem.data(CPU)
+    assert bool(data.leaves) == (len(problem.directions) > 1) == bool(data.dy)
+    for direction in problem.directions:
+        flops, moved = problem.cost(direction)
+        assert flops > 0 and moved > 0
+    again = problem.data(CPU)
+    assert all(torch.equal(x, again.leaves[name]) for name, x in data.leaves.items())
+    for kind in ("cuda", "cpu"):
+        assert sizes.problems((op,), kind, "bf16") and sizes.problems((op,), kind, "bf16", True)
+
+
+def test_the_gpus_attention_cells_are_those_of_the_bars():
+    cells = [p.sizes for p in sizes.problems(("attention",), "cuda", "bf16")]
+    assert {(s["D"], s["T"]) for s in cells} == {
+        (D, 1024 * n) for D in (64, 128) for n in (1, 2, 4, 8, 16)
+    }
+    assert all(s["B"] * s["T"] == 16384 and s["H"] * s["D"] == 2048 for s in cells)
+    flops, moved = Problem("attention", cells[0], "bf16").cost(FORWARD)
+    assert flops == 4 * 16 * 32 * 1024**2 * 64 / 2 and moved == 4 * 16384 * 2048 * 2
+    assert Problem("attention", cells[0], "bf16").cost(BACKWARD)[0] == 2.5 * flops
+
+
+def test_what_fails_is_a_row_with_a_note(monkeypatch, no_interpreter):
+    def broken(**_):
+        raise RuntimeError("backend='inductor' raised:\nInvalidCxxCompiler: no compiler\n")
+
+    monkeypatch.setitem(implementations.VENDOR, "rms_norm", broken)
+    problem = Problem("rms_norm", {"N": 4, "C": 16}, "fp32")
+    effort = operations.Effort(0.0, False)
+    rows = operations.run([problem], CPU, ROOFS, effort, lambda line: None)
+    notes = {row["implementation"]: row["note"] for row in rows}
+    assert (
+        notes["eager"] == "" and notes["vendor"] == "RuntimeError: InvalidCxxCompiler: no compiler"
+    )
+    assert notes["triton"] == "no interpreter"
+    assert [r["op"] for r in roofline.rows(rows, ROOFS)] == ["rms_norm"] * 2  # eager, both ways
+
+
+def test_compiled_code_is_tried(monkeypatch):
+    tried = []
+
+    def compiler(function, **options):
+        tried.append(options)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    problem = Problem("swiglu", {"N": 4, "F": 16}, "fp32")
+    found = implementations.implementations(problem, CPU, True, "needs a GPU")
+    assert tried == [{"dynamic": False}] and found["compile"] is eager.swiglu
+    assert found["triton"] == "needs a GPU"
+
+
+@pytest.fixture
+def tuning(monkeypatch, tmp_path):
+    """A GPU for the tuner: kernels are interpreted, times are made up from the tile."""
+    from minillm.kernels import _launch
+
+    if not _launch.interpreted():
+        pytest.skip("made-up times are for a machine without a GPU")
+    tables = {"fwd": {"sm_90": {"256": {"BLOCK_N": 4, "BLOCK_F": 256, "num_warps": 4}}}}
+    tables["fwd"]["sm_80"] = {"256": {"BLOCK_N": 1, "BLOCK_F": 64, "num_warps": 1}}
+    tables["bwd"] = {"sm_90": {"256": {"BLOCK_N": 4, "BLOCK_F": 256, "num_warps": 4}}}
+    monkeypatch.setattr(_launch, "_tables", lambda operation: tables)
+    monkeypatch.setattr(tune, "TILES", tmp_path)
+    monkeypatch.setattr(
+        tune, "job_for", lambda operation, kernel, size: tune.Job(
+            Problem("swiglu", {"N": 5, "F": 48}, "fp32"), FORWARD
+        ) if kernel == "fwd" else None,
+    )  # fmt: skip
+
+    def timed(trial, seconds, device):
+        trial.once()
+        tile = tables["fwd"]["sm_90"]["256"]
+        if tile["BLOCK_N"] > 8:
+            raise RuntimeError("out of resource: shared memory")
+        return timing.Timing(100.0 / tile["BLOCK_N"] + tile["num_warps"], 1.0, 5)
+
+    monkeypatch.setattr(tune, "on_gpu", timed)
+    return tables
+
+
+def test_tuning_keeps_the_fastest_tile_and_tells_the_losers(tuning, tmp_path):
+    said: list[str] = []
+    rows = tune.run(["swiglu"], CPU, False, said.append)
+    (kept,) = [row for row in rows if row["kept"]]
+    assert kept["options"] == "BLOCK_N=8 BLOCK_F=256 num_warps=2"
+    assert tuning["fwd"]["sm_90"]["256"] == {"BLOCK_N": 8, "BLOCK_F": 256, "num_warps": 2}
+    assert tuning["fwd"]["sm_80"]["256"]["BLOCK_N"] == 1
+    assert any("shared memory" in row["note"] for row in rows)
+    assert len(rows) > 8 and len({row["options"] for row in rows}) == len(rows)
+    assert json.loads((tmp_path / "swiglu.json").read_text(encoding="utf-8")) == tuning
+    assert "times as fast" in said[0]
+
+
+def test_tuning_keeps_the_present_tile_if_the_gain_does_not_last(tuning, monkeypatch):
+    turns = count(10, -1)  # each run seems faster than the one before; the last two equal
+    monkeypatch.setattr(
+        tune, "on_gpu", lambda *_: timing.Timing(max(1.0, next(turns)), 0.0, 5)
+    )  # fmt: skip
+    rows = tune.run(["swiglu"], CPU, True, lambda line: None)
+    assert [row["kept"] for row in rows] == [True] + [False] * (len(rows) - 1)
+    assert tuning["fwd"]["sm_90"]["256"] == {"BLOCK_N": 4, "BLOCK_F": 256, "num_warps": 4}
+
+
+def test_a_tile_with_wrong_numbers_is_out(tuning, monkeypatch):
+    found = iter([1e-7, *[0.5] * 100])
+    monkeypatch.setattr(tune.precision, "errors", lambda *_: {FORWARD: next(found)})
+    rows = tune.run(["swiglu"], CPU, True, lambda line: None)
+    assert {row["note"] for row in rows[1:]} == {"wrong numbers"} and rows[0]["kept"]
+
+
+@pytest.mark.parametrize("path", sorted(tune.TILES.glob("*.json")), ids=lambda p: p.stem)
+def test_every_entry_of_every_table_has_a_job_that_reads_it(path):
+    tables = json.loads(path.read_text(encoding="utf-8"))
+    assert json.loads(tune.text(tables)) == tables
+    for kernel, arches in tables.items():
+        for size, options in arches["sm_90"].items():
+            job = tune.job_for(path.stem, kernel, int(size))
+            if job is None:
+                assert kernel in ("combine", "uniform")
+                continue
+            assert job.direction in job.problem.directions
+            around = tune.neighbours(options)
+            assert around and options not in around
+
+
+def test_the_measured_ceilings_are_of_this_machine():
+    found = machine.ceilings(CPU, ["fp32"], quick=True)
+    assert 1e-4 < found["fp32_tflops"] < 100 and 0.1 < found["memory_gbps"] < 10000
+    assert machine.folder_name(CPU).rsplit("-", 3)[0] == machine.folder_name(CPU)[:-11]
+
+
+def test_ceilings_are_measured_once_a_run(monkeypatch):
+    calls = []
+    monkeypatch.setattr(machine, "ceilings", lambda *_: calls.append(1) or dict(ROOFS))
+    job = suites.Job(CPU, ("swiglu",), "fp32", True, {"device": "x"}, lambda line: None)
+    assert job.roofs is job.roofs and calls == [1] and job.about["ceilings"] == ROOFS
