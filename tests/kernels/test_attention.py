@@ -56,6 +56,7 @@ def pointers(monkeypatch, device):
         monkeypatch.setattr(_launch, "arch", lambda: 80)
 
 
+@pytest.mark.slow
 @settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     B=st.integers(1, 2), T=st.integers(2, 120), G=st.integers(1, 2), share=st.integers(1, 2),

@@ -61,6 +61,7 @@ def test_default_tiles(compare, device, arch, dtype, tall):
         check_square(compare, symmetric(batch, M, dtype, device))
 
 
+@pytest.mark.slow
 @settings(
     max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture], print_blob=False
 )

@@ -101,6 +101,7 @@ def test_every_row_of_the_tables(device, monkeypatch, V):
     check(logits, u, temperature=0.0)
 
 
+@pytest.mark.slow
 def test_the_largest_vocabulary(device):
     logits, u = draws(1, 262144, torch.bfloat16, device)
     options = {"top_k": 9000, "top_p": 0.9, "min_p": 1e-3}
