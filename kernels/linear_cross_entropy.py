@@ -19,8 +19,10 @@ from torch import Tensor
 from minillm.kernels._launch import launch, tile
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-CHUNK = 1 << 26  # logits alive at a time: 256 MiB in fp32, and half of that their bf16 gradients
-ROWS = 1024  # but at least so many rows, or each chunk's pass over the fp32 dw costs too much
+CHUNK = 1 << 27  # logits alive at a time: 512 MiB in fp32, and half of that their bf16 gradients
+# But at least so many rows: each chunk passes over the fp32 dw once, and its dx, (rows, C), is to
+# have tiles enough for all multiprocessors.
+ROWS = 1024
 ALIGNMENT = 16  # rows of a chunk start at multiples of so many numbers, whatever V is
 
 
@@ -115,7 +117,7 @@ def _linear_cross_entropy(
     """The loss; dx and dw before they are divided by the count, empty if not wanted; the count."""
     (N, C), V, device = x.shape, w.shape[0], x.device
     train = train_x or train_w
-    rows = min(N, max(ROWS, CHUNK // V // 128 * 128))
+    rows = min(N, max(ROWS, CHUNK // max(V, 1) // 128 * 128))
     stride = triton.cdiv(V, ALIGNMENT) * ALIGNMENT
     logits = torch.empty((rows, stride), dtype=torch.float32, device=device)
     dlogits = logits

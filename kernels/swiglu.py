@@ -37,7 +37,7 @@ def _gate(x, ACTIVATION: tl.constexpr):
     return x * share, slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _swiglu_fwd_kernel(
     x_ptr, y_ptr, x_stride, N, F, blocks,
     ACTIVATION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
@@ -54,7 +54,7 @@ def _swiglu_fwd_kernel(
     tl.store(y_ptr + rows * F + columns, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _swiglu_bwd_kernel(
     x_ptr, dy_ptr, dx_ptr, x_stride, dy_stride, N, F, blocks,
     ACTIVATION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
