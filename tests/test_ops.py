@@ -1,5 +1,6 @@
 """The table is really what the model calls: counted, and replaced by wrong operations in turn."""
 
+import sys
 from collections import Counter
 from dataclasses import fields, replace
 
@@ -9,7 +10,7 @@ import torch
 from minillm.config import ModelConfig
 from minillm.errors import UnavailableError, UsageError
 from minillm.generate import generate
-from minillm.kernels import _launch, reference, rms_norm
+from minillm.kernels import reference
 from minillm.model import GPT
 from minillm.ops import EAGER, Ops, select
 from minillm.optim import make_optimizers
@@ -204,7 +205,8 @@ def test_select(device):
     ids=str,
 )
 def test_select_says_why_triton_cannot_run(monkeypatch, model, reason):
-    monkeypatch.setattr(_launch, "interpreted", lambda: False)
+    pytest.importorskip("triton")
+    monkeypatch.setattr("minillm.kernels._launch.interpreted", lambda: False)
     with pytest.raises(UnavailableError, match=f"--kernels triton: .*{reason}.*use --kernels "):
         select("triton", "cpu", **model)
 
@@ -213,6 +215,7 @@ def test_select_says_what_the_compiler_says(monkeypatch):
     def fail(x, w):
         raise RuntimeError("no ptxas\nand more")
 
+    rms_norm = pytest.importorskip("minillm.kernels.rms_norm", exc_type=ImportError)
     monkeypatch.setattr(rms_norm, "rms_norm", fail)
     with pytest.raises(UnavailableError, match="Triton fails on cpu: no ptxas; use"):
         select("triton", "cpu")
@@ -222,6 +225,17 @@ def test_select_says_what_the_compiler_says(monkeypatch):
 
 
 def test_select_triton_where_it_is_interpreted():
+    pytest.importorskip("triton")
     ops = select("triton", "cpu")
     assert (ops.name, ops.why) == ("triton", "asked for")
     assert all(getattr(ops, name) is not getattr(EAGER, name) for name in NAMES)
+
+
+def test_select_where_triton_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    for name in [n for n in sys.modules if n.startswith("minillm.kernels._launch")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr("minillm.kernels._launch", raising=False)
+    with pytest.raises(UnavailableError, match="Triton is not installed .*pip install triton"):
+        select("triton", "cpu")
+    assert select("auto", "cpu").name == "eager"
