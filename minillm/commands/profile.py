@@ -57,7 +57,10 @@ def main(argv: Sequence[str]) -> None:
             continue
         print(f"\n== {name}\n{report.table(name, found[name])}", flush=True)
         # After each suite, so that what ends the next does not take this one along.
-        written = report.write(args.out or default_folder(device), job.about, found)
+        folder = args.out or default_folder(device)
+        written = report.write(folder, job.about, found)
+        if name == "audit":
+            written.append(suites.write_audit(folder, found[name]))
     for path in written if found else ():
         say(f"wrote {path}")
     for fault in faults:

@@ -213,6 +213,40 @@ def faults(row: Row) -> list[str]:
     return found
 
 
+def summary(rows: Sequence[Row]) -> str:
+    """A table for a reader, one line a kernel and architecture: number of builds, their range."""
+    lines = [
+        "| kernel | arch | builds | faults | registers | spill | shared KiB | serialised "
+        "| tensor core | occupancy | bound |",
+        "|---|---|--:|--:|--:|--:|--:|--:|---|--:|--:|",
+    ]
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["kernel"], _number(row["arch"])), []).append(row)
+    for (kernel, arch), group in sorted(groups.items()):
+        built = [r for r in group if not r["error"]]
+        if not built:
+            lines.append(f"| {kernel} | sm_{arch} | {len(group)} | {len(group)} |")
+            continue
+        unit, key = ("GB/s", "bound_gbps") if built[0]["streams"] else ("TFLOP/s", "bound_tflops")
+        cells = [
+            kernel, f"sm_{arch}", len(group), sum(bool(faults(r)) for r in group),
+            _range(r["registers"] for r in built), max(r["spill_bytes"] for r in built),
+            _range(r["shared_bytes"] // 1024 for r in built), sum(r["serialised"] for r in built),
+            " ".join(sorted({r["tensor_core"] for r in built} - {""})) or "-",
+            _range(round(100 * r["occupancy"]) for r in built) + " %",
+            f"{_range(round(r[key]) for r in built)} {unit}",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _range(numbers: Iterable[int]) -> str:
+    """3 or 3-7."""
+    ordered = sorted(numbers)
+    return "-".join(map(str, dict.fromkeys((ordered[0], ordered[-1]))))
+
+
 def markdown(rows: Sequence[Row]) -> str:
     """The rows as a table for a reader: speed in TFLOP/s for products, in GB/s for the others."""
     lines = [

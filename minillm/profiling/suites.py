@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
 
@@ -10,6 +11,7 @@ from minillm import world
 from minillm.errors import UnavailableError
 from minillm.profiling import decoding, machine, operations, roofline, sizes, steps
 from minillm.profiling.operations import Effort, Row
+from minillm.storage import write_durably
 
 QUICK_ARCH = 90  # what the audit of --quick compiles for
 COVERED = {  # audited operations under a name of sizes.OPS
@@ -66,6 +68,15 @@ def measure(job: Job, name: str, full: bool) -> tuple[list[Row], list[str]]:
     if name == "decode":
         return decoding.run(job.device, job.dtype, job.effort, job.quick, job.say), []
     return _audit(job, full)
+
+
+def write_audit(folder: Path, rows: list[Row]) -> Path:
+    """audit.md, for a reader: a line a kernel and architecture, and below a line a build."""
+    from minillm.profiling import audit
+
+    path = folder / "audit.md"
+    write_durably(path, f"{audit.summary(rows)}\n{audit.markdown(rows)}".encode())
+    return path
 
 
 def _audit(job: Job, full: bool) -> tuple[list[Row], list[str]]:
