@@ -137,8 +137,8 @@ class AdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure=None, grad_scale: Tensor | None = None) -> None:
         """Move every parameter that has a gradient; grad_scale: () factor of the gradients."""
-        # Parameters that have taken equally many steps go together: all of them, as a rule.
-        calls: dict[int, list[tuple[Tensor, float, float]]] = {}
+        # Parameters of as many steps and the same constants go together: as a rule all of them.
+        calls: dict[tuple, list[tuple[Tensor, float, float]]] = {}
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -149,8 +149,9 @@ class AdamW(torch.optim.AdamW):
                     state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
                 state["step"] += 1
                 rates = group["lr"], group["weight_decay"]
-                calls.setdefault(int(state["step"]), []).append((p, *rates))
-        for step, members in calls.items():
+                call = int(state["step"]), tuple(group["betas"]), group["eps"]
+                calls.setdefault(call, []).append((p, *rates))
+        for (step, betas, eps), members in calls.items():
             params = [p for p, _, _ in members]
             self.ops.adamw(
                 params,
@@ -160,7 +161,8 @@ class AdamW(torch.optim.AdamW):
                 step,
                 lr=[rate for _, rate, _ in members],
                 weight_decay=[decay for _, _, decay in members],
-                betas=self.defaults["betas"],
+                betas=betas,
+                eps=eps,
                 grad_scale=grad_scale,
             )
 

@@ -3,6 +3,7 @@
 import math
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from minillm.optim import (
     EMBED_RATE,
     HEAD_RATE,
     VECTOR_RATE,
+    AdamW,
     Average,
     Muon,
     make_optimizers,
@@ -117,6 +119,25 @@ def test_muon_goes_on_from_a_saved_state(generator):
         if i >= 2:
             second.step()
     assert weights[0].equal(weights[1])
+
+
+def test_adamw_steps_each_group_by_its_own_constants(generator):
+    """Two groups of other betas and eps, one parameter that joins late: as PyTorch's own."""
+    starts = [random_matrix(generator, 4, 6) for _ in range(3)]
+    constants = [{"betas": (0.9, 0.95), "eps": 1e-8}, {"betas": (0.5, 0.7), "eps": 1e-2}]
+    moved = []
+    for make in (partial(AdamW, ops=EAGER), torch.optim.AdamW):
+        ws = [torch.nn.Parameter(w.detach().clone()) for w in starts]
+        groups = [{"params": ws[:1], **constants[0]}, {"params": ws[1:], **constants[1]}]
+        optimizer = make(groups, lr=0.1, weight_decay=0.3)
+        numbers = torch.Generator().manual_seed(0)
+        for step in range(4):
+            for w in ws[: 2 + (step > 1)]:
+                w.grad = torch.randn(w.shape, generator=numbers, dtype=w.dtype)
+            optimizer.step()
+        moved.append(ws)
+    for ours, theirs in zip(*moved, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
 
 
 def tiny(**options):
