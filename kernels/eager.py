@@ -66,11 +66,12 @@ def rope(
     """As reference.rope."""
     if q_weight is not None:
         q, k = rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps)
-    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # (..., T, 1, D/2)
+    # (..., T, 1, D/2); in q's dtype, as fp32 tables would make every product fp32.
+    cos, sin = (table.unsqueeze(-2).to(q.dtype) for table in (cos, sin))
 
     def rotate(x: Tensor) -> Tensor:
         x1, x2 = x.chunk(2, dim=-1)
-        return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
+        return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
 
     return rotate(q), rotate(k)
 
@@ -95,8 +96,7 @@ def rope_cache(
     else:
         where = positions[:, None] + torch.arange(T, device=q.device)  # (B, T)
         rows = torch.arange(B, device=q.device)[:, None]
-    tables = cos[where].to(q.dtype), sin[where].to(q.dtype)
-    q, k = rope(q, k, *tables, q_weight, k_weight, eps)
+    q, k = rope(q, k, cos[where], sin[where], q_weight, k_weight, eps)
     cache_k[rows, where] = k.to(cache_k.dtype)
     cache_v[rows, where] = v.to(cache_v.dtype)
     return q

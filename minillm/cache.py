@@ -29,6 +29,7 @@ class KVCache:
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.lengths = [0] * batch
+        self._starts: tuple[list[int], Tensor | None] = [], None
 
     @property
     def capacity(self) -> int:
@@ -46,6 +47,7 @@ class KVCache:
         """
         view = object.__new__(KVCache)
         view.k, view.v, view.lengths = self.k[:, b : b + 1], self.v[:, b : b + 1], [held]
+        view._starts = [], None
         return view
 
     def keep(self, rows: list[int]) -> None:
@@ -86,12 +88,17 @@ class KVCache:
         """Where each row's next entry stands: (B,), or one number if the rows are equally long."""
         if self.uniform():
             return self.lengths[0]
-        return torch.tensor(self.lengths, device=self.k.device)
+        if self._starts[0] != self.lengths:  # told to the device once a token, not once a layer
+            self._starts = list(self.lengths), torch.tensor(self.lengths, device=self.k.device)
+        return self._starts[1]
 
     def positions(self, T: int) -> Tensor:
         """(B, T): where the next T entries of each row stand."""
         device = self.k.device
-        return torch.tensor(self.lengths, device=device)[:, None] + torch.arange(T, device=device)
+        starts = self.starts()
+        if isinstance(starts, int):
+            starts = torch.full((len(self.lengths),), starts, device=device)
+        return starts[:, None] + torch.arange(T, device=device)
 
     def advance(self, T: int) -> None:
         """Count the T entries that every layer has written."""

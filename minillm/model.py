@@ -119,7 +119,7 @@ class Attention(nn.Module):
                     q, k, v, *rotation, *past, cache.starts(), self.q_norm, self.k_norm, c.norm_eps
                 )
                 k, v = past
-            ends = None if cache.uniform() else cache.positions(T)[:, -1] + 1
+            ends = None if cache.uniform() else cache.starts() + T
             y = ops.decode_attention(q, k, v, ends, **options)
         return self.out(y.reshape(B, T, c.n_head * c.d_head))
 
@@ -239,8 +239,6 @@ class GPT(nn.Module):
             # While decoding the rows of the tables are taken where they are needed.
             rows = slice(None) if held else where
             rotation = self.cos[rows], self.sin[rows]  # (P or T, D/2)
-            if not held:
-                rotation = tuple(table.to(x.dtype) for table in rotation)
         documents = None
         if self.config.document_mask and cache is None:
             documents = (tokens == self.config.bos_id).cumsum(1)  # (B, T)
