@@ -62,7 +62,8 @@ def main(argv: Sequence[str]) -> None:
     fixed["dtype"] = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
     ops = select(
         config.kernels, device,
-        d_model=shape.d_model, d_head=shape.d_head, dropout=shape.dropout,
+        d_model=shape.d_model, d_head=shape.d_head, vocab_size=shape.vocab_size,
+        dropout=shape.dropout,
     )  # fmt: skip
     start = torch.Generator().manual_seed(config.seed)
     model = GPT(shape, ops, dtype, start).to(device).train()

@@ -196,7 +196,10 @@ def load_run(
     run = Path(run)
     config, _ = read_config(run)
     found = open_checkpoint(run, checkpoint)
-    ops = select(kernels, device, d_model=config.d_model, d_head=config.d_head)
+    ops = select(
+        kernels, device,
+        d_model=config.d_model, d_head=config.d_head, vocab_size=config.vocab_size,
+    )  # fmt: skip
     model = GPT(config, ops, dtype)
     found.load_into(model)
     tokenizer = load_run_tokenizer(run, config)

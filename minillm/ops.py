@@ -64,13 +64,14 @@ def select(
     *,
     d_model: int = 0,
     d_head: int = 0,
+    vocab_size: int | None = 0,
     dropout: float = 0.0,
 ) -> Ops:
     """The table called `name` for `device`.
 
     name: "eager"; "triton"; or "auto", which takes Triton on a GPU where it can run the model, and
     eager otherwise. The whole table is one or the other.
-    d_model, d_head, dropout: of the model that will use it, where there is one.
+    d_model, d_head, vocab_size, dropout: of the model that will use it, where there is one.
     Raises UnavailableError if "triton" cannot run, with the reason; UsageError on another name.
     """
     device = torch.device(device)
@@ -80,7 +81,7 @@ def select(
         raise UsageError(f"--kernels {name!r} is not one of auto, eager, triton")
     if name == "auto" and device.type == "cpu":
         return replace(EAGER, why="on a CPU")
-    obstacle = _of_the_model(d_model, d_head, dropout) or _of_the_machine(device)
+    obstacle = _of_the_model(d_model, d_head, vocab_size, dropout) or _of_the_machine(device)
     if obstacle is None:
         return replace(_triton(), why="asked for" if name == "triton" else "on a GPU")
     if name == "triton":
@@ -88,7 +89,7 @@ def select(
     return replace(EAGER, why=obstacle)
 
 
-def _of_the_model(d_model: int, d_head: int, dropout: float) -> str | None:
+def _of_the_model(d_model: int, d_head: int, vocab_size: int | None, dropout: float) -> str | None:
     """Why the kernels cannot run such a model; None if they can."""
     if dropout:
         return f"the attention kernel has no dropout (--dropout {dropout:g})"
@@ -96,6 +97,8 @@ def _of_the_model(d_model: int, d_head: int, dropout: float) -> str | None:
         return f"the attention kernel's heads are at most 128 wide (--d-head {d_head})"
     if d_model > 16384:
         return f"the norm's kernel takes rows of at most 16384 (--d-model {d_model})"
+    if (vocab_size or 0) > 262144:
+        return f"the kernels of the head take at most 262144 tokens (--vocab-size {vocab_size})"
     return None
 
 
@@ -116,11 +119,11 @@ def _of_the_machine(device: torch.device) -> str | None:
         return f"{torch.cuda.get_device_name(device)} is older than sm_80, the oldest supported"
     try:
         y = rms_norm.rms_norm(torch.ones(1, 16, device=device), torch.ones(16, device=device))
-        wrong = (y - 1).abs().max().item() > 1e-3
+        right = (y - 1).abs().max().item() < 1e-3  # false of NaN
     except Exception as e:  # whatever the compiler or the driver says is the reason
         first_line = (str(e).strip() or type(e).__name__).splitlines()[0]
         return f"Triton fails on {device}: {first_line}"
-    return f"Triton computes wrongly on {device}" if wrong else None
+    return None if right else f"Triton computes wrongly on {device}"
 
 
 def _triton() -> Ops:

@@ -1,5 +1,6 @@
 """The table is really what the model calls: counted, and replaced by wrong operations in turn."""
 
+import math
 import sys
 from collections import Counter
 from dataclasses import fields, replace
@@ -201,6 +202,7 @@ def test_select(device):
         ({"dropout": 0.1}, "the attention kernel has no dropout"),
         ({"d_head": 160}, "heads are at most 128 wide"),
         ({"d_model": 16400}, "rows of at most 16384"),
+        ({"vocab_size": 262145}, "at most 262144 tokens"),
     ],
     ids=str,
 )
@@ -219,9 +221,10 @@ def test_select_says_what_the_compiler_says(monkeypatch):
     monkeypatch.setattr(rms_norm, "rms_norm", fail)
     with pytest.raises(UnavailableError, match="Triton fails on cpu: no ptxas; use"):
         select("triton", "cpu")
-    monkeypatch.setattr(rms_norm, "rms_norm", lambda x, w: x + 1)
-    with pytest.raises(UnavailableError, match="Triton computes wrongly on cpu"):
-        select("triton", "cpu")
+    for wrong in (1.0, math.nan):
+        monkeypatch.setattr(rms_norm, "rms_norm", lambda x, w, wrong=wrong: x + wrong)
+        with pytest.raises(UnavailableError, match="Triton computes wrongly on cpu"):
+            select("triton", "cpu")
 
 
 def test_select_triton_where_it_is_interpreted():
