@@ -61,6 +61,9 @@ def test_too_much_shared_memory_is_found_out(rows):
     assert [row["tensor_core"] for row in small] == ["HMMA", "HGMMA", "UTCHMMA"]
     assert all(row["wants_tensor_core"] and row["clocks_tensor"] > 0 for row in small)
     assert [faults(row) for row in small] == [[], [], []]
+    # The tiles of sm_80 must fit into sm_86 and sm_89 too.
+    found = [faults({**row, "shared_bytes": 100 * 1024}) for row in small]
+    assert "102400 bytes of shared memory, 101376" in found[0][0] and found[1:] == [[], []]
 
 
 def test_sound_kernels_have_no_faults_on_any_architecture(rows):
