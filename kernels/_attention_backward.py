@@ -20,7 +20,6 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from minillm.kernels._attention_blocks import (
-    ROWS,
     Rule,
     bias,
     descriptor,
@@ -28,6 +27,7 @@ from minillm.kernels._attention_blocks import (
     hide,
     load_block,
     options,
+    padded,
     readable,
     store_block,
     tanh,
@@ -242,7 +242,7 @@ def backward(
         return dq, dk, dv
     q, k, v, dy = map(readable, (q, k, v, dy))
     B, T, H, D = q.shape
-    TP = triton.cdiv(T, ROWS) * ROWS
+    TP = padded(T)
     lse_padded, delta = (
         torch.empty((B, H, TP), dtype=torch.float32, device=q.device) for _ in range(2)
     )

@@ -150,6 +150,11 @@ def options(kernel: str, q: Tensor, rule: Rule) -> dict[str, int]:
     return tile("attention", kernel, q.shape[3], variant)
 
 
+def padded(T: int) -> int:
+    """T, made up to whole blocks of any size."""
+    return triton.cdiv(T, ROWS) * ROWS
+
+
 def readable(x: Tensor) -> Tensor:
     """x (B, T, H, D), or a copy if its heads are not contiguous or its rows too far apart.
 

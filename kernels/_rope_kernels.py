@@ -170,9 +170,16 @@ def heads_together(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
 
 
-def angle_strides(cos: Tensor) -> tuple[int, int]:
-    """From one row of a batch to the next, and from one position to the next."""
-    return (cos.stride(0) if cos.dim() == 3 else 0), cos.stride(-2)
+def contiguous(*weights: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The weights, where there are any, without gaps."""
+    return tuple(None if w is None else w.contiguous() for w in weights)
+
+
+def angles(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, int, int]:
+    """cos and sin of equal strides; from one row of a batch to the next, from one position too."""
+    if cos.stride(-1) != 1 or sin.stride() != cos.stride():
+        cos, sin = cos.contiguous(), sin.contiguous()
+    return cos, sin, (cos.stride(0) if cos.dim() == 3 else 0), cos.stride(-2)
 
 
 def check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_weight, k_weight) -> None:
@@ -195,6 +202,6 @@ def check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_weight, k_weight) ->
         if w.shape != (D,) or w.dtype != q_weight.dtype:
             came = f"{tuple(w.shape)} {w.dtype}"
             raise ValueError(f"{name}: {came}, expected ({D},) {q_weight.dtype}")
-    if sin.shape != cos.shape or sin.stride() != cos.stride():
-        came, wanted = ((tuple(x.shape), x.stride()) for x in (sin, cos))
-        raise ValueError(f"sin: shape and strides {came}, expected cos's {wanted}")
+    if sin.shape != cos.shape or sin.dtype != cos.dtype:
+        came, wanted = (f"{tuple(x.shape)} {x.dtype}" for x in (sin, cos))
+        raise ValueError(f"sin: {came}, expected cos's {wanted}")

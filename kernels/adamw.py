@@ -185,7 +185,8 @@ def adamw(
     params, exp_avgs (m), exp_avg_sqs (v): fp32, contiguous, of equal shapes, all on one device.
     grads: fp32, fp16 or bf16, any strides.    copies: fp32, fp16 or bf16, contiguous.
     step: counted from 1.    lr, weight_decay: one a parameter.    grad_scale: () on that device.
-    Computed in fp32, the corrections 1 - b^step in fp64 on the host; no gradient, no wait.
+    Computed in fp32, the corrections 1 - b^step in fp64 on the host; no gradient, no wait. Not for
+    a captured CUDA graph, which would repeat the step number and the addresses of its recording.
     One launch for each combination of the gradient's dtype, the copy's dtype and whether all five
     addresses are multiples of 16: as a rule one.
     Raises ValueError on another dtype (fp64 too), shape, device, stride or length of a list.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from minillm.kernels._attention_backward import backward
-from minillm.kernels._attention_blocks import Rule
+from minillm.kernels._attention_blocks import Rule, padded
 from minillm.kernels._attention_forward import forward
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -102,11 +102,13 @@ def attention(
 
 def _checked(q, k, v, scale, window, documents, softcap, alibi_slopes, dropout) -> float:
     """The scale; ValueError, naming the argument, unless the kernels can take these."""
-    if q.dim() != 4 or not 1 <= q.shape[3] <= WIDEST:
-        raise ValueError(f"q: {tuple(q.shape)}, expected (B, T, H, D) with D from 1 to {WIDEST}")
+    if q.dim() != 4 or not 1 <= q.shape[3] <= WIDEST or not q.shape[2]:
+        wanted = f"(B, T, H, D) with H above 0 and D from 1 to {WIDEST}"
+        raise ValueError(f"q: {tuple(q.shape)}, expected {wanted}")
     B, T, H, D = q.shape
-    if B * T * H >= 1 << 31:
-        raise ValueError(f"q: {B * T * H} heads of all tokens, expected fewer than 2^31")
+    rows = B * H * padded(T)  # what lse and delta are indexed by
+    if rows >= 1 << 31:
+        raise ValueError(f"q: {tuple(q.shape)} is {rows} rows, expected fewer than 2^31")
     for name, x in {"q": q, "k": k, "v": v}.items():
         if x.dtype not in DTYPES or x.dtype != q.dtype:
             raise ValueError(f"{name}: {x.dtype}, expected one of {DTYPES}, the same for q, k, v")

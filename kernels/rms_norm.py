@@ -207,14 +207,14 @@ def rms_norm(x: Tensor, w: Tensor, eps: float = 1e-6) -> Tensor:
 
         dx = (dy w - n mean(dy w n)) rstd,   dw = sum(dy n),   n = x rstd
 
-    x: (..., C) fp32, fp16 or bf16, any strides.    w: (C,) any of them.
+    x: (..., C) fp32, fp16 or bf16.    w: (C,) any of them. Any strides.
     Returns (..., C) in x's dtype; gradients: dx in x's dtype, dw in w's, both computed in fp32.
     Raises ValueError if C is above 16384, or on another dtype or shape.
     Forward: reads x, writes y, 2 N C numbers. Backward: 3 N C (x, dy, dx). Saves x and N fp32.
     Source: Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4.
     """
     check_rows(x, {}, {"w": w})
-    return _rms_norm(x.reshape(-1, x.shape[-1]), w, eps)[0].view(x.shape)
+    return _rms_norm(x.reshape(-1, x.shape[-1]), w.contiguous(), eps)[0].view(x.shape)
 
 
 def add_rms_norm(
@@ -224,7 +224,7 @@ def add_rms_norm(
 
         dx = dresidual = ds + (dy w - n mean(dy w n)) rstd,   dw = sum(dy n),   n = s rstd
 
-    x, residual: (..., C), one dtype of fp32, fp16 and bf16, any strides.    w: (C,) any of them.
+    x, residual: (..., C), one dtype of fp32, fp16 and bf16.    w: (C,) any of them. Any strides.
     Returns y and s, (..., C) in x's dtype; gradients as of rms_norm. One tensor serves as dx and
     as dresidual.
     Raises ValueError if C is above 16384, or on another dtype or shape.
@@ -233,5 +233,5 @@ def add_rms_norm(
     """
     check_rows(x, {"residual": residual}, {"w": w})
     rows = (t.reshape(-1, t.shape[-1]) for t in (x, residual))
-    y, s, _ = _add_rms_norm(*rows, w, eps)
+    y, s, _ = _add_rms_norm(*rows, w.contiguous(), eps)
     return y.view(x.shape), s.view(x.shape)

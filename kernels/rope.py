@@ -11,8 +11,9 @@ from minillm.kernels._launch import launch
 from minillm.kernels._rope_kernels import (
     _rope_bwd_kernel,
     _rope_fwd_kernel,
-    angle_strides,
+    angles,
     check,
+    contiguous,
     grid_of,
     heads_together,
 )
@@ -28,13 +29,14 @@ def _rope(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     (B, T, H, _), G = q.shape, k.shape[2]
     q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-    q, k, cos, sin = heads_together(q, k, cos, sin)
+    q, k = heads_together(q, k)
+    cos, sin, *angle_strides = angles(cos, sin)
     grid, options = grid_of("fwd", q, k)
     norm = q_weight is not None
     launch(
         _rope_fwd_kernel, grid, q, k, k, cos, sin, q_weight if norm else q, k_weight if norm else k,
         q, q_out, k_out, k_out, *q.stride()[:3], *k.stride()[:3], *k.stride()[:3],
-        *k_out.stride()[:3], *k_out.stride()[:3], *angle_strides(cos), 0, B * T, T, T, H, G, eps,
+        *k_out.stride()[:3], *k_out.stride()[:3], *angle_strides, 0, B * T, T, T, H, G, eps,
         NORM=norm, CACHE=False, RAGGED=False, **options,
     )  # fmt: skip
     return q_out, k_out
@@ -54,7 +56,8 @@ def _rope_bwd(
     (B, T, H, D), G = dq_out.shape, dk_out.shape[2]
     q, k = dq_out if q is None else q, dk_out if k is None else k
     dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (dq_out, dk_out))
-    dq_out, dk_out, q, k, cos, sin = heads_together(dq_out, dk_out, q, k, cos, sin)
+    dq_out, dk_out, q, k = heads_together(dq_out, dk_out, q, k)
+    cos, sin, *angle_strides = angles(cos, sin)
     grid, options = grid_of("bwd", q, k)
     norm = q_weight is not None
     of_q = triton.cdiv(H, options["HEADS"])
@@ -63,7 +66,7 @@ def _rope_bwd(
         _rope_bwd_kernel, grid, dq_out, dk_out, q, k, cos, sin,
         q_weight if norm else q, k_weight if norm else k, dq, dk, dw,
         *dq_out.stride()[:3], *dk_out.stride()[:3], *q.stride()[:3], *k.stride()[:3],
-        *angle_strides(cos), B * T, T, H, G, eps, NORM=norm, **options,
+        *angle_strides, B * T, T, H, G, eps, NORM=norm, **options,
     )  # fmt: skip
     if not norm:
         return dq, dk, dw.new_empty(0), dw.new_empty(0)
@@ -123,4 +126,4 @@ def rope(
     if cos.shape not in ((T, D // 2), (B, T, D // 2)):
         wanted = f"({T}, {D // 2}) or ({B}, {T}, {D // 2})"
         raise ValueError(f"cos: shape {tuple(cos.shape)}, expected {wanted}")
-    return _rope(q, k, cos, sin, q_weight, k_weight, eps)
+    return _rope(q, k, cos, sin, *contiguous(q_weight, k_weight), eps)

@@ -6,8 +6,9 @@ from torch import Tensor
 from minillm.kernels._launch import launch
 from minillm.kernels._rope_kernels import (
     _rope_fwd_kernel,
-    angle_strides,
+    angles,
     check,
+    contiguous,
     grid_of,
     heads_together,
 )
@@ -21,14 +22,15 @@ def _rope_cache(
 ) -> Tensor:  # fmt: skip
     (B, T, H, _), G = q.shape, k.shape[2]
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    q, k, v, cos, sin = heads_together(q, k, v, cos, sin)
+    q, k, v = heads_together(q, k, v)
+    cos, sin, *angle_strides = angles(cos, sin)
     grid, options = grid_of("fwd", q, k)
     norm = q_weight is not None
     launch(
         _rope_fwd_kernel, grid, q, k, v, cos, sin,
         q_weight if norm else q, k_weight if norm else k, q if positions is None else positions,
         q_out, cache_k, cache_v, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        *cache_k.stride()[:3], *cache_v.stride()[:3], *angle_strides(cos), position,
+        *cache_k.stride()[:3], *cache_v.stride()[:3], *angle_strides, position,
         B * T, T, cache_k.shape[1], H, G, eps, NORM=norm, CACHE=True,
         RAGGED=positions is not None, **options,
     )  # fmt: skip
@@ -59,8 +61,8 @@ def rope_cache(
 
     q: (B, T, H, D).    k, v: (B, T, G, D).    cos, sin: (P, D/2), rows by absolute position.
     cache_k, cache_v: (B, S, G, D) of contiguous heads, written in place, S <= P.
-    positions: (B,) integers or one for all. To check a tensor would wait for it: a token beyond
-    the cache is not written, and its q' is undefined.
+    positions: (B,) int32 or int64, or one for all. To check a tensor would wait for it: a token
+    beyond the cache is not written, and its q' is undefined.
     Returns q', (B, T, H, D) in q's dtype. There are no gradients.
     Raises ValueError on another dtype or shape.
     Cost: reads q, k and v and writes them once.
@@ -79,11 +81,13 @@ def rope_cache(
     if isinstance(positions, Tensor) and positions.dim() == 0:
         positions = positions.expand(B)
     if isinstance(positions, Tensor):
-        if positions.shape != (B,):
-            raise ValueError(f"positions: shape {tuple(positions.shape)}, expected ({B},)")
+        if positions.shape != (B,) or positions.dtype not in (torch.int32, torch.int64):
+            came = f"{tuple(positions.shape)} {positions.dtype}"
+            raise ValueError(f"positions: {came}, expected ({B},) of int32 or int64")
         where = positions.contiguous(), 0
     else:
         if not 0 <= positions <= S - T:
             raise ValueError(f"positions: {positions}, expected 0 to {S - T}")
         where = None, positions
-    return _rope_cache(q, k, v, cos, sin, cache_k, cache_v, *where, q_weight, k_weight, eps)
+    weights = contiguous(q_weight, k_weight)
+    return _rope_cache(q, k, v, cos, sin, cache_k, cache_v, *where, *weights, eps)

@@ -203,8 +203,8 @@ def sandwich_norm(
 ) -> tuple[Tensor, Tensor]:
     """As reference.sandwich_norm: h = rms_norm(x + residual, w_post), y = rms_norm(h, w_pre).
 
-    x, residual: (..., C), one dtype of fp32, fp16 and bf16, any strides.    w_post, w_pre: (C,)
-    any of them.
+    x, residual: (..., C), one dtype of fp32, fp16 and bf16.    w_post, w_pre: (C,) any of them.
+    Any strides.
     Returns y and h, (..., C) in x's dtype; gradients: dx = dresidual in x's dtype, one tensor for
     both, dw_post and dw_pre in their weights'; all computed in fp32, dh is not rounded between.
     Raises ValueError if C is above 16384, or on another dtype or shape.
@@ -214,6 +214,7 @@ def sandwich_norm(
     Source: Geiping et al. 2025, arXiv:2502.05171, section 3.2.
     """
     check_rows(x, {"residual": residual}, {"w_post": w_post, "w_pre": w_pre})
+    w_post, w_pre = w_post.contiguous(), w_pre.contiguous()
     inputs = (x, residual, w_post, w_pre)
     train = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     rows = (t.reshape(-1, t.shape[-1]) for t in (x, residual))

@@ -4,6 +4,7 @@ Without a GPU the kernels are interpreted, so the models are as small as they ca
 """
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,19 @@ def loss_and_gradients(model: GPT, forward=None) -> dict[str, Tensor]:
     return {"loss": loss.detach(), **found}
 
 
+def expected(norm="rmsnorm", mlp="swiglu", position="rope", qk_norm=False, **_) -> Counter:
+    """How often each kernel runs in one step of two layers: nothing falls back to eager."""
+    found = Counter({"_attention_fwd_kernel": 2, "_linear_cross_entropy_kernel": 1})
+    found.update({f"_attention_{n}_bwd_kernel": 2 for n in ("delta", "dkdv", "dq")})
+    rope, gated = position == "rope", mlp in ("swiglu", "geglu", "relu2")
+    # Two norms a block and the last; of q and k where no rotation takes their norm along.
+    norms = 5 * (norm == "rmsnorm") + 4 * (qk_norm and not rope)
+    for way in ("fwd", "bwd"):
+        each = {"rms_norm": norms, "rope": 2 * rope, "swiglu": 2 * gated}
+        found.update({f"_{op}_{way}_kernel": n for op, n in each.items() if n})
+    return found
+
+
 def alike(ours: dict[str, Tensor], theirs: dict[str, Tensor], share: float) -> None:
     """Each tensor's rms difference is at most `share` of its own rms (the loss: of itself)."""
     for name, y in theirs.items():
@@ -73,8 +87,9 @@ def alike(ours: dict[str, Tensor], theirs: dict[str, Tensor], share: float) -> N
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_loss_and_gradients(triton_ops, name):
+def test_loss_and_gradients(triton_ops, launches, name):
     ours = loss_and_gradients(model_of(triton_ops, **CONFIGS[name]))
+    assert launches == expected(**CONFIGS[name])
     theirs = loss_and_gradients(model_of(EAGER, **CONFIGS[name]))
     alike(ours, theirs, 2e-5)
 

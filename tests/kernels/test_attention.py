@@ -134,6 +134,23 @@ def test_one_key(device):
     assert torch.equal(attention(q[:, :1], k[:, :1], v[:, :1]), v[:, :1])
 
 
+@pytest.mark.parametrize("options", [{"T": 1}, {"T": 70, "window": 1}], ids=str)
+def test_gradients_of_one_key(device, options):
+    """dv is dy; of dq and dk, which are 0, there is only what rounding leaves of a difference:
+
+    dy.v - delta, two sums of 64 products in fp32, hence below 64 eps of their size, times k.
+    """
+    x = inputs(device, torch.float32, T=options["T"], H=1)
+    leaves = {n: t.requires_grad_() for n, t in x.items()}
+    y = attention(**leaves, window=options.get("window", 0))
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(device)
+    dq, dk, dv = torch.autograd.grad(y, list(leaves.values()), dy)
+    torch.testing.assert_close(dv, dy, rtol=1e-5, atol=0)
+    rounding = 64 * torch.finfo(torch.float32).eps * (dy * x["v"]).abs().sum(-1, keepdim=True)
+    for gradient, other in ((dq, x["k"]), (dk, x["q"])):
+        assert (gradient.abs() <= rounding * other.abs()).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["fused", "head first", "reversed", "unaligned", "transposed"])
 def test_strides(check, device, small, dtype, layout):
@@ -263,6 +280,8 @@ def test_arguments_are_checked(device):
         ("q", {"q": torch.zeros(1, 5, 4, 129)}),
         ("q", {"q": q.double()}),
         ("q", {"q": q[:, :1, :1].expand(1 << 16, 1 << 15, 1, 16)}),
+        ("q", {"q": q[:, :1, :1].expand(1 << 14, 1, 1 << 10, 16)}),  # 2^24, but 2^31 padded
+        ("q", {"q": q[:, :, :0]}),
         ("k", {"k": k.half()}),
         ("k", {"k": k.repeat(1, 1, 2, 1)[:, :, :3]}),
         ("v", {"v": v[:, :, :1]}),

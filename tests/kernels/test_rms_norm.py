@@ -55,7 +55,7 @@ def test_values_and_gradients(check, device, op, N, C, dtype):
 @pytest.mark.parametrize("op", [rms_norm, add_rms_norm], ids=lambda op: op.__name__)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strides(check, device, op, dtype):
-    """A slice of columns, a slice of rows, a transposed tensor, an expanded one."""
+    """A slice of columns, a slice of rows, a transposed tensor, an expanded one; weights apart."""
     for change in (
         lambda x: x[..., :64],
         lambda x: x[::2, :, 32:],
@@ -65,7 +65,8 @@ def test_strides(check, device, op, dtype):
         given_ = inputs(op, (6, 5, 96), dtype, device)
         w = given_.pop("w")
         changed = {name: change(x) for name, x in given_.items()}
-        check(op, changed | {"w": w[: changed["x"].shape[-1]]})
+        apart = torch.stack((w, -w), 1)[: changed["x"].shape[-1], 0]
+        check(op, changed | {"w": apart})
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -48,13 +48,17 @@ def test_head_widths(check, device, dtype, D):
 
 
 def test_strides_and_angles(check, device):
-    """Heads before time, time in steps, rows of a batch with angles of their own, in bf16."""
+    """Heads before time, time in steps, rows of a batch with angles of their own, in bf16; sines
+    that lie in memory otherwise than cosines; weights with gaps."""
     given_, turned = inputs(device)
     q, k = given_["q"], given_["k"]
     other = {n: x.flip(0).bfloat16() for n, x in turned.items()}
     each = {n: torch.stack((turned[n].bfloat16(), other[n])) for n in turned}
     check(rope, {**given_, "q": q.transpose(1, 2).contiguous().transpose(1, 2)}, **each)
     check(rope, {**given_, "k": k.transpose(2, 3).contiguous().transpose(2, 3)}, **turned)
+    check(rope, given_, **{**turned, "sin": turned["sin"].t().contiguous().t()})
+    gaps = {n: torch.stack((given_[n], given_[n] + 1), 1)[:, 0] for n in ("q_weight", "k_weight")}
+    check(rope, {**given_, **gaps}, **turned)
     half = {n: x[::2] for n, x in turned.items()}
     check(rope, {**given_, "q": q[:, ::2], "k": k[:, ::2]}, **half)
     check(rope, given_, **{n: x.repeat(2, 1, 1).transpose(1, 2).contiguous().transpose(1, 2)
@@ -126,6 +130,18 @@ def test_into_a_cache(compare, device, launches, dtype, positions, norm):
     assert launches == {"_rope_fwd_kernel": 1}
 
 
+def test_strides_into_a_cache(device):
+    """Sines that lie in memory otherwise than cosines, weights with gaps: the same bits."""
+    given_, cache_k, cache_v = decoding(device)
+    gaps = {n: torch.stack((given_[n], given_[n] + 1), 1)[:, 0] for n in ("q_weight", "k_weight")}
+    found = []
+    for change in ({}, {"sin": given_["sin"].t().contiguous().t(), **gaps}):
+        caches = {"cache_k": cache_k.clone(), "cache_v": cache_v.clone()}
+        q = rope_cache.rope_cache(**{**given_, **change}, **caches, positions=4)
+        found.append([q, *caches.values()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_a_cache_of_another_dtype(device):
     given_, cache_k, cache_v = decoding(device, torch.float32, torch.bfloat16)
     caches = {"cache_k": cache_k.clone(), "cache_v": cache_v.clone()}
@@ -157,12 +173,42 @@ def test_a_broken_copy_is_seen(broken, check, device, monkeypatch, old, new):
         check(rope, given_, **turned)
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("at += first_position", "at += 0"),
+        ("at += tl.load(positions_ptr + b,", "at += tl.load(positions_ptr + b * 0,"),
+        ("& (at >= 0) & (at < S)", "& (at >= 0) & (at < S - 18)"),
+        ("_store_halves(v_out_ptr, v1, v2, v_rows", "_store_halves(v_out_ptr, v2, v1, v_rows"),
+        ("v_rows = b * v_stride_b + t * v_stride_t", "v_rows = b * v_stride_b + at * v_stride_t"),
+        ("+ at * v_out_stride_t", "+ t * v_out_stride_t"),
+    ],
+)
+def test_a_broken_copy_is_seen_in_the_cache(broken, device, monkeypatch, old, new):
+    copy = broken(_rope_kernels, old, new)
+    monkeypatch.setattr(rope_cache, "_rope_fwd_kernel", copy._rope_fwd_kernel)
+    given_, cache_k, cache_v = decoding(device)
+    wrong = 0
+    for positions in (5, torch.tensor([0, 2], device=device)):
+        found = []
+        for op in (rope_cache.rope_cache, reference.rope_cache):
+            caches = {"cache_k": cache_k.clone(), "cache_v": cache_v.clone()}
+            found.append([op(**given_, **caches, positions=positions), *caches.values()])
+        wrong += any(not torch.allclose(a, b, atol=1e-5) for a, b in zip(*found, strict=True))
+    assert wrong
+
+
 def test_opcheck(device):
     given_, turned = inputs(device, B=1, T=5, H=2, G=1, D=16)
     leaves = {n: x.clone().requires_grad_() for n, x in given_.items()}
     q, k, weights = leaves["q"], leaves["k"], (leaves["q_weight"], leaves["k_weight"])
     torch.library.opcheck(room._rope, (q, k, *turned.values(), *weights, 1e-6))
     torch.library.opcheck(room._rope, (q, k, *turned.values(), None, None, 1e-6))
+    dy = [torch.ones_like(x.detach()) for x in (q, k)]
+    rows = [x.detach() for x in (q, k)]
+    for some in ((*rows, *turned.values(), *(w.detach() for w in weights)),
+                 (None, None, *turned.values(), None, None)):  # fmt: skip
+        torch.library.opcheck(room._rope_bwd, (*dy, *some, 1e-6))
     more, cache_k, cache_v = decoding(device)
     order = ("q", "k", "v", "cos", "sin")
     arguments = (*(more[n].clone() for n in order), cache_k.clone(), cache_v.clone())
@@ -186,7 +232,7 @@ def test_compiles_as_one_graph(device):
         ({"q": (2, 37, 6, 31)}, "q: .*D even"),
         ({"k": (2, 36, 2, 32)}, r"k: shape \(2, 36, 2, 32\), expected \(2, 37, G, 32\)"),
         ({"cos": (36, 16), "sin": (36, 16)}, r"cos: .*expected \(37, 16\) or \(2, 37, 16\)"),
-        ({"sin": (37, 15)}, "sin: "),
+        ({"sin": (37, 15)}, "sin: .*expected cos's"),
         ({"q_weight": (16,)}, "q_weight: "),
         ({"k_weight": None}, "one is None, expected both or neither"),
     ],
@@ -201,7 +247,11 @@ def test_wrong_arguments(device, change, message):
 
 def test_wrong_positions(device):
     given_, cache_k, cache_v = decoding(device)
-    for positions, message in ((18, "expected 0 to 17"), (torch.zeros(3), r"expected \(2,\)")):
+    for positions, message in (
+        (18, "expected 0 to 17"),
+        (torch.zeros(3, dtype=torch.int64), r"expected \(2,\)"),
+        (torch.zeros(2), "torch.float32, expected .* of int32 or int64"),
+    ):
         with pytest.raises(ValueError, match=f"positions: .*{message}"):
             rope_cache.rope_cache(**given_, cache_k=cache_k, cache_v=cache_v, positions=positions)
 

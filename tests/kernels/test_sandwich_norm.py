@@ -45,7 +45,7 @@ def test_values_and_gradients(check, device, N, C, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strides(check, device, dtype):
-    """A slice of columns, a slice of rows, a transposed tensor, an expanded one."""
+    """A slice of columns, a slice of rows, a transposed tensor, an expanded one; weights apart."""
     for change in (
         lambda x: x[..., :64],
         lambda x: x[::2, :, 32:],
@@ -54,7 +54,7 @@ def test_strides(check, device, dtype):
     ):
         x, residual, *weights = inputs((6, 5, 96), dtype, device).values()
         x, residual = change(x), change(residual)
-        w_post, w_pre = (w[: x.shape[-1]] for w in weights)
+        w_post, w_pre = (torch.stack((w, -w), 1)[: x.shape[-1], 0] for w in weights)
         check(sandwich_norm, {"x": x, "residual": residual, "w_post": w_post, "w_pre": w_pre})
 
 
