@@ -30,10 +30,10 @@ from minillm.kernels._attention_blocks import (
     padded,
     readable,
     store_block,
-    tanh,
     tma_reads,
 )
 from minillm.kernels._launch import launch, tile
+from minillm.kernels._tanh import tanh
 
 
 @triton.jit(do_not_specialize=["T"])

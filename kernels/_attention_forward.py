@@ -19,10 +19,10 @@ from minillm.kernels._attention_blocks import (
     options,
     readable,
     store_block,
-    tanh,
     tma_reads,
 )
 from minillm.kernels._launch import launch
+from minillm.kernels._tanh import tanh
 
 
 @triton.jit(do_not_specialize=["T", "window"])

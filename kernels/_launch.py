@@ -17,6 +17,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from minillm.kernels._interpreter import cure
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # what every kernel takes
 TILES = Path(__file__).resolve().parent / "tiles"
 
 

@@ -4,14 +4,12 @@ A program takes a block of tokens and some heads of q or of k, so that angles ar
 several heads. While decoding the same kernel writes keys and values where they belong in the cache.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from minillm.kernels._launch import tile
+from minillm.kernels._launch import DTYPES, tile
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDEST = 256  # columns of a head: what the tables of tiles end with
 
 

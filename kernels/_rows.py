@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+from minillm.kernels._launch import DTYPES
+
 WIDEST = 16384  # columns: what the tables of tiles end with
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from minillm.kernels._attention_backward import backward
 from minillm.kernels._attention_blocks import Rule, padded
 from minillm.kernels._attention_forward import forward
+from minillm.kernels._launch import DTYPES
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDEST = 128  # columns of a head: what the tables of tiles end with
 
 

@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minillm.kernels._attention_blocks import Rule, bias, load_block, tanh
-from minillm.kernels._launch import launch, tile
+from minillm.kernels._attention_blocks import Rule, bias, load_block, readable
+from minillm.kernels._launch import DTYPES, launch, tile
+from minillm.kernels._tanh import tanh
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32, torch.int16)
 WIDEST = 128  # columns of a head: what the tables of tiles end with
 MOST = 128  # splits: likewise
@@ -149,7 +149,7 @@ def _decode_attention(
     y = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
     if not y.numel():
         return y
-    q, k, v = map(_readable, (q, k, v))
+    q, k, v = map(readable, (q, k, v))
     table = "fp32" if q.dtype == torch.float32 else "many" if T * H // G > FEW else ""
     options = tile("decode_attention", "split", D, table)
     programs = triton.cdiv(T * H // G, options["BLOCK_M"]) * B * G
@@ -181,15 +181,6 @@ def _decode_attention(
 @_decode_attention.register_fake
 def _(q, k, v, lengths, slopes, scale, window, softcap):
     return q.new_empty(q.shape)
-
-
-def _readable(x: Tensor) -> Tensor:
-    """x (B, T, H, D), or a copy if its heads are not contiguous or its rows too far apart.
-
-    Offsets inside a block of keys are int32.
-    """
-    near = x.stride(1) * WIDEST < 1 << 31
-    return x if x.stride(3) == 1 and near else x.contiguous()
 
 
 def decode_attention(

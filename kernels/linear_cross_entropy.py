@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minillm.kernels._launch import launch, tile
+from minillm.kernels._launch import DTYPES, launch, tile
+from minillm.kernels._tanh import tanh
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CHUNK = 1 << 27  # logits alive at a time: 512 MiB in fp32, and half of that their bf16 gradients
 # But at least so many rows: each chunk passes over the fp32 dw once, and its dx, (rows, C), is to
 # have tiles enough for all multiprocessors.
@@ -27,23 +27,8 @@ ALIGNMENT = 16  # rows of a chunk start at multiples of so many numbers, whateve
 
 
 @triton.jit
-def _tanh(x):
-    """tanh(x), to two units in the last place.
-
-    The polynomial near zero, where the other formula cancels, is that of tanhf in Cephes
-    (S. Moshier, 1989), as are its coefficients.
-    """
-    y = x * x
-    near = -5.70498872745e-3 * y + 2.06390887954e-2
-    near = (near * y - 5.37397155531e-2) * y + 1.33314422036e-1
-    near = (near * y - 3.33332819422e-1) * y * x + x
-    far = 1 - 2 / (tl.exp(2 * tl.abs(x)) + 1)
-    return tl.where(y < 0.390625, near, tl.where(x < 0, -far, far))  # 0.625^2
-
-
-@triton.jit
 def _cap(x, softcap, CAPPED: tl.constexpr):
-    return softcap * _tanh(x / softcap) if CAPPED else x
+    return softcap * tanh(x / softcap, True) if CAPPED else x
 
 
 @triton.jit

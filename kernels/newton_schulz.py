@@ -13,10 +13,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from minillm.kernels._launch import has_tma, launch, tile
+from minillm.kernels._launch import DTYPES, has_tma, launch, tile
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # a, b, c
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @triton.jit

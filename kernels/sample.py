@@ -12,9 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minillm.kernels._launch import launch, tile
+from minillm.kernels._launch import DTYPES, launch, tile
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDEST = 262144  # tokens: what the table of tiles ends with, and fp32 counts exactly to 2^24
 
 

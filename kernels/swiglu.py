@@ -11,9 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minillm.kernels._launch import launch, tile
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+from minillm.kernels._launch import DTYPES, launch, tile
 
 
 @triton.jit

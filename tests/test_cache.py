@@ -1,4 +1,4 @@
-"""The cache says where a row's next entry stands; that it holds the right ones, test_generate.py."""
+"""Where a row's next entry stands in the cache; test_generate.py shows that the right ones do."""
 
 import pytest
 import torch

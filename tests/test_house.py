@@ -12,14 +12,14 @@ import pytest
 FLOORS = {
     0: "__init__ errors presets schedule cache meter positions kernels scripts "
     "kernels/reference_optim kernels/reference_sampling kernels/eager_optim kernels/eager_sampling "
-    "kernels/_interpreter kernels/_rows",
+    "kernels/_interpreter kernels/_tanh",
     1: "kernels/reference kernels/_launch cli world bpe storage documents",
-    2: "kernels/eager kernels/adamw kernels/newton_schulz kernels/sandwich_norm kernels/swiglu "
+    2: "kernels/eager kernels/adamw kernels/newton_schulz kernels/swiglu kernels/_rows "
     "kernels/linear_cross_entropy kernels/sample "
     "kernels/_rope_kernels kernels/_attention_blocks",
-    3: "kernels/rms_norm kernels/rope_cache kernels/_attention_forward kernels/_attention_backward "
-    "kernels/decode_attention",
-    4: "kernels/rope kernels/attention",
+    3: "kernels/sandwich_norm kernels/rope_cache kernels/_attention_forward "
+    "kernels/_attention_backward kernels/decode_attention",
+    4: "kernels/rms_norm kernels/rope kernels/attention",
     5: "config ops tokenizer split",
     6: "model runs settings optim shards encoding stream",
     7: "configure checkpoint data corpus evaluate generate microbatch",
