@@ -12,7 +12,7 @@ from triton import knobs
 
 from minillm.profiling import sass, ttir
 from minillm.profiling.bound import bound
-from minillm.profiling.cases import NARROW, STREAMING, Case
+from minillm.profiling.cases import STREAMING, Case
 from minillm.profiling.dry import Build, dry_gpu
 from minillm.profiling.occupancy import ARCHS, ctas_per_sm, occupancy
 
@@ -183,7 +183,7 @@ def _row(build: Build, case: Case) -> Row:
         "wants_tensor_core": bool(products & ttir.HALVES or products and not exact),
         "plain_products": ttir.plain_products(asm["ttgir"]),
         "wants_exact": exact and bool(products),
-        "wants_loads_128": 0 if build.name in NARROW else ttir.wide_loads(asm["ttir"], 32 * warps),
+        "wants_loads_128": ttir.wide_loads(asm["ttir"], 32 * warps),
         "streams": streams,
         "compile_s": round(build.seconds, 2),
         "hash": options.hash,

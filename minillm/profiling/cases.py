@@ -21,8 +21,6 @@ SAMPLING = ("top_k", "top_p", "min_p")
 
 # Kernels whose data come from memory at large though they multiply: keys are read once a token.
 STREAMING = ("_decode_attention",)
-# Kernels whose loads may be narrower than 128 bits, and why.
-NARROW: dict[str, str] = {}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Suite `decode`: new tokens a second, all rows of a batch counted, at some lengths of context.
 
 A row has implementation, batch, context, tokens_per_s, spread (of them), note. The time is the
-wall's, from one drawn token to the next, as `generate` does it: launches are most of it at batch 1.
+wall's, launches and all, from one drawn token to the next, each drawn at the same context. Of what
+`generate` does, the log-probabilities and its lists of tokens are not in it.
 """
 
 import time
@@ -18,7 +19,7 @@ from minillm.profiling.machine import DTYPES
 from minillm.profiling.operations import Effort, Row
 from minillm.profiling.timing import LEAST, MOST, middle
 
-NOT_COMPILED = "not compiled: the cache's length, and with it every shape, differs for each token"
+NOT_COMPILED = "not measured compiled: `generate` meets keys of another length with each token"
 
 
 def cells(kind: str, quick: bool) -> list[tuple[int, int]]:
@@ -31,7 +32,7 @@ def cells(kind: str, quick: bool) -> list[tuple[int, int]]:
 
 
 def shape(kind: str, longest: int) -> ModelConfig:
-    """The model that decodes: 124M parameters on a GPU, four queries to a key; small on a CPU."""
+    """The model that decodes: 152M parameters on a GPU, four queries to a key; small on a CPU."""
     if kind == "cuda":
         return ModelConfig(
             vocab_size=50304, seq_len=longest, n_layer=12, n_head=12, n_kv_head=3, d_model=768,

@@ -3,7 +3,8 @@
 eager       the table EAGER, what the model calls without Triton
 compile     torch.compile of it; where it is written around the compiler, of plain PyTorch
 flash, cudnn, efficient    the back ends of scaled_dot_product_attention, by name
-vendor      the one kernel that PyTorch or the GPU's maker has for it, called most directly
+vendor      PyTorch's own kernels for it, called most directly, where eager does not do just that,
+            as it does for rms_norm: adamw's fused one; a matrix product and a cross-entropy
 triton      ours
 """
 
@@ -14,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.optim.adamw import adamw as torch_adamw
 
 from minillm.errors import UnavailableError, one_line
 from minillm.kernels import reference
@@ -27,6 +27,7 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 NEEDS_GPU = "needs a GPU"
+UNKNOWN_TO_SDPA = {"W": "window", "docs": "documents", "cap": "soft-cap"}
 
 Absent = str  # why an implementation is not there
 
@@ -45,9 +46,17 @@ def implementations(
     plain = COMPILED.get(op, getattr(EAGER, op))
     found["compile"] = torch.compile(plain, dynamic=False) if compiled else "not with --quick"
     if op in ("attention", "decode_attention"):
+        lacking = [words for size, words in UNKNOWN_TO_SDPA.items() if size in problem.sizes]
+        causal = op == "attention"
         for name, backend in BACKENDS.items():
-            there = on_gpu or name == "flash"
-            found[name] = partial(VENDOR[op], backend=backend) if there else NEEDS_GPU
+            if lacking:
+                found[name] = f"scaled_dot_product_attention has no {' and no '.join(lacking)}"
+            elif on_gpu or name == "flash":
+                found[name] = partial(_attention, backend=backend, causal=causal)
+            else:
+                found[name] = NEEDS_GPU
+    elif op == "adamw":
+        found["vendor"] = FusedAdamW()
     elif op in VENDOR:
         found["vendor"] = VENDOR[op]
     found["triton"] = triton if isinstance(triton, Absent) else getattr(triton, op)
@@ -73,43 +82,42 @@ def said(error: BaseException) -> str:
     return one_line(f"{type(error).__name__}: {first}" if first else type(error).__name__, 160)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, *, backend: SDPBackend) -> Tensor:
-    heads = (x.transpose(1, 2) for x in (q, k, v))
-    with sdpa_kernel(backend):
-        return F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2)
-
-
-def _decode_attention(q: Tensor, k: Tensor, v: Tensor, *, backend: SDPBackend) -> Tensor:
+def _attention(q: Tensor, k: Tensor, v: Tensor, *, backend: SDPBackend, causal: bool) -> Tensor:
     heads = (x.transpose(1, 2) for x in (q, k, v))
     grouped = q.shape[2] != k.shape[2]
     with sdpa_kernel(backend):
-        return F.scaled_dot_product_attention(*heads, enable_gqa=grouped).transpose(1, 2)
-
-
-def _rms_norm(x: Tensor, w: Tensor) -> Tensor:
-    return F.rms_norm(x, (x.shape[-1],), w.to(x.dtype), 1e-6)
+        y = F.scaled_dot_product_attention(*heads, is_causal=causal, enable_gqa=grouped)
+    return y.transpose(1, 2)
 
 
 def _cross_entropy(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(x, w).float(), targets)
 
 
-def _adamw(params, grads, exp_avgs, exp_avg_sqs, step, *, lr, weight_decay) -> None:
-    steps = [torch.full((), step - 1.0, device=p.device) for p in params]
-    grads = [g.to(p.dtype) for g, p in zip(grads, params, strict=True)]
-    torch_adamw(
-        params, grads, exp_avgs, exp_avg_sqs, [], steps, fused=True, amsgrad=False, beta1=0.9,
-        beta2=0.95, lr=lr[0], weight_decay=weight_decay[0], eps=1e-8, maximize=False,
-    )  # fmt: skip
+class FusedAdamW:
+    """PyTorch's fused kernel and nothing else in each call but the first with some gradients.
+
+    That one makes what the kernel wants besides: counters of steps, and gradients in fp32.
+    """
+
+    def __init__(self) -> None:
+        self.given: list[Tensor] | None = None
+        self.grads: list[Tensor] = []
+        self.steps: list[Tensor] = []
+
+    def __call__(self, params, grads, exp_avgs, exp_avg_sqs, step, *, lr, weight_decay) -> None:
+        """As reference.adamw, of one rate and one decay."""
+        if self.given is not grads:
+            self.given = grads
+            self.grads = [g.to(p.dtype) for g, p in zip(grads, params, strict=True)]
+            self.steps = [torch.full((), float(step), device=p.device) for p in params]
+        torch._fused_adamw_(
+            params, self.grads, exp_avgs, exp_avg_sqs, [], self.steps, amsgrad=False, beta1=0.9,
+            beta2=0.95, lr=lr[0], weight_decay=weight_decay[0], eps=1e-8, maximize=False,
+        )  # fmt: skip
 
 
-VENDOR: dict[str, Callable] = {
-    "attention": _attention,
-    "decode_attention": _decode_attention,
-    "rms_norm": _rms_norm,
-    "linear_cross_entropy": _cross_entropy,
-    "adamw": _adamw,
-}
+VENDOR: dict[str, Callable] = {"linear_cross_entropy": _cross_entropy}  # and FusedAdamW
 COMPILED: dict[str, Callable] = {
     "linear_cross_entropy": _cross_entropy,
     "adamw": reference.adamw,

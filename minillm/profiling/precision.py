@@ -44,7 +44,8 @@ def truth(problem: Problem, data: Data, function: Callable | None = None) -> Res
         function = _in_chunks
     function = function or getattr(reference, problem.op)
     leaves = {n: data.part(x) for n, x in data.leaves.items()}
-    part = replace(data, leaves=leaves, dy=[data.part(x) for x in data.dy])
+    others = {n: data.part(x) if isinstance(x, Tensor) else x for n, x in data.others.items()}
+    part = replace(data, leaves=leaves, others=others, dy=[data.part(x) for x in data.dy])
     return results(function, part, _wide)
 
 

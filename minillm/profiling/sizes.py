@@ -84,9 +84,15 @@ def _dtype(op: str, dtype: str) -> str:
 
 
 def _attention_on_gpu() -> list[dict[str, int]]:
-    """{D64, D128} x {1k ... 16k} at equally many tokens and at equal width."""
+    """{D64, D128} x {1k ... 16k} at equally many tokens and at equal width, and some with options.
+
+    These are: four queries to a key, a window, packed documents, a soft-cap.
+    """
     lengths = [1024 << i for i in range(5)]
-    return [{"B": TOKENS // T, "T": T, "H": WIDTH // D, "D": D} for D in (64, 128) for T in lengths]
+    shapes = [(T, D) for D in (64, 128) for T in lengths]
+    plain = [{"B": TOKENS // T, "T": T, "H": WIDTH // D, "D": D} for T, D in shapes]
+    some, long = ({"B": TOKENS // T, "T": T, "H": 16, "D": 128} for T in (4096, TOKENS))
+    return [*plain, {**some, "G": 4}, {**long, "W": 1024}, {**long, "docs": 8}, {**some, "cap": 30}]
 
 
 def _smaller(size: dict[str, int]) -> dict[str, int]:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 LEAST, MOST = 5, 200  # runs of a trial
-CLOCK_HZ = 2e9  # of a GPU, at most: by it the stream is held while the host launches
+CLOCK_HZ = 3e9  # of a GPU, at most: by it the stream is held while the host launches
+WARM_S = 0.025  # of runs before those that count, until the clocks are up
 
 
 @dataclass(frozen=True)
@@ -69,23 +70,30 @@ def on_cpu(
     return [summary(times) for times in taken]
 
 
-def on_gpu(trial: Trial, seconds: float, device: torch.device, cold: bool = True) -> Timing:
-    """Device time of a trial, as often as fits into `seconds`.
+def on_gpu(
+    trial: Trial,
+    seconds: float,
+    device: torch.device,
+    now: Callable[[], float] = time.perf_counter,
+) -> Timing:
+    """Device time of a trial, warmed up, as often as it fits into `seconds` without the flushes.
 
-    cold: before each run twice the level-2 cache is written over, so that inputs come from memory,
-    as they do in a model; no matter where they are far larger than it.
-    Before each run the stream is held until the host has launched all of it; else short kernels
+    Before each run the level-2 cache is flushed, so that inputs come from memory, as they do in a
+    model. Then the stream is held until the host has launched all of the run; else short kernels
     would be timed by how fast Python is.
+    Trials are timed one after another, not in turn: a GPU is taken to be without a neighbour.
     """
     with torch.cuda.device(device):
-        cache = torch.cuda.get_device_properties(device).L2_cache_size
-        other = torch.empty(2 * cache if cold else 1, dtype=torch.int8, device=device)
-        host_s, whole_s = _launch_seconds(trial, device)
+        size = 2 * torch.cuda.get_device_properties(device).L2_cache_size // 4
+        written, read = (torch.zeros(size, dtype=torch.float32, device=device) for _ in range(2))
+        host_s, whole_s = _warm_up(trial, device, now)
         hold = int(CLOCK_HZ * (1.5 * host_s + 20e-6))
         events = []
         for _ in range(min(MOST, max(LEAST, int(seconds / whole_s)))):
             given = trial.prepare()
-            other.zero_()
+            # Read last: lines left written would be taken to memory at the cost of the run.
+            written.zero_()
+            read.sum()
             torch.cuda._sleep(hold)
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
@@ -96,17 +104,22 @@ def on_gpu(trial: Trial, seconds: float, device: torch.device, cold: bool = True
         return summary([start.elapsed_time(end) / 1e3 for start, end in events])
 
 
-def _launch_seconds(trial: Trial, device: torch.device) -> tuple[float, float]:
-    """How long the host takes to launch a run, and until the run is done; the best of three."""
+def _warm_up(trial: Trial, device: torch.device, now: Callable[[], float]) -> tuple[float, float]:
+    """Run for WARM_S, but three times at least, and once before, which may compile.
+
+    Returns how long the host takes to launch a run, and until the run is done; medians.
+    """
     trial.once()
-    found = []
-    for _ in range(3):
-        begin = time.perf_counter()
+    torch.cuda.synchronize(device)
+    host, whole = [], []
+    warm = now() + WARM_S
+    while len(host) < 3 or now() < warm:
+        begin = now()
         given = trial.prepare()
         torch.cuda.synchronize(device)
-        start = time.perf_counter()
+        start = now()
         trial.run(given)
-        launched = time.perf_counter()
+        host.append(now() - start)
         torch.cuda.synchronize(device)
-        found.append((launched - start, time.perf_counter() - begin))
-    return min(host for host, _ in found), min(whole for _, whole in found)
+        whole.append(now() - begin)
+    return statistics.median(host), statistics.median(whole)

@@ -1,12 +1,15 @@
 """What is measured: the problems of each operation, their data, their useful FLOPs and bytes.
 
-Counted are the FLOPs that the maths needs (causal attention half the square, its backward pass 2.5
-times its forward) and the bytes that must move if each input is read and each output written once;
-of decoding, the keys and values. What an implementation does beyond that is its own loss.
+Counted are the FLOPs that the maths needs (of attention the pairs seen, its backward pass 2.5 times
+its forward; of a symmetric product one half) and the bytes that must move if each large input is
+read and each large output written once; of decoding, the keys and values. Both ways of attention
+are the sum of either, as the backward pass reads again what the forward pass has read. What an
+implementation does beyond that is its own loss.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,7 +27,11 @@ NORMS = ("w_post", "w_pre")
 
 @dataclass(frozen=True)
 class Problem:
-    """One operation at one size: sizes as {"N": 16384, "C": 2048}, dtype "fp32", "fp16", "bf16"."""
+    """One operation at one size: sizes as {"N": 16384, "C": 2048}, dtype "fp32", "fp16", "bf16".
+
+    Of attention some sizes may be missing: "G", H if so; "W", the window; "docs", the documents in
+    each row, see `document_lengths`; "cap", the soft-cap.
+    """
 
     op: str
     sizes: dict[str, int]
@@ -60,7 +67,7 @@ class Data:
     """The arguments of an operation: tensors that want a gradient, and the others.
 
     dy: a gradient for each output, where there are leaves.
-    part: of leaves, results and gradients alike, what the truth is computed for where all of it
+    part: of tensors, results and gradients alike, what the truth is computed for where all of it
     would take too much memory in fp64; it must not depend on the rest.
     """
 
@@ -71,7 +78,7 @@ class Data:
 
 
 DIRECTIONS = {
-    "attention": (FORWARD, BACKWARD),
+    "attention": (FORWARD, BACKWARD, BOTH),
     "rms_norm": (FORWARD, BACKWARD),
     "add_rms_norm": (FORWARD, BACKWARD),
     "sandwich_norm": (FORWARD, BACKWARD),
@@ -81,9 +88,26 @@ DIRECTIONS = {
 }
 
 
+def document_lengths(T: int, n: int) -> list[int]:
+    """Of n documents that fill a row of T tokens, the lengths: as 1 to 2 to 3 ... to n."""
+    ends = [T * i * (i + 1) // (n * (n + 1)) for i in range(n + 1)]
+    return [end - start for start, end in pairwise(ends)]
+
+
 def _attention(s, draw, device) -> Data:
-    q, k, v, dy = (draw(s["B"], s["T"], s["H"], s["D"]) for _ in range(4))
-    return Data({"q": q, "k": k, "v": v}, {}, [dy], lambda x: x[:1, :, :1])
+    B, T, H, G = s["B"], s["T"], s["H"], s.get("G", s["H"])
+    q, k, v, dy = (draw(B, T, heads, s["D"]) for heads in (H, G, G, H))
+    options = {name: s[size] for name, size in (("window", "W"), ("softcap", "cap")) if size in s}
+    if "docs" in s:
+        lengths = torch.tensor(document_lengths(T, s["docs"]), device=device)
+        options["documents"] = torch.arange(s["docs"], device=device).repeat_interleave(lengths)
+        options["documents"] = options["documents"].repeat(B, 1)  # (B, T)
+
+    def part(x: Tensor) -> Tensor:
+        """Of the first row the first key head, and the query heads that share it."""
+        return x[:1, :, : x.shape[2] // G] if x.dim() == 4 else x[:1]
+
+    return Data({"q": q, "k": k, "v": v}, options, [dy], part)
 
 
 def _decode_attention(s, draw, device) -> Data:
@@ -112,7 +136,7 @@ def _sandwich_norm(s, draw, device) -> Data:
 
 def _rope(s, draw, device) -> Data:
     q, k, *dy = (draw(s["B"], s["T"], s[heads], s["D"]) for heads in "HGHG")
-    tables = (t.to(device, q.dtype) for t in rope_tables(s["T"], s["D"], 10000.0))
+    tables = (t.to(device) for t in rope_tables(s["T"], s["D"], 10000.0))  # fp32, as the model's
     return Data({"q": q, "k": k}, dict(zip(("cos", "sin"), tables, strict=True)), dy)
 
 
@@ -173,10 +197,14 @@ def _rows(s, numbers: tuple[int, int], flops: tuple[int, int], item: int, direct
 
 
 def _attention_cost(s, item, direction):
-    flops = 2 * s["B"] * s["H"] * s["T"] ** 2 * s["D"]
-    back = direction == BACKWARD
-    tensors = 8 if back else 4  # q k v y, and their gradients
-    return (2.5 if back else 1) * flops, tensors * s["B"] * s["T"] * s["H"] * s["D"] * item
+    pairs = 0.0  # of a query and a key that it sees; with its own key it makes half a pair
+    for n in document_lengths(s["T"], s.get("docs", 1)):
+        window = min(n, s.get("W", n))
+        pairs += n * (window - 0.5) - window * (window - 1) / 2
+    # Tensors of H and of G heads each: forward q y and k v; backward these and their gradients.
+    times, tensors = {FORWARD: (1, 2), BACKWARD: (2.5, 4), BOTH: (3.5, 6)}[direction]
+    numbers = s["B"] * s["T"] * (s["H"] + s.get("G", s["H"])) * s["D"]
+    return times * 4 * s["B"] * s["H"] * s["D"] * pairs, tensors * numbers * item
 
 
 def _rope_cost(s, item, direction):
@@ -202,7 +230,8 @@ def _adamw_cost(s, item, direction):
 
 def _newton_schulz_cost(s, item, direction):
     short, long = sorted((s["M"], s["N"]))
-    step = 4 * short**2 * long + 2 * short**3
+    # X X^T and A A are symmetric, which halves them; B X is not.
+    step = short**2 * long + short**3 + 2 * short**2 * long
     return STEPS * s["B"] * step, 2 * s["B"] * s["M"] * s["N"] * item
 
 
