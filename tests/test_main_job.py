@@ -14,6 +14,8 @@ from minillm import storage
 from minillm.data import Tokens
 from minillm.shards import Corpus, open_corpus
 
+README = Path(__file__).resolve().parents[1] / "README.md"
+
 
 def held_out_text(corpus: Corpus) -> bytes:
     """The bytes of all held-out documents, one after the other."""
@@ -21,12 +23,13 @@ def held_out_text(corpus: Corpus) -> bytes:
     return corpus.tokenizer().decode_bytes(tokens.read(0, len(tokens)).tolist())
 
 
-def run(*words: str | Path) -> subprocess.CompletedProcess:
+def run(*words: str | Path, **variables: str) -> subprocess.CompletedProcess:
     """A verb of minillm in a process of its own, with the machine's own number of threads."""
     path = os.pathsep.join(p for p in sys.path if p)
     return subprocess.run(
         [sys.executable, "-m", "minillm", *map(str, words)],
-        env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, encoding="utf-8",
+        env={**os.environ, "PYTHONPATH": path, **variables},
+        capture_output=True, text=True, encoding="utf-8",
     )  # fmt: skip
 
 
@@ -49,3 +52,23 @@ def test_half_a_minute_beats_gzip(tmp_path):
     assert sampled.stdout.startswith("def ") and len(sampled.stdout.strip()) > len("def ")
     assert not sampled.stdout.startswith("def  ")
     assert time.monotonic() - start < 180
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not README.is_file(), reason="the README is not here")
+def test_interpreted_kernels_train_as_eager_does(tmp_path):
+    """The README's command, and the same with eager kernels: losses equal within 1e-4."""
+    pytest.importorskip("triton")
+    (block,) = (b for b in README.read_text("utf-8").split("```") if "TRITON_INTERPRET=1" in b)
+    _, command = block.replace("\\\n", " ").split("train.py", 1)
+    losses = []
+    for kernels in ("triton", "eager"):
+        words = command.replace("--kernels triton", f"--kernels {kernels}").split()
+        out, cache = tmp_path / kernels, tmp_path / "cache"
+        flags = ("--out", out, "--cache-dir", cache)
+        result = run("train", *words, *flags, TRITON_INTERPRET="1")
+        assert result.returncode == 0, result.stderr
+        assert f"{kernels} kernels (asked for)" in result.stderr + result.stdout
+        rows = [json.loads(row) for row in (out / "metrics.jsonl").read_text().splitlines()]
+        losses.append([row["loss"] for row in rows if "loss" in row])
+    assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], abs=1e-4)

@@ -20,6 +20,8 @@ VALUE = {
     "audit": "registers",
 }
 ORDER = ("eager", "compile", "flash", "cudnn", "efficient", "vendor")
+RIVALS = ("flash", "cudnn", "efficient")  # whom ours is to beat in attention
+WRONG = "wrong numbers"  # how the note begins of a row whose results are no results
 
 
 def number(value: object) -> float | None:
@@ -86,9 +88,21 @@ def failure(row: Row) -> str:
     return said.strip() if isinstance(said, str) else ""
 
 
+def missing(row: Row) -> str:
+    """What stands where a speed would: "wrong", "failed" or, simply not measured, "-"."""
+    if text(row.get("note")).startswith(WRONG):
+        return "wrong"
+    return "failed" if failure(row) else "-"
+
+
 def accuracy(row: Row) -> str:
     """The relative error against float64, as 1.2e-07."""
-    x = number(row.get("error"))
+    return tiny(row.get("error"))
+
+
+def tiny(value: object) -> str:
+    """A number as 1.2e-07."""
+    x = number(value)
     return "-" if x is None else f"{x:.1e}" if x else "0"
 
 
@@ -131,9 +145,10 @@ class Line:
     higher: bool = False
 
     def measured(self, implementation: str) -> float | None:
-        """The value of one implementation, if it was measured and is positive."""
-        x = number(self.by.get(implementation, {}).get(self.value))
-        return x if x is not None and x > 0 else None
+        """The value of one implementation, if it was measured, is positive and no wrong row's."""
+        row = self.by.get(implementation, {})
+        x = number(row.get(self.value))
+        return x if x is not None and x > 0 and missing(row) != "wrong" else None
 
     def best(self, ours: bool) -> str | None:
         """The fastest implementation measured, of ours or of the others."""
@@ -150,10 +165,13 @@ class Line:
     @property
     def ratio(self) -> float | None:
         """How many times as fast as the best other implementation ours is."""
-        ours, other = self.best(ours=True), self.best(ours=False)
-        if ours is None or other is None:
+        return self.over(self.best(ours=False) or "")
+
+    def over(self, other: str) -> float | None:
+        """How many times as fast as another implementation ours is, if both were measured."""
+        a, b = self.measured(self.best(ours=True) or ""), self.measured(other)
+        if a is None or b is None:
             return None
-        a, b = self.measured(ours) or 1.0, self.measured(other) or 1.0
         return a / b if self.higher else b / a
 
 
@@ -215,11 +233,11 @@ def remarks(suite: str, rows: Iterable[Row]) -> list[str]:
             said = f"not measured: {said or 'no reason was recorded'}"
         if not said:
             continue
-        who = ("kernel", "op") if suite == "audit" else ("implementation",)
+        who = ("kernel", "op") if suite in ("audit", "tune") else ("implementation",)
         subject = " ".join(text(row.get(k)) for k in who if row.get(k))
         where = " ".join(
             text(row.get(k))
-            for k in ("op", "shape", "dtype", "direction", "arch", "config")
+            for k in ("op", "shape", "dtype", "direction", "arch", "config", "size", "options")
             if row.get(k) and k not in who
         )
         if suite == "decode":
@@ -254,6 +272,17 @@ SHOWN = {
         "tflops": ("TFLOP/s", short),
         "attainable_tflops": ("attainable", short),
         "percent": ("%", per_cent),
+    },
+    "tune": {
+        "op": ("op", text),
+        "kernel": ("kernel", text),
+        "size": ("size", text),
+        "options": ("tile", text),
+        "median_us": ("median us", short),
+        "error": ("error", tiny),
+        "bound_tflops": ("bound TFLOP/s", short),
+        "bound_gbps": ("bound GB/s", short),
+        "kept": ("kept", lambda kept: "kept" if kept else ""),
     },
     "audit": {
         "kernel": ("kernel", text),
