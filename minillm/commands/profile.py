@@ -1,8 +1,10 @@
 """`python -m minillm profile`: how fast, how exact and how well built the kernels are here."""
 
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,6 +15,7 @@ from minillm.errors import UnavailableError, UsageError
 from minillm.profiling import machine, report, sizes, suites, trace, tune
 
 SUITES = ("kernels", "model", "decode", "audit", "roofline")
+BY_OP = ("kernels", "audit", "roofline")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -23,11 +26,20 @@ def main(argv: Sequence[str]) -> None:
     args = _parser().parse(argv)
     device = _device(args.device)
     tuned = None if args.tune is None else tune.check(args.tune, device)
-    _check(args)
+    names = _names(args)
+    _check(args, names)
     if device.type == "cpu":
         world.set_threads(args.threads)
         say("no GPU in use: eager and compiled code is timed on the CPU; our kernels are compiled "
             "for the audit, and interpreted for their errors")  # fmt: skip
+    folder = args.out or default_folder(device)
+    found: dict[str, list[dict]] = {}
+    written: dict[Path, None] = {}  # in their order, each once
+
+    def save(name: str, rows: list[dict]) -> None:
+        found[name] = rows
+        written.update(dict.fromkeys(report.write(folder, job.about, found)))
+
     job = suites.Job(
         device=device,
         ops=tuple(dict.fromkeys(args.op or sizes.OPS)),
@@ -35,33 +47,33 @@ def main(argv: Sequence[str]) -> None:
         quick=args.quick,
         about=machine.about(device, argv),
         say=say,
+        save=save,
     )
     if args.trace:
         made = trace.write(args.trace, device, job.dtype, job.quick)
         say(f"wrote {args.trace}: {made}; open it at ui.perfetto.dev")
-    names: tuple[str, ...] = ("tune",) if tuned else ()
-    if args.suite or not (args.trace or tuned):
-        names += SUITES if args.suite == "all" else (args.suite or "kernels",)
-    found: dict[str, list[dict]] = {}
     faults: list[str] = []
     for name in names:
+        say(f"== {name}")
+        start = time.perf_counter()
         try:
             if name == "tune":
-                found[name] = tune.run(tuned, device, job.quick, say)
+                rows = tune.run(tuned, device, job.quick, say, partial(save, name))
             else:
-                found[name], faults = suites.measure(job, name, args.full)
+                rows, wrong = suites.measure(job, name, args.full)
+                faults += wrong
         except UnavailableError as e:
             if len(names) == 1:
                 raise
             say(f"no {name}: {e}")
             continue
-        print(f"\n== {name}\n{report.table(name, found[name])}", flush=True)
-        # After each suite, so that what ends the next does not take this one along.
-        folder = args.out or default_folder(device)
-        written = report.write(folder, job.about, found)
+        say(f"{name}: {time.perf_counter() - start:.0f} s")
+        save(name, rows)
+        print(f"\n== {name}\n{report.table(name, rows)}", flush=True)
         if name == "audit":
-            written.append(suites.write_audit(folder, found[name]))
-    for path in written if found else ():
+            kept = report.read(folder / report.RESULTS)["suites"][name]
+            written[suites.write_audit(folder, kept)] = None
+    for path in written:
         say(f"wrote {path}")
     for fault in faults:
         say(f"fault: {fault}")
@@ -80,16 +92,28 @@ def say(line: str) -> None:
 
 
 def _device(name: str) -> torch.device:
-    if name == "auto":  # mps has no kernels to compare with
+    if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.partition(":")[0] == "mps":
+        raise UsageError(f"--device {name}: no kernels to compare there; use --device cpu")
     return world.pick_device(name)
 
 
-def _check(args: Namespace) -> None:
+def _names(args: Namespace) -> tuple[str, ...]:
+    """The suites to run, in order; `kernels` if nothing at all is asked for."""
+    names = () if args.tune is None else ("tune",)
+    if args.suite or not (args.trace or names):
+        names += SUITES if args.suite == "all" else (args.suite or "kernels",)
+    return names
+
+
+def _check(args: Namespace, names: tuple[str, ...]) -> None:
     """Raise UsageError on what the flags cannot mean, before anything is measured."""
     for op in args.op or ():
         if op not in sizes.OPS:
             raise UsageError(f"--op {op}: not one of {', '.join(sizes.OPS)}")
+    if args.op and not set(names) & set(BY_OP):
+        raise UsageError(f"--op is of {', '.join(BY_OP)}; leave it out, or add --suite kernels")
     if args.full and args.suite not in ("audit", "all"):
         raise UsageError("--full is of the audit; add --suite audit or all")
     if args.out and args.out.exists() and not args.out.is_dir():
@@ -134,8 +158,8 @@ def _parser() -> Parser:
         "--out",
         type=Path,
         metavar="DIR",
-        help="folder for results.json, a CSV a suite and index.html; suites that it has of earlier "
-        "runs stay (without it: benchmarks/DEVICE-DATE)",
+        help="folder for results.json, a CSV a suite and index.html; suites and operations that it "
+        "has of earlier runs stay (without it: benchmarks/DEVICE-DATE)",
     )
     add("--trace", type=Path, metavar="FILE", help="write a Perfetto trace of training steps")
     add(

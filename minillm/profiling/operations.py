@@ -2,11 +2,13 @@
 
 A row has suite, op, shape, dtype, direction, implementation; median_us, spread_us; tflops and gbps,
 useful ones; percent_of_ceiling, ceiling ("compute" or "memory", whichever takes longer);
-peak_bytes, beyond the inputs, of a GPU; error against fp64, relative; note. What is not known is
-None, and then the note says why.
+peak_bytes, beyond the inputs, of a GPU; error against fp64, relative; interpreted_error, the same
+of a small problem in Triton's interpreter; note. What is not known is None, and then the note says
+why. What computes wrong numbers is not timed.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +17,12 @@ from torch import Tensor
 
 from minillm.profiling import interpreted, precision, sizes
 from minillm.profiling.implementations import Absent, implementations, our_table, said
+from minillm.profiling.pivot import WRONG
 from minillm.profiling.timing import Timing, Trial, on_cpu, on_gpu
 from minillm.profiling.workloads import BACKWARD, BOTH, Data, Problem
 
 Row = dict[str, Any]
-INTERPRETED = "needs a GPU to be timed; the error is of a small problem in Triton's interpreter"
+MOST = 0.5  # relative error, beyond which numbers are wrong whatever their dtype
 
 
 @dataclass(frozen=True)
@@ -36,19 +39,36 @@ def run(
     roofs: dict[str, float],
     effort: Effort,
     say: Callable[[str], None],
+    save: Callable[[list[Row]], None] = lambda rows: None,
 ) -> list[Row]:
-    """The rows of all problems.    roofs: see machine.ceilings.    say: is told of progress."""
+    """The rows of all problems.
+
+    roofs: see machine.ceilings.    say: is told of progress.    save: is given all rows so far
+    after each problem.
+    """
     rows: list[Row] = []
     triton = our_table(device)
     for n, problem in enumerate(problems, 1):
         say(f"{n}/{len(problems)} {problem.op} {problem.shape} {problem.dtype}")
         rows += _solve(problem, device, roofs, effort, triton)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        save(rows)
+        release(device)
     if device.type == "cpu":
         say(f"{len({p.op for p in problems})} kernels in the interpreter, for their errors")
         _interpret(rows, problems)
     return rows
+
+
+def release(device: torch.device) -> None:
+    """Give a GPU's memory back; one that has failed need not take it."""
+    if device.type == "cuda":
+        with suppress(RuntimeError):
+            torch.cuda.empty_cache()
+
+
+def wrong(error: float | None) -> bool:
+    """Whether results of this error are none; False if it is not known."""
+    return error is not None and not error <= MOST
 
 
 def _solve(problem, device, roofs, effort, triton) -> list[Row]:
@@ -71,10 +91,13 @@ def _solve(problem, device, roofs, effort, triton) -> list[Row]:
             except Exception as e:  # not there in this version, out of memory: a row says so
                 note = said(e)
         for d in problem.directions:
-            found[d, name] = _row(problem, d, name, roofs, error=errors.get(d), note=note)
+            error = errors.get(d)
+            why = WRONG if wrong(error) else note
+            found[d, name] = _row(problem, d, name, roofs, error=error, note=why)
     del true
     for direction in problem.directions:
-        trials = {name: trial_of(f, data, direction) for name, f in able.items()}
+        right = {n: f for n, f in able.items() if not wrong(found[direction, n]["error"])}
+        trials = {name: trial_of(f, data, direction) for name, f in right.items()}
         for name, result in _timed(trials, device, effort.seconds).items():
             timing, peak, note = result
             row = found[direction, name]
@@ -138,10 +161,11 @@ def _failure(trial: Trial) -> str:
 
 def peak_bytes(trial: Trial, device: torch.device) -> int:
     """What a trial holds at most beyond what was there before, what it returns counted."""
+    given = trial.prepare()
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    trial.once()
+    trial.run(given)
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
 
@@ -175,16 +199,22 @@ def _row(
         "ceiling": "compute" if compute_s > memory_s else "memory",
         "peak_bytes": peak,
         "error": error,
+        "interpreted_error": None,
         "note": note,
     }
 
 
 def _interpret(rows: list[Row], problems: Sequence[Problem]) -> None:
-    """Put the errors of our kernels, interpreted at a small size, into their rows."""
+    """Say in the rows of our kernels what their errors are, interpreted at a small size."""
     which = {p.op: sizes.small(p.op, p.dtype) for p in problems}
     for small, answer in zip(which.values(), interpreted.errors(list(which.values())), strict=True):
         for row in rows:
             if row["op"] != small.op or row["implementation"] != "triton":
                 continue
-            row["error"] = answer["errors"].get(row["direction"])
-            row["note"] = answer["note"] or INTERPRETED
+            error = row["interpreted_error"] = answer["errors"].get(row["direction"])
+            row["note"] = answer["note"]
+            if error is not None:
+                row["note"] = f"{WRONG}; " * wrong(error) + (
+                    "needs a GPU to be timed; in Triton's interpreter, "
+                    f"at {small.shape}, its error is {error:.1e}"
+                )

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from math import exp, log
 
-from minillm.profiling import pivot, plot
-from minillm.profiling.pivot import Line, Row, duration, number, per_cent, short, size, text, times
+from minillm.profiling import pivot, plot, ranks
+from minillm.profiling.pivot import RIVALS, Line, Row, number, per_cent, short, size, text, times
 from minillm.profiling.style import SCRIPT, STYLE
 
 MACHINE = ("device", "driver", "torch", "triton", "python", "commit")  # what makes runs one
@@ -21,23 +21,21 @@ def render(
     """The page, from a run's results.
 
     about, suites: as report.write takes them; any suite or value may be missing.
-    earlier: of suites that stem from another run, what that run said of its machine.
+    earlier: of suites that stem from another run, what that run said of its machine; under
+    "SUITE OP" that of one operation's rows.
     """
     earlier = earlier or {}
     known = {name: suites.get(name) or [] for name in pivot.SUITES}
     other = {name: rows for name, rows in suites.items() if name not in known and rows}
     makers = {"kernels": _kernels, "model": _model, "decode": _decode, "audit": _audit}
+    makers["tune"] = _tune
     parts = []
     for name, rows in {**known, **other}.items():
         if not rows:
             continue
-        told = earlier.get(name, about)
-        made = (
-            _roofline(rows, told.get("ceilings") or about.get("ceilings"))
-            if name == "roofline"
-            else makers.get(name, _plain)(rows)
-        )
-        parts.append(_section(name, _origin(told, about) + made))
+        roofs = earlier.get(name, about).get("ceilings") or about.get("ceilings")
+        made = _roofline(rows, roofs) if name == "roofline" else makers.get(name, _plain)(rows)
+        parts.append(_section(name, _origin(name, earlier, about) + made))
     device = text(about.get("device")) or "device unknown"
     head = (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -86,15 +84,18 @@ def _machine(about: dict) -> str:
     return f"<dl>{''.join(pairs)}</dl>"
 
 
-def _origin(told: dict, about: dict) -> str:
-    """A warning over a suite that another machine, version or commit was measured for."""
-    unlike = [key for key in MACHINE if told.get(key) != about.get(key)]
-    if not unlike:
-        return ""
-    words = ", ".join(f"{key} {text(told.get(key)) or 'unknown'}" for key in unlike)
-    when = text(told.get("date"))
-    return f'<p class="warn">From another run{escape(f" ({when})" if when else "")}: '\
-        f"{escape(words)}.</p>"  # fmt: skip
+def _origin(name: str, earlier: Mapping[str, dict], about: dict) -> str:
+    """A warning over a suite, or an op's rows, that another machine or commit was measured for."""
+    found = ""
+    for key, told in earlier.items():
+        suite, _, op = key.partition(" ")
+        unlike = [key for key in MACHINE if told.get(key) != about.get(key)]
+        if suite == name and unlike:
+            words = ", ".join(f"{key} {text(told.get(key)) or 'unknown'}" for key in unlike)
+            when = f" ({text(told['date'])})" if told.get("date") else ""
+            run = f"{op}: from another run{when}" if op else f"From another run{when}"
+            found += f'<p class="warn">{escape(f"{run}: {words}.")}</p>'
+    return found
 
 
 def _cell(shown: str, by: object = None, css: str = "") -> Cell:
@@ -126,10 +127,12 @@ def _table(header: Sequence[str], body: Iterable[Sequence[Cell]], css: str = "")
 
 def _ratio(line: Line) -> Cell:
     """How many times as fast as the best other one, and which that is."""
-    ratio = line.ratio
-    if ratio is None:
-        return _cell("-")
-    return _cell(f"{times(ratio)} {line.best(ours=False)}", ratio, "win" if ratio >= 1 else "lose")
+    shown, ratio, css = _times(line.ratio)
+    return _cell("-" if ratio is None else f"{shown} {line.best(ours=False)}", ratio, css)
+
+
+def _times(ratio: float | None) -> Cell:
+    return _cell(times(ratio), ratio, "" if ratio is None else "win" if ratio >= 1 else "lose")
 
 
 def _kernels(rows: Sequence[Row]) -> str:
@@ -148,7 +151,7 @@ def _kernels(rows: Sequence[Row]) -> str:
         links.append(f'<a href="#{_id("op", op)}">{escape(op)}</a>')
         parts.append(
             f'<h3 id="{_id("op", op)}">{escape(op)}</h3>{plot.legend(pivot.implementations(its))}'
-            f"{_cases(found)}{_pivoted(found, its)}"
+            f"{_cases(found)}{_pivoted(found, its)}{_against(found) if op == 'attention' else ''}"
         )
     header = ["op", "cases", "least", "mean", "most", "best % of ceiling"]
     return (
@@ -156,6 +159,17 @@ def _kernels(rows: Sequence[Row]) -> str:
         "implementation Triton's kernel is, over the cases of an op; the mean is geometric.</p>"
         f"{_table(header, summary)}<nav>{''.join(links)}</nav>{''.join(parts)}"
     )
+
+
+def _against(found: Sequence[Line]) -> str:
+    """Ours against each of the vendors', cell by cell; "" where there is nothing to compare."""
+    body = [
+        [*map(_cell, line.case[1:]), *(_times(line.over(name)) for name in RIVALS)]
+        for line in found
+        if any(map(line.over, RIVALS))
+    ]
+    table = _table(["shape", "dtype", "pass", *RIVALS], body)
+    return f"<p>Times as fast as:</p>{table}" if body else ""
 
 
 def _cases(found: Sequence[Line], shown: int = 6) -> str:
@@ -166,12 +180,14 @@ def _cases(found: Sequence[Line], shown: int = 6) -> str:
         items = []
         for name in pivot.implementations(line.by.values()):
             row, value = line.by[name], line.measured(name)
-            hint = f"{name}: {duration(value)}, spread {pivot.spread(row.get('spread_us'))} us, "
+            hint = (
+                f"{name}: {pivot.duration(value)}, spread {pivot.spread(row.get('spread_us'))} us, "
+            )
             hint += f"{pivot.speed(row)}, {per_cent(row.get('percent_of_ceiling'))} % of ceiling, "
             hint += f"peak {size(row.get('peak_bytes'))}"
-            failed = "failed" if pivot.failure(row) else "not measured"
-            items.append((name, value, duration(value, failed), hint))
-        figures.append(_figure(words, plot.bars(f"{line.case[0]} {words}", items)))
+            failed = pivot.missing(row).replace("-", "not measured")
+            items.append((name, value, pivot.duration(value, failed), hint))
+        figures.append(plot.figure(words, plot.bars(f"{line.case[0]} {words}", items)))
     first, rest = "".join(figures[:shown]), "".join(figures[shown:])
     more = f"<summary>{len(figures) - shown} more cases</summary>"
     return f'<div class="figures">{first}</div>' + (
@@ -179,14 +195,9 @@ def _cases(found: Sequence[Line], shown: int = 6) -> str:
     )
 
 
-def _figure(words: str, svg: str) -> str:
-    return f"<figure><figcaption>{escape(words)}</figcaption>{svg}</figure>"
-
-
 def _measured(line: Line, name: str) -> Cell:
     value = line.measured(name)
-    failed = "failed" if pivot.failure(line.by.get(name, {})) else "-"
-    return _cell(short(value, failed), value)
+    return _cell(short(value, pivot.missing(line.by.get(name, {}))), value)
 
 
 def _pivoted(found: Sequence[Line], rows: Sequence[Row]) -> str:
@@ -223,6 +234,12 @@ def _plain(rows: Sequence[Row], suite: str = "", css: str = "") -> str:
     return _table([title for title, _ in shown.values()] + ["error"] * wide, body, css)
 
 
+def _tune(rows: Sequence[Row]) -> str:
+    found = ranks.correlations(rows)
+    told = f"<p>{ranks.TITLE}:</p>{_plain(found)}" if found else ""
+    return told + _plain(rows, "tune", "tall")
+
+
 def _model(rows: Sequence[Row]) -> str:
     items = []
     for row in rows:
@@ -231,7 +248,7 @@ def _model(rows: Sequence[Row]) -> str:
         name = text(row.get("implementation"))
         hint = f"{name}: {words}, spread {pivot.spread(row.get('spread_ms'))} ms"
         items.append((name, value, words, hint))
-    figure = _figure("Time of a step", plot.bars("Time of a step", items))
+    figure = plot.figure("Time of a step", plot.bars("Time of a step", items))
     return (
         "<p>One training step: forward, backward, update.</p>"
         f'<div class="figures">{figure}</div>{_plain(rows, "model")}'
@@ -241,7 +258,7 @@ def _model(rows: Sequence[Row]) -> str:
 def _decode(rows: Sequence[Row]) -> str:
     names = pivot.implementations(rows)
     figures = (
-        _figure(f"batch {batch}", svg)
+        plot.figure(f"batch {batch}", svg)
         for batch, its in pivot.grouped(rows, "batch").items()
         if (svg := plot.decode(its))
     )

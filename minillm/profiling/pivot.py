@@ -22,6 +22,7 @@ VALUE = {
 ORDER = ("eager", "compile", "flash", "cudnn", "efficient", "vendor")
 RIVALS = ("flash", "cudnn", "efficient")  # whom ours is to beat in attention
 WRONG = "wrong numbers"  # how the note begins of a row whose results are no results
+SPEEDS = ("median_us", "spread_us", "tflops", "gbps", "percent_of_ceiling")
 
 
 def number(value: object) -> float | None:
@@ -97,12 +98,7 @@ def missing(row: Row) -> str:
 
 def accuracy(row: Row) -> str:
     """The relative error against float64, as 1.2e-07."""
-    return tiny(row.get("error"))
-
-
-def tiny(value: object) -> str:
-    """A number as 1.2e-07."""
-    x = number(value)
+    x = number(row.get("error"))
     return "-" if x is None else f"{x:.1e}" if x else "0"
 
 
@@ -145,10 +141,9 @@ class Line:
     higher: bool = False
 
     def measured(self, implementation: str) -> float | None:
-        """The value of one implementation, if it was measured, is positive and no wrong row's."""
-        row = self.by.get(implementation, {})
-        x = number(row.get(self.value))
-        return x if x is not None and x > 0 and missing(row) != "wrong" else None
+        """The value of one implementation, if it was measured and is positive."""
+        x = number(self.by.get(implementation, {}).get(self.value))
+        return x if x is not None and x > 0 else None
 
     def best(self, ours: bool) -> str | None:
         """The fastest implementation measured, of ours or of the others."""
@@ -181,11 +176,16 @@ def lines(
     value: str = "median_us",
     higher: bool = False,
 ) -> list[Line]:
-    """A line for each case, in the order in which they first come; of two equal rows the last."""
+    """A line for each case, in the order in which they first come; of two equal rows the last.
+
+    How fast numbers are wrong is not told.
+    """
     found: dict[tuple[str, ...], Line] = {}
     for row in rows:
         case = tuple(text(row.get(key)) for key in keys)
         line = found.setdefault(case, Line(case, {}, value, higher))
+        if missing(row) == "wrong":
+            row = {**row, **dict.fromkeys(SPEEDS)}
         line.by[text(row.get("implementation"))] = row
     return list(found.values())
 
@@ -279,7 +279,6 @@ SHOWN = {
         "size": ("size", text),
         "options": ("tile", text),
         "median_us": ("median us", short),
-        "error": ("error", tiny),
         "bound_tflops": ("bound TFLOP/s", short),
         "bound_gbps": ("bound GB/s", short),
         "kept": ("kept", lambda kept: "kept" if kept else ""),

@@ -50,6 +50,11 @@ def legend(names: Iterable[str]) -> str:
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
+def figure(words: str, svg: str) -> str:
+    """A figure under its title."""
+    return f"<figure><figcaption>{escape(words)}</figcaption>{svg}</figure>"
+
+
 def _svg(css: str, width: float, height: float, label: str, parts: Iterable[str]) -> str:
     return (
         f'<svg class="{css}" viewBox="0 0 {width:g} {height:g}" role="img" '

@@ -10,16 +10,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minillm.profiling import page, pivot
-from minillm.profiling.pivot import Row, per_cent, short, text, times
+from minillm.profiling import page, pivot, ranks
+from minillm.profiling.pivot import RIVALS, Line, Row, number, per_cent, short, text, times
 from minillm.storage import write_durably
 
 RESULTS = "results.json"
+CASE = ("shape", "dtype", "pass")  # titles of a line's first columns
 
 # The columns of each suite's CSV, always in this order; other keys follow by the alphabet.
 COLUMNS = {
     "kernels": "suite op shape dtype direction implementation median_us spread_us tflops gbps "
-    "percent_of_ceiling ceiling peak_bytes error note",
+    "percent_of_ceiling ceiling peak_bytes error interpreted_error note",
     "model": "implementation step_ms spread_ms tokens_per_s mfu peak_bytes loss note",
     "decode": "implementation batch context tokens_per_s spread note",
     "roofline": "op shape dtype direction implementation intensity tflops attainable_tflops "
@@ -27,6 +28,8 @@ COLUMNS = {
     "audit": "kernel op config arch registers spill_bytes shared_bytes tensor_core occupancy "
     "ctas_per_sm bound_tflops bound_split_tflops bound_sum_tflops bound_gbps limit num_warps "
     "num_stages serialised loads_128 loads_narrow atomics error",
+    "tune": "op kernel size arch options median_us spread_us error bound_tflops bound_gbps kept "
+    "note",
 }
 
 
@@ -34,8 +37,9 @@ def write(folder: Path, about: dict, suites: dict[str, list[dict]]) -> list[Path
     """Write the results of a run, each file whole or not at all; the paths written.
 
     Suites that an earlier run left in the same folder, and this one did not measure (or has no
-    rows of), stay; what that run said about its machine stays with them under "earlier". A suite
-    measured again is replaced. Numbers that are not finite become null.
+    rows of), stay; what that run said about its machine stays with them under "earlier". Of a suite
+    measured again, rows of operations that this run has none of stay, before the new, and with them
+    under "earlier", as "SUITE OP", what was said. Numbers that are not finite become null.
 
     about: device, driver, torch, triton, python, commit, date, command, ceilings.
     suites: the rows by suite; the page shows kernels, model, decode, roofline, audit and, as plain
@@ -47,7 +51,7 @@ def write(folder: Path, about: dict, suites: dict[str, list[dict]]) -> list[Path
             raise ValueError(f"suites: got the name {name!r}, expected a word such as 'kernels'")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    results = _merged(_plain({"about": about, "suites": suites}), _read(folder / RESULTS))
+    results = _merged(_plain({"about": about, "suites": suites}), read(folder / RESULTS))
     files = {RESULTS: json.dumps(results, indent=1, allow_nan=False) + "\n"}
     files |= {f"{name}.csv": _csv(name, rows) for name, rows in results["suites"].items()}
     files["index.html"] = page.render(
@@ -74,8 +78,11 @@ def _plain(value: object) -> Any:
     return str(value)
 
 
-def _read(path: Path) -> dict | None:
-    """An earlier run's results; a file that is none is put aside, not written over."""
+def read(path: Path) -> dict | None:
+    """Results as written, None if there are none; a file that is none is put aside, with a warning.
+
+    about: of the last run.    suites: rows by suite.    earlier, if any: see write.
+    """
     if not path.exists():
         return None
     try:
@@ -92,16 +99,34 @@ def _read(path: Path) -> dict | None:
 
 
 def _merged(new: dict, old: dict | None) -> dict:
-    """The new results with those suites of the old that the new have no rows of."""
+    """The new results with those rows of the old whose suite or operation the new have none of."""
     if old is None:
         return new
-    kept = {s: rows for s, rows in old["suites"].items() if rows and not new["suites"].get(s)}
-    together = {**new["suites"], **kept}
+    together, earlier = {**new["suites"]}, {}
+    for suite, rows in old["suites"].items():
+        fresh = together.get(suite) or []
+        ops = {row.get("op") for row in fresh}
+        kept = [row for row in rows if not fresh or row.get("op") not in ops]
+        if kept:
+            together[suite] = [*kept, *fresh]
+            earlier |= _origins(suite, kept, old, whole=not fresh)
     order = [s for s in pivot.SUITES if s in together]
     order += sorted(s for s in together if s not in pivot.SUITES)
     merged = {"about": new["about"], "suites": {s: together[s] for s in order}}
-    earlier = {s: old.get("earlier", {}).get(s, old["about"]) for s in kept}
     return {**merged, "earlier": earlier} if earlier else merged
+
+
+def _origins(suite: str, kept: Sequence[Row], old: dict, whole: bool) -> dict[str, dict]:
+    """What was said of the runs that rows stem from: by suite if whole and of one run, else by op.
+
+    old: the results that they were found in.
+    """
+    before = old.get("earlier", {})
+    ops = dict.fromkeys(text(row.get("op")) for row in kept)
+    said = [before.get(f"{suite} {op}", before.get(suite, old["about"])) for op in ops]
+    if whole and all(one == said[0] for one in said):
+        return {suite: said[0]}
+    return {f"{suite} {op}": one for op, one in zip(ops, said, strict=True)}
 
 
 def _csv(suite: str, rows: Sequence[Row]) -> str:
@@ -121,13 +146,17 @@ def table(suite: str, rows: Sequence[dict]) -> str:
     """A suite as aligned text for a terminal, without a newline at its end.
 
     suite kernels: under each op a line for every shape, dtype and direction, a column for each
-    implementation with its median in microseconds; how many times as fast as the best other one
-    ours is; our TFLOP/s or GB/s and its per cent of the ceiling; our error and eager's. Below
-    stands what was not measured, and why.
+    implementation with its median in microseconds; the widest spread of these; how many times as
+    fast as the best other one ours is; our TFLOP/s or GB/s and its per cent of the ceiling; our
+    error and eager's. Under attention, ours against each of the vendors'. Below stands what was not
+    measured, and why.
+    suite tune: the tiles tried, and how well their static bounds told their order.
     """
     if not rows:
         return f"{suite}: nothing was measured"
-    makers: dict[str, Callable[[Sequence[dict]], str]] = {"kernels": _kernels, "decode": _decode}
+    makers: dict[str, Callable[[Sequence[dict]], str]] = {
+        "kernels": _kernels, "decode": _decode, "tune": _tune
+    }  # fmt: skip
     body = makers[suite](rows) if suite in makers else _columns(suite, rows)
     return "\n".join([body, *(f"  {said}" for said in pivot.remarks(suite, rows))])
 
@@ -148,10 +177,8 @@ def _aligned(header: Sequence[str], body: Sequence[Sequence[str]], left: int) ->
 
 
 def _value(line: pivot.Line, implementation: str) -> str:
-    """A cell of a pivoted table: the number, "failed" or "-"."""
-    row = line.by.get(implementation, {})
-    value = line.measured(implementation)
-    return short(value) if value is not None else "failed" if pivot.failure(row) else "-"
+    """A cell of a pivoted table: the number, or what stands for it."""
+    return short(line.measured(implementation), pivot.missing(line.by.get(implementation, {})))
 
 
 def _kernels(rows: Sequence[dict]) -> str:
@@ -160,17 +187,43 @@ def _kernels(rows: Sequence[dict]) -> str:
     found = []
     for op, its in pivot.grouped(rows, "op").items():
         names = pivot.implementations(its)
-        body = []
-        for line in pivot.lines(its):
+        lines, body = pivot.lines(its), []
+        for line in lines:
             rate, unit = pivot.rate(line.ours)
-            cells = [*line.case[1:], *(_value(line, name) for name in names), times(line.ratio)]
+            cells = [*_case(line), *(_value(line, name) for name in names)]
+            cells += [per_cent(_widest(line)), times(line.ratio)]
             cells += [short(rate if unit == one else None) for one in units]
             cells.append(per_cent(line.ours.get("percent_of_ceiling")))
             errors = (pivot.accuracy(r) for r in (line.ours, line.by.get("eager", {})))
             body.append([*cells, *errors])
-        header = ["shape", "dtype", "pass", *names, "vs best", *units, "%", "error", "eager's"]
-        found.append(f"{op}, median us (% of the ceiling)\n{_aligned(header, body, 3)}")
+        header = [*CASE, *names, "+-%", "vs best", *units, "%", "error", "eager's"]
+        title = "median us; +-%: the widest spread; %: ours, of the ceiling"
+        found.append(f"{op}, {title}\n{_aligned(header, body, len(CASE))}")
+        against = [line for line in lines if op == "attention" and any(map(line.over, RIVALS))]
+        if against:
+            body = [
+                [*_case(line), *(times(line.over(name)) for name in RIVALS)] for line in against
+            ]
+            found.append(f"{op}, times as fast as\n{_aligned([*CASE, *RIVALS], body, len(CASE))}")
     return "\n\n".join(found)
+
+
+def _case(line: Line) -> list[str]:
+    """Shape, dtype and direction, this as fwd, bwd, fwd+bwd."""
+    _, shape, dtype, way = line.case
+    return [shape, dtype, way.replace("forward", "fwd").replace("backward", "bwd")]
+
+
+def _widest(line: Line) -> float | None:
+    """The widest spread of a time on the line, in per cent of its median."""
+    spreads = ((number(row.get("spread_us")), line.measured(n)) for n, row in line.by.items())
+    return max((100 * s / us for s, us in spreads if s is not None and us), default=None)
+
+
+def _tune(rows: Sequence[dict]) -> str:
+    found = ranks.correlations(rows)
+    told = f"\n\n{ranks.TITLE}\n{_columns('', found)}" if found else ""
+    return _columns("tune", rows) + told
 
 
 def _decode(rows: Sequence[dict]) -> str:

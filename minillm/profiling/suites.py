@@ -1,7 +1,7 @@
 """The suites of `minillm profile`, each by its name; what they share is measured once."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -23,7 +23,11 @@ COVERED = {  # audited operations under a name of sizes.OPS
 
 @dataclass
 class Job:
-    """What is measured, and on what.    about: of the machine; the ceilings are added to it."""
+    """What is measured, and on what.
+
+    about: of the machine; the ceilings are added to it.    save: is given a suite's name and its
+    rows so far, so that what ends the run does not take them along.
+    """
 
     device: torch.device
     ops: tuple[str, ...]
@@ -31,6 +35,8 @@ class Job:
     quick: bool
     about: dict
     say: Callable[[str], None]
+    save: Callable[[str, list[Row]], None] = lambda name, rows: None
+    _kernels: list[Row] = field(default_factory=list)
 
     @property
     def effort(self) -> Effort:
@@ -47,11 +53,13 @@ class Job:
         self.about["ceilings"] = found
         return found
 
-    @cached_property
-    def kernels(self) -> list[Row]:
-        """The rows of the suite `kernels`, which `roofline` is drawn from."""
-        chosen = sizes.problems(self.ops, self.device.type, self.dtype, self.quick)
-        return operations.run(chosen, self.device, self.roofs, self.effort, self.say)
+    def kernels(self, save: Callable[[list[Row]], None]) -> list[Row]:
+        """The rows of the suite `kernels`, which `roofline` is drawn from; measured once."""
+        if not self._kernels:
+            chosen = sizes.problems(self.ops, self.device.type, self.dtype, self.quick)
+            args = chosen, self.device, self.roofs, self.effort, self.say, save
+            self._kernels = operations.run(*args)
+        return self._kernels
 
 
 def measure(job: Job, name: str, full: bool) -> tuple[list[Row], list[str]]:
@@ -60,9 +68,10 @@ def measure(job: Job, name: str, full: bool) -> tuple[list[Row], list[str]]:
     full: audit everything.    Raises UnavailableError if the suite cannot run here.
     """
     if name == "kernels":
-        return job.kernels, []
+        return job.kernels(lambda rows: job.save(name, rows)), []
     if name == "roofline":
-        return roofline.rows(job.kernels, job.roofs), []
+        rows = job.kernels(lambda rows: job.save(name, roofline.rows(rows, job.roofs)))
+        return roofline.rows(rows, job.roofs), []
     if name == "model":
         return steps.run(job.device, job.dtype, job.roofs, job.effort, job.quick, job.say), []
     if name == "decode":
@@ -71,7 +80,10 @@ def measure(job: Job, name: str, full: bool) -> tuple[list[Row], list[str]]:
 
 
 def write_audit(folder: Path, rows: list[Row]) -> Path:
-    """audit.md, for a reader: a line a kernel and architecture, and below a line a build."""
+    """audit.md, for a reader: a line a kernel and architecture, and below a line a build.
+
+    rows: all that the folder has of the audit, those of other operations that stayed as well.
+    """
     from minillm.profiling import audit
 
     path = folder / "audit.md"

@@ -2,11 +2,13 @@
 
 For each entry of this architecture's tables: every neighbour (a size doubled or halved, a stage
 more or less, a switch turned) is run through the public operation; one that fails, or whose error
-against fp64 is over 1.5 times the present tile's, is out. The fastest is the next centre, twice.
-What is kept must win once more against the tile it replaces, by 2 %. All that was tried is told.
+against fp64 is over 1.5 times the present tile's and a unit of the dtype, is out. The fastest is
+the next centre, twice. What is kept must win once more against the tile it replaces, by 2 %. All
+that was tried is told, with the static bound of its code.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,10 +18,11 @@ import torch
 
 from minillm.errors import UnavailableError, UsageError
 from minillm.kernels import reference
-from minillm.profiling import precision
+from minillm.profiling import precision, ranks
 from minillm.profiling.implementations import said
 from minillm.profiling.machine import DTYPES
-from minillm.profiling.operations import Row, trial_of
+from minillm.profiling.operations import MOST, Row, release, trial_of
+from minillm.profiling.pivot import WRONG
 from minillm.profiling.timing import on_gpu
 from minillm.profiling.workloads import BACKWARD, BOTH, FORWARD, Problem
 from minillm.storage import write_durably
@@ -114,55 +117,67 @@ def check(operations: Sequence[str], device: torch.device) -> list[str]:
 
 
 def run(
-    operations: Sequence[str], device: torch.device, quick: bool, say: Callable[[str], None]
+    operations: Sequence[str],
+    device: torch.device,
+    quick: bool,
+    say: Callable[[str], None],
+    save: Callable[[list[Row]], None] = lambda rows: None,
 ) -> list[Row]:
     """Tune the tables of some operations in place and on the disk; a row for each tile tried.
 
-    quick: one round, and only of bf16 without features.
+    quick: one round, and only of bf16 without features.    save: is given all rows so far after
+    each entry, when its table is on the disk.
     """
     from minillm.kernels import _launch
     from minillm.ops import select
 
-    table, rows = select("triton", device), []
+    table, arch, rows = select("triton", device), _launch.arch(), []
     for operation in operations:
         # The very dictionary that launches read: changed in place, it is what the next one takes.
         tables = _launch._tables(operation)
         for kernel, arches in tables.items():
             if quick and {"fp32", "capped", "many"} & set(kernel.split()):
                 continue
-            entries = arches[f"sm_{_launch.arch()}"]
+            entries = arches[f"sm_{arch}"]
             for size in entries:
                 job = job_for(operation, kernel, int(size))
                 if job is None:
                     continue
                 function = partial(getattr(table, job.problem.op), **job.extra)
-                tuned = Entry(entries, size, job, function, device)
+                bound = partial(ranks.bound_of, kernel=kernel, arch=arch)
+                tuned = Entry(entries, size, job, function, device, bound)
                 found = list(tuned.tried(1 if quick else ROUNDS))
-                where = {"op": operation, "kernel": kernel, "size": int(size)}
-                where["arch"] = f"sm_{_launch.arch()}"
+                where = {"op": operation, "kernel": kernel, "size": int(size), "arch": f"sm_{arch}"}
                 rows += [{**where, **row, "options": _words(row["options"])} for row in found]
                 say(f"{operation} {kernel} {size}: {len(found)} tiles, {tuned.verdict}")
-        write_durably(TILES / f"{operation}.json", text(tables).encode())
-        torch.cuda.empty_cache()
+                write_durably(TILES / f"{operation}.json", text(tables).encode())
+                save(rows)
+                release(device)
     return rows
 
 
 class Entry:
-    """One entry of a table while it is tuned.    verdict: what came of it, in words."""
+    """One entry of a table while it is tuned.
 
-    def __init__(self, entries: dict, size: str, job: Job, function: Callable, device) -> None:
+    bound: of launches and a tile, see ranks.    verdict: what came of it, in words.
+    """
+
+    def __init__(
+        self, entries: dict, size: str, job: Job, function: Callable, device, bound: Callable
+    ) -> None:
         self.entries, self.size, self.job, self.function = entries, size, job, function
-        self.device, self.verdict = device, "nothing could be run"
+        self.device, self.bound, self.verdict = device, bound, ""
         self.data = job.problem.data(device)
         extended = partial(getattr(reference, job.problem.op), **job.extra)
         self.true = precision.truth(job.problem, self.data, extended)
-        self.allowed = float("inf")
+        self.allowed = MOST
 
     def tried(self, rounds: int) -> Iterator[Row]:
         """Try the tiles; the rows of all of them. The entry then holds the best."""
         present = dict(self.entries[self.size])
         first = self._row(present)
         if first["median_us"] is None:
+            self.verdict = f"the present one stays unjudged: {first['note']}"
             yield {**first, "kept": True}
             return
         unit = torch.finfo(DTYPES[self.job.problem.dtype]).eps
@@ -193,14 +208,17 @@ class Entry:
 
     def _row(self, options: Options) -> Row:
         """Run with one tile, judge and time it."""
-        row = {"options": options, "median_us": None, "spread_us": None, "error": None, "note": ""}
+        row = dict.fromkeys(("median_us", "spread_us", "error", "bound_tflops", "bound_gbps"))
+        row = {"options": options, **row, "note": ""}
         held = self.entries[self.size]
         self.entries[self.size] = options
         try:
-            errors = precision.errors(self.function, self.data, self.true)
-            row["error"] = max(errors.values())
-            if not row["error"] <= self.allowed:
-                return {**row, "note": "wrong numbers"}
+            with ranks.launches() as launched:
+                errors = precision.errors(self.function, self.data, self.true)
+            row["error"] = worst(errors, self.job.problem.directions)
+            if row["error"] > self.allowed:
+                return {**row, "note": WRONG}
+            row |= self.bound(launched, options=options)
             trial = trial_of(self.function, self.data, self.job.direction)
             timing = on_gpu(trial, SECONDS, self.device)
             return {**row, "median_us": timing.median_us, "spread_us": timing.spread_us}
@@ -208,6 +226,12 @@ class Entry:
             return {**row, "note": said(e)}
         finally:
             self.entries[self.size] = held
+
+
+def worst(errors: dict[str, float], directions: Sequence[str]) -> float:
+    """The largest error; infinite if one is no number, or that of a direction is not there."""
+    found = [errors.get(direction, math.nan) for direction in directions]
+    return math.inf if any(map(math.isnan, found)) else max(found)
 
 
 def _words(options: Options) -> str:

@@ -205,6 +205,55 @@ def test_suites_accumulate_and_keep_their_origin(tmp_path):
     assert (tmp_path / "decode.csv").read_text().count("\n") == len(all_rows["decode"]) + 1
 
 
+def named(suite, *ops, n=1):
+    return {suite: [{"op": op, "implementation": f"run {n}"} for op in ops]}
+
+
+@pytest.mark.parametrize("suite", ["kernels", "roofline", "audit", "tune"])
+def test_operations_not_measured_again_stay_with_their_origin(tmp_path, suite):
+    def write(n, *ops):
+        about = {**ABOUT, "device": f"device {n}", "date": f"day {n}"}
+        report.write(tmp_path, about, named(suite, *ops, n=n))
+        read = json.loads((tmp_path / "results.json").read_text())
+        found = [(row["op"], row["implementation"][-1]) for row in read["suites"][suite]]
+        return found, {key: told["date"][-1] for key, told in read.get("earlier", {}).items()}
+
+    assert write(1, "attention", "attention", "rope") == (
+        [("attention", "1"), ("attention", "1"), ("rope", "1")], {}
+    )  # fmt: skip
+    assert write(2, "rope", "rope") == (
+        [("attention", "1"), ("attention", "1"), ("rope", "2"), ("rope", "2")],
+        {f"{suite} attention": "1"},
+    )
+    html = (tmp_path / "index.html").read_text()
+    assert html.count("another run") == 1
+    assert "attention: from another run (day 1): device device 1." in html
+    assert (tmp_path / f"{suite}.csv").read_text().count("\n") == 1 + 4
+    # The same run again, as after each problem.
+    assert write(2, "rope", "rope", "adamw")[1] == {f"{suite} attention": "1"}
+    # A third run: what stays is of two.
+    assert write(3, "adamw") == (
+        [("attention", "1"), ("attention", "1"), ("rope", "2"), ("rope", "2"), ("adamw", "3")],
+        {f"{suite} attention": "1", f"{suite} rope": "2"},
+    )
+    report.write(tmp_path, ABOUT, {"model": [{"implementation": "eager"}]})
+    earlier = json.loads((tmp_path / "results.json").read_text())["earlier"]
+    assert {key: told["date"][-1] for key, told in earlier.items()} == {
+        f"{suite} attention": "1", f"{suite} rope": "2", f"{suite} adamw": "3",
+    }  # fmt: skip
+    assert write(4, "attention", "rope", "adamw") == (
+        [("attention", "4"), ("rope", "4"), ("adamw", "4")], {"model": "2"}
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("suite", ["model", "decode"])
+def test_suites_without_operations_are_replaced_whole(tmp_path, suite):
+    for n in (1, 2):
+        report.write(tmp_path, ABOUT, {suite: [{"implementation": "eager", "note": n}]})
+    read = json.loads((tmp_path / "results.json").read_text())
+    assert [row["note"] for row in read["suites"][suite]] == [2] and "earlier" not in read
+
+
 def test_a_run_of_all_suites_again_has_no_earlier_ones(tmp_path):
     report.write(tmp_path, ABOUT, suites())
     report.write(tmp_path, ABOUT, suites())
@@ -300,15 +349,17 @@ def test_equal_remarks_are_told_once():
 def test_the_kernels_table_has_a_line_for_each_case():
     told = report.table("kernels", kernels())
     blocks = [block.splitlines() for block in told.split("\n\n")]
-    assert [block[0] for block in blocks] == [
-        f"{op}, median us (% of the ceiling)" for op in EAGER_US
-    ]
+    title = "median us; +-%: the widest spread; %: ours, of the ceiling"
+    tables = [f"{op}, {title}" for op in EAGER_US]
+    tables.insert(2, "attention, times as fast as")
+    assert [block[0] for block in blocks] == tables
     norm, attention = blocks[0], blocks[1]
-    header = "shape dtype pass eager compile triton vs best GB/s %"
+    header = "shape dtype pass eager compile triton +-% vs best GB/s %"
     assert re.sub(" +", " ", norm[1]) == header
     assert "flash" in attention[1] and "cudnn" in attention[1]
     assert len(norm) == 2 + 8 and len(attention) == 2 + 8
-    assert norm[2].split() == "4x1024x512 bf16 forward 68.0 34.0 15.1 2.25x 1500 35".split()
+    # Of 0.4 us of 15.1.
+    assert norm[2].split() == "4x1024x512 bf16 fwd 68.0 34.0 15.1 2.6 2.25x 1500 35".split()
     assert attention[2].split()[-3:] == ["0.90x", "210", "35"]
     assert any("failed" in line and "1.12x" in line for line in attention)
     assert len({len(line) for line in attention[1:]}) == 1
@@ -318,6 +369,54 @@ def test_the_kernels_table_has_a_line_for_each_case():
         "  cudnn (attention 8x2048x1024 fp32 forward): not measured: RuntimeError: "
         "no engine for fp32"
     )
+
+
+def test_attention_is_compared_with_each_of_the_vendors():
+    """Case by case: 900 us by 4.5 is ours, by 4 and 5 theirs; of one case cudnn has none."""
+    block = next(b for b in report.table("kernels", kernels()).split("\n\n") if "times as" in b)
+    _, header, *lines = (line.split() for line in block.splitlines())
+    assert header == ["shape", "dtype", "pass", "flash", "cudnn"]  # efficient was not measured
+    assert lines[0] == ["4x1024x512", "bf16", "fwd", "1.12x", "0.90x"] and len(lines) == 8
+    assert ["8x2048x1024", "fp32", "fwd", "1.12x", "-"] in lines
+    both = [kernel("attention", "s", "bf16", "forward+backward", n, us) for n, us in
+            (("efficient", 30.0), ("triton", 10.0))]  # fmt: skip
+    told = report.table("kernels", both)
+    assert told.splitlines()[-1].split() == ["s", "bf16", "fwd+bwd", "3.00x"]
+    assert "times as" not in report.table("kernels", both[:1])  # as where there is no GPU
+    assert "times as" not in report.table("kernels", [{**r, "op": "rope"} for r in both])
+    html = page.render(ABOUT, {"kernels": both})
+    assert "<p>Times as fast as:</p>" in html and html.count("3.00x") == 1 + 1 + 3
+    assert "Times as" not in page.render(ABOUT, {"kernels": both[:1]})
+
+
+@pytest.mark.parametrize("name", ["triton", "flash"])
+def test_wrong_numbers_have_no_speed(name):
+    """Whether ours or another's: not the best, in no ratio, in no table."""
+    wrong = {"note": "wrong numbers", "error": math.nan, "median_us": 1.234}
+    times = {"eager": 40.0, "flash": 10.0, "triton": 20.0}
+    rows = [kernel("attention", "s", "bf16", "forward", n, us) for n, us in times.items()]
+    rows = [{**row, **wrong} if row["implementation"] == name else row for row in rows]
+    (line,) = pivot.lines(rows)
+    assert line.measured(name) is None and line.best(ours=name == "triton") in (None, "eager")
+    assert line.ratio == (None if name == "triton" else 2.0)
+    told, html = report.table("kernels", rows), page.render(ABOUT, {"kernels": rows})
+    assert " wrong " in told.splitlines()[2] and "wrong numbers" in told.splitlines()[-1]
+    assert "times as fast" not in told
+    assert ">wrong</td>" in html and ">wrong</text>" in html
+    for shown in (told, html):
+        assert "1.23" not in shown and ("210" in shown) == (name == "flash" or shown is html)
+
+
+def test_an_error_in_the_interpreter_stands_beside_no_other():
+    note = "needs a GPU to be timed; in Triton's interpreter, at T7, its error is 2.0e-03"
+    rows = [
+        kernel("rope", "T4096", "bf16", "forward", "eager", 9.0, error=4e-3),
+        kernel("rope", "T4096", "bf16", "forward", "triton", None, error=None, note=note)
+        | {"interpreted_error": 2e-3, "tflops": None, "gbps": None, "percent_of_ceiling": None},
+    ]
+    told = report.table("kernels", rows).splitlines()
+    assert told[1].split()[-1] == "eager's" and told[2].split()[-1] == "4.0e-03"
+    assert "2.0e-03" not in told[2] and told[-1].endswith(note)
 
 
 @pytest.mark.parametrize("suite", ["model", "decode", "roofline", "audit"])
@@ -373,7 +472,7 @@ def test_the_page_tells_everything(html):
     assert "CompilationError: <unknown>" in words
     read = Reader(html)
     assert len(read.all("svg", role="img")) == 3 * 8 + 1 + 2 + 1
-    assert len(read.all("table")) == (1 + 3) + 1 + 1 + 1 + 1
+    assert len(read.all("table")) == (1 + 3 + 1) + 1 + 1 + 1 + 1
 
 
 def test_hostile_words_are_escaped():
