@@ -19,7 +19,7 @@ from minillm.profiling.machine import DTYPES
 from minillm.profiling.operations import Effort, Row
 from minillm.profiling.timing import LEAST, MOST, middle
 
-NOT_COMPILED = "not measured compiled: `generate` meets keys of another length with each token"
+NOT_COMPILED = "`generate` meets keys of another length, for the compiler a shape, with each token"
 
 
 def cells(kind: str, quick: bool) -> list[tuple[int, int]]:
