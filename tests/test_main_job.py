@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 import zlib
 from pathlib import Path
 
@@ -34,11 +33,13 @@ def run(*words: str | Path, **variables: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-def test_half_a_minute_beats_gzip(tmp_path):
-    """Validation bits a byte, over every held-out byte, are fewer than gzip -9 needs."""
-    start = time.monotonic()
+def test_a_short_run_beats_gzip(tmp_path):
+    """Validation bits a byte, over every held-out byte, are fewer than gzip -9 needs.
+
+    By steps, not by time, and with one thread: a neighbour shall not decide it. Half a minute.
+    """
     out, cache = tmp_path / "run", tmp_path / "cache"
-    trained = run("train", "--time-limit", "30s", "--out", out, "--cache-dir", cache)
+    trained = run("train", "--steps", "160", "--threads", "1", "--out", out, "--cache-dir", cache)
     assert trained.returncode == 0, trained.stderr
     corpus = open_corpus(Path(storage.read_json(out / "config.json")["corpus"]))
     text = held_out_text(corpus)
@@ -51,7 +52,6 @@ def test_half_a_minute_beats_gzip(tmp_path):
     assert sampled.returncode == 0, sampled.stderr
     assert sampled.stdout.startswith("def ") and len(sampled.stdout.strip()) > len("def ")
     assert not sampled.stdout.startswith("def  ")
-    assert time.monotonic() - start < 180
 
 
 @pytest.mark.slow
