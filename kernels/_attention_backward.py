@@ -32,7 +32,7 @@ from minillm.kernels._attention_blocks import (
     store_block,
     tma_reads,
 )
-from minillm.kernels._launch import launch, tile
+from minillm.kernels._launch import launch
 from minillm.kernels._tanh import tanh
 
 
@@ -248,7 +248,7 @@ def backward(
     )
     switches = rule.switches(q, k)
     width = switches["BLOCK_D"]
-    block = tile("attention", "delta", D)
+    block = options("delta", q, rule)
     launch(
         _attention_delta_bwd_kernel, (TP // block["BLOCK_T"] * B * H,),
         y, dy, lse, lse_padded, delta, *dy.stride()[:3], T, TP, H, D=D, BLOCK_D=width, **block,

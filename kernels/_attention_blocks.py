@@ -126,9 +126,18 @@ class Rule:
 
 
 def options(kernel: str, q: Tensor, rule: Rule) -> dict[str, int]:
-    """The tile of a kernel for q's head width and dtype; a soft-cap takes registers."""
+    """The tile of a kernel for q's head width and dtype; a soft-cap takes registers.
+
+    Raises ValueError on blocks that do not divide ROWS, which lse and delta are padded to.
+    """
     variant = "fp32" if q.dtype == torch.float32 else "capped" if rule.softcap else ""
-    return tile("attention", kernel, q.shape[3], variant)
+    if kernel == "delta":
+        variant = ""
+    found = tile("attention", kernel, q.shape[3], variant)
+    for name in ("BLOCK_T", "BLOCK_S"):
+        if ROWS % found.get(name, ROWS):
+            raise ValueError(f"attention {kernel}: {name} {found[name]} does not divide {ROWS}")
+    return found
 
 
 def padded(T: int) -> int:

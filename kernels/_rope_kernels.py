@@ -72,7 +72,8 @@ def _rope_fwd_kernel(
     if NORM:
         w1 = tl.load(weight_ptr + columns, mask=columns < HALF, other=0.0).to(tl.float32)
         w2 = tl.load(weight_ptr + HALF + columns, mask=columns < HALF, other=0.0).to(tl.float32)
-    for h in range(first, tl.minimum(first + HEADS, heads)):
+    for i in range(first, tl.minimum(first + HEADS, heads)):
+        h = tl.full([], i, tl.int64)
         x1, x2 = _load_halves(x_ptr, rows + h * stride, columns, mask, HALF)
         if NORM:
             mean = tl.sum(x1 * x1 + x2 * x2, 1, keep_dims=True) / (2 * HALF)
@@ -128,7 +129,8 @@ def _rope_bwd_kernel(
         w2 = tl.load(weight_ptr + HALF + columns, mask=columns < HALF, other=0.0).to(tl.float32)
         dw1 = tl.zeros([1, BLOCK_D], tl.float32)
         dw2 = tl.zeros([1, BLOCK_D], tl.float32)
-    for h in range(first, tl.minimum(first + HEADS, heads)):
+    for i in range(first, tl.minimum(first + HEADS, heads)):
+        h = tl.full([], i, tl.int64)
         dy1, dy2 = _load_halves(dy_ptr, dy_rows + h * dy_stride, columns, mask, HALF)
         dx1 = dy1 * cos + dy2 * sin
         dx2 = dy2 * cos - dy1 * sin

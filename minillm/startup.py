@@ -1,8 +1,6 @@
 """From a command line of train.py to its settings, its run folder and its corpus."""
 
-import errno
 import json
-import os
 import platform
 import subprocess
 from argparse import Namespace
@@ -21,7 +19,7 @@ from minillm.corpus import prepare
 from minillm.errors import CorruptError, UnavailableError, UsageError
 from minillm.settings import ALIASES, Settings, add_flags
 from minillm.shards import Corpus, is_prepared, open_corpus
-from minillm.storage import file_digest, read_json
+from minillm.storage import check_place, file_digest, read_json
 from minillm.tokenizer import KINDS
 
 NEWEST = object()  # --resume without a name
@@ -78,17 +76,8 @@ def begin(args: Namespace) -> tuple[Settings, Path | None, Checkpoint | None]:
     if train.out:
         runs.check_out(Path(train.out), train.overwrite)
     for flag, place in (("--out", train.out or "runs"), ("--cache-dir", train.cache_dir)):
-        _check_place(flag, Path(place))
+        check_place(flag, Path(place))
     return settings, None, None
-
-
-def _check_place(flag: str, path: Path) -> None:
-    """Raise before the work, not after it, if nothing can be written to `path`."""
-    there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
-    if not there.is_dir():
-        raise UsageError(f"{flag} {path}: {there} is not a folder; name another place")
-    if not os.access(there, os.W_OK):
-        raise PermissionError(errno.EACCES, f"not writable; give another {flag}", str(there))
 
 
 def _as_train_config(run: Path, train: dict) -> TrainConfig:

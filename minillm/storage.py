@@ -3,13 +3,14 @@
 JSON carries a digest of itself under "sha256"; a bit that flips is seen when it is read.
 """
 
+import errno
 import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-from minillm.errors import CorruptError
+from minillm.errors import CorruptError, UsageError
 
 VERSION = 1
 
@@ -82,3 +83,12 @@ def sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def check_place(flag: str, path: Path) -> None:
+    """Raise before the work, not after it, if nothing can be written to `path`."""
+    there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise UsageError(f"{flag} {path}: {there} is not a folder; name another place")
+    if not os.access(there, os.W_OK):
+        raise PermissionError(errno.EACCES, f"not writable; give another {flag}", str(there))

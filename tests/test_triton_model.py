@@ -148,7 +148,7 @@ def losses(run: Path) -> list[float]:
     return [row["loss"] for row in map(json.loads, lines) if "loss" in row]
 
 
-def test_train_to_the_same_losses(train, tmp_path, launches, monkeypatch):
+def test_train_to_the_same_losses(triton_ops, train, tmp_path, launches, monkeypatch):
     """`TRITON_INTERPRET=1 python train.py --kernels triton`, a few steps, fp32: within 1e-4."""
     monkeypatch.setattr(training, "SAMPLE_TOKENS", 5)  # of 200: interpreted, they take a minute
     flags = ("--steps", "4", "--eval-every", "0", "--final-eval-batches", "1")

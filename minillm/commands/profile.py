@@ -2,6 +2,7 @@
 
 import sys
 import time
+import warnings
 from argparse import Namespace
 from collections.abc import Sequence
 from functools import partial
@@ -13,6 +14,7 @@ from minillm import world
 from minillm.cli import HelpFormatter, Parser, whole
 from minillm.errors import UnavailableError, UsageError
 from minillm.profiling import machine, report, sizes, suites, trace, tune
+from minillm.storage import check_place
 
 SUITES = ("kernels", "model", "decode", "audit", "roofline")
 BY_OP = ("kernels", "audit", "roofline")
@@ -38,7 +40,10 @@ def main(argv: Sequence[str]) -> None:
 
     def save(name: str, rows: list[dict]) -> None:
         found[name] = rows
-        written.update(dict.fromkeys(report.write(folder, job.about, found)))
+        with warnings.catch_warnings(record=True) as told:
+            written.update(dict.fromkeys(report.write(folder, job.about, found)))
+        for warning in told:
+            say(f"warning: {warning.message}")
 
     job = suites.Job(
         device=device,
@@ -68,8 +73,8 @@ def main(argv: Sequence[str]) -> None:
             say(f"no {name}: {e}")
             continue
         say(f"{name}: {time.perf_counter() - start:.0f} s")
-        save(name, rows)
         print(f"\n== {name}\n{report.table(name, rows)}", flush=True)
+        save(name, rows)
         if name == "audit":
             kept = report.read(folder / report.RESULTS)["suites"][name]
             written[suites.write_audit(folder, kept)] = None
@@ -116,8 +121,14 @@ def _check(args: Namespace, names: tuple[str, ...]) -> None:
         raise UsageError(f"--op is of {', '.join(BY_OP)}; leave it out, or add --suite kernels")
     if args.full and args.suite not in ("audit", "all"):
         raise UsageError("--full is of the audit; add --suite audit or all")
-    if args.out and args.out.exists() and not args.out.is_dir():
-        raise UsageError(f"--out {args.out} is not a folder")
+    if args.dtype and set(names) <= {"audit", "tune"}:
+        raise UsageError("--dtype is not of the audit, nor of --tune: they take each that ships")
+    if names:
+        check_place("--out", args.out or Path("benchmarks"))
+    if args.trace:
+        if args.trace.is_dir():
+            raise UsageError(f"--trace {args.trace} is a folder; name a file")
+        check_place("--trace", args.trace.parent)
 
 
 def _parser() -> Parser:

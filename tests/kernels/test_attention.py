@@ -299,6 +299,20 @@ def test_arguments_are_checked(device):
             attention(**{"q": q, "k": k, "v": v, **change})
 
 
+@pytest.mark.parametrize("kernel", ["fwd", "delta", "dkdv", "dq"])
+def test_blocks_that_the_padding_does_not_hold_are_refused(device, monkeypatch, kernel):
+    """As --tune may try: of 300 tokens lse and delta are padded to 384, no multiple of 256."""
+
+    def doubled(operation, name, *rest):
+        found = _launch.tile(operation, name, *rest)
+        return {**found, "BLOCK_T": 256} if name == kernel else found
+
+    monkeypatch.setattr(_attention_blocks, "tile", doubled)
+    x = {n: t.requires_grad_() for n, t in inputs(device, T=300).items()}
+    with pytest.raises(ValueError, match=f"attention {kernel}: BLOCK_T 256 does not divide 128"):
+        attention(**x).sum().backward()
+
+
 def test_opcheck(device):
     q, k, v = (x.requires_grad_() for x in inputs(device, torch.float32, T=9, D=16).values())
     starts = torch.tensor([[0, 0, 2, 2, 2, 2, 2, 2, 2]], dtype=torch.int32, device=device)
