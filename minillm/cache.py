@@ -8,15 +8,19 @@ from torch import Tensor
 
 
 class KVCache:
-    """Room for `capacity` positions of `n_layer` layers in a batch of rows.
+    """Room for `capacity` positions of every layer in a batch of rows.
 
-    k, v: (n_layer, B, capacity, G, D).    lengths: entries held by each row, in tokens.
-    Memory: 2 n_layer B capacity G D itemsize bytes.
+    depths: blocks of prelude, core and coda.    iterations: of the core whose keys and values are
+    kept, each apart; later ones are written over the last of them.
+    k, v: (slots, B, capacity, G, D), prelude + iterations x core + coda slots.    lengths: entries
+    held by each row, in tokens.
+    Memory: 2 slots B capacity G D itemsize bytes.
     """
 
     def __init__(
         self,
-        n_layer: int,
+        depths: tuple[int, int, int],
+        iterations: int,
         batch: int,
         capacity: int,
         n_kv_head: int,
@@ -24,7 +28,10 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        shape = (n_layer, batch, capacity, n_kv_head, d_head)
+        prelude, core, coda = depths
+        self.depths, self.iterations = depths, iterations
+        slots = prelude + iterations * core + coda
+        shape = (slots, batch, capacity, n_kv_head, d_head)
         # zeros, not empty: a masked key still meets a weight of 0, and 0 * NaN is NaN.
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
@@ -36,6 +43,15 @@ class KVCache:
         """Positions a row can hold."""
         return self.k.shape[2]
 
+    def slot(self, block: int, iteration: int) -> int:
+        """Where the keys and values of a block, in an iteration of the core, are held."""
+        prelude, core, _ = self.depths
+        if block < prelude:
+            return block
+        if block < prelude + core:
+            return block + min(iteration, self.iterations - 1) * core
+        return block + (self.iterations - 1) * core
+
     def uniform(self) -> bool:
         """Whether all rows hold equally many entries."""
         return min(self.lengths) == max(self.lengths)
@@ -46,6 +62,7 @@ class KVCache:
         The view counts for itself: copy its length back into `lengths[b]`.
         """
         view = object.__new__(KVCache)
+        view.depths, view.iterations = self.depths, self.iterations
         view.k, view.v, view.lengths = self.k[:, b : b + 1], self.v[:, b : b + 1], [held]
         view._starts = [], None
         return view

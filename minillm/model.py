@@ -1,166 +1,38 @@
 """The decoder. It knows no ranks, no files and no Triton; `ops` holds its hot operations.
 
-Shapes: B batch, T time, C width, H query heads, G key/value heads, D head width, F MLP width,
-V vocabulary. Layout is (B, T, H, D) throughout. Weights may be fp32 while the stream, and with it
-every product, is in `dtype`.
+Shapes: B batch, T time, C width, G key/value heads, D head width, V vocabulary. Layout is
+(B, T, H, D) throughout. Weights may be fp32 while the stream, and with it every product, is in
+`dtype`. With recurrent depth the blocks are a prelude, a core that runs r times, and a coda.
 """
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from minillm.cache import KVCache
-from minillm.config import ModelConfig
+from minillm.layers import Linear, make_block, make_norm
 from minillm.ops import Ops
-from minillm.positions import alibi_slopes, rope_tables, sinusoidal_table
+from minillm.positions import rope_tables, sinusoidal_table
+from minillm.recurrence import Injection, start_noise
+from minillm.shape import ModelConfig
 
 
-class Linear(nn.Linear):
-    """y = x W^T + b in x's dtype, whatever the weight's."""
+@dataclass(frozen=True)
+class Place:
+    """Where tokens stand, for every block alike.
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (..., in).    Returns (..., out)."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+    at: (T,) or (B, T) int64 positions, or a slice of them.    rotation: cos and sin.    documents:
+    (B, T).    cache: what is before them, and where they go.
+    """
 
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * w, see minillm.kernels.reference.rms_norm."""
-
-    def __init__(self, width: int, eps: float, ops: Ops) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps, self.ops = eps, ops
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (..., width).    Returns the same shape."""
-        return self.ops.rms_norm(x, self.weight, self.eps)
-
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """norm(x + residual) and x + residual, in one pass over them."""
-        return self.ops.add_rms_norm(x, residual, self.weight, self.eps)
-
-
-class LayerNorm(nn.Module):
-    """(x - mean) / std * w + b; Ba et al. 2016, arXiv:1607.06450, eq. 4. The bias is optional."""
-
-    def __init__(self, width: int, eps: float, bias: bool) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (..., width).    Returns the same shape."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), bias, self.eps)
-
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """norm(x + residual) and x + residual."""
-        total = x + residual
-        return self(total), total
-
-
-def make_norm(config: ModelConfig, ops: Ops) -> nn.Module:
-    """The normalisation that `config` names, over the stream's width."""
-    if config.norm == "rmsnorm":
-        return RMSNorm(config.d_model, config.norm_eps, ops)
-    return LayerNorm(config.d_model, config.norm_eps, config.bias)
-
-
-class Attention(nn.Module):
-    """Causal self-attention with one matrix for queries, keys and values."""
-
-    def __init__(self, config: ModelConfig, ops: Ops) -> None:
-        super().__init__()
-        self.config, self.ops = config, ops
-        H, G, D = config.n_head, config.n_kv_head, config.d_head
-        self.qkv = Linear(config.d_model, (H + 2 * G) * D, bias=config.bias)
-        self.out = Linear(H * D, config.d_model, bias=config.bias)
-        self.q_norm = nn.Parameter(torch.ones(D)) if config.qk_norm else None
-        self.k_norm = nn.Parameter(torch.ones(D)) if config.qk_norm else None
-        slopes = alibi_slopes(H) if config.position == "alibi" else None
-        self.register_buffer("slopes", slopes, persistent=False)
-
-    def forward(
-        self,
-        x: Tensor,
-        rotation: tuple[Tensor, Tensor] | None,
-        documents: Tensor | None,
-        cache: KVCache | None,
-        layer: int,
-    ) -> Tensor:
-        """x: (B, T, C).    Returns (B, T, C)."""
-        c, ops = self.config, self.ops
-        B, T, _ = x.shape
-        heads = self.qkv(x).view(B, T, c.n_head + 2 * c.n_kv_head, c.d_head)
-        q, k, v = heads.split((c.n_head, c.n_kv_head, c.n_kv_head), dim=2)  # (B, T, H|G|G, D)
-        decoding = cache is not None and max(cache.lengths) > 0
-        if rotation is not None and not decoding:
-            q, k = ops.rope(q, k, *rotation, self.q_norm, self.k_norm, c.norm_eps)
-        elif rotation is None and c.qk_norm:
-            q = ops.rms_norm(q, self.q_norm, c.norm_eps)
-            k = ops.rms_norm(k, self.k_norm, c.norm_eps)
-        options = {"window": c.window, "alibi_slopes": self.slopes}
-        if cache is None:
-            dropout = c.dropout if self.training else 0.0
-            y = ops.attention(q, k, v, documents=documents, dropout=dropout, **options)
-        elif not decoding:
-            cache.write(layer, k, v)
-            y = ops.attention(q, k, v, **options)
-        else:
-            if rotation is None:
-                k, v = cache.write(layer, k, v)  # (B, S, G, D)
-            else:
-                past = cache.room(layer, T)  # (B, S, G, D) each
-                q = ops.rope_cache(
-                    q, k, v, *rotation, *past, cache.starts(), self.q_norm, self.k_norm, c.norm_eps
-                )
-                k, v = past
-            ends = None if cache.uniform() else cache.starts() + T
-            y = ops.decode_attention(q, k, v, ends, **options)
-        return self.out(y.reshape(B, T, c.n_head * c.d_head))
-
-
-class MLP(nn.Module):
-    """The position-wise half of a block, gated or not; gate and up are one matrix."""
-
-    def __init__(self, config: ModelConfig, ops: Ops) -> None:
-        super().__init__()
-        wide = 2 * config.d_ff if config.gated else config.d_ff
-        self.up = Linear(config.d_model, wide, bias=config.bias)
-        self.down = Linear(config.d_ff, config.d_model, bias=config.bias)
-        self.activation = {
-            "swiglu": ops.swiglu,
-            "geglu": ops.geglu,
-            "relu2": ops.relu2,
-            "gelu": F.gelu,
-            "gelu-tanh": lambda x: F.gelu(x, approximate="tanh"),
-        }[config.mlp]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (B, T, C).    Returns (B, T, C)."""
-        return self.down(self.activation(self.up(x)))
-
-
-class Block(nn.Module):
-    """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(self, config: ModelConfig, ops: Ops) -> None:
-        super().__init__()
-        self.attention_norm = make_norm(config, ops)
-        self.attention = Attention(config, ops)
-        self.mlp_norm = make_norm(config, ops)
-        self.mlp = MLP(config, ops)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x: Tensor, rotation, documents, cache: KVCache | None, layer: int) -> Tensor:
-        """x: (B, T, C).    Returns (B, T, C)."""
-        y = self.attention(self.attention_norm(x), rotation, documents, cache, layer)
-        y, x = self.mlp_norm.add(self.dropout(y), x)
-        return x + self.dropout(self.mlp(y))
+    at: Tensor | slice
+    rotation: tuple[Tensor, Tensor] | None
+    documents: Tensor | None
+    cache: KVCache | None
 
 
 class GPT(nn.Module):
@@ -168,6 +40,8 @@ class GPT(nn.Module):
 
     config: its shape; vocab_size must be set.    ops: see minillm.ops.select.
     dtype: of the stream; the weights stay in fp32.    generator: draws the start weights.
+    checkpointing: whether blocks, or iterations of the core, are computed again in the backward
+    pass instead of kept.
     """
 
     def __init__(
@@ -182,7 +56,7 @@ class GPT(nn.Module):
             raise ValueError("config.vocab_size is None; a model needs it")
         if config.document_mask and config.bos_id is None:
             raise ValueError("document_mask needs bos_id, the token each document begins with")
-        self.config, self.ops, self.dtype = config, ops, dtype
+        self.config, self.ops, self.dtype, self.checkpointing = config, ops, dtype, False
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         if config.position == "learned":
             self.position = nn.Embedding(config.seq_len, config.d_model)
@@ -193,7 +67,9 @@ class GPT(nn.Module):
             cos, sin = rope_tables(config.seq_len, config.d_head, config.rope_base)
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
-        self.blocks = nn.ModuleList(Block(config, ops) for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(make_block(config, ops) for _ in range(config.n_layer))
+        if config.recurrent is not None:
+            self.injection = Injection(config, ops)
         self.norm = make_norm(config, ops)
         self.head = Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -201,15 +77,24 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self._start_weights(generator)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        recurrence: int | None = None,
+        keys: Tensor | None = None,
+    ) -> Tensor:
         """Logits, or with targets the mean loss.
 
         tokens: (B, T) int64, T <= seq_len.    targets: (B, T) int64, -100 where none counts.
+        recurrence, keys: see `trunk`.
         Returns (B, T, V) in `dtype`, or () fp32 in nats a token.
         """
-        x = self.trunk(tokens)
-        if targets is None:
-            return self.logits(x)
+        x = self.trunk(tokens, None, recurrence, keys)
+        return self.logits(x) if targets is None else self.loss(x, targets)
+
+    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy, () fp32, of what `trunk` returns, (B, T, C), and targets, (B, T)."""
         return self.ops.linear_cross_entropy(
             x.flatten(0, 1),
             self.head.weight,
@@ -217,36 +102,121 @@ class GPT(nn.Module):
             softcap=self.config.logit_softcap,
         )
 
-    def trunk(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+    def trunk(
+        self,
+        tokens: Tensor,
+        cache: KVCache | None = None,
+        recurrence: int | None = None,
+        keys: Tensor | None = None,
+    ) -> Tensor:
         """Everything up to the head: (B, T) tokens -> (B, T, C).
 
         With a cache the tokens follow those it holds; their keys and values are added to it.
-        Raises ValueError if the positions reach beyond seq_len.
+        recurrence: how often the core runs; default: the mean. Gradients go through the last
+        backprop_depth times.    keys: (B,) int64 of the start states, see recurrence.state_keys;
+        default: zeros.
+        Raises ValueError if the positions reach beyond seq_len, or the model has no core to run.
         """
-        T, held = tokens.shape[1], max(cache.lengths) if cache else 0
-        if held + T > self.config.seq_len:
-            raise ValueError(f"{held + T} positions; seq_len is {self.config.seq_len}")
+        r = self._iterations(recurrence)
+        place, x = self.embedded(tokens, cache)
+        prelude, core, coda = self.config.depths
+        x = self._run(range(prelude), x, place)
+        if core:
+            text, s = self.injection.prepare(x), self.start_state(x, keys, place)
+            free = r - min(r, self.config.backprop_depth) if torch.is_grad_enabled() else 0
+            with torch.no_grad():
+                for i in range(free):
+                    s = self.iterate(s, text, place, i)
+            for i in range(free, r):
+                s = self.iterate(s, text, place, i)
+            x = self._run(range(prelude + core, prelude + core + coda), self.norm(s), place)
+        if cache is not None:
+            cache.advance(tokens.shape[1])
+        return self.norm(x)
+
+    def readings(
+        self, tokens: Tensor, recurrences: list[int], keys: Tensor | None = None
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(r, what `trunk` returns, the state) for each r of an ascending list, in one run to the
+        last: (B, T, C) each.
+        """
+        place, x = self.embedded(tokens, None)
+        prelude, core, coda = self.config.depths
+        x = self._run(range(prelude), x, place)
+        text, s, done = self.injection.prepare(x), self.start_state(x, keys, place), 0
+        for r in recurrences:
+            for i in range(done, r):
+                s = self.iterate(s, text, place, i)
+            done = r
+            y = self._run(range(prelude + core, prelude + core + coda), self.norm(s), place)
+            yield r, self.norm(y), s
+
+    def embedded(self, tokens: Tensor, cache: KVCache | None) -> tuple[Place, Tensor]:
+        """Where the tokens stand, and their embeddings, (B, T, C)."""
+        c, T, held = self.config, tokens.shape[1], max(cache.lengths) if cache else 0
+        if held + T > c.seq_len:
+            raise ValueError(f"{held + T} positions; seq_len is {c.seq_len}")
         ragged = cache is not None and not cache.uniform()
-        where = cache.positions(T) if ragged else slice(held, held + T)
+        at = cache.positions(T) if ragged else slice(held, held + T)
         x = self.embed(tokens)  # (B, T, C)
-        if self.config.position == "learned":
-            x = x + self.position.weight[where]
-        elif self.config.position == "sinusoidal":
-            x = x * math.sqrt(self.config.d_model) + self.sinusoids[where]
-        x = self.dropout(x).to(self.dtype)
+        if c.init == "takase":  # embeddings of unit variance, whatever the width
+            x = x * math.sqrt(c.d_model)
+        if c.position == "learned":
+            x = x + self.position.weight[at]
+        elif c.position == "sinusoidal":
+            x = x * math.sqrt(c.d_model) + self.sinusoids[at]
         rotation = None
-        if self.config.position == "rope":
+        if c.position == "rope":
             # While decoding the rows of the tables are taken where they are needed.
-            rows = slice(None) if held else where
+            rows = slice(None) if held else at
             rotation = self.cos[rows], self.sin[rows]  # (P or T, D/2)
         documents = None
-        if self.config.document_mask and cache is None:
-            documents = (tokens == self.config.bos_id).cumsum(1)  # (B, T)
-        for layer, block in enumerate(self.blocks):
-            x = block(x, rotation, documents, cache, layer)
-        if cache is not None:
-            cache.advance(T)
-        return self.norm(x)
+        if c.document_mask and cache is None:
+            documents = (tokens == c.bos_id).cumsum(1)  # (B, T)
+        return Place(at, rotation, documents, cache), self.dropout(x).to(self.dtype)
+
+    def start_state(self, like: Tensor, keys: Tensor | None, place: Place) -> Tensor:
+        """What the core starts from, (B, T, C), as `like`."""
+        if self.config.start_state == "zero":
+            return torch.zeros_like(like)
+        B, _, C = like.shape
+        if keys is None:
+            keys = torch.zeros(B, dtype=torch.int64, device=like.device)
+        at = place.at
+        if isinstance(at, slice):
+            at = torch.arange(at.start, at.stop, device=like.device)
+        return start_noise(keys, at, C, like.dtype)
+
+    def iterate(self, s: Tensor, text: Tensor, place: Place, i: int) -> Tensor:
+        """The state after iteration i (from 0) of the core.    s, text, result: (B, T, C)."""
+        prelude, core, _ = self.config.depths
+        layers = range(prelude, prelude + core)
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self._iteration, s, text, place, layers, i, use_reentrant=False)
+        return self._iteration(s, text, place, layers, i)
+
+    def _iteration(self, s: Tensor, text: Tensor, place: Place, layers: range, i: int) -> Tensor:
+        return self._run(layers, self.injection(s, text), place, i)
+
+    def _run(self, layers: range, x: Tensor, place: Place, i: int = 0) -> Tensor:
+        """Blocks one after the other; i: the iteration, of blocks of the core."""
+        again = self.checkpointing and torch.is_grad_enabled() and not self.config.recurrent
+        for n in layers:
+            slot = 0 if place.cache is None else place.cache.slot(n, i)
+            arguments = x, place.rotation, place.documents, place.cache, slot
+            block = self.blocks[n]
+            x = checkpoint(block, *arguments, use_reentrant=False) if again else block(*arguments)
+        return x
+
+    def _iterations(self, recurrence: int | None) -> int:
+        if self.config.recurrent is None:
+            if recurrence is not None:
+                raise ValueError(f"recurrence {recurrence}: the model has no core to run again")
+            return 0
+        r = self.config.mean_recurrence if recurrence is None else recurrence
+        if r < 1:
+            raise ValueError(f"recurrence {r}: expected 1 or more")
+        return r
 
     def logits(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., V), soft-capped if the config says so."""
@@ -254,12 +224,17 @@ class GPT(nn.Module):
         softcap = self.config.logit_softcap
         return softcap * torch.tanh(z / softcap) if softcap else z
 
-    def make_cache(self, batch: int, capacity: int | None = None) -> KVCache:
-        """An empty cache for `batch` rows of `capacity` (default seq_len) positions."""
+    def make_cache(
+        self, batch: int, capacity: int | None = None, recurrence: int | None = None
+    ) -> KVCache:
+        """An empty cache for `batch` rows of `capacity` (default seq_len) positions.
+
+        recurrence: iterations to keep keys and values of, each its own; default: only the last.
+        """
         c = self.config
         return KVCache(
-            c.n_layer, batch, capacity or c.seq_len, c.n_kv_head, c.d_head, self.dtype,
-            self.head.weight.device,
+            c.depths, recurrence or 1, batch, capacity or c.seq_len, c.n_kv_head, c.d_head,
+            self.dtype, self.head.weight.device,
         )  # fmt: skip
 
     def matrices(self) -> dict[str, tuple[int, ...]]:
@@ -269,11 +244,13 @@ class GPT(nn.Module):
         up = (c.d_ff, c.d_ff) if c.gated else (c.d_ff,)
         rows = {"attention.qkv": heads, "mlp.up": up}
         whole = {"attention.out": (c.d_model,), "mlp.down": (c.d_model,)}
-        return {
+        found = {
             f"blocks.{i}.{name}.weight": parts
             for i in range(c.n_layer)
             for name, parts in {**rows, **whole}.items()
         }
+        named = [(n, w) for n, w in self.named_parameters() if n.startswith("injection.")]
+        return found | {n: (c.d_model,) for n, w in named if w.dim() == 2}
 
     @torch.no_grad()
     def _start_weights(self, generator: torch.Generator | None) -> None:
@@ -281,17 +258,28 @@ class GPT(nn.Module):
 
         zero: N(0, 1/fan_in), but residual outputs and the head at 0 and the embedding N(0, 1):
         each block begins as the identity.
+        takase: N(0, 2/(5C)), residual outputs over sqrt(2L), L the layers passed at the mean
+        recurrence, all cut at three deviations (Takase et al. 2023, arXiv:2312.16903; Geiping et
+        al. 2025, arXiv:2502.05171, section 4.1).
         """
-        zero = self.config.init == "zero"
+        c = self.config
+        zero, deep = c.init == "zero", math.sqrt(2 * c.effective_layers)
         for name, w in self.named_parameters():
+            residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
             if name.endswith(".bias"):
                 w.zero_()
-            elif w.dim() == 2:
-                residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
+            elif w.dim() != 2:
+                continue
+            elif name == "injection.text.weight" and c.injection == "diagonal":
+                w.copy_(torch.eye(c.d_model))
+            elif c.init == "takase":
+                std = math.sqrt(2 / (5 * c.d_model)) / (deep if residual else 1)
+                nn.init.trunc_normal_(w, 0.0, std, -3 * std, 3 * std, generator=generator)
+            else:
                 if zero and (residual or name == "head.weight"):
                     std = 0.0
                 elif zero:
                     std = 1.0 if name == "embed.weight" else w.shape[1] ** -0.5
                 else:
-                    std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
+                    std = 0.02 / deep if residual else 0.02
                 w.normal_(0.0, std, generator=generator)

@@ -80,7 +80,7 @@ def _metavar(f: Field) -> str:
     if "choices" in f.metadata:
         return "{" + ",".join(f.metadata["choices"]) + "}"
     if "parse" in f.metadata:
-        return "TIME"
+        return f.metadata.get("metavar", "TIME")
     return {int: "N", float: "X", str: "TEXT"}[kind_of(f)]
 
 

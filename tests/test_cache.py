@@ -8,7 +8,7 @@ from minillm.cache import KVCache
 
 @pytest.fixture
 def cache() -> KVCache:
-    return KVCache(n_layer=2, batch=3, capacity=6, n_kv_head=1, d_head=4)
+    return KVCache((2, 0, 0), 1, batch=3, capacity=6, n_kv_head=1, d_head=4)
 
 
 def test_rows_of_one_length_are_told_as_one_number(cache):

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minillm.config import GATED, MLPS, ModelConfig, TrainConfig
+from minillm.config import ModelConfig, TrainConfig
 from minillm.errors import UsageError
 from minillm.presets import PRESETS
+from minillm.shape import GATED, MLPS
 
 
 def test_a_made_config_has_everything():

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from minillm.cache import KVCache
-from minillm.config import POSITIONS, ModelConfig
 from minillm.errors import UsageError
 from minillm.generate import generate, penalise
 from minillm.kernels import reference
 from minillm.model import GPT
 from minillm.ops import EAGER
+from minillm.shape import POSITIONS, ModelConfig
 
 SHAPE = {"vocab_size": 40, "seq_len": 16, "n_layer": 2, "n_head": 4, "d_model": 32, "d_ff": 64}
 GREEDY, SAMPLED = {"temperature": 0.0}, {"temperature": 1.0, "top_p": 0.9, "seed": 3}

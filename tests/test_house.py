@@ -13,21 +13,21 @@ FLOORS = {
     0: "__init__ errors presets schedule cache meter positions kernels scripts "
     "kernels/reference_optim kernels/reference_sampling kernels/eager_optim kernels/eager_sampling "
     "kernels/_interpreter kernels/_tanh",
-    1: "kernels/reference kernels/_launch cli world bpe storage documents",
-    2: "kernels/eager kernels/adamw kernels/newton_schulz kernels/swiglu kernels/_rows "
+    1: "kernels/reference kernels/_launch cli world bpe storage documents setting",
+    2: "shape kernels/eager kernels/adamw kernels/newton_schulz kernels/swiglu kernels/_rows "
     "kernels/linear_cross_entropy kernels/sample "
     "kernels/_rope_kernels kernels/_attention_blocks",
     3: "kernels/sandwich_norm kernels/rope_cache kernels/_attention_forward "
     "kernels/_attention_backward kernels/decode_attention",
     4: "kernels/rms_norm kernels/rope kernels/attention",
     5: "config ops tokenizer split",
-    6: "model runs settings optim shards encoding stream",
-    7: "configure checkpoint data corpus evaluate generate microbatch",
-    8: "startup pace",
-    9: "training profiling/__init__ profiling/timing profiling/roofline profiling/pivot "
-    "profiling/style profiling/occupancy profiling/sass profiling/ttir profiling/dry "
-    "profiling/cases",
-    10: "profiling/machine profiling/plot profiling/bound",
+    6: "layers runs settings optim shards encoding stream",
+    7: "configure data corpus recurrence",
+    8: "model pace",
+    9: "checkpoint evaluate generate microbatch profiling/__init__ profiling/timing "
+    "profiling/roofline profiling/pivot profiling/style profiling/occupancy profiling/sass "
+    "profiling/ttir profiling/dry profiling/cases",
+    10: "startup training profiling/machine profiling/plot profiling/bound",
     11: "profiling/workloads profiling/audit profiling/ranks",
     12: "profiling/precision profiling/sizes profiling/page",
     13: "profiling/implementations profiling/report",

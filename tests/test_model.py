@@ -10,12 +10,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minillm import model as model_file
-from minillm.config import MLPS, NORMS, POSITIONS, ModelConfig
 from minillm.errors import UsageError
 from minillm.model import GPT
 from minillm.ops import EAGER
 from minillm.positions import alibi_slopes, rope_tables, sinusoidal_table
 from minillm.presets import PRESETS
+from minillm.shape import MLPS, NORMS, POSITIONS, ModelConfig
 
 BASE = {"vocab_size": 23, "seq_len": 16, "n_layer": 2, "n_head": 4, "d_model": 16, "d_ff": 24}
 BOS = 0

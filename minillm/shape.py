@@ -1,0 +1,239 @@
+"""What a decoder looks like: one frozen configuration, checked when it is made.
+
+Each field is also a flag, see settings.py.
+"""
+
+from argparse import ArgumentTypeError
+from dataclasses import dataclass, fields
+
+from minillm.errors import UsageError
+from minillm.setting import check_range, setting
+
+POSITIONS = ("rope", "learned", "sinusoidal", "alibi", "none")
+NORMS = ("rmsnorm", "layernorm")
+MLPS = ("swiglu", "geglu", "gelu", "gelu-tanh", "relu2")
+GATED = ("swiglu", "geglu")
+INITS = ("gpt2", "zero", "takase")
+STYLES = ("huginn", "parcae")
+INJECTIONS = ("concat", "add", "diagonal")
+STARTS = ("noise", "zero")
+INJECTED = {"concat": 2, "diagonal": 1}  # square matrices of the injection
+SHALLOW = 8  # mean recurrences up to which gradients go through all iterations
+
+
+def depths_text(text: str) -> str:
+    """PRELUDE,CORE,CODA, checked; argparse.ArgumentTypeError on anything else."""
+    parts = [part.strip() for part in text.split(",")]
+    fits = len(parts) == 3 and all(p.isascii() and p.isdigit() and len(p) < 5 for p in parts)
+    if not fits or int(parts[1]) < 1:
+        raise ArgumentTypeError(
+            f"{text!r} is not PRELUDE,CORE,CODA with a core of at least one block, such as 1,2,1"
+        )
+    return ",".join(str(int(p)) for p in parts)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a decoder. Fields left at None are derived, so that a made config has none.
+
+    Raises UsageError, naming the flag, if the fields do not fit together.
+    """
+
+    vocab_size: int | None = setting(
+        None, "tokens in the vocabulary; for bpe chosen from the corpus size if not given",
+        group="model",
+        low=1, high=1 << 24,
+    )  # fmt: skip
+    seq_len: int = setting(256, "context, in tokens", low=1, high=1 << 24)
+    n_layer: int = setting(6, "blocks", low=1, high=10000)
+    n_head: int = setting(6, "query heads", low=1, high=10000)
+    n_kv_head: int | None = setting(
+        None, "key/value heads: --n-head gives MHA, 1 MQA, between GQA; default: --n-head", low=1,
+        high=10000,
+    )  # fmt: skip
+    d_model: int = setting(384, "width of the residual stream", low=1, high=1 << 20)
+    d_head: int | None = setting(
+        None, "width of a head; default: --d-model / --n-head", low=1, high=1 << 20
+    )
+    d_ff: int | None = setting(
+        None, "width of the MLP; default: 4 x --d-model, gated: 8/3 x, up to a multiple of 64",
+        low=1, high=1 << 24,
+    )  # fmt: skip
+    position: str = setting("rope", "how positions enter", choices=POSITIONS)
+    rope_base: float = setting(10000.0, "base of the rotary frequencies", low=1.0)
+    norm: str = setting("rmsnorm", "normalisation", choices=NORMS)
+    norm_eps: float = setting(1e-6, "added to the variance under the root", low=0.0, high=1.0)
+    mlp: str = setting("swiglu", "MLP", choices=MLPS)
+    bias: bool = setting(False, "biases in linear layers and layer norms")
+    qk_norm: bool = setting(False, "RMSNorm of each query and key head")
+    window: int = setting(0, "sliding window, in tokens with the query's own; 0: none", low=0)
+    tie_embeddings: bool = setting(False, "the head shares the embedding's matrix")
+    dropout: float = setting(
+        0.0, "dropout of embeddings, attention and residual branches", low=0.0, high=0.99
+    )
+    logit_softcap: float = setting(0.0, "logits are capped at +-this by tanh; 0: none", low=0.0)
+    init: str | None = setting(
+        None, "start weights: gpt2, zero (output projections and head at 0) or takase (truncated, "
+        "scaled by width and depth); default: gpt2, of --recurrence-style huginn takase",
+        choices=INITS,
+    )  # fmt: skip
+    document_mask: bool = setting(False, "attention stays within a document (marked by its BOS)")
+    recurrent: str | None = setting(
+        None, "PRELUDE,CORE,CODA: so many blocks before, in and after a core that runs again and "
+        "again; they are the model's --n-layer",
+        group="recurrence", parse=depths_text, metavar="P,R,C",
+    )  # fmt: skip
+    recurrence_style: str = setting(
+        "huginn", "huginn: sandwich norms, concat, start states drawn (Geiping et al. 2025); "
+        "parcae: pre-norm, QK-norm, contractive diagonal injection", choices=STYLES,
+    )  # fmt: skip
+    injection: str | None = setting(
+        None, "how the embedded text enters each iteration; default: the style's",
+        choices=INJECTIONS,
+    )  # fmt: skip
+    start_state: str | None = setting(
+        None, "of the iteration: noise, which is a function of seed, sample and position, or zero; "
+        "default: huginn noise, parcae zero", choices=STARTS,
+    )  # fmt: skip
+    mean_recurrence: int = setting(8, "iterations of the core, on average", low=1, high=4096)
+    max_recurrence: int | None = setting(
+        None, "draws above are cut to this; default: 4 x --mean-recurrence", low=1, high=16384
+    )
+    backprop_depth: int | None = setting(
+        None, "iterations, the last of each pass, that gradients go through; default: all if "
+        f"--mean-recurrence is at most {SHALLOW}, else {SHALLOW}", low=1, high=16384,
+    )  # fmt: skip
+    bos_id: int | None = None  # the tokenizer's, where documents begin
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            check_range(f, getattr(self, f.name))
+        if self.d_head is None:
+            if self.d_model % self.n_head:
+                raise UsageError(_divisor("--n-head", self.n_head, "--d-model", self.d_model))
+            object.__setattr__(self, "d_head", self.d_model // self.n_head)
+        if self.n_kv_head is None:
+            object.__setattr__(self, "n_kv_head", self.n_head)
+        if self.n_head % self.n_kv_head:
+            raise UsageError(_divisor("--n-kv-head", self.n_kv_head, "--n-head", self.n_head))
+        if self.d_ff is None:
+            wide = -(-8 * self.d_model // 3 // 64) * 64 if self.mlp in GATED else 4 * self.d_model
+            object.__setattr__(self, "d_ff", wide)
+        if self.position == "rope" and self.d_head % 2:
+            raise UsageError(f"--position rope needs an even --d-head; got {self.d_head}")
+        if self.position == "sinusoidal" and self.d_model % 2:
+            raise UsageError(f"--position sinusoidal needs an even --d-model; got {self.d_model}")
+        if self.recurrent is not None:
+            self._derive_recurrence()
+        if self.init is None:
+            takase = self.recurrent is not None and self.recurrence_style == "huginn"
+            object.__setattr__(self, "init", "takase" if takase else "gpt2")
+        if self.init == "zero" and self.tie_embeddings:
+            raise UsageError("--init zero would zero the embedding that --tie-embeddings shares")
+
+    def _derive_recurrence(self) -> None:
+        try:
+            object.__setattr__(self, "recurrent", depths_text(self.recurrent))
+        except ArgumentTypeError as error:
+            raise UsageError(f"--recurrent: {error}") from None
+        huginn = self.recurrence_style == "huginn"
+        if huginn and self.norm != "rmsnorm":
+            raise UsageError("--recurrence-style huginn needs --norm rmsnorm")
+        derived = {
+            "n_layer": sum(self.depths),
+            "qk_norm": self.qk_norm or not huginn,
+            "injection": self.injection or ("concat" if huginn else "diagonal"),
+            "start_state": self.start_state or ("noise" if huginn else "zero"),
+            "max_recurrence": self.max_recurrence or 4 * self.mean_recurrence,
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
+        if self.max_recurrence < self.mean_recurrence:
+            raise UsageError(
+                f"--max-recurrence {self.max_recurrence} is below --mean-recurrence "
+                f"{self.mean_recurrence}"
+            )
+        if self.backprop_depth is None:
+            shallow = self.mean_recurrence <= SHALLOW
+            object.__setattr__(self, "backprop_depth", self.max_recurrence if shallow else SHALLOW)
+
+    @property
+    def depths(self) -> tuple[int, int, int]:
+        """Blocks of prelude, core and coda; without recurrence all are prelude."""
+        if self.recurrent is None:
+            return self.n_layer, 0, 0
+        return tuple(map(int, self.recurrent.split(",")))
+
+    @property
+    def effective_layers(self) -> int:
+        """Blocks that a token passes at the mean recurrence."""
+        prelude, core, coda = self.depths
+        return prelude + core * self.mean_recurrence + coda
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP multiplies by a gate."""
+        return self.mlp in GATED
+
+    @property
+    def n_block_parameters(self) -> int:
+        """Parameters of one block's matrices."""
+        attention = (2 * self.n_head + 2 * self.n_kv_head) * self.d_head * self.d_model
+        mlp = (3 if self.gated else 2) * self.d_ff * self.d_model
+        return attention + mlp
+
+    @property
+    def n_matrix_parameters(self) -> int:
+        """Parameters that multiply activations: the blocks' matrices, the head, the injection's."""
+        n = self.n_layer * self.n_block_parameters + (self.vocab_size or 0) * self.d_model
+        return n + INJECTED.get(self.injection, 0) * self.d_model**2
+
+    @property
+    def n_parameters(self) -> int:
+        """All parameters that are stored, tied ones once."""
+        C = self.d_model
+        n = self.n_matrix_parameters
+        if not self.tie_embeddings:
+            n += (self.vocab_size or 0) * C
+        if self.position == "learned":
+            n += self.seq_len * C
+        heads = self.n_head + 2 * self.n_kv_head
+        per_layer = 2 * self.d_head if self.qk_norm else 0
+        if self.bias:
+            up = 2 * self.d_ff if self.gated else self.d_ff
+            per_layer += heads * self.d_head + C + up + C
+        norms = (2 if self.bias and self.norm == "layernorm" else 1) * C
+        each = 2
+        if self.recurrent is not None:
+            each = 4 if self.recurrence_style == "huginn" else 2
+            n += norms * (self.recurrence_style == "parcae") + 2 * C * (
+                self.injection == "diagonal"
+            )
+        return n + self.n_layer * (per_layer + each * norms) + norms
+
+    def flops_per_token(self, recurrence: float | None = None, grad: float | None = None) -> float:
+        """Forward and backward of a step: 6 N + 12 L H D T of what gradients go through, a third
+        of that of iterations without.
+
+        recurrence: iterations of the core; default: the mean.    grad: how many of them carry
+        gradients; default: as many as --backprop-depth allows.
+        Source: Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
+        """
+        span = min(self.seq_len, self.window or self.seq_len)
+        block = 6 * self.n_block_parameters + 12 * self.n_head * self.d_head * span
+        prelude, core, coda = self.depths
+        once = (prelude + coda) * block + 6 * (self.vocab_size or 0) * self.d_model
+        if self.recurrent is None:
+            return once
+        r = self.mean_recurrence if recurrence is None else recurrence
+        k = min(r, self.backprop_depth) if grad is None else grad
+        # Of a concat the embedding's half is computed once a pass, the state's in each iteration.
+        square = 6 * self.d_model**2
+        in_loop = core * block + (square if self.injection == "concat" else 0)
+        return once + square * (self.injection != "add") + (k + (r - k) / 3) * in_loop
+
+
+def _divisor(flag: str, value: int, whole_flag: str, whole: int) -> str:
+    divisors = [d for d in range(1, whole + 1) if whole % d == 0]
+    nearest = min(divisors, key=lambda d: (abs(d - value), -d))
+    return f"{flag} {value} does not divide {whole_flag} {whole}; nearest: {nearest}"
