@@ -15,7 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from minillm import checkpoint, cli, errors, runs, world
-from minillm.generate import generate
+from minillm.cache import slots
+from minillm.generate import check_recurrence, generate
 from minillm.model import GPT
 from minillm.stream import TextStream
 from minillm.tokenizer import Tokenizer
@@ -83,6 +84,16 @@ def command_line() -> cli.Parser:
         "--repetition-penalty", type=real(0.01, 100), default=1.0,
         help="above 1: shun what the text already has",
     )  # fmt: skip
+    add(
+        "--recurrence", type=whole(1), metavar="R",
+        help="iterations of a recurrent model's core: fewer are faster, more think longer "
+        "(default: the model's mean)",
+    )  # fmt: skip
+    add(
+        "--recurrent-cache", choices=("full", "slot"), default="full",
+        help="keys and values of every iteration, exact, or of the last alone, in memory that does "
+        "not grow with them",
+    )  # fmt: skip
     add("--stop", action="append", metavar="TEXT", help="end before this text; repeatable")
     add("--seed", type=whole(0, 2**63 - 1), default=0, help="the same seed makes the same text")
     add("--checkpoint", default="last", help="last, best or a step")
@@ -135,7 +146,8 @@ def write(model: GPT, tokenizer: Tokenizer, prompt: str, args: Namespace) -> Non
         kept = max(1, model.config.seq_len // 2)
         note(f"the prompt is {len(ids)} tokens long; only its last {kept} are read")
     ids, beginnings, shown = tokenizer.heal(ids)
-    require_memory(model, args.num_samples)
+    _, iterations = check_recurrence(model, args.recurrence, args.recurrent_cache)
+    require_memory(model, args.num_samples, iterations or 1)
     streams = [TextStream(tokenizer, args.stop or (), shown) for _ in range(args.num_samples)]
     logprobs: list[list[float]] = [[] for _ in streams]
     start = time.perf_counter()
@@ -153,6 +165,8 @@ def write(model: GPT, tokenizer: Tokenizer, prompt: str, args: Namespace) -> Non
         seed=args.seed,
         first=beginnings,
         stop=lambda row, made: streams[row].finish is not None,
+        recurrence=args.recurrence,
+        recurrent_cache=args.recurrent_cache,
     )
     for token in tokens:
         text = streams[token.row].feed(token.id)
@@ -173,15 +187,17 @@ def write(model: GPT, tokenizer: Tokenizer, prompt: str, args: Namespace) -> Non
     note(f"{made} tokens in {seconds:.2f} s, {made / seconds:.0f} tokens/s")
 
 
-def require_memory(model: GPT, rows: int) -> None:
+def require_memory(model: GPT, rows: int, iterations: int) -> None:
     """Raise UnavailableError if the cache of so many rows cannot fit."""
-    c = model.config
-    each = 2 * c.n_layer * c.seq_len * c.n_kv_head * c.d_head * model.dtype.itemsize
+    c, layers = model.config, slots(model.config.depths, iterations)
+    each = 2 * layers * c.seq_len * c.n_kv_head * c.d_head * model.dtype.itemsize
     free = world.available_memory(model.head.weight.device)
     if free is not None and rows * each > free:
         raise errors.UnavailableError(
             f"--num-samples {rows} needs {rows * each / 2**30:.1f} GiB of cache and "
             f"{free / 2**30:.1f} GiB are free; at most {free // each} fit"
+            + "; --recurrent-cache slot takes less"
+            * (iterations > 1)
         )
 
 

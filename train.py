@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from minillm import checkpoint, errors, runs, startup, world
+from minillm.config import ModelConfig
 from minillm.data import Batches
 from minillm.meter import Meter
 from minillm.microbatch import largest_that_fits, seconds_per_step
@@ -23,15 +24,18 @@ from minillm.model import GPT
 from minillm.ops import select
 from minillm.optim import Average, make_optimizers, set_learning_rate
 from minillm.pace import Pacer, wished_steps
+from minillm.recurrence import state_keys
 from minillm.training import (
     Progress,
     Training,
     announce,
     judge,
     note_best,
+    recurrences,
     restore,
     save,
     take_sample,
+    worries,
 )
 
 
@@ -67,6 +71,7 @@ def main(argv: Sequence[str]) -> None:
     )  # fmt: skip
     start = torch.Generator().manual_seed(config.seed)
     model = GPT(shape, ops, dtype, start).to(device).train()
+    model.checkpointing = config.activation_checkpointing
     if "micro_batch_size" not in fixed:
         copies = (2 if config.optimizer == "adamw" else 1) + 2 * bool(config.ema)
         fixed["micro_batch_size"] = (
@@ -106,14 +111,18 @@ def main(argv: Sequence[str]) -> None:
         t.run / "metrics.jsonl", progress.step, t.plan.steps, shape.flops_per_token(),
         world.measured_peak_flops(device, dtype),
     )  # fmt: skip
-    forward = torch.compile(model) if config.compile else model
+    forward = compiled(model) if config.compile else model
     while progress.step < t.plan.steps:
         rate = t.plan.learning_rate(progress.step)
         set_learning_rate(optimizers, rate)
         if shape.dropout:  # a function of the step, so that a resumed run drops the same
             torch.manual_seed((config.seed * 1_000_003 + progress.step) % 2**63)
         tokens, targets = batches.batch(progress.step)
-        loss = accumulate(forward, tokens.to(device), targets.to(device), fixed["micro_batch_size"])
+        rounds = recurrences(t)
+        first = progress.step * config.batch_size
+        keys = state_keys(config.seed, torch.arange(first, first + len(tokens)))
+        batch = (x.to(device) for x in (tokens, targets, keys))
+        loss = accumulate(forward, *batch, fixed["micro_batch_size"], rounds)
         norm = nn.utils.get_total_norm([p.grad for p in parameters.values()])
         refuse_non_finite(progress.step, loss, norm)
         for optimizer in optimizers:
@@ -127,15 +136,19 @@ def main(argv: Sequence[str]) -> None:
         t.plan = pacer.keep_to_time(t.plan, progress.step)
 
         last = progress.step >= t.plan.steps
-        meter.step(tokens.numel(), t.plan.steps)
+        meter.step(tokens.numel(), t.plan.steps, mean_flops(shape, rounds))
         row = {
             "step": progress.step, "tokens": progress.tokens, "loss": float(loss), "lr": rate,
             "grad_norm": float(norm), "peak_memory_mib": peak_mib(device),
         }  # fmt: skip
+        if shape.recurrent:
+            row["recurrence"] = sum(rounds) / len(rounds)
         improved = False
         if due(config.eval_every, progress.step) and not last:
             with meter.paused():
                 row |= judge(t, config.eval_batches)
+                for line in worries(t, row):
+                    meter.say(line)
             improved = note_best(progress, row)
         if due(config.log_every, progress.step) or last or "val_loss" in row:
             meter.log(row)
@@ -176,18 +189,39 @@ def peak_mib(device: torch.device) -> float | None:
     return None if peak is None else peak / 2**20
 
 
-def accumulate(forward: Callable, tokens: Tensor, targets: Tensor, micro: int) -> Tensor:
+def accumulate(
+    forward: Callable, tokens: Tensor, targets: Tensor, keys: Tensor, micro: int,
+    rounds: Sequence[int | None],
+) -> Tensor:  # fmt: skip
     """Gradients of the batch's mean loss, `micro` sequences at a time; returns that loss, ().
 
-    tokens, targets: (B, T).    A micro-batch weighs as many targets as it has.
+    tokens, targets: (B, T).    keys: (B,) of start states.    A micro-batch weighs as many targets
+    as it has. rounds: the recurrence of each group of sequences; sequence i is of group i modulo
+    their number.
     """
     count = (targets != -100).sum()
     total = torch.zeros((), device=tokens.device)
-    for x, y in zip(tokens.split(micro), targets.split(micro), strict=True):
-        loss = forward(x, y) * ((y != -100).sum() / count)
-        loss.backward()
-        total += loss.detach()
+    for group, r in enumerate(rounds):
+        rows = (x[group :: len(rounds)].split(micro) for x in (tokens, targets, keys))
+        for x, y, k in zip(*rows, strict=True):
+            loss = forward(x, y, r, k) * ((y != -100).sum() / count)
+            loss.backward()
+            total += loss.detach()
     return total
+
+
+def mean_flops(shape: ModelConfig, rounds: Sequence[int | None]) -> float:
+    """FLOPs a token of a step, over its groups."""
+    return sum(shape.flops_per_token(r) for r in rounds) / len(rounds)
+
+
+def compiled(model: GPT) -> Callable:
+    """The model compiled: as one, or where its core runs again and again, block by block."""
+    if model.config.recurrent is None:
+        return torch.compile(model)
+    for part in (*model.blocks, model.injection):
+        part.compile()
+    return model
 
 
 def clip_factor(norm: Tensor, limit: float) -> Tensor | None:

@@ -7,6 +7,12 @@ import torch
 from torch import Tensor
 
 
+def slots(depths: tuple[int, int, int], iterations: int) -> int:
+    """How many layers' keys and values are held: each block's, of the core's each iteration's."""
+    prelude, core, coda = depths
+    return prelude + iterations * core + coda
+
+
 class KVCache:
     """Room for `capacity` positions of every layer in a batch of rows.
 
@@ -28,10 +34,8 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        prelude, core, coda = depths
         self.depths, self.iterations = depths, iterations
-        slots = prelude + iterations * core + coda
-        shape = (slots, batch, capacity, n_kv_head, d_head)
+        shape = (slots(depths, iterations), batch, capacity, n_kv_head, d_head)
         # zeros, not empty: a masked key still meets a weight of 0, and 0 * NaN is NaN.
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)

@@ -20,6 +20,14 @@ __all__ = ["PRESETS", "ModelConfig", "TrainConfig"]
 class TrainConfig:
     """Everything of a run that is not the model's shape. Lengths of time are in steps."""
 
+    # The first two end the group of flags that the model's shape began.
+    recurrence_groups: int = setting(
+        1, "draws of the recurrence a step: so many groups of its sequences", low=1, high=1 << 16
+    )
+    recurrence_curriculum: bool = setting(
+        False, "the mean recurrence grows from 1 over the first quarter of the run"
+    )
+
     preset: str | None = setting(
         None, "named settings to start from; default: nano on a CPU, tiny on a GPU",
         choices=tuple(PRESETS), group="run",
@@ -73,6 +81,10 @@ class TrainConfig:
     )
     kernels: str = setting("auto", "table of operations", choices=("auto", "triton", "eager"))
     compile: bool = setting(False, "torch.compile the model")
+    activation_checkpointing: bool = setting(
+        False, "compute blocks, or iterations of a core, again in the backward pass: less memory, "
+        "a third more time",
+    )  # fmt: skip
 
     log_every: int = setting(10, "steps", low=1, group="reporting")
     eval_every: int = setting(250, "steps; 0: only at the end", low=0)
@@ -101,6 +113,11 @@ class TrainConfig:
         if self.early_stop and not (self.eval_every and self.val_fraction):
             raise UsageError("--early-stop needs --eval-every and --val-fraction above 0")
         _whole_or_auto("--threads", self.threads, 4096)
+        if self.batch_size % self.recurrence_groups:
+            raise UsageError(
+                f"--recurrence-groups {self.recurrence_groups} does not divide --batch-size "
+                f"{self.batch_size}"
+            )
         micro = _whole_or_auto("--micro-batch-size", self.micro_batch_size, self.batch_size)
         if micro and self.batch_size % micro:
             divisors = [d for d in range(1, self.batch_size + 1) if self.batch_size % d == 0]

@@ -1,13 +1,14 @@
 """Loss of a model over held-out windows, in nats a token and bits a byte."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from minillm.model import GPT
+from minillm.recurrence import state_keys
 
 
 @dataclass(frozen=True)
@@ -32,16 +33,20 @@ def evaluate(model: GPT, windows: Iterable[tuple[Tensor, Tensor]], batch_size: i
     device = model.head.weight.device
     training = model.training
     model.eval()
-    total, count = 0.0, 0
-    for tokens, targets in _batches(windows, batch_size):
+    total, count, seen = 0.0, 0, 0
+    for tokens, targets in batched(windows, batch_size):
         n = int((targets != -100).sum())
-        total += float(model(tokens.to(device), targets.to(device))) * n
+        samples = torch.arange(seen, seen + len(tokens), device=device)
+        keys = state_keys(0, samples)
+        total += float(model(tokens.to(device), targets.to(device), None, keys)) * n
+        seen += len(tokens)
         count += n
     model.train(training)
     return Evaluation(total / count, count)
 
 
-def _batches(windows: Iterable[tuple[Tensor, Tensor]], size: int):
+def batched(windows: Iterable[tuple[Tensor, Tensor]], size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The windows, `size` at a time, (size, T) each; the last may be fewer."""
     rows: list[tuple[Tensor, Tensor]] = []
     for row in windows:
         rows.append(row)

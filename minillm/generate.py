@@ -13,6 +13,9 @@ from torch import Tensor
 from minillm.cache import KVCache
 from minillm.errors import UsageError
 from minillm.model import GPT
+from minillm.recurrence import state_keys
+
+DEEPEST = 4096  # iterations
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ def generate(
     first: Sequence[int] = (),
     stop: Callable[[int, list[int]], bool] | None = None,
     use_cache: bool = True,
+    recurrence: int | None = None,
+    recurrent_cache: str = "full",
 ) -> Iterator[Token]:
     """Continue each prompt, all rows in step; yields the rows' tokens as they are made.
 
@@ -54,6 +59,9 @@ def generate(
     repetition_penalty: Keskar et al. 2019, arXiv:1909.05858, section 4.1; over prompt and text.
     seed, samples: the random number of a token is a function of (seed, samples[row], how many
     tokens the row has made), so row 3 of a batch is what `samples=[3]` gives alone.
+    recurrence: iterations of a recurrent model's core; default: its mean.    recurrent_cache:
+    "full" keeps keys and values of each, so that tokens are those without a cache; "slot" those of
+    the last alone, so that memory does not grow with them.
     Raises UsageError on an option outside its range, an empty prompt or a token beyond the
     vocabulary.
     """
@@ -66,7 +74,8 @@ def generate(
     device = model.head.weight.device
     device = torch.device("cpu") if device.type == "mps" else device
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    context = Context(model, texts, use_cache)
+    depth = Depth(seed, tuple(numbers), *check_recurrence(model, recurrence, recurrent_cache))
+    context = Context(model, texts, use_cache, depth)
     for made in range(max_tokens):
         logits = context.next_logits().to(device, torch.float32)  # (rows, V)
         logprobs = logits.log_softmax(-1)
@@ -95,6 +104,16 @@ def generate(
             return
 
 
+@dataclass(frozen=True)
+class Depth:
+    """How a recurrent model is read: start states by seed and sample, iterations, cached or not."""
+
+    seed: int
+    samples: tuple[int, ...]
+    recurrence: int | None
+    cached: int | None
+
+
 class Context:
     """What the model has read of each row, and the next token's logits.
 
@@ -102,8 +121,8 @@ class Context:
     anew from position 0; it then grows again. Without a cache the same tokens are read each time.
     """
 
-    def __init__(self, model: GPT, texts: list[list[int]], use_cache: bool) -> None:
-        self.model, self.texts, self.use_cache = model, texts, use_cache
+    def __init__(self, model: GPT, texts: list[list[int]], use_cache: bool, depth: Depth) -> None:
+        self.model, self.texts, self.use_cache, self.depth = model, texts, use_cache, depth
         self.rows = list(range(len(texts)))
         self.starts = dict.fromkeys(self.rows, 0)
         longest = model.config.seq_len
@@ -118,16 +137,16 @@ class Context:
         cut = self._cut()
         count = range(len(self.rows))
         if not self.use_cache:
-            return torch.cat([self._logits(self._unread(row, 0), None) for row in self.rows])
+            return torch.cat([self._logits(self._unread(r, 0), None, [r]) for r in self.rows])
         if self.cache is None:
-            self.cache = self.model.make_cache(len(self.rows))
+            self.cache = self.model.make_cache(len(self.rows), recurrence=self.depth.cached)
             return torch.cat([self._read(i, held=0) for i in count])
         if cut:
             # Once in seq_len / 2 tokens; the others then go one by one, too.
             held = [0 if row in cut else self.cache.lengths[i] for i, row in enumerate(self.rows)]
             return torch.cat([self._read(i, held[i]) for i in count])
         last = torch.tensor([[self.texts[row][-1]] for row in self.rows], device=self.device)
-        return self._logits(last, self.cache)
+        return self._logits(last, self.cache, self.rows)
 
     def drop(self, ended: set[int]) -> None:
         """Forget rows that have ended."""
@@ -150,12 +169,16 @@ class Context:
     def _read(self, i: int, held: int) -> Tensor:
         """Read what the i-th row's cache, keeping its first `held` entries, lacks; (1, V)."""
         cache = self.cache.row(i, held)
-        logits = self._logits(self._unread(self.rows[i], held), cache)
+        row = self.rows[i]
+        logits = self._logits(self._unread(row, held), cache, [row])
         self.cache.lengths[i] = cache.lengths[0]
         return logits
 
-    def _logits(self, tokens: Tensor, cache: KVCache | None) -> Tensor:
-        return self.model.logits(self.model.trunk(tokens, cache)[:, -1])
+    def _logits(self, tokens: Tensor, cache: KVCache | None, rows: list[int]) -> Tensor:
+        samples = torch.tensor([self.depth.samples[r] for r in rows], device=self.device)
+        keys = state_keys(self.depth.seed, samples)
+        x = self.model.trunk(tokens, cache, self.depth.recurrence, keys)
+        return self.model.logits(x[:, -1])
 
 
 def penalise(logits: Tensor, texts: Sequence[Sequence[int]], penalty: float) -> Tensor:
@@ -196,6 +219,26 @@ def check_sampling(
     for name, value, is_fine, expected in rules:
         if not is_fine:
             raise UsageError(f"{name} is {value}; expected {expected}")
+
+
+def check_recurrence(
+    model: GPT, recurrence: int | None, recurrent_cache: str
+) -> tuple[int | None, int | None]:
+    """How often the core runs, and of how many iterations keys and values are kept.
+
+    Raises UsageError on a recurrence that the model or anything cannot have.
+    """
+    config = model.config
+    if config.recurrent is None:
+        if recurrence is not None:
+            raise UsageError("recurrence: this model has no core to run again; leave it out")
+        return None, None
+    r = config.mean_recurrence if recurrence is None else recurrence
+    if not 1 <= r <= DEEPEST:
+        raise UsageError(f"recurrence is {r}; expected 1 to {DEEPEST}")
+    if recurrent_cache not in ("full", "slot"):
+        raise UsageError(f"recurrent_cache is {recurrent_cache!r}; expected full or slot")
+    return r, r if recurrent_cache == "full" else None
 
 
 def _check_prompts(model: GPT, prompts: Sequence[Sequence[int]]) -> None:

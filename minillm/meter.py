@@ -30,12 +30,21 @@ class Meter:
             disable=None, file=sys.stderr,
         )  # fmt: skip
         self.since = time.perf_counter()
-        self.pending_steps = self.pending_tokens = 0
+        self._forget()
 
-    def step(self, tokens: int, steps: int) -> None:
-        """Count one step of `tokens` tokens in a run of `steps`."""
+    def _forget(self) -> None:
+        self.pending_steps = self.pending_tokens = 0
+        self.pending_flops = 0.0
+
+    def step(self, tokens: int, steps: int, flops_per_token: float | None = None) -> None:
+        """Count one step of `tokens` tokens in a run of `steps`.
+
+        flops_per_token: of this step, where they differ from step to step.
+        """
+        each = self.flops_per_token if flops_per_token is None else flops_per_token
         self.pending_steps += 1
         self.pending_tokens += tokens
+        self.pending_flops += tokens * each
         self.bar.total = steps
         self.bar.update(1)
 
@@ -60,9 +69,9 @@ class Meter:
                 **row,
                 "step_ms": 1e3 * seconds / self.pending_steps,
                 "tokens_per_s": tokens_per_s,
-                "mfu": tokens_per_s * self.flops_per_token / self.peak_flops,
+                "mfu": self.pending_flops / seconds / self.peak_flops,
             }
-            self.pending_steps = self.pending_tokens = 0
+            self._forget()
             self.since = time.perf_counter()
         self.file.write(json.dumps({k: _jsonable(v) for k, v in row.items()}) + "\n")
         self.file.flush()
@@ -94,6 +103,8 @@ def _line(row: dict[str, Any], steps: int | None) -> str:
 
 
 def _jsonable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _jsonable(v) for k, v in value.items()}
     if isinstance(value, float):
         return float(f"{value:.6g}") if abs(value) < float("inf") else None
     return value

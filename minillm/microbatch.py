@@ -49,16 +49,22 @@ def seconds_per_step(model: GPT, batch_size: int, micro: int, device: torch.devi
     return (time.perf_counter() - start) * batch_size / micro
 
 
-def _run(model: GPT, rows: int, device: torch.device) -> None:
+def _run(model: GPT, rows: int, device: torch.device, recurrence: int | None = None) -> None:
     tokens = torch.zeros((rows, model.config.seq_len), dtype=torch.int64, device=device)
-    model(tokens, tokens).backward()
+    model(tokens, tokens, recurrence).backward()
     model.zero_grad(set_to_none=True)
+
+
+def _deepest(model: GPT) -> int | None:
+    """The recurrence that keeps most for its backward pass."""
+    c = model.config
+    return min(c.max_recurrence, c.backprop_depth) if c.recurrent else None
 
 
 def _runs(model: GPT, rows: int, device: torch.device, later: int) -> bool:
     try:
         held = torch.empty(later, dtype=torch.uint8, device=device)
-        _run(model, rows, device)
+        _run(model, rows, device, _deepest(model))
         del held
         return True
     except torch.OutOfMemoryError:
@@ -80,7 +86,7 @@ def _bytes_for_backward(model: GPT, rows: int, device: torch.device) -> int:
 
     tokens = torch.zeros((rows, model.config.seq_len), dtype=torch.int64, device=device)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        model(tokens, tokens)
+        model(tokens, tokens, _deepest(model))
     return sum(kept.values())
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch.optim import Optimizer
 
-from minillm import checkpoint
+from minillm import checkpoint, ladder
 from minillm.checkpoint import Checkpoint
-from minillm.config import TrainConfig
+from minillm.config import ModelConfig, TrainConfig
 from minillm.configure import RESUMABLE
 from minillm.data import Batches, evaluation_windows, warnings_for
 from minillm.evaluate import evaluate
@@ -17,10 +17,12 @@ from minillm.generate import generate
 from minillm.model import GPT
 from minillm.optim import Average
 from minillm.pace import Pacer
+from minillm.recurrence import draw
 from minillm.schedule import Schedule
 from minillm.shards import Corpus
 
 SAMPLE_TOKENS = 200
+LADDER_WINDOWS = 64  # that recurrence is judged on, at every evaluation
 
 
 @dataclass
@@ -109,8 +111,34 @@ def judge(t: Training, batches: int) -> dict[str, float]:
     windows = evaluation_windows(t.corpus, "val", t.model.config.seq_len, limit)
     with _averaged(t):
         result = evaluate(t.model, windows, t.fixed["micro_batch_size"])
+        found = _judge_recurrence(t) if t.model.config.recurrent else {}
     bpb = result.bits_per_byte(t.corpus.tokens["val"], t.corpus.bytes["val"])
-    return {"val_loss": result.loss, "val_bpb": bpb, "val_tokens": result.tokens}
+    return {"val_loss": result.loss, "val_bpb": bpb, "val_tokens": result.tokens, **found}
+
+
+def _judge_recurrence(t: Training) -> dict:
+    """Loss by recurrence and the signs of its failing, on a small part of the split."""
+    few = evaluation_windows(t.corpus, "val", t.model.config.seq_len, LADDER_WINDOWS)
+    return ladder.measure(t.model, few, t.fixed["micro_batch_size"])
+
+
+def worries(t: Training, row: dict) -> list[str]:
+    """Warnings about what an evaluation found of the recurrence; none in the first tenth."""
+    early = t.progress.step < t.plan.steps / 10
+    if early or "val_loss_at_r" not in row:
+        return []
+    return [f"warning   {line}" for line in ladder.alarms(row, t.model.config.mean_recurrence)]
+
+
+def recurrences(t: Training) -> list[int | None]:
+    """How often the core runs for each group of sequences of the coming step; [None] without."""
+    c, model = t.config, t.model.config
+    if model.recurrent is None:
+        return [None]
+    mean = float(model.mean_recurrence)
+    if c.recurrence_curriculum:
+        mean = 1 + (mean - 1) * min(1.0, 4 * t.plan.progress(t.progress.step))
+    return draw(c.seed, t.progress.step, c.recurrence_groups, mean, model.max_recurrence)
 
 
 def note_best(progress: Progress, row: dict[str, float]) -> bool:
@@ -161,7 +189,7 @@ def announce(
         f"run       {t.run}" + (f" from step {t.progress.step}" if t.progress.step else ""),
         f"text      {t.corpus.bytes['train']:,} + {t.corpus.bytes['val']:,} bytes, "
         f"{t.corpus.tokens['train']:,} + {t.corpus.tokens['val']:,} tokens (train + validation)",
-        f"model     {model.n_parameters:,} parameters, {model.n_layer} layers of {model.d_model}, "
+        f"model     {model.n_parameters:,} parameters, {_layers(model)} layers of {model.d_model}, "
         f"context {model.seq_len}, vocabulary {model.vocab_size}",
         f"machine   {device}, {t.fixed['dtype']}, {t.model.ops.name} kernels "
         f"({t.model.ops.why}), {t.fixed['threads']} threads ({why_threads})",
@@ -170,6 +198,13 @@ def announce(
         f"epochs; about {duration(seconds)}, then {duration(judge_s)} to evaluate",
         *(f"warning   {warning}" for warning in warnings),
     ]
+
+
+def _layers(model: ModelConfig) -> str:
+    if model.recurrent is None:
+        return str(model.n_layer)
+    prelude, core, coda = model.depths
+    return f"{prelude} + {core} x {model.mean_recurrence} (up to {model.max_recurrence}) + {coda}"
 
 
 def duration(seconds: float) -> str:

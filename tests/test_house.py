@@ -27,8 +27,8 @@ FLOORS = {
     9: "checkpoint evaluate generate microbatch profiling/__init__ profiling/timing "
     "profiling/roofline profiling/pivot profiling/style profiling/occupancy profiling/sass "
     "profiling/ttir profiling/dry profiling/cases",
-    10: "startup training profiling/machine profiling/plot profiling/bound",
-    11: "profiling/workloads profiling/audit profiling/ranks",
+    10: "startup ladder profiling/machine profiling/plot profiling/bound",
+    11: "training profiling/workloads profiling/audit profiling/ranks",
     12: "profiling/precision profiling/sizes profiling/page",
     13: "profiling/implementations profiling/report",
     14: "profiling/interpreted",

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 
 from minillm.config import ModelConfig
 from minillm.errors import UsageError
+from minillm.generate import generate
+from minillm.kernels import reference
 from minillm.model import GPT
 from minillm.ops import EAGER
 from minillm.recurrence import draw, start_noise, state_keys
@@ -128,8 +130,8 @@ def test_a_split_adapter_is_the_concatenated_one():
 def test_the_linear_part_of_a_diagonal_injection_contracts():
     model = model_of(recurrence_style="parcae")
     with torch.no_grad():
-        model.injection.rate.normal_(0, 3)
-        model.injection.step.normal_(0, 3)
+        model.injection.rate.copy_(torch.linspace(-3, 3, 16))
+        model.injection.step.copy_(torch.linspace(3, -3, 16).roll(5))
     one = torch.ones(1, 1, 16, dtype=torch.float64)
     decay = model.injection(one, torch.zeros_like(one))
     assert ((decay > 0) & (decay < 1)).all()
@@ -271,3 +273,114 @@ def test_what_does_not_fit_is_refused():
         model_of()(text(), recurrence=0)
     with pytest.raises(ValueError, match="recurrence 2: the model has no core"):
         model_of(recurrent=None, n_layer=2)(text(), recurrence=2)
+
+
+# Generation.
+
+
+def sampled(model: GPT, prompts, **options) -> list[list[int]]:
+    made = [[] for _ in prompts]
+    for token in generate(model, prompts, max_tokens=9, seed=4, **options):
+        made[token.row].append(token.id)
+    return made
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize(
+    "options", [{}, {"position": "alibi", "window": 5}, {"n_kv_head": 1}], ids=str
+)
+def test_a_full_cache_changes_no_token(style, options):
+    """Ragged rows, and beyond the context's end; at the mean, below and above it."""
+    model = model_of(recurrence_style=style, **options).eval()
+    prompts = [[1, 2, 3, 4, 5, 6, 7, 8, 9], [7], [3, 4]]
+    for r in (1, 4, 7):
+        cached = sampled(model, prompts, recurrence=r)
+        assert cached == sampled(model, prompts, recurrence=r, use_cache=False)
+    assert len({token for row in cached for token in row}) > 5
+
+
+def test_a_row_is_what_it_is_alone():
+    """Whatever stands beside it, and start states and draws are its sample's."""
+    model = model_of().eval()
+    prompts = [[1, 2, 3], [7], [3, 4, 5, 6]]
+    for cache in ("full", "slot"):
+        together = sampled(model, prompts, recurrent_cache=cache)
+        for i, prompt in enumerate(prompts):
+            alone = sampled(model, [prompt], samples=[i], recurrent_cache=cache)
+            assert alone == [together[i]]
+
+
+def slot_oracle(model: GPT, tokens: list[int], prefix: int, r: int) -> torch.Tensor:
+    """(T - prefix, V) logits of single tokens after a prefix read at once, written out: each block
+    of the core sees, of the tokens before, keys and values of their last iteration.
+    """
+    held: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    prelude, core, coda = model.config.depths
+    found = []
+
+    def run(block: int, x: torch.Tensor, at: slice, past) -> torch.Tensor:
+        b = model.blocks[block]
+        c, T = model.config, x.shape[1]
+        heads = b.attention.qkv(b.attention_norm(x)).view(1, T, -1, c.d_head)
+        q, k, v = heads.split((c.n_head, c.n_kv_head, c.n_kv_head), dim=2)
+        q, k = reference.rope(
+            q, k, model.cos[at], model.sin[at], b.attention.q_norm, b.attention.k_norm
+        )
+        keys = k if past is None else torch.cat((past[0], k), 1)
+        values = v if past is None else torch.cat((past[1], v), 1)
+        held[block] = keys, values
+        y = b.attention.out(reference.decode_attention(q, keys, values).flatten(2))
+        post, pre = b.attention_post_norm.weight, b.mlp_norm.weight
+        y, x = reference.sandwich_norm(y, x, post, pre)
+        return b.mlp_post_norm(b.mlp(y) + x)
+
+    for start, stop in [(0, prefix), *((t, t + 1) for t in range(prefix, len(tokens)))]:
+        before, at = dict(held), slice(start, stop)
+        x = model.embed(torch.tensor([tokens[at]])) * model.config.d_model**0.5
+        for i in range(prelude):
+            x = run(i, x, at, before.get(i))
+        text = model.injection.prepare(x)
+        s = start_noise(torch.zeros(1, dtype=torch.int64), torch.arange(start, stop), 16, x.dtype)
+        for _ in range(r):
+            s = model.injection(s, text)
+            for i in range(prelude, prelude + core):
+                s = run(i, s, at, before.get(i))
+        x = model.norm(s)
+        for i in range(prelude + core, prelude + core + coda):
+            x = run(i, x, at, before.get(i))
+        found.append(model.logits(model.norm(x))[0, -1])
+    return torch.stack(found[1:])
+
+
+@torch.no_grad()
+def test_a_slot_cache_is_its_own_oracle():
+    model, tokens = model_of().eval(), text(1)[0].tolist()
+    cache = model.make_cache(1)
+    model.trunk(torch.tensor([tokens[:5]]), cache, 3)
+    ours = [model.logits(model.trunk(torch.tensor([[t]]), cache, 3))[0, 0] for t in tokens[5:]]
+    torch.testing.assert_close(torch.stack(ours), slot_oracle(model, tokens, 5, 3))
+    full = model.logits(model.trunk(torch.tensor([tokens]), None, 3))[0, 5:]
+    assert not torch.allclose(torch.stack(ours), full, atol=1e-3)  # it is another computation
+
+
+def test_a_slot_cache_does_not_grow_with_the_recurrence():
+    model = model_of().eval()
+    of_slot = model.make_cache(2).k.numel()
+    assert of_slot == model.make_cache(2, recurrence=1).k.numel()
+    assert [model.make_cache(2, recurrence=r).k.shape[0] for r in (1, 4, 9)] == [4, 10, 20]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"recurrence": 0}, "recurrence is 0; expected 1 to"),
+        ({"recurrence": -1}, "recurrence is -1; expected 1 to"),
+        ({"recurrence": 10**9}, "recurrence is 1000000000; expected 1 to"),
+        ({"recurrent_cache": "half"}, "expected full or slot"),
+    ],
+)
+def test_wrong_recurrences_are_refused(options, message):
+    with pytest.raises(UsageError, match=message):
+        sampled(model_of(), [[1]], **options)
+    with pytest.raises(UsageError, match="recurrence: this model has no core"):
+        sampled(model_of(recurrent=None, n_layer=1), [[1]], recurrence=2)

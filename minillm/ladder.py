@@ -1,0 +1,89 @@
+"""What recurrent depth does to the loss: evaluated at several recurrences, with three alarms.
+
+Each alarm is a way in which recurrence fails unseen in the loss alone: tokens that become one
+another (collapse), iterations that change nothing (ignored), a state that grows without end.
+Source: Geiping et al. 2025, arXiv:2502.05171, section 4.3.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from minillm.evaluate import batched
+from minillm.model import GPT
+from minillm.recurrence import state_keys
+
+COLLAPSED = 0.9  # correlation of tokens
+IGNORED = 0.02  # nats that the mean recurrence gains over one
+GROWING = 1.5  # times, from the mean recurrence to four times it
+
+
+def rungs(mean: int) -> list[int]:
+    """1, 2, 4, ... up to the mean, and the mean, twice and four times it."""
+    powers = [1 << i for i in range(mean.bit_length()) if 1 << i < mean]
+    return [*powers, mean, 2 * mean, 4 * mean]
+
+
+@torch.no_grad()
+def measure(model: GPT, windows: Iterable[tuple[Tensor, Tensor]], batch_size: int) -> dict:
+    """What a row of metrics.jsonl says of the recurrence.
+
+    val_loss_at_r: {"1": nats a token, ...}.    token_correlation: of the state at the mean, 0 to 1,
+    see `correlation`.    state_growth: its norm at four times the mean by that at the mean.
+    """
+    mean, device = model.config.mean_recurrence, model.head.weight.device
+    at, training = rungs(mean), model.training
+    model.eval()
+    losses, count, norms = dict.fromkeys(at, 0.0), 0, dict.fromkeys(at, 0.0)
+    alike, batches, seen = 0.0, 0, 0
+    for tokens, targets in batched(windows, batch_size):
+        samples = torch.arange(seen, seen + len(tokens), device=device)
+        n = int((targets != -100).sum())
+        readings = model.readings(tokens.to(device), at, state_keys(0, samples))
+        for r, x, s in readings:
+            losses[r] += float(model.loss(x, targets.to(device))) * n
+            norms[r] += float(s.float().norm(dim=-1).mean())
+            if r == mean:
+                alike += correlation(s)
+        count, batches, seen = count + n, batches + 1, seen + len(tokens)
+    model.train(training)
+    return {
+        "val_loss_at_r": {str(r): loss / count for r, loss in losses.items()},
+        "token_correlation": alike / batches,
+        "state_growth": norms[4 * mean] / max(1e-30, norms[mean]),
+    }
+
+
+def correlation(s: Tensor) -> float:
+    """How much the tokens of a sequence point one way: the mean of the Gram matrix's entries off
+    the diagonal, of centred unit vectors.    s: (B, T, C).
+    """
+    s = s.float()
+    s = s - s.mean(-1, keepdim=True)
+    s = s / s.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    T = s.shape[1]
+    total = s.sum(1).square().sum(-1)  # of all entries; those of the diagonal are 1
+    return float(((total - T) / max(1, T * (T - 1))).mean())
+
+
+def alarms(row: dict, mean: int) -> list[str]:
+    """Lines to warn with, of what `measure` found."""
+    found, losses = [], row["val_loss_at_r"]
+    if row["token_correlation"] > COLLAPSED:
+        found.append(
+            f"the states of all tokens are alike (correlation {row['token_correlation']:.2f}): the "
+            "recurrence has collapsed; start again with a smaller --learning-rate"
+        )
+    gain = losses["1"] - losses[str(mean)]
+    if mean > 1 and gain < IGNORED:
+        found.append(
+            f"{mean} iterations of the core are worth {gain:.3f} nats more than one: the "
+            "recurrence is hardly used"
+        )
+    if row["state_growth"] > GROWING:
+        found.append(
+            f"the state grows {row['state_growth']:.1f} times from {mean} to {4 * mean} "
+            "iterations; more of them will do harm"
+        )
+    return found
