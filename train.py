@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
 
     # On which data.
     corpus = startup.find_corpus(settings, run if past else None, say)
-    shape = startup.fit_to_corpus(settings.model, corpus)
+    shape = startup.fit_to_corpus(settings, corpus)
     startup.require_memory(shape, device)
     batches = Batches(corpus, shape.seq_len, config.batch_size, config.seed)
 

@@ -14,22 +14,22 @@ import torch
 from torch import Tensor
 
 from minillm.errors import CorruptError, UsageError
-from minillm.shards import BLOCK, Corpus, Shard
+from minillm.shards import BLOCK, TARGETS, Corpus, Shard
 
 IGNORED = -100  # the target that cross-entropy leaves out
 ROUNDS = 6
 
 
 class Tokens:
-    """The tokens of one split as one sequence, over all of its shards.
+    """The tokens of one split as one sequence, over all of its shards; or their own targets.
 
     Each block of a shard is checked against its sha256 when it is first touched. Remembers the
     blocks it checked, and keeps no file open between calls.
     """
 
-    def __init__(self, corpus: Corpus, split: str) -> None:
-        self._shards = corpus.shards[split]
-        self._dtype = np.dtype(corpus.dtype).newbyteorder("<")
+    def __init__(self, corpus: Corpus, split: str, targets: bool = False) -> None:
+        self._shards = (corpus.targets if targets else corpus.shards)[split]
+        self._dtype = TARGETS if targets else np.dtype(corpus.dtype).newbyteorder("<")
         self._starts = np.cumsum([0] + [shard.tokens for shard in self._shards])
         self._checked: set[tuple[int, int]] = set()
 
@@ -81,17 +81,21 @@ class Batches:
         if batch_size % world_size:
             raise UsageError(f"--batch-size {batch_size} is not a multiple of {world_size} ranks")
         self._tokens = Tokens(corpus, "train")
+        self._targets = Tokens(corpus, "train", targets=True) if corpus.sequence else None
         n = len(self._tokens)
-        if n < seq_len + 1:
+        if n < seq_len + (not corpus.sequence):
             raise UsageError(
                 f"{corpus.folder}: the training split has {n} tokens, one sequence takes "
                 f"{seq_len + 1}; give more text or --seq-len {max(1, n // 8)}"
             )
         self._seq_len, self._batch_size = seq_len, batch_size
         self._seed, self._world_size = seed, world_size
-        # As many as fit after the largest offset; at least one.
-        self.n_windows = max(1, (n - seq_len) // seq_len)
-        self._n_offsets = min(seq_len, n - self.n_windows * seq_len)
+        if corpus.sequence:  # sequences as they are
+            _check_sequence(corpus, seq_len)
+            self.n_windows, self._n_offsets = n // seq_len, 1
+        else:  # as many as fit after the largest offset; at least one
+            self.n_windows = max(1, (n - seq_len) // seq_len)
+            self._n_offsets = min(seq_len, n - self.n_windows * seq_len)
 
     def batch(self, step: int, rank: int = 0) -> tuple[Tensor, Tensor]:
         """The rank's share of the batch of `step`: tokens, targets, (batch_size / ranks, seq_len).
@@ -103,8 +107,12 @@ class Batches:
             raise ValueError(f"rank {rank} of {self._world_size}")
         rows = self._batch_size // self._world_size
         first = step * self._batch_size + rank * rows
-        windows = self._starts(np.arange(first, first + rows, dtype=np.int64))
-        x = np.stack([self._tokens.read(start, self._seq_len + 1) for start in windows.tolist()])
+        windows = self._starts(np.arange(first, first + rows, dtype=np.int64)).tolist()
+        if self._targets is not None:
+            both = self._tokens, self._targets
+            x, y = (np.stack([part.read(w, self._seq_len) for w in windows]) for part in both)
+            return torch.from_numpy(x), torch.from_numpy(y)
+        x = np.stack([self._tokens.read(start, self._seq_len + 1) for start in windows])
         x = torch.from_numpy(x)  # (rows, seq_len + 1)
         return x[:, :-1].contiguous(), x[:, 1:].contiguous()
 
@@ -128,8 +136,11 @@ class Batches:
 class EvaluationWindows(Sequence[tuple[Tensor, Tensor]]):
     """(tokens, targets) rows, (seq_len,) int64 each; see evaluation_windows."""
 
-    def __init__(self, tokens: Tokens, seq_len: int, numbers: Sequence[int]) -> None:
+    def __init__(
+        self, tokens: Tokens, seq_len: int, numbers: Sequence[int], targets: Tokens | None = None
+    ) -> None:
         self._tokens, self._seq_len, self._numbers = tokens, seq_len, numbers
+        self._targets = targets
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -137,6 +148,9 @@ class EvaluationWindows(Sequence[tuple[Tensor, Tensor]]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Row `index`; IndexError beyond the end."""
         start = self._numbers[index] * self._seq_len
+        if self._targets is not None:
+            both = (part.read(start, self._seq_len) for part in (self._tokens, self._targets))
+            return tuple(map(torch.from_numpy, both))
         count = min(self._seq_len + 1, len(self._tokens) - start)
         x = torch.from_numpy(self._tokens.read(start, count))
         tokens = torch.zeros(self._seq_len, dtype=torch.int64)
@@ -148,7 +162,8 @@ class EvaluationWindows(Sequence[tuple[Tensor, Tensor]]):
 def evaluation_windows(
     corpus: Corpus, split: str, seq_len: int, limit: int | None = None
 ) -> EvaluationWindows:
-    """The windows in which each token of `split`, but its first, is the target exactly once.
+    """The windows in which each token of `split`, but its first, is the target exactly once; or the
+    sequences with targets of their own.
 
     The last window is filled up with targets of IGNORED. limit: that many windows, evenly spread.
     """
@@ -158,10 +173,22 @@ def evaluation_windows(
             f"{corpus.folder}: the {split} split has {len(tokens)} tokens, too few to evaluate on; "
             "prepare the corpus again with a larger --val-fraction"
         )
+    targets = None
     total = -(-(len(tokens) - 1) // seq_len)
-    if limit is None or limit >= total:
-        return EvaluationWindows(tokens, seq_len, range(total))
-    return EvaluationWindows(tokens, seq_len, [i * total // limit for i in range(limit)])
+    if corpus.sequence:
+        _check_sequence(corpus, seq_len)
+        targets, total = Tokens(corpus, split, targets=True), len(tokens) // seq_len
+    few = limit is not None and limit < total
+    numbers = [i * total // limit for i in range(limit)] if few else range(total)
+    return EvaluationWindows(tokens, seq_len, numbers, targets)
+
+
+def _check_sequence(corpus: Corpus, seq_len: int) -> None:
+    if seq_len != corpus.sequence:
+        raise UsageError(
+            f"{corpus.folder}: its sequences, with targets of their own, are {corpus.sequence} "
+            f"tokens long; got --seq-len {seq_len}"
+        )
 
 
 def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:

@@ -1,6 +1,8 @@
 """A prepared corpus on disk: token shards, the tokenizer and index.json with a digest of each.
 
     train-00000.bin ... val-00000.bin ...   token ids, little-endian uint16 or uint32
+    train-targets-00000.bin ...             where the answer is not the next token: a target for
+                                            each token, little-endian int32, -100 where none counts
     tokenizer.model or tokenizer.json
     index.json                              what each file must be; carries its own sha256
 
@@ -24,6 +26,8 @@ MEND = "delete the folder and prepare the corpus again"
 # Bytes per digest: a reader has to read this much to trust the first token of a block.
 BLOCK = 1 << 20
 SPLITS = ("train", "val")
+TARGETS = np.dtype("<i4")
+NAME = r"(train|val)(-targets)?-\d{5,}\.bin"
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,8 @@ class Corpus:
 
     bytes counts the UTF-8 text, not the shards; dtype is "uint16" or "uint32"; key names the text
     and the settings (tokenizer, vocab_size, val_fraction) that it was made from.
+    sequence: tokens of each sequence, where they have targets of their own; else None.
+    targets: the shards of these, per split.
     """
 
     folder: Path
@@ -56,6 +62,8 @@ class Corpus:
     source: str
     key: str
     settings: dict[str, Any]
+    sequence: int | None
+    targets: dict[str, tuple[Shard, ...]]
 
     def tokenizer(self) -> Tokenizer:
         """Load the tokenizer that made these tokens."""
@@ -63,13 +71,15 @@ class Corpus:
 
 
 class ShardWriter:
-    """Append the tokens of one split to numbered files of at most `shard_tokens` each."""
+    """Append the tokens, or the targets, of a split to numbered files of `shard_tokens` each."""
 
-    def __init__(self, folder: Path, split: str, vocab_size: int, shard_tokens: int) -> None:
+    def __init__(
+        self, folder: Path, split: str, vocab_size: int, shard_tokens: int, targets: bool = False
+    ) -> None:
         self.shards: list[dict[str, Any]] = []
-        self._folder, self._split = folder, split
+        self._folder, self._stem = folder, f"{split}-targets" if targets else split
         self._vocab_size, self._shard_tokens = vocab_size, shard_tokens
-        self._dtype = np.dtype(dtype_for(vocab_size)).newbyteorder("<")
+        self._dtype = TARGETS if targets else np.dtype(dtype_for(vocab_size)).newbyteorder("<")
         self._start()
 
     def add(self, ids: np.ndarray) -> None:
@@ -95,7 +105,7 @@ class ShardWriter:
         return self.shards
 
     def _start(self) -> None:
-        self._path = self._folder / f"{self._split}-{len(self.shards):05d}.bin"
+        self._path = self._folder / f"{self._stem}-{len(self.shards):05d}.bin"
         self._tokens = self._max_id = 0
         self._waiting = bytearray()
         self._digests: list[str] = []
@@ -163,13 +173,20 @@ def open_corpus(folder: str | Path) -> Corpus:
 
 def _from_index(folder: Path, content: dict[str, Any]) -> Corpus:
     shards: dict[str, list[Shard]] = {split: [] for split in SPLITS}
+    targets: dict[str, list[Shard]] = {split: [] for split in SPLITS}
     for entry in content["shards"]:
         # Whoever made the index, it must not lead out of the folder.
-        name = re.fullmatch(r"(train|val)-\d{5,}\.bin", entry["name"])
+        name = re.fullmatch(NAME, entry["name"])
         if not name:
             raise ValueError(f"a shard named {entry['name']!r}")
         sizes = (int(entry[key]) for key in ("bytes", "tokens", "max_id"))
-        shards[name[1]].append(Shard(folder / name[0], *sizes, tuple(entry["sha256"])))
+        kind = targets if name[2] else shards
+        kind[name[1]].append(Shard(folder / name[0], *sizes, tuple(entry["sha256"])))
+    sequence = content.get("sequence")
+    for split in SPLITS:
+        held, answered = (sum(s.tokens for s in kind[split]) for kind in (shards, targets))
+        if (sequence is None and answered) or (sequence and (answered != held or held % sequence)):
+            raise ValueError(f"{answered} targets for {held} tokens in sequences of {sequence}")
     if content["tokenizer"] not in ("tokenizer.model", "tokenizer.json"):
         raise ValueError(f"a tokenizer named {content['tokenizer']!r}")
     if content["dtype"] != dtype_for(content["vocab_size"]):
@@ -186,13 +203,17 @@ def _from_index(folder: Path, content: dict[str, Any]) -> Corpus:
         source=str(content["source"]),
         key=str(content["key"]),
         settings=dict(content.get("settings", {})),
+        sequence=None if sequence is None else int(sequence),
+        targets={split: tuple(targets[split]) for split in SPLITS},
     )
 
 
 def _check_shards(corpus: Corpus) -> None:
-    itemsize = np.dtype(corpus.dtype).itemsize
     known = set()
-    for shard in (shard for split in SPLITS for shard in corpus.shards[split]):
+    narrow = np.dtype(corpus.dtype).itemsize
+    kinds = ((corpus.shards, narrow), (corpus.targets, TARGETS.itemsize))
+    every = ((shard, size) for kind, size in kinds for split in SPLITS for shard in kind[split])
+    for shard, itemsize in every:
         known.add(shard.path.name)
         if not shard.path.is_file():
             raise _corrupt(shard.path, "is missing")
@@ -206,7 +227,7 @@ def _check_shards(corpus: Corpus) -> None:
             largest = f"has id {shard.max_id}, the vocabulary ends at {corpus.vocab_size - 1}"
             raise _corrupt(shard.path, largest)
     for path in sorted(corpus.folder.iterdir()):
-        if re.fullmatch(r"(train|val)-\d+\.bin", path.name) and path.name not in known:
+        if re.fullmatch(NAME, path.name) and path.name not in known:
             raise _corrupt(path, "is not in the index")
 
 

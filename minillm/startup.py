@@ -157,12 +157,15 @@ def _prepare(settings: Settings, say: Callable[[str], None]) -> Corpus:
     )
 
 
-def fit_to_corpus(model: ModelConfig, corpus: Corpus) -> ModelConfig:
-    """The model with the tokenizer's vocabulary.
+def fit_to_corpus(settings: Settings, corpus: Corpus) -> ModelConfig:
+    """The model with the tokenizer's vocabulary and, where the corpus has sequences with targets of
+    their own and --seq-len was not given, their length.
 
     Raises UsageError if a document mask is asked for and documents have no mark.
     """
-    bos = corpus.tokenizer().bos_id
+    model, bos = settings.model, corpus.tokenizer().bos_id
+    if corpus.sequence and "seq_len" not in settings.given:
+        model = replace(model, seq_len=corpus.sequence)
     if model.document_mask and bos is None:
         raise UsageError("--document-mask needs documents marked by BOS; --tokenizer char has none")
     return replace(model, vocab_size=corpus.vocab_size, bos_id=bos)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from minillm import errors, world
 from minillm.scripts import train as train_script
+from minillm.shards import is_prepared
 
 if not torch.cuda.is_available():  # before any kernel is defined: they are interpreted
     os.environ["TRITON_INTERPRET"] = "1"
@@ -144,6 +145,9 @@ def train(text_file: Path) -> Callable[..., int]:
                 del tiny["--steps"]
             if "--init-from" in words:
                 for flag in ("--tokenizer", "--n-layer", "--n-head", "--d-model", "--seq-len"):
+                    del tiny[flag]
+            if "--data" in words and is_prepared(words[words.index("--data") + 1]):
+                for flag in ("--tokenizer", "--val-fraction", "--seq-len"):
                     del tiny[flag]
             words += [str(w) for pair in tiny.items() if pair[0] not in words for w in pair]
         with pytest.MonkeyPatch.context() as patch:

@@ -22,7 +22,7 @@ FLOORS = {
     4: "kernels/rms_norm kernels/rope kernels/attention",
     5: "config ops tokenizer split",
     6: "layers runs settings optim shards encoding stream",
-    7: "configure data corpus recurrence",
+    7: "configure data corpus recurrence sequences",
     8: "model pace",
     9: "checkpoint evaluate generate microbatch profiling/__init__ profiling/timing "
     "profiling/roofline profiling/pivot profiling/style profiling/occupancy profiling/sass "

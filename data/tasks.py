@@ -1,0 +1,209 @@
+"""Tasks that need depth, as prepared corpora with targets of their own, for train.py.
+
+    python data/tasks.py register --out data/prepared/register
+    python train.py --data data/prepared/register --recurrent 1,1,1
+
+Every token is a character. Sequences are a function of the task, its sizes and the seed; those of
+"train" and of "val" are drawn apart. Hops say how many steps lie behind an answer.
+"""
+
+import argparse
+import itertools
+import string
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+HOME = Path(__file__).resolve().parents[1]
+IGNORED = -100
+LETTERS = string.ascii_uppercase + string.ascii_lowercase
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task of given sizes.
+
+    alphabet: its tokens.    draw: from a generator and a count to tokens, targets and hops,
+    (count, T) int64 each; hops of -1 where there is no target.
+    """
+
+    alphabet: str
+    draw: Callable[[np.random.Generator, int], tuple[np.ndarray, np.ndarray, np.ndarray]]
+
+
+def permutations(states: int, count: int) -> np.ndarray:
+    """(count, states): `count` permutations but the identity, always the same."""
+    every = [p for p in itertools.permutations(range(states)) if p != tuple(range(states))]
+    if count > len(every):
+        raise SystemExit(f"tasks.py: error: --operations {count}: there are {len(every)}")
+    chosen = np.random.default_rng(4).permutation(len(every))[:count]
+    return np.array([every[i] for i in chosen])
+
+
+def register(
+    states: int = 4, operations: int = 6, length: int = 32, chain: bool = False, **_
+) -> Task:
+    """A register that tokens set to a value, or permute; the answer, at each token, is its value.
+
+    Token 0 sets it. The share of sets is drawn for each sequence from 0.03 to 0.5. hops: tokens
+    since the last set.    chain: one set and then operations only, for tests.
+    """
+    tables = np.concatenate([np.repeat(np.arange(states)[:, None], states, 1),
+                             permutations(states, operations)])  # fmt: skip
+
+    def draw(numbers: np.random.Generator, count: int):
+        share = 0.0 if chain else 0.03 + 0.47 * numbers.random((count, 1))
+        sets = numbers.random((count, length)) < share
+        sets[:, 0] = True
+        values = numbers.integers(states, size=sets.shape)
+        tokens = np.where(sets, values, states + numbers.integers(operations, size=sets.shape))
+        answers, hops = np.empty_like(tokens), np.empty_like(tokens)
+        now = age = np.zeros(count, np.int64)
+        for t in range(length):
+            now = tables[tokens[:, t], now]
+            age = np.where(sets[:, t], 0, age + 1)
+            answers[:, t], hops[:, t] = now, age
+        return tokens, answers, hops
+
+    return Task(string.digits[:states] + LETTERS[:operations], draw)
+
+
+def registers(
+    states: int = 4, operations: int = 3, length: int = 32, registers: int = 3, **_
+) -> Task:
+    """Several registers: tokens set one, or make one a permutation of another (r_i <- g(r_j)).
+
+    The answer, at each token, is the value of the register that it writes. Depth and distance part:
+    hops are the writes behind a value, through whatever registers it came.
+    Tokens: first all sets (register, value), then all operations (i, g, j).
+    """
+    K, M, G = registers, states, operations
+    tables = permutations(M, G)
+    n_sets = K * M
+    if n_sets + K * G * K > len(LETTERS + string.digits):
+        raise SystemExit("tasks.py: error: more tokens than characters; take fewer of something")
+
+    def draw(numbers: np.random.Generator, count: int):
+        share = 0.03 + 0.47 * numbers.random((count, 1))
+        sets = numbers.random((count, length)) < share
+        sets[:, 0] = True
+        i, j = numbers.integers(K, size=(2, count, length))
+        value = numbers.integers(M, size=sets.shape)
+        g = numbers.integers(G, size=sets.shape)
+        held = numbers.integers(M, size=(count, K))  # before a register is first set
+        depth = np.full((count, K), -1)
+        rows = np.arange(count)
+        tokens = np.where(sets, i * M + value, n_sets + (i * G + g) * K + j)
+        answers, hops = np.full_like(tokens, IGNORED), np.full_like(tokens, -1)
+        for t in range(length):
+            source, known = held[rows, j[:, t]], depth[rows, j[:, t]]
+            new = np.where(sets[:, t], value[:, t], tables[g[:, t], source])
+            deep = np.where(sets[:, t], 0, np.where(known < 0, -1, known + 1))
+            held[rows, i[:, t]], depth[rows, i[:, t]] = new, deep
+            answers[:, t] = np.where(deep < 0, IGNORED, new)  # nobody can know it
+            hops[:, t] = deep
+        return tokens, answers, hops
+
+    return Task("".join(sorted(LETTERS + string.digits))[: n_sets + K * G * K], draw)
+
+
+def hop(states: int = 4, length: int = 64, hops: int = 4, **_) -> Task:
+    """p-hop induction: back to the last time the current letter stood, take what followed, p times.
+
+    The first token is p, from 1 to `hops`; the answer stands at the last token. Source: Sanford et
+    al. 2024, arXiv:2402.09268, section 4; Saunshi et al. 2025, arXiv:2502.17416, section 3.
+    """
+
+    def draw(numbers: np.random.Generator, count: int):
+        tokens = np.concatenate(
+            [
+                numbers.integers(1, hops + 1, (count, 1)) - 1,
+                hops + numbers.integers(states, size=(count, length - 1)),
+            ],
+            1,
+        )
+        answers, depth = np.full_like(tokens, IGNORED), np.full_like(tokens, -1)
+        for row, x in enumerate(tokens):
+            at = length - 1
+            for _ in range(x[0] + 1):
+                before = np.flatnonzero(x[1:at] == x[at])
+                if not len(before):
+                    at = 0
+                    break
+                at = before[-1] + 2  # what followed it
+            if at:
+                answers[row, -1], depth[row, -1] = x[at], x[0] + 1
+        return tokens, answers, depth
+
+    return Task(string.digits[1 : hops + 1] + LETTERS[:states], draw)
+
+
+def addition(operands: int = 4, digits: int = 3, **_) -> Task:
+    """Two to `operands` numbers added: 123+045+...=, and the sum, lowest digit first.
+
+    The answers are the digits of the sum, each at the token before it; hops: how many were added.
+    """
+    alphabet = "+0123456789=_"
+    of = {c: i for i, c in enumerate(alphabet)}
+    total = len(str(operands * (10**digits - 1)))
+    length = operands * (digits + 1) + total
+
+    def draw(numbers: np.random.Generator, count: int):
+        tokens = np.full((count, length), of["_"])
+        answers, hops = np.full_like(tokens, IGNORED), np.full_like(tokens, -1)
+        for row in range(count):
+            terms = numbers.integers(10**digits, size=numbers.integers(2, operands + 1))
+            asked = "+".join(f"{n:0{digits}d}" for n in terms) + "="
+            answer = f"{terms.sum():0{total}d}"[::-1]
+            ids = [of[c] for c in asked + answer]
+            tokens[row, : len(ids) - 1] = ids[:-1]
+            span = slice(len(asked) - 1, len(ids) - 1)
+            answers[row, span], hops[row, span] = ids[len(asked) :], len(terms)
+        return tokens, answers, hops
+
+    return Task(alphabet, draw)
+
+
+TASKS = {"register": register, "registers": registers, "hop": hop, "addition": addition}
+PARTS = {"train": 0, "val": 1, "test": 2}
+
+
+def sequences(task: Task, part: str, count: int, seed: int = 0):
+    """Tokens, targets and hops of `count` sequences of one part: train, val or test."""
+    return task.draw(np.random.default_rng([seed, PARTS[part]]), count)
+
+
+def main(argv: list[str]) -> None:
+    """Make the corpus that the command line describes."""
+    sys.path.insert(0, str(HOME))  # so that a checkout serves without an installation
+    from minillm.sequences import write_sequences
+
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("task", choices=tuple(TASKS))
+    p.add_argument("--out", type=Path, required=True, help="folder for the prepared corpus")
+    for name, words in {
+        "states": "values of a register, or letters of hop", "operations": "permutations",
+        "length": "tokens of a sequence", "registers": "of the task registers",
+        "hops": "the most, of hop", "operands": "the most, of addition", "digits": "of an operand",
+    }.items():  # fmt: skip
+        p.add_argument(f"--{name}", type=int, help=words)
+    p.add_argument("--train", type=int, default=40_000, help="sequences (default: %(default)s)")
+    p.add_argument("--val", type=int, default=1024, help="sequences (default: %(default)s)")
+    p.add_argument("--seed", type=int, default=0)
+    args = p.parse_args(argv)
+    sizes = {n: v for n, v in vars(args).items() if v is not None}
+    if min(v for n, v in sizes.items() if n not in ("task", "out", "seed")) < 1:
+        raise SystemExit("tasks.py: error: sizes are 1 or more")
+    task = TASKS[args.task](**sizes)
+    splits = {part: sequences(task, part, sizes[part], args.seed)[:2] for part in ("train", "val")}
+    settings = {n: str(v) for n, v in sizes.items() if n != "out"}
+    corpus = write_sequences(args.out, task.alphabet, splits, f"task {args.task}", settings)
+    print(f"{corpus.folder}: {args.train} + {args.val} sequences of {corpus.sequence} tokens, "
+          f"vocabulary {corpus.vocab_size}", file=sys.stderr)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
