@@ -86,6 +86,10 @@ def test_presets_have_the_sizes_they_are_named_for():
         values = {n: v for n, v in PRESETS[name].items() if n in names}
         return ModelConfig(**{**values, "vocab_size": vocab_size}).n_parameters / 1e6
 
+    for name, vocab_size in (("nano", 4096), ("tiny", 8192), ("small", 32768),
+                             ("medium", 32768), ("large", 32768)):  # fmt: skip
+        twin = millions(f"{name}-recurrent", vocab_size)
+        assert twin == pytest.approx(millions(name, vocab_size), rel=0.01), name
     assert 9 < millions("tiny", 256) < 16
     assert 110 < millions("small", 32768) < 190
     assert 300 < millions("medium", 32768) < 500

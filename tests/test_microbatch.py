@@ -65,7 +65,7 @@ def test_on_a_gpu_running_out_is_caught(model, monkeypatch):
     def hold(size, dtype, device):
         held.append(size)
 
-    def run(model, rows, device):
+    def run(model, rows, device, recurrence):
         tried.append(rows)
         if held[-1] + rows * 1000 > 5000:
             raise torch.OutOfMemoryError("no room")
@@ -87,3 +87,16 @@ def test_a_trial_leaves_no_gradient_and_no_change(model):
     assert seconds_per_step(model, 4, 2, CPU) > 0
     for name, p in model.named_parameters():
         assert p.grad is None and torch.equal(p, before[name])
+
+
+def test_what_a_core_keeps_grows_with_the_iterations_that_carry_gradients():
+    """Those at most that a draw may ask for; it is reckoned with the deepest."""
+    kept = []
+    for depth, most in ((2, 16), (8, 16), (8, 4)):
+        shape = {"mean_recurrence": 4, "max_recurrence": most, "backprop_depth": depth}
+        config = ModelConfig(
+            vocab_size=20, seq_len=16, n_head=2, d_model=16, recurrent="1,1,1", **shape
+        )
+        kept.append(microbatch._bytes_for_backward(GPT(config, EAGER), 1, CPU))
+    two, eight, four = kept
+    assert two < four < eight and (eight - four) == pytest.approx(2 * (four - two), rel=0.05)

@@ -1,0 +1,187 @@
+"""Recurrent depth in train.py and sample.py: draws, resumption, what is reported and refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from minillm import errors, ladder
+from minillm.checkpoint import open_checkpoint
+from minillm.config import ModelConfig
+from minillm.model import GPT
+from minillm.ops import EAGER
+from minillm.recurrence import draw, state_keys
+from minillm.scripts import sample
+from minillm.scripts import train as script
+
+FLAGS = ("--recurrent", "1,1,1", "--mean-recurrence", "3", "--recurrence-groups", "2")
+
+
+def rows(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_gradients_do_not_depend_on_the_micro_batch():
+    """Groups of sequences of their own recurrence, whole or one sequence at a time; in fp64."""
+    shape = {"vocab_size": 13, "seq_len": 8, "n_head": 2, "d_model": 16, "recurrent": "1,1,1"}
+    model = GPT(ModelConfig(**shape), EAGER, torch.float64).double()
+    tokens, targets = torch.randint(13, (2, 6, 8), generator=torch.Generator().manual_seed(0))
+    targets[1, 3:] = -100
+    keys, rounds, found = state_keys(3, torch.arange(6)), [1, 4, 2], []
+    for micro in (6, 2, 1):
+        model.zero_grad()
+        loss = script.accumulate(model, tokens, targets, keys, micro, rounds)
+        found.append([loss.double(), *(p.grad.clone() for p in model.parameters())])
+    model.zero_grad()
+    total = 0.0
+    for i in range(6):  # by hand: sequence i is of group i modulo three
+        x, y, k = (t[i : i + 1] for t in (tokens, targets, keys))
+        total = total + model(x, y, rounds[i % 3], k) * (y != -100).sum() / (targets != -100).sum()
+    total.backward()
+    truth = [total.detach().double(), *(p.grad for p in model.parameters())]
+    for results in found:
+        torch.testing.assert_close(results, truth, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "more", [(), ("--recurrence-curriculum", "--backprop-depth", "2")], ids=str
+)
+def test_a_resumed_run_draws_and_learns_the_same(train, tmp_path, more):
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    assert train("--out", straight, "--save-every", "4", "--keep-last", "9", *FLAGS, *more) == 0
+    shutil.copytree(straight, broken)
+    shutil.rmtree(broken / "checkpoints" / "step-00000008")
+    assert open_checkpoint(broken).step == 4
+    assert train("--resume", broken) == 0
+    for key in ("recurrence", "loss", "val_loss_at_r"):
+        ours, theirs = ([r.get(key) for r in rows(run) if "tokens_per_s" in r or key in r]
+                        for run in (broken, straight))  # fmt: skip
+        assert ours == theirs and any(ours), key
+    for step in (4, 8):
+        name = f"checkpoints/step-{step:08d}/model-00001-of-00001.safetensors"
+        assert (straight / name).read_bytes() == (broken / name).read_bytes()
+
+
+def test_draws_are_the_published_function_of_the_step(train, tmp_path):
+    """Whatever the micro-batch: the mean of the groups' draws stands in each row."""
+    for micro in ("1", "2", "4"):
+        assert train("--out", tmp_path / micro, "--micro-batch-size", micro, *FLAGS) == 0
+        told = [row["recurrence"] for row in rows(tmp_path / micro) if "recurrence" in row]
+        assert told == [sum(draw(1337, step, 2, 3, 12)) / 2 for step in range(8)]
+    assert len(set(told)) > 2
+
+
+def test_what_is_reported(train, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(ladder, "IGNORED", 99.0)
+    assert train("--out", tmp_path / "run", *FLAGS) == 0
+    err = capfd.readouterr().err
+    assert "1 + 1 x 3 (up to 12) + 1 layers of 16" in err
+    assert err.count("the recurrence is hardly used") == 1
+    (first, last) = (row for row in rows(tmp_path / "run") if "val_loss_at_r" in row)
+    for row in (first, last):
+        assert list(row["val_loss_at_r"]) == ["1", "2", "3", "6", "12"]
+        assert row["val_loss_at_r"]["3"] == pytest.approx(row["val_loss"], rel=0.05)
+        assert 0 <= row["token_correlation"] <= 1 and 0.9 < row["state_growth"] < 1.1
+
+
+def test_flops_follow_the_draws():
+    shape = ModelConfig(vocab_size=13, seq_len=8, n_head=2, d_model=16, recurrent="1,1,1",
+                        mean_recurrence=4, backprop_depth=2)  # fmt: skip
+    each = [shape.flops_per_token(r) for r in (1, 5)]
+    assert script.mean_flops(shape, [1, 5]) == sum(each) / 2 and each[1] > 1.5 * each[0]
+    plain = ModelConfig(vocab_size=13, seq_len=8, n_head=2, d_model=16, n_layer=2)
+    assert script.mean_flops(plain, [None]) == plain.flops_per_token()
+
+
+# The alarms.
+
+
+def test_rungs():
+    assert ladder.rungs(1) == [1, 2, 4] and ladder.rungs(8) == [1, 2, 4, 8, 16, 32]
+    assert ladder.rungs(6) == [1, 2, 4, 6, 12, 24]
+
+
+def test_correlation():
+    numbers = torch.Generator().manual_seed(0)
+    apart = torch.randn(3, 50, 400, generator=numbers)
+    assert abs(ladder.correlation(apart)) < 0.01
+    alike = torch.randn(3, 1, 400, generator=numbers).expand(3, 50, 400)
+    assert ladder.correlation(alike) == pytest.approx(1, abs=1e-4)
+    assert 0.4 < ladder.correlation(alike + apart) < 0.6
+
+
+def test_alarms():
+    sound = {"val_loss_at_r": {"1": 3.0, "4": 2.5}, "token_correlation": 0.3, "state_growth": 1.0}
+    assert ladder.alarms(sound, 4) == []
+    for change, words in (
+        ({"token_correlation": 0.95}, "has collapsed"),
+        ({"val_loss_at_r": {"1": 3.0, "4": 2.99}}, "hardly used"),
+        ({"state_growth": 40.0}, "grows 40.0 times from 4 to 16"),
+    ):
+        (line,) = ladder.alarms({**sound, **change}, 4)
+        assert words in line
+
+
+# Wrong input.
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--recurrent", "0,0,0"), "is not PRELUDE,CORE,CODA"),
+        (("--recurrent", "1,1"), "is not PRELUDE,CORE,CODA"),
+        (("--recurrent", "1,1,1", "--mean-recurrence", "0"), "--mean-recurrence"),
+        (("--recurrent", "1,1,1", "--max-recurrence", "3"), "--max-recurrence 3 is below"),
+        (("--recurrent", "1,1,1", "--recurrence-groups", "3"), "does not divide --batch-size"),
+        (("--recurrent", "1,1,1", "--norm", "layernorm"), "needs --norm rmsnorm"),
+        (("--recurrent", "1,1,1", "--recurrence-style", "moth"), "not one of huginn, parcae"),
+    ],
+)
+def test_train_refuses_in_a_line(train, tmp_path, capfd, flags, words):
+    assert train("--out", tmp_path / "run", *flags) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert words in line
+
+
+@pytest.fixture(scope="module")
+def recurrent_run(train, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "recurrent"
+    assert train("--out", run, "--steps", "3", *FLAGS) == 0
+    return run
+
+
+def sampled(capfd, *words) -> tuple[int, str, str]:
+    code = errors.run("sample.py", sample.main, [*map(str, words), "--max-tokens", "9"])
+    said = capfd.readouterr()
+    return code, said.out, said.err
+
+
+def test_sample_at_a_recurrence(recurrent_run, capfd):
+    texts = []
+    for flags in ((), ("--recurrence", "3"), ("--recurrence", "1"),
+                  ("--recurrence", "7", "--recurrent-cache", "slot")):  # fmt: skip
+        code, out, _ = sampled(capfd, recurrent_run, "--temperature", "2", *flags)
+        assert code == 0
+        texts.append(out)
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--recurrence", "0"), "out of range"),
+        (("--recurrence", "-1"), "out of range"),
+        (("--recurrence", "1000000000"), "recurrence is 1000000000; expected 1 to 4096"),
+        (("--recurrent-cache", "half"), "half"),
+    ],
+)
+def test_sample_refuses_in_a_line(recurrent_run, capfd, flags, words):
+    code, _, err = sampled(capfd, recurrent_run, *flags)
+    assert code == 2 and words in err.splitlines()[-1] and "Traceback" not in err
+
+
+def test_a_model_without_a_core_has_no_recurrence(tiny_run, capfd):
+    code, _, err = sampled(capfd, tiny_run, "--recurrence", "2")
+    assert code == 2 and "no core to run again" in err.splitlines()[-1]
