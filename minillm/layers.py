@@ -76,6 +76,8 @@ class Attention(nn.Module):
         H, G, D = config.n_head, config.n_kv_head, config.d_head
         self.qkv = Linear(config.d_model, (H + 2 * G) * D, bias=config.bias)
         self.out = Linear(H * D, config.d_model, bias=config.bias)
+        self.q_bias = nn.Parameter(torch.zeros(H * D)) if config.qk_bias else None
+        self.k_bias = nn.Parameter(torch.zeros(G * D)) if config.qk_bias else None
         self.q_norm = nn.Parameter(torch.ones(D)) if config.qk_norm else None
         self.k_norm = nn.Parameter(torch.ones(D)) if config.qk_norm else None
         slopes = alibi_slopes(H) if config.position == "alibi" else None
@@ -94,6 +96,9 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         heads = self.qkv(x).view(B, T, c.n_head + 2 * c.n_kv_head, c.d_head)
         q, k, v = heads.split((c.n_head, c.n_kv_head, c.n_kv_head), dim=2)  # (B, T, H|G|G, D)
+        if c.qk_bias:
+            q = q + self.q_bias.view(c.n_head, c.d_head).to(q.dtype)
+            k = k + self.k_bias.view(c.n_kv_head, c.d_head).to(k.dtype)
         decoding = cache is not None and max(cache.lengths) > 0
         if rotation is not None and not decoding:
             q, k = ops.rope(q, k, *rotation, self.q_norm, self.k_norm, c.norm_eps)

@@ -66,6 +66,7 @@ class ModelConfig:
     mlp: str = setting("swiglu", "MLP", choices=MLPS)
     bias: bool = setting(False, "biases in linear layers and layer norms")
     qk_norm: bool = setting(False, "RMSNorm of each query and key head")
+    qk_bias: bool = setting(False, "learned biases of queries and keys, before the rotation")
     window: int = setting(0, "sliding window, in tokens with the query's own; 0: none", low=0)
     tie_embeddings: bool = setting(False, "the head shares the embedding's matrix")
     dropout: float = setting(
@@ -199,6 +200,8 @@ class ModelConfig:
             n += self.seq_len * C
         heads = self.n_head + 2 * self.n_kv_head
         per_layer = 2 * self.d_head if self.qk_norm else 0
+        if self.qk_bias:
+            per_layer += (self.n_head + self.n_kv_head) * self.d_head
         if self.bias:
             up = 2 * self.d_ff if self.gated else self.d_ff
             per_layer += heads * self.d_head + C + up + C
