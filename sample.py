@@ -16,6 +16,7 @@ from pathlib import Path
 
 from minillm import checkpoint, cli, errors, runs, world
 from minillm.cache import slots
+from minillm.exits import DEFAULTS, exit_rule
 from minillm.generate import check_recurrence, generate
 from minillm.model import GPT
 from minillm.stream import TextStream
@@ -94,6 +95,17 @@ def command_line() -> cli.Parser:
         help="keys and values of every iteration, exact, or of the last alone, in memory that does "
         "not grow with them",
     )  # fmt: skip
+    add(
+        "--exit-by", choices=tuple(DEFAULTS),
+        help="let each token leave the core when it may. confidence: the likeliest token is sure, "
+        "the rule that worked; kl: the distribution hardly changes; latent: the state hardly "
+        "changes, the cheapest, and wrong of tokens that wait for others (default: none leaves)",
+    )  # fmt: skip
+    add("--exit-threshold", type=real(0), help="of --exit-by (default: " + usual(0) + ")")
+    add(
+        "--exit-patience", type=whole(0),
+        help="further iterations that the rule must hold (default: " + usual(1) + ")",
+    )  # fmt: skip
     add("--stop", action="append", metavar="TEXT", help="end before this text; repeatable")
     add("--seed", type=whole(0, 2**63 - 1), default=0, help="the same seed makes the same text")
     add("--checkpoint", default="last", help="last, best or a step")
@@ -103,6 +115,11 @@ def command_line() -> cli.Parser:
     add("--kernels", default="auto", choices=("auto", "triton", "eager"), help="operations")
     add("--json", action="store_true", help="one object a sample instead of plain text")
     return p
+
+
+def usual(which: int) -> str:
+    """The defaults of --exit-by in words: its thresholds (0) or patience (1)."""
+    return ", ".join(f"{name} {values[which]:g}" for name, values in DEFAULTS.items())
 
 
 def threads(text: str) -> str | int:
@@ -147,9 +164,11 @@ def write(model: GPT, tokenizer: Tokenizer, prompt: str, args: Namespace) -> Non
         note(f"the prompt is {len(ids)} tokens long; only its last {kept} are read")
     ids, beginnings, shown = tokenizer.heal(ids)
     _, iterations = check_recurrence(model, args.recurrence, args.recurrent_cache)
+    rule = exit_rule(args.exit_by, args.exit_threshold, args.exit_patience)
     require_memory(model, args.num_samples, iterations or 1)
     streams = [TextStream(tokenizer, args.stop or (), shown) for _ in range(args.num_samples)]
     logprobs: list[list[float]] = [[] for _ in streams]
+    rounds: list[list[int]] = [[] for _ in streams]
     start = time.perf_counter()
     live = None if args.json else 0
     show("" if args.json else prompt)
@@ -167,18 +186,22 @@ def write(model: GPT, tokenizer: Tokenizer, prompt: str, args: Namespace) -> Non
         stop=lambda row, made: streams[row].finish is not None,
         recurrence=args.recurrence,
         recurrent_cache=args.recurrent_cache,
+        exit_rule=rule,
     )
     for token in tokens:
         text = streams[token.row].feed(token.id)
         if streams[token.row].finish != "document":
             logprobs[token.row].append(token.logprob)
+            rounds[token.row].append(token.recurrence)
         if token.row == live:
             show(text)
     seconds = time.perf_counter() - start
     for row, stream in enumerate(streams):
         rest = stream.flush()
         if args.json:
-            print(json.dumps(record(prompt, stream, logprobs[row], seconds)), flush=True)
+            print(
+                json.dumps(record(prompt, stream, logprobs[row], rounds[row], seconds)), flush=True
+            )
         elif row == live:
             show(rest + "\n")
         else:
@@ -201,8 +224,11 @@ def require_memory(model: GPT, rows: int, iterations: int) -> None:
         )
 
 
-def record(prompt: str, stream: TextStream, logprobs: list[float], seconds: float) -> dict:
+def record(
+    prompt: str, stream: TextStream, logprobs: list[float], rounds: list, seconds: float
+) -> dict:
     """One sample for --json; log-probabilities are the model's own, before any filter."""
+    used = {"recurrences": rounds} if any(rounds) else {}
     return {
         "prompt": prompt,
         "text": stream.text,
@@ -210,6 +236,7 @@ def record(prompt: str, stream: TextStream, logprobs: list[float], seconds: floa
         "logprobs": [round(x, 6) for x in logprobs],
         "finish": stream.finish or "length",
         "tokens_per_s": round(len(stream.ids) / seconds, 1),
+        **used,
     }
 
 

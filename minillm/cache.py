@@ -77,6 +77,31 @@ class KVCache:
         self.k, self.v = self.k[:, index], self.v[:, index]
         self.lengths = [self.lengths[b] for b in rows]
 
+    def chosen(self, rows: list[int]) -> "KVCache":
+        """A copy of these rows, to go on with while the others rest."""
+        found = object.__new__(KVCache)
+        found.depths, found.iterations = self.depths, self.iterations
+        index = torch.tensor(rows, device=self.k.device)
+        found.k, found.v = self.k[:, index], self.v[:, index]
+        found.lengths, found._starts = [self.lengths[b] for b in rows], ([], None)
+        return found
+
+    def give_back(self, cache: "KVCache", mine: list[int], theirs: list[int]) -> None:
+        """Copy the newest entries of rows `mine`, not yet counted, to rows `theirs` of `cache`."""
+        at = [self.lengths[b] for b in mine]
+        cache.k[:, theirs, at] = self.k[:, mine, at]
+        cache.v[:, theirs, at] = self.v[:, mine, at]
+
+    def repeat_iteration(self, rows: list[int], iteration: int) -> None:
+        """The newest entries of rows, not yet counted, stay in later iterations what they were."""
+        prelude, core, _ = self.depths
+        at = [self.lengths[b] for b in rows]
+        for later in range(iteration + 1, self.iterations):
+            for block in range(prelude, prelude + core):
+                here, there = self.slot(block, iteration), self.slot(block, later)
+                self.k[there, rows, at] = self.k[here, rows, at]
+                self.v[there, rows, at] = self.v[here, rows, at]
+
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Put T new entries after each row's last; return the layer's k, v with them.
 

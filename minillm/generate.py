@@ -12,6 +12,7 @@ from torch import Tensor
 
 from minillm.cache import KVCache
 from minillm.errors import UsageError
+from minillm.exits import ExitRule, read_next
 from minillm.model import GPT
 from minillm.recurrence import state_keys
 
@@ -23,12 +24,13 @@ class Token:
     """One new token of one row.
 
     row: which prompt.    id: the token.    logprob: of it, under the model's own distribution
-    (no temperature, no filter), natural logarithm.
+    (no temperature, no filter), natural logarithm.    recurrence: how often the core ran for it.
     """
 
     row: int
     id: int
     logprob: float
+    recurrence: int | None = None
 
 
 @torch.inference_mode()
@@ -49,6 +51,7 @@ def generate(
     use_cache: bool = True,
     recurrence: int | None = None,
     recurrent_cache: str = "full",
+    exit_rule: ExitRule | None = None,
 ) -> Iterator[Token]:
     """Continue each prompt, all rows in step; yields the rows' tokens as they are made.
 
@@ -61,7 +64,8 @@ def generate(
     tokens the row has made), so row 3 of a batch is what `samples=[3]` gives alone.
     recurrence: iterations of a recurrent model's core; default: its mean.    recurrent_cache:
     "full" keeps keys and values of each, so that tokens are those without a cache; "slot" those of
-    the last alone, so that memory does not grow with them.
+    the last alone, so that memory does not grow with them.    exit_rule: when a token may leave the
+    core earlier, see exits.py; prompts are read at the full recurrence.
     Raises UsageError on an option outside its range, an empty prompt or a token beyond the
     vocabulary.
     """
@@ -74,7 +78,10 @@ def generate(
     device = model.head.weight.device
     device = torch.device("cpu") if device.type == "mps" else device
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    depth = Depth(seed, tuple(numbers), *check_recurrence(model, recurrence, recurrent_cache))
+    often = check_recurrence(model, recurrence, recurrent_cache)
+    if exit_rule is not None and (often[0] is None or not use_cache):
+        raise UsageError("an exit rule is of recurrent models, read with a cache")
+    depth = Depth(seed, tuple(numbers), *often, exit_rule)
     context = Context(model, texts, use_cache, depth)
     for made in range(max_tokens):
         logits = context.next_logits().to(device, torch.float32)  # (rows, V)
@@ -90,10 +97,11 @@ def generate(
         ids = model.ops.sample(logits, u, **options)
         chosen = logprobs.gather(-1, ids[:, None])[:, 0].tolist()
         ended = set()
-        for row, token, logprob in zip(list(context.rows), ids.tolist(), chosen, strict=True):
+        drawn = zip(list(context.rows), ids.tolist(), chosen, context.steps(), strict=True)
+        for row, token, logprob, steps in drawn:
             texts[row].append(token)
             new[row].append(token)
-            yield Token(row, token, logprob)
+            yield Token(row, token, logprob, steps)
             # With a document mask what follows BOS would not see what stands before it.
             over = model.config.document_mask and token == model.config.bos_id
             if over or (stop is not None and stop(row, new[row])):
@@ -112,6 +120,7 @@ class Depth:
     samples: tuple[int, ...]
     recurrence: int | None
     cached: int | None
+    rule: ExitRule | None
 
 
 class Context:
@@ -130,11 +139,12 @@ class Context:
             if len(text) > longest:
                 self.starts[row] = len(text) - max(1, longest // 2)
         self.cache: KVCache | None = None
+        self._steps: list[int] | None = None
         self.device = model.head.weight.device
 
     def next_logits(self) -> Tensor:
         """(rows, V) for the token after each row's text."""
-        cut = self._cut()
+        cut, self._steps = self._cut(), None
         count = range(len(self.rows))
         if not self.use_cache:
             return torch.cat([self._logits(self._unread(r, 0), None, [r]) for r in self.rows])
@@ -146,7 +156,17 @@ class Context:
             held = [0 if row in cut else self.cache.lengths[i] for i, row in enumerate(self.rows)]
             return torch.cat([self._read(i, held[i]) for i in count])
         last = torch.tensor([[self.texts[row][-1]] for row in self.rows], device=self.device)
-        return self._logits(last, self.cache, self.rows)
+        depth = self.depth
+        if depth.rule is None:
+            return self._logits(last, self.cache, self.rows)
+        keys = self._keys(self.rows)
+        found = read_next(self.model, last, self.cache, depth.rule, depth.recurrence, keys)
+        logits, self._steps = found
+        return logits
+
+    def steps(self) -> list[int | None]:
+        """How often the core ran for each row's last logits."""
+        return self._steps or [self.depth.recurrence] * len(self.rows)
 
     def drop(self, ended: set[int]) -> None:
         """Forget rows that have ended."""
@@ -175,10 +195,12 @@ class Context:
         return logits
 
     def _logits(self, tokens: Tensor, cache: KVCache | None, rows: list[int]) -> Tensor:
-        samples = torch.tensor([self.depth.samples[r] for r in rows], device=self.device)
-        keys = state_keys(self.depth.seed, samples)
-        x = self.model.trunk(tokens, cache, self.depth.recurrence, keys)
+        x = self.model.trunk(tokens, cache, self.depth.recurrence, self._keys(rows))
         return self.model.logits(x[:, -1])
+
+    def _keys(self, rows: list[int]) -> Tensor:
+        samples = torch.tensor([self.depth.samples[r] for r in rows], device=self.device)
+        return state_keys(self.depth.seed, samples)
 
 
 def penalise(logits: Tensor, texts: Sequence[Sequence[int]], penalty: float) -> Tensor:

@@ -120,7 +120,7 @@ class GPT(nn.Module):
         r = self._iterations(recurrence)
         place, x = self.embedded(tokens, cache)
         prelude, core, coda = self.config.depths
-        x = self._run(range(prelude), x, place)
+        x = self.run(range(prelude), x, place)
         if core:
             text, s = self.injection.prepare(x), self.start_state(x, keys, place)
             free = r - min(r, self.config.backprop_depth) if torch.is_grad_enabled() else 0
@@ -129,7 +129,7 @@ class GPT(nn.Module):
                     s = self.iterate(s, text, place, i)
             for i in range(free, r):
                 s = self.iterate(s, text, place, i)
-            x = self._run(range(prelude + core, prelude + core + coda), self.norm(s), place)
+            x = self.run(range(prelude + core, prelude + core + coda), self.norm(s), place)
         if cache is not None:
             cache.advance(tokens.shape[1])
         return self.norm(x)
@@ -142,13 +142,13 @@ class GPT(nn.Module):
         """
         place, x = self.embedded(tokens, None)
         prelude, core, coda = self.config.depths
-        x = self._run(range(prelude), x, place)
+        x = self.run(range(prelude), x, place)
         text, s, done = self.injection.prepare(x), self.start_state(x, keys, place), 0
         for r in recurrences:
             for i in range(done, r):
                 s = self.iterate(s, text, place, i)
             done = r
-            y = self._run(range(prelude + core, prelude + core + coda), self.norm(s), place)
+            y = self.run(range(prelude + core, prelude + core + coda), self.norm(s), place)
             yield r, self.norm(y), s
 
     def embedded(self, tokens: Tensor, cache: KVCache | None) -> tuple[Place, Tensor]:
@@ -196,9 +196,9 @@ class GPT(nn.Module):
         return self._iteration(s, text, place, layers, i)
 
     def _iteration(self, s: Tensor, text: Tensor, place: Place, layers: range, i: int) -> Tensor:
-        return self._run(layers, self.injection(s, text), place, i)
+        return self.run(layers, self.injection(s, text), place, i)
 
-    def _run(self, layers: range, x: Tensor, place: Place, i: int = 0) -> Tensor:
+    def run(self, layers: range, x: Tensor, place: Place, i: int = 0) -> Tensor:
         """Blocks one after the other; i: the iteration, of blocks of the core."""
         again = self.checkpointing and torch.is_grad_enabled() and not self.config.recurrent
         for n in layers:

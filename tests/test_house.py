@@ -24,10 +24,10 @@ FLOORS = {
     6: "layers runs settings optim shards encoding stream",
     7: "configure data corpus recurrence sequences",
     8: "model pace",
-    9: "checkpoint evaluate generate huginn microbatch profiling/__init__ profiling/timing "
+    9: "checkpoint evaluate exits huginn microbatch profiling/__init__ profiling/timing "
     "profiling/roofline profiling/pivot profiling/style profiling/occupancy profiling/sass "
     "profiling/ttir profiling/dry profiling/cases",
-    10: "startup ladder profiling/machine profiling/plot profiling/bound",
+    10: "startup ladder generate profiling/machine profiling/plot profiling/bound",
     11: "training profiling/workloads profiling/audit profiling/ranks",
     12: "profiling/precision profiling/sizes profiling/page",
     13: "profiling/implementations profiling/report",

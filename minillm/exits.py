@@ -1,0 +1,175 @@
+"""Adaptive exit: each token runs through the core only as often as it needs to.
+
+    confidence   the likeliest token has a probability above the threshold
+    kl           the distribution hardly changes: KL(before || now) below the threshold
+    latent       the state hardly changes: |s - before| / |s| below the threshold
+
+for patience + 1 iterations running, in fp32. A token that waits for an earlier one stands still and
+looks settled: where all tokens are read at once, kl and latent let none go before all earlier ones
+have gone. Confidence need not wait, but wants patience (3 was right where 0 was wrong).
+Source: Geiping et al. 2025, arXiv:2502.05171, section 6.1, for kl and latent.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minillm.cache import KVCache
+from minillm.errors import UsageError
+from minillm.model import GPT, Place
+
+DEFAULTS = {"confidence": (0.9, 3), "kl": (5e-4, 1), "latent": (0.03, 1)}  # threshold, patience
+
+
+@dataclass(frozen=True)
+class ExitRule:
+    """When a token leaves the core. Raises UsageError on what cannot be."""
+
+    by: str
+    threshold: float
+    patience: int
+
+    def __post_init__(self) -> None:
+        if self.by not in DEFAULTS:
+            raise UsageError(f"exit by {self.by!r}: expected one of {', '.join(DEFAULTS)}")
+        if self.by == "confidence" and not 0 <= self.threshold <= 1:
+            raise UsageError(f"exit threshold {self.threshold:g}: a confidence is from 0 to 1")
+        if not 0 <= self.threshold < float("inf"):
+            raise UsageError(f"exit threshold {self.threshold:g}: expected 0 or more")
+        if self.patience < 0:
+            raise UsageError(f"exit patience {self.patience}: expected 0 or more")
+
+
+def exit_rule(by: str | None, threshold: float | None, patience: int | None) -> ExitRule | None:
+    """The rule of these options, those left out as DEFAULTS has them; None if there are none."""
+    if by is None:
+        if threshold is not None or patience is not None:
+            raise UsageError("--exit-threshold and --exit-patience are of --exit-by; add it")
+        return None
+    usual = DEFAULTS.get(by, (0.0, 0))
+    return ExitRule(by, usual[0] if threshold is None else threshold,
+                    usual[1] if patience is None else patience)  # fmt: skip
+
+
+class Watch:
+    """For how many iterations running each token has met the rule."""
+
+    def __init__(self, rule: ExitRule) -> None:
+        self.rule = rule
+        self.held: Tensor | None = None
+        self.logp: Tensor | None = None
+
+    def leaves(self, s: Tensor, before: Tensor, logits: Tensor | None) -> Tensor:
+        """Which tokens may leave: (B, T).    s, before: (B, T, C).    logits: (B, T, V)."""
+        rule = self.rule
+        if rule.by == "latent":
+            change = (s - before).float().norm(dim=-1)
+            met = change < rule.threshold * s.float().norm(dim=-1)
+        elif rule.by == "confidence":
+            met = logits.float().softmax(-1).amax(-1) > rule.threshold
+        else:
+            logp = logits.float().log_softmax(-1)
+            met = torch.zeros(logp.shape[:-1], dtype=torch.bool, device=logp.device)
+            if self.logp is not None:
+                old = self.logp
+                met = (old.exp() * (old - logp)).sum(-1) < rule.threshold
+            self.logp = logp
+        held = torch.zeros_like(met, dtype=torch.int64) if self.held is None else self.held
+        self.held = torch.where(met, held + 1, 0)
+        return self.held > rule.patience
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget all rows but these."""
+        self.held = self.held[rows]
+        self.logp = None if self.logp is None else self.logp[rows]
+
+
+@torch.no_grad()
+def read(
+    model: GPT, tokens: Tensor, rule: ExitRule, most: int, keys: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """All tokens at once, each out of the core when it may: logits (B, T, V), iterations (B, T).
+
+    most: iterations after which all leave. A token that has left keeps its state, which later ones
+    go on to see; a row all of whose tokens have left is no longer computed.
+    """
+    place, x = model.embedded(tokens, None)
+    prelude, core, coda = model.config.depths
+    x = model.run(range(prelude), x, place)
+    text, s = model.injection.prepare(x), model.start_state(x, keys, place)
+    B, T = tokens.shape
+    logits = torch.empty(B, T, model.config.vocab_size, device=tokens.device)
+    steps = torch.zeros(B, T, dtype=torch.int64, device=tokens.device)
+    rows = torch.arange(B, device=tokens.device)
+    gone = torch.zeros(B, T, dtype=torch.bool, device=tokens.device)
+    watch = Watch(rule)
+    for i in range(most):
+        new = model.iterate(s, text, place, i)
+        y = model.run(range(prelude + core, prelude + core + coda), model.norm(new), place)
+        z = model.logits(model.norm(y)).float()
+        leaves = watch.leaves(new, s, z) | gone
+        s = torch.where(gone[..., None], s, new)
+        if rule.by != "confidence":
+            leaves = leaves.cumprod(1).bool()
+        if i == most - 1:
+            leaves = torch.ones_like(leaves)
+        now = leaves & ~gone
+        logits[rows[now.nonzero()[:, 0]], now.nonzero()[:, 1]] = z[now]
+        steps[rows[now.nonzero()[:, 0]], now.nonzero()[:, 1]] = i + 1
+        gone = gone | leaves
+        going = (~gone).any(1).nonzero()[:, 0]
+        if not len(going):
+            break
+        if len(going) < len(rows):
+            rows, s, text, gone = rows[going], s[going], text[going], gone[going]
+            watch.keep(going)
+            documents = None if place.documents is None else place.documents[going]
+            place = Place(place.at, place.rotation, documents, None)
+    return logits, steps
+
+
+@torch.no_grad()
+def read_next(
+    model: GPT, tokens: Tensor, cache: KVCache, rule: ExitRule, most: int, keys: Tensor
+) -> tuple[Tensor, list[int]]:
+    """One new token a row, (B, 1): logits, (B, V), and iterations of each.
+
+    A row that leaves is taken out of the computation, so that a batch costs what its rows cost and
+    gives what each gives alone. Its keys and values stay those of its last iteration, in a cache
+    that keeps more of them in the later ones' place too.
+    """
+    place, x = model.embedded(tokens, cache)
+    prelude, core, coda = model.config.depths
+    x = model.run(range(prelude), x, place)
+    text, s = model.injection.prepare(x), model.start_state(x, keys, place)
+    rows = list(range(len(tokens)))  # of the batch, those still in the core
+    logits = torch.empty(len(rows), model.config.vocab_size, device=tokens.device)
+    steps, watch, work = [most] * len(rows), Watch(rule), cache
+    for i in range(most):
+        new = model.iterate(s, text, place, i)
+        y = model.run(range(prelude + core, prelude + core + coda), model.norm(new), place)
+        z = model.logits(model.norm(y)).float()
+        leaves = watch.leaves(new, s, z)[:, 0].tolist()
+        leaving = [n for n, out in enumerate(leaves) if out or i == most - 1]
+        s = new
+        if not leaving:
+            continue
+        for n in leaving:
+            logits[rows[n]], steps[rows[n]] = z[n, 0], i + 1
+        if work is not cache:
+            work.give_back(cache, leaving, [rows[n] for n in leaving])
+        cache.repeat_iteration([rows[n] for n in leaving], i)
+        staying = [n for n in range(len(rows)) if n not in set(leaving)]
+        if not staying:
+            break
+        index = torch.tensor(staying, device=tokens.device)
+        s, text = s[index], text[index]
+        watch.keep(index)
+        work = work.chosen(staying)
+        rows = [rows[n] for n in staying]
+        place = Place(
+            work.positions(1) if not work.uniform() else place.at, place.rotation, None, work
+        )
+    cache.advance(1)
+    return logits, steps
