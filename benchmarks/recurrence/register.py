@@ -75,6 +75,14 @@ def main() -> None:
     (HERE / "register.svg").write_text(picture(found))
 
 
+def load_tasks():
+    """data/tasks.py as a module."""
+    spec = importlib.util.spec_from_file_location("tasks", ROOT / "data" / "tasks.py")
+    tasks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tasks)
+    return tasks
+
+
 def call(script: Path, *words) -> None:
     """A script of the checkout, whose failure ends this one."""
     subprocess.run([sys.executable, str(script), *map(str, words)], check=True)
@@ -120,9 +128,7 @@ def accuracy(model: GPT, count: int = 1024) -> dict[int, list[float]]:
 
     Of chains: one set, then operations only, so that hops are positions. Chance is a quarter.
     """
-    spec = importlib.util.spec_from_file_location("tasks", ROOT / "data" / "tasks.py")
-    tasks = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tasks)
+    tasks = load_tasks()
     task = tasks.register(length=LENGTH, chain=True)
     tokens, answers, _ = map(torch.from_numpy, tasks.sequences(task, "test", count))
     right = {}
