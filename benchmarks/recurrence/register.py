@@ -26,7 +26,7 @@ from minillm.checkpoint import load_run  # noqa: E402
 from minillm.model import GPT  # noqa: E402
 
 STEPS, MEAN, LENGTH = 700, 6, 32
-GRID = ("0.01", "0.02", "0.04")
+GRID = ("0.0025", "0.005", "0.01", "0.02", "0.04")
 SEEDS = (0, 1, 2)
 COMMON = (
     "--d-model 64 --n-head 4 --mlp swiglu --qk-norm --rope-base 1000 --optimizer muon "
