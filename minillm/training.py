@@ -155,7 +155,12 @@ def note_best(progress: Progress, row: dict[str, float]) -> bool:
 
 
 def take_sample(t: Training) -> str:
-    """What the model writes of itself; kept in samples.txt under the step."""
+    """What the model writes of itself; kept in samples.txt under the step.
+
+    Nothing where the answers are not the next tokens.
+    """
+    if t.corpus.sequence:
+        return ""
     tokenizer = t.corpus.tokenizer()
     t.model.eval()
     with _averaged(t):

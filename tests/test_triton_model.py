@@ -34,6 +34,10 @@ CONFIGS = {
     "learned positions, relu2, one kv head": {
         "position": "learned", "mlp": "relu2", "n_kv_head": 1,
     },
+    "recurrent, huginn": {"recurrent": "1,1,1", "mean_recurrence": 2},
+    "recurrent, parcae": {
+        "recurrent": "1,1,1", "mean_recurrence": 2, "recurrence_style": "parcae",
+    },
     "layernorm, gelu, biases, qk-norm": {
         "norm": "layernorm", "mlp": "gelu", "bias": True, "position": "sinusoidal", "qk_norm": True,
     },
@@ -50,7 +54,7 @@ def model_of(ops: Ops, dtype: torch.dtype = torch.float32, **options) -> GPT:
     model = GPT(ModelConfig(**{**SHAPE, **options}), ops, dtype, start)
     with torch.no_grad():
         for w in model.parameters():
-            if w.dim() == 2:
+            if w.dim() == 2 and "recurrent" not in options:  # whose iterations amplify rounding
                 w.mul_(5)  # far from where start weights hide mistakes
     return model.to(DEVICE)
 
@@ -66,10 +70,24 @@ def loss_and_gradients(model: GPT, forward=None) -> dict[str, Tensor]:
     return {"loss": loss.detach(), **found}
 
 
-def expected(norm="rmsnorm", mlp="swiglu", position="rope", qk_norm=False, **_) -> Counter:
+def expected(
+    norm="rmsnorm", mlp="swiglu", position="rope", qk_norm=False, recurrent=None,
+    recurrence_style="huginn", **_,
+) -> Counter:  # fmt: skip
     """How often each kernel runs in one step of two layers: nothing falls back to eager."""
     found = Counter({"_attention_fwd_kernel": 2, "_linear_cross_entropy_kernel": 1})
     found.update({f"_attention_{n}_bwd_kernel": 2 for n in ("delta", "dkdv", "dq")})
+    if recurrent:  # four blocks are passed, and the last norm twice
+        found = Counter({name: n * 2 if "attention" in name else n for name, n in found.items()})
+        sandwich = recurrence_style == "huginn"
+        for way in ("fwd", "bwd"):
+            # Parcae's injection has a norm of its own; a sandwich's middle two are one kernel.
+            norms = 4 * 2 + 2 + (not sandwich)
+            found.update({f"_rms_norm_{way}_kernel": norms, f"_rope_{way}_kernel": 4,
+                          f"_swiglu_{way}_kernel": 4})  # fmt: skip
+            if sandwich:
+                found[f"_sandwich_norm_{way}_kernel"] = 4
+        return found
     rope, gated = position == "rope", mlp in ("swiglu", "geglu", "relu2")
     # Two norms a block and the last; of q and k where no rotation takes their norm along.
     norms = 5 * (norm == "rmsnorm") + 4 * (qk_norm and not rope)
