@@ -19,6 +19,7 @@ from minillm.cache import slots
 from minillm.exits import DEFAULTS, exit_rule
 from minillm.generate import check_recurrence, generate
 from minillm.model import GPT
+from minillm.speculate import speculate
 from minillm.stream import TextStream
 from minillm.tokenizer import Tokenizer
 
@@ -106,6 +107,11 @@ def command_line() -> cli.Parser:
         "--exit-patience", type=whole(0),
         help="further iterations that the rule must hold (default: " + usual(1) + ")",
     )  # fmt: skip
+    add(
+        "--draft-recurrence", type=whole(1), metavar="R",
+        help="draft tokens with so many iterations and verify them at --recurrence in one pass: "
+        "the same text, faster where memory is the limit",
+    )  # fmt: skip
     add("--stop", action="append", metavar="TEXT", help="end before this text; repeatable")
     add("--seed", type=whole(0, 2**63 - 1), default=0, help="the same seed makes the same text")
     add("--checkpoint", default="last", help="last, best or a step")
@@ -165,6 +171,18 @@ def write(model: GPT, tokenizer: Tokenizer, prompt: str, args: Namespace) -> Non
     ids, beginnings, shown = tokenizer.heal(ids)
     _, iterations = check_recurrence(model, args.recurrence, args.recurrent_cache)
     rule = exit_rule(args.exit_by, args.exit_threshold, args.exit_patience)
+    maker, more = generate, {
+        "repetition_penalty": args.repetition_penalty,
+        "recurrent_cache": args.recurrent_cache,
+        "exit_rule": rule,
+    }  # fmt: skip
+    if args.draft_recurrence is not None:
+        if rule or args.recurrent_cache == "slot" or args.repetition_penalty != 1:
+            raise errors.UsageError(
+                "--draft-recurrence goes with none of --exit-by, --recurrent-cache slot and "
+                "--repetition-penalty"
+            )
+        maker, more = speculate, {"draft_recurrence": args.draft_recurrence}
     require_memory(model, args.num_samples, iterations or 1)
     streams = [TextStream(tokenizer, args.stop or (), shown) for _ in range(args.num_samples)]
     logprobs: list[list[float]] = [[] for _ in streams]
@@ -172,7 +190,7 @@ def write(model: GPT, tokenizer: Tokenizer, prompt: str, args: Namespace) -> Non
     start = time.perf_counter()
     live = None if args.json else 0
     show("" if args.json else prompt)
-    tokens = generate(
+    tokens = maker(
         model,
         [ids] * args.num_samples,
         max_tokens=args.max_tokens,
@@ -180,13 +198,11 @@ def write(model: GPT, tokenizer: Tokenizer, prompt: str, args: Namespace) -> Non
         top_k=args.top_k,
         top_p=args.top_p,
         min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
         seed=args.seed,
         first=beginnings,
         stop=lambda row, made: streams[row].finish is not None,
         recurrence=args.recurrence,
-        recurrent_cache=args.recurrent_cache,
-        exit_rule=rule,
+        **more,
     )
     for token in tokens:
         text = streams[token.row].feed(token.id)

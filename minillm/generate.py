@@ -70,7 +70,7 @@ def generate(
     vocabulary.
     """
     check_sampling(max_tokens, temperature, top_k, top_p, min_p, repetition_penalty)
-    _check_prompts(model, prompts)
+    check_prompts(model, prompts)
     numbers = list(range(len(prompts))) if samples is None else list(samples)
     texts = [list(prompt) for prompt in prompts]
     new: list[list[int]] = [[] for _ in prompts]
@@ -89,9 +89,7 @@ def generate(
         if repetition_penalty != 1.0:
             logits = penalise(logits, [texts[r] for r in context.rows], repetition_penalty)
         if first and made == 0:
-            barred = torch.ones(logits.shape[-1], dtype=torch.bool, device=device)
-            barred[torch.tensor(first, device=device)] = False
-            logits = logits.masked_fill(barred, -torch.inf)
+            logits = only(logits, first)
         rows = torch.tensor([numbers[r] for r in context.rows], device=device)
         u = model.ops.uniform(seed, rows, torch.full_like(rows, made))
         ids = model.ops.sample(logits, u, **options)
@@ -159,7 +157,7 @@ class Context:
         depth = self.depth
         if depth.rule is None:
             return self._logits(last, self.cache, self.rows)
-        keys = self._keys(self.rows)
+        keys = self.keys(self.rows)
         found = read_next(self.model, last, self.cache, depth.rule, depth.recurrence, keys)
         logits, self._steps = found
         return logits
@@ -195,12 +193,20 @@ class Context:
         return logits
 
     def _logits(self, tokens: Tensor, cache: KVCache | None, rows: list[int]) -> Tensor:
-        x = self.model.trunk(tokens, cache, self.depth.recurrence, self._keys(rows))
+        x = self.model.trunk(tokens, cache, self.depth.recurrence, self.keys(rows))
         return self.model.logits(x[:, -1])
 
-    def _keys(self, rows: list[int]) -> Tensor:
+    def keys(self, rows: list[int]) -> Tensor:
+        """(rows,) keys of the start states of these rows."""
         samples = torch.tensor([self.depth.samples[r] for r in rows], device=self.device)
         return state_keys(self.depth.seed, samples)
+
+
+def only(logits: Tensor, allowed: Sequence[int]) -> Tensor:
+    """Logits, (rows, V), of which all but the allowed tokens' are minus infinity."""
+    barred = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
+    barred[torch.tensor(allowed, device=logits.device)] = False
+    return logits.masked_fill(barred, -torch.inf)
 
 
 def penalise(logits: Tensor, texts: Sequence[Sequence[int]], penalty: float) -> Tensor:
@@ -263,7 +269,8 @@ def check_recurrence(
     return r, r if recurrent_cache == "full" else None
 
 
-def _check_prompts(model: GPT, prompts: Sequence[Sequence[int]]) -> None:
+def check_prompts(model: GPT, prompts: Sequence[Sequence[int]]) -> None:
+    """Raise UsageError on a prompt that cannot be continued."""
     V, bos = model.config.vocab_size, model.config.bos_id
     if not prompts:
         raise UsageError("no prompt to continue")

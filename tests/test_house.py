@@ -28,7 +28,7 @@ FLOORS = {
     "profiling/roofline profiling/pivot profiling/style profiling/occupancy profiling/sass "
     "profiling/ttir profiling/dry profiling/cases",
     10: "startup ladder generate profiling/machine profiling/plot profiling/bound",
-    11: "training profiling/workloads profiling/audit profiling/ranks",
+    11: "training speculate profiling/workloads profiling/audit profiling/ranks",
     12: "profiling/precision profiling/sizes profiling/page",
     13: "profiling/implementations profiling/report",
     14: "profiling/interpreted",

@@ -166,6 +166,12 @@ def test_sample_at_a_recurrence(recurrent_run, capfd):
         assert code == 0
         texts.append(out)
     assert texts[0] == texts[1]
+    drafted = sampled(capfd, recurrent_run, "--temperature", "2", "--draft-recurrence", "1")
+    assert drafted[:2] == (0, texts[0])
+    _, out, _ = sampled(capfd, recurrent_run, "--exit-by", "latent", "--exit-threshold", "9",
+                        "--exit-patience", "0", "--json")  # fmt: skip
+    used = json.loads(out)["recurrences"]
+    assert used[0] == 3 and set(used[1:]) == {1}  # the prompt is read at the full recurrence
 
 
 @pytest.mark.parametrize(
@@ -175,6 +181,10 @@ def test_sample_at_a_recurrence(recurrent_run, capfd):
         (("--recurrence", "-1"), "out of range"),
         (("--recurrence", "1000000000"), "recurrence is 1000000000; expected 1 to 4096"),
         (("--recurrent-cache", "half"), "half"),
+        (("--draft-recurrence", "3"), "draft recurrence is 3; expected 1 to 2"),
+        (("--draft-recurrence", "1", "--exit-by", "kl"), "--draft-recurrence goes with none of"),
+        (("--exit-threshold", "0.5"), "are of --exit-by; add it"),
+        (("--exit-by", "confidence", "--exit-threshold", "2"), "a confidence is from 0 to 1"),
     ],
 )
 def test_sample_refuses_in_a_line(recurrent_run, capfd, flags, words):
@@ -182,6 +192,10 @@ def test_sample_refuses_in_a_line(recurrent_run, capfd, flags, words):
     assert code == 2 and words in err.splitlines()[-1] and "Traceback" not in err
 
 
-def test_a_model_without_a_core_has_no_recurrence(tiny_run, capfd):
-    code, _, err = sampled(capfd, tiny_run, "--recurrence", "2")
-    assert code == 2 and "no core to run again" in err.splitlines()[-1]
+@pytest.mark.parametrize(
+    "flags", [("--recurrence", "2"), ("--exit-by", "kl"), ("--draft-recurrence", "1")], ids=str
+)
+def test_a_model_without_a_core_has_no_recurrence(tiny_run, capfd, flags):
+    code, _, err = sampled(capfd, tiny_run, *flags)
+    last = err.splitlines()[-1]
+    assert code == 2 and ("no core to run again" in last or "of recurrent models" in last)
