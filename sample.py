@@ -100,7 +100,7 @@ def command_line() -> cli.Parser:
         "--exit-by", choices=tuple(DEFAULTS),
         help="let each token leave the core when it may. confidence: the likeliest token is sure, "
         "the rule that worked; kl: the distribution hardly changes; latent: the state hardly "
-        "changes, the cheapest, and wrong of tokens that wait for others (default: none leaves)",
+        "changes, which tokens that wait for others do as well (default: none leaves)",
     )  # fmt: skip
     add("--exit-threshold", type=real(0), help="of --exit-by (default: " + usual(0) + ")")
     add(
@@ -169,8 +169,12 @@ def write(model: GPT, tokenizer: Tokenizer, prompt: str, args: Namespace) -> Non
         kept = max(1, model.config.seq_len // 2)
         note(f"the prompt is {len(ids)} tokens long; only its last {kept} are read")
     ids, beginnings, shown = tokenizer.heal(ids)
-    _, iterations = check_recurrence(model, args.recurrence, args.recurrent_cache)
+    often, iterations = check_recurrence(model, args.recurrence, args.recurrent_cache)
     rule = exit_rule(args.exit_by, args.exit_threshold, args.exit_patience)
+    if often is None and (rule or args.draft_recurrence):
+        raise errors.UsageError(
+            "--exit-by, --draft-recurrence: this model has no core to run again"
+        )
     maker, more = generate, {
         "repetition_penalty": args.repetition_penalty,
         "recurrent_cache": args.recurrent_cache,

@@ -153,8 +153,8 @@ def main(argv: Sequence[str]) -> None:
         if due(config.log_every, progress.step) or last or "val_loss" in row:
             meter.log(row)
         with meter.paused():
-            if due(config.sample_every, progress.step) and not last:
-                meter.say(take_sample(t))
+            if due(config.sample_every, progress.step) and not last and (text := take_sample(t)):
+                meter.say(text)
             if due(config.save_every, progress.step) and not last or improved and config.keep_best:
                 save(t)
         if "val_loss" in row and 0 < config.early_stop <= progress.evaluations_without_gain:
@@ -164,12 +164,15 @@ def main(argv: Sequence[str]) -> None:
     # The end. Which checkpoint is best is judged on the same part of the split all along.
     row = {"step": progress.step, "tokens": progress.tokens}
     row |= judge(t, config.final_eval_batches)
+    for line in worries(t, row):
+        meter.say(line)
     same = not config.eval_every or config.eval_batches == config.final_eval_batches
     note_best(progress, row if same else judge(t, config.eval_batches))
     meter.log(row)
     meter.close()
     save(t)
-    print(take_sample(t))
+    if text := take_sample(t):
+        print(text)
     say(farewell(t, row))
 
 
@@ -200,10 +203,15 @@ def accumulate(
     their number.
     """
     count = (targets != -100).sum()
+    some = (targets != -100).any(1).cpu()  # the mean over no target would be nan
+    if not some.any():
+        raise errors.UsageError("no target of this batch counts; take a larger --batch-size")
     total = torch.zeros((), device=tokens.device)
     for group, r in enumerate(rounds):
-        rows = (x[group :: len(rounds)].split(micro) for x in (tokens, targets, keys))
-        for x, y, k in zip(*rows, strict=True):
+        rows = (x[group :: len(rounds)].split(micro) for x in (tokens, targets, keys, some))
+        for x, y, k, counts in zip(*rows, strict=True):
+            if not counts.any():
+                continue
             loss = forward(x, y, r, k) * ((y != -100).sum() / count)
             loss.backward()
             total += loss.detach()
@@ -219,8 +227,7 @@ def compiled(model: GPT) -> Callable:
     """The model compiled: as one, or where its core runs again and again, block by block."""
     if model.config.recurrent is None:
         return torch.compile(model)
-    for part in (*model.blocks, model.injection):
-        part.compile()
+    model.compiled = [torch.compile(block) for block in model.blocks]
     return model
 
 

@@ -38,7 +38,7 @@ def permutations(states: int, count: int) -> np.ndarray:
     """(count, states): `count` permutations but the identity, always the same."""
     every = [p for p in itertools.permutations(range(states)) if p != tuple(range(states))]
     if count > len(every):
-        raise SystemExit(f"tasks.py: error: --operations {count}: there are {len(every)}")
+        raise ValueError(f"--operations {count}: there are {len(every)} of {states} states")
     chosen = np.random.default_rng(4).permutation(len(every))[:count]
     return np.array([every[i] for i in chosen])
 
@@ -84,7 +84,7 @@ def registers(
     tables = permutations(M, G)
     n_sets = K * M
     if n_sets + K * G * K > len(LETTERS + string.digits):
-        raise SystemExit("tasks.py: error: more tokens than characters; take fewer of something")
+        raise ValueError("more tokens than characters; take fewer of something")
 
     def draw(numbers: np.random.Generator, count: int):
         share = 0.03 + 0.47 * numbers.random((count, 1))
@@ -168,6 +168,11 @@ def addition(operands: int = 4, digits: int = 3, **_) -> Task:
 
 
 TASKS = {"register": register, "registers": registers, "hop": hop, "addition": addition}
+RANGES = {
+    "states": (2, 8), "operations": (1, 52), "length": (2, 1 << 20), "registers": (1, 10),
+    "hops": (1, 9), "operands": (2, 99), "digits": (1, 9), "train": (1, 1 << 30),
+    "val": (1, 1 << 30), "seed": (0, (1 << 63) - 1),
+}  # fmt: skip
 PARTS = {"train": 0, "val": 1, "test": 2}
 
 
@@ -178,7 +183,7 @@ def sequences(task: Task, part: str, count: int, seed: int = 0):
 
 def main(argv: list[str]) -> None:
     """Make the corpus that the command line describes."""
-    sys.path.insert(0, str(HOME))  # so that a checkout serves without an installation
+    from minillm.errors import UsageError
     from minillm.sequences import write_sequences
 
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -195,9 +200,13 @@ def main(argv: list[str]) -> None:
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args(argv)
     sizes = {n: v for n, v in vars(args).items() if v is not None}
-    if min(v for n, v in sizes.items() if n not in ("task", "out", "seed")) < 1:
-        raise SystemExit("tasks.py: error: sizes are 1 or more")
-    task = TASKS[args.task](**sizes)
+    for name, (low, high) in RANGES.items():
+        if name in sizes and not low <= sizes[name] <= high:
+            raise UsageError(f"--{name} {sizes[name]} is out of range; expected {low} to {high}")
+    try:
+        task = TASKS[args.task](**sizes)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     splits = {part: sequences(task, part, sizes[part], args.seed)[:2] for part in ("train", "val")}
     settings = {n: str(v) for n, v in sizes.items() if n != "out"}
     corpus = write_sequences(args.out, task.alphabet, splits, f"task {args.task}", settings)
@@ -206,4 +215,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.path.insert(0, str(HOME))  # so that a checkout serves without an installation
+    from minillm import errors
+
+    sys.exit(errors.run("tasks.py", main, sys.argv[1:]))

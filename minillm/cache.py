@@ -78,11 +78,12 @@ class KVCache:
         self.lengths = [self.lengths[b] for b in rows]
 
     def chosen(self, rows: list[int]) -> "KVCache":
-        """A copy of these rows, to go on with while the others rest."""
+        """A copy of these rows, with room for one more entry, to go on with while others rest."""
         found = object.__new__(KVCache)
         found.depths, found.iterations = self.depths, self.iterations
         index = torch.tensor(rows, device=self.k.device)
-        found.k, found.v = self.k[:, index], self.v[:, index]
+        end = max(self.lengths[b] for b in rows) + 1
+        found.k, found.v = self.k[:, index, :end], self.v[:, index, :end]
         found.lengths, found._starts = [self.lengths[b] for b in rows], ([], None)
         return found
 

@@ -19,6 +19,12 @@ RESUMABLE = frozenset(
     " save_every keep_last keep_best".split()
 )  # fmt: skip
 
+# What means something only with --recurrent.
+OF_A_CORE = frozenset(
+    "injection start_state recurrence_style mean_recurrence max_recurrence backprop_depth"
+    " recurrence_groups recurrence_curriculum".split()
+)
+
 
 def resolve(
     flags: dict[str, Any],
@@ -57,7 +63,22 @@ def resolve(
     model_names = {f.name for f in fields(ModelConfig)}
     model = ModelConfig(**{n: v for n, v in values.items() if n in model_names})
     train = TrainConfig(**{n: v for n, v in values.items() if n not in model_names})
+    _check_recurrence(model, given)
     return Settings(model, train, frozenset(given) | frozenset(from_file))
+
+
+def _check_recurrence(model: ModelConfig, given: dict[str, Any]) -> None:
+    """Raise UsageError on settings of a core that there is not, or of other blocks than it has."""
+    idle = sorted(given.keys() & OF_A_CORE) if model.recurrent is None else []
+    if idle and any(given[name] not in (None, False, 1) for name in idle):
+        raise UsageError(
+            f"--{idle[0].replace('_', '-')} is of recurrent depth; add --recurrent P,R,C"
+        )
+    if model.recurrent is not None and given.get("n_layer") not in (None, model.n_layer):
+        raise UsageError(
+            f"--n-layer {given['n_layer']}: --recurrent {model.recurrent} is {model.n_layer} "
+            "blocks; leave --n-layer out"
+        )
 
 
 def changed(model: ModelConfig, train: TrainConfig, settings: Settings) -> Settings:

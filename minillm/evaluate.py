@@ -36,13 +36,15 @@ def evaluate(model: GPT, windows: Iterable[tuple[Tensor, Tensor]], batch_size: i
     total, count, seen = 0.0, 0, 0
     for tokens, targets in batched(windows, batch_size):
         n = int((targets != -100).sum())
+        if not n:
+            continue
         samples = torch.arange(seen, seen + len(tokens), device=device)
         keys = state_keys(0, samples)
         total += float(model(tokens.to(device), targets.to(device), None, keys)) * n
         seen += len(tokens)
         count += n
     model.train(training)
-    return Evaluation(total / count, count)
+    return Evaluation(total / max(1, count), count)
 
 
 def batched(windows: Iterable[tuple[Tensor, Tensor]], size: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -64,7 +64,7 @@ class Watch:
         """Which tokens may leave: (B, T).    s, before: (B, T, C).    logits: (B, T, V)."""
         rule = self.rule
         if rule.by == "latent":
-            change = (s - before).float().norm(dim=-1)
+            change = (s.float() - before.float()).norm(dim=-1)
             met = change < rule.threshold * s.float().norm(dim=-1)
         elif rule.by == "confidence":
             met = logits.float().softmax(-1).amax(-1) > rule.threshold
@@ -73,7 +73,8 @@ class Watch:
             met = torch.zeros(logp.shape[:-1], dtype=torch.bool, device=logp.device)
             if self.logp is not None:
                 old = self.logp
-                met = (old.exp() * (old - logp)).sum(-1) < rule.threshold
+                # Of equal distributions rounding may leave less than nothing.
+                met = (old.exp() * (old - logp)).sum(-1).clamp(min=0) < rule.threshold
             self.logp = logp
         held = torch.zeros_like(met, dtype=torch.int64) if self.held is None else self.held
         self.held = torch.where(met, held + 1, 0)
@@ -107,7 +108,7 @@ def read(
     for i in range(most):
         new = model.iterate(s, text, place, i)
         y = model.run(range(prelude + core, prelude + core + coda), model.norm(new), place)
-        z = model.logits(model.norm(y)).float()
+        z = model.logits(model.norm(y).float())
         leaves = watch.leaves(new, s, z) | gone
         s = torch.where(gone[..., None], s, new)
         if rule.by != "confidence":
@@ -149,7 +150,7 @@ def read_next(
     for i in range(most):
         new = model.iterate(s, text, place, i)
         y = model.run(range(prelude + core, prelude + core + coda), model.norm(new), place)
-        z = model.logits(model.norm(y)).float()
+        z = model.logits(model.norm(y).float())
         leaves = watch.leaves(new, s, z)[:, 0].tolist()
         leaving = [n for n, out in enumerate(leaves) if out or i == most - 1]
         s = new
@@ -168,8 +169,6 @@ def read_next(
         watch.keep(index)
         work = work.chosen(staying)
         rows = [rows[n] for n in staying]
-        place = Place(
-            work.positions(1) if not work.uniform() else place.at, place.rotation, None, work
-        )
+        place = Place(place.at, place.rotation, None, work)
     cache.advance(1)
     return logits, steps

@@ -151,8 +151,8 @@ class Context:
             return torch.cat([self._read(i, held=0) for i in count])
         if cut:
             # Once in seq_len / 2 tokens; the others then go one by one, too.
-            held = [0 if row in cut else self.cache.lengths[i] for i, row in enumerate(self.rows)]
-            return torch.cat([self._read(i, held[i]) for i in count])
+            self._steps = [self.depth.recurrence] * len(self.rows)
+            return torch.cat([self._alone(i, self.rows[i] in cut) for i in count])
         last = torch.tensor([[self.texts[row][-1]] for row in self.rows], device=self.device)
         depth = self.depth
         if depth.rule is None:
@@ -183,6 +183,18 @@ class Context:
 
     def _unread(self, row: int, held: int) -> Tensor:
         return torch.tensor([self.texts[row][self.starts[row] + held :]], device=self.device)
+
+    def _alone(self, i: int, cut: bool) -> Tensor:
+        """The i-th row's next logits, (1, V), read anew if it was cut."""
+        held = 0 if cut else self.cache.lengths[i]
+        rule = self.depth.rule
+        if cut or rule is None:
+            return self._read(i, held)
+        row, cache = self.rows[i], self.cache.row(i, held)
+        last, keys = self._unread(row, held), self.keys([row])
+        logits, steps = read_next(self.model, last, cache, rule, self.depth.recurrence, keys)
+        self.cache.lengths[i], self._steps[i] = cache.lengths[0], steps[0]
+        return logits
 
     def _read(self, i: int, held: int) -> Tensor:
         """Read what the i-th row's cache, keeping its first `held` entries, lacks; (1, V)."""
@@ -258,7 +270,7 @@ def check_recurrence(
     """
     config = model.config
     if config.recurrent is None:
-        if recurrence is not None:
+        if recurrence is not None or recurrent_cache != "full":
             raise UsageError("recurrence: this model has no core to run again; leave it out")
         return None, None
     r = config.mean_recurrence if recurrence is None else recurrence

@@ -38,8 +38,10 @@ def measure(model: GPT, windows: Iterable[tuple[Tensor, Tensor]], batch_size: in
     losses, count, norms = dict.fromkeys(at, 0.0), 0, dict.fromkeys(at, 0.0)
     alike, batches, seen = 0.0, 0, 0
     for tokens, targets in batched(windows, batch_size):
-        samples = torch.arange(seen, seen + len(tokens), device=device)
         n = int((targets != -100).sum())
+        if not n:
+            continue
+        samples = torch.arange(seen, seen + len(tokens), device=device)
         readings = model.readings(tokens.to(device), at, state_keys(0, samples))
         for r, x, s in readings:
             losses[r] += float(model.loss(x, targets.to(device))) * n
@@ -48,6 +50,8 @@ def measure(model: GPT, windows: Iterable[tuple[Tensor, Tensor]], batch_size: in
                 alike += correlation(s)
         count, batches, seen = count + n, batches + 1, seen + len(tokens)
     model.train(training)
+    if not count:
+        return {}
     return {
         "val_loss_at_r": {str(r): loss / count for r, loss in losses.items()},
         "token_correlation": alike / batches,

@@ -41,7 +41,7 @@ class GPT(nn.Module):
     config: its shape; vocab_size must be set.    ops: see minillm.ops.select.
     dtype: of the stream; the weights stay in fp32.    generator: draws the start weights.
     checkpointing: whether blocks, or iterations of the core, are computed again in the backward
-    pass instead of kept.
+    pass instead of kept.    compiled: the blocks by torch.compile, to take where there is no cache.
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class GPT(nn.Module):
         if config.document_mask and config.bos_id is None:
             raise ValueError("document_mask needs bos_id, the token each document begins with")
         self.config, self.ops, self.dtype, self.checkpointing = config, ops, dtype, False
+        self.compiled: list | None = None
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         if config.position == "learned":
             self.position = nn.Embedding(config.seq_len, config.d_model)
@@ -159,12 +160,12 @@ class GPT(nn.Module):
         ragged = cache is not None and not cache.uniform()
         at = cache.positions(T) if ragged else slice(held, held + T)
         x = self.embed(tokens)  # (B, T, C)
-        if c.init == "takase":  # embeddings of unit variance, whatever the width
+        if c.init == "takase" or c.position == "sinusoidal":
             x = x * math.sqrt(c.d_model)
         if c.position == "learned":
             x = x + self.position.weight[at]
         elif c.position == "sinusoidal":
-            x = x * math.sqrt(c.d_model) + self.sinusoids[at]
+            x = x + self.sinusoids[at]
         rotation = None
         if c.position == "rope":
             # While decoding the rows of the tables are taken where they are needed.
@@ -204,7 +205,8 @@ class GPT(nn.Module):
         for n in layers:
             slot = 0 if place.cache is None else place.cache.slot(n, i)
             arguments = x, place.rotation, place.documents, place.cache, slot
-            block = self.blocks[n]
+            fast = self.compiled is not None and place.cache is None
+            block = self.compiled[n] if fast else self.blocks[n]
             x = checkpoint(block, *arguments, use_reentrant=False) if again else block(*arguments)
         return x
 

@@ -137,6 +137,10 @@ class ModelConfig:
             object.__setattr__(self, "recurrent", depths_text(self.recurrent))
         except ArgumentTypeError as error:
             raise UsageError(f"--recurrent: {error}") from None
+        if sum(self.depths) > 10000:
+            raise UsageError(
+                f"--recurrent {self.recurrent} is {sum(self.depths)} blocks; at most 10000"
+            )
         huginn = self.recurrence_style == "huginn"
         if huginn and self.norm != "rmsnorm":
             raise UsageError("--recurrence-style huginn needs --norm rmsnorm")
@@ -187,7 +191,7 @@ class ModelConfig:
     def n_matrix_parameters(self) -> int:
         """Parameters that multiply activations: the blocks' matrices, the head, the injection's."""
         n = self.n_layer * self.n_block_parameters + (self.vocab_size or 0) * self.d_model
-        return n + INJECTED.get(self.injection, 0) * self.d_model**2
+        return n + INJECTED.get(self.injection, 0) * self.d_model**2 * (self.recurrent is not None)
 
     @property
     def n_parameters(self) -> int:

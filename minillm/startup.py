@@ -90,12 +90,16 @@ def _as_train_config(run: Path, train: dict) -> TrainConfig:
 def _inherit(settings: Settings, source: Path) -> Settings:
     """The model's shape and the tokenizer of run `source`; the training of `settings`."""
     model, _ = runs.read_config(source)
-    fixed = (asdict(model).keys() | {"tokenizer"}) - {"dropout"}
+    free = {"dropout", "mean_recurrence", "max_recurrence", "backprop_depth"}
+    fixed = (asdict(model).keys() | {"tokenizer"}) - free
     for name in sorted(fixed & settings.given):
         raise UsageError(
             f"--{name.replace('_', '-')} cannot be set with --init-from: {source} fixes it"
         )
     model = replace(model, dropout=settings.model.dropout)
+    changed = {n: getattr(settings.model, n) for n in (free - {"dropout"}) & settings.given}
+    if changed and model.recurrent is not None:  # what is not given follows the mean
+        model = replace(model, **{"max_recurrence": None, "backprop_depth": None, **changed})
     tokenizer = str(runs.tokenizer_path(source))
     return replace(settings, model=model, train=replace(settings.train, tokenizer=tokenizer))
 

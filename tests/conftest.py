@@ -146,6 +146,8 @@ def train(text_file: Path) -> Callable[..., int]:
             if "--init-from" in words:
                 for flag in ("--tokenizer", "--n-layer", "--n-head", "--d-model", "--seq-len"):
                     del tiny[flag]
+            if "--recurrent" in words:
+                del tiny["--n-layer"]
             if "--data" in words and is_prepared(words[words.index("--data") + 1]):
                 for flag in ("--tokenizer", "--val-fraction", "--seq-len"):
                     del tiny[flag]

@@ -231,7 +231,7 @@ VALUES = {
     "n_layer": st.integers(1, 10000).map(str),
     "n_head": st.sampled_from(["4", "8"]),
     "n_kv_head": st.sampled_from(["1", "2"]),
-    "d_model": st.integers(1, 99).map(lambda n: str(240 * n)),
+    "d_model": st.integers(1, 99).map(lambda n: str(480 * n)),
     "vocab_size": st.integers(1, 1 << 24).map(str),
     "position": st.sampled_from(["rope", "alibi", "none"]),
     "rope_base": st.floats(1, 1e9).map(repr),
@@ -251,6 +251,8 @@ VALUES = {
 
 @given(st.fixed_dictionaries({}, optional=VALUES))
 def test_any_settings_read_back_the_same(tmp_path_factory, values):
+    if values.get("preset", "").endswith("-recurrent"):
+        values.pop("n_layer", None)  # is refused beside the preset's own blocks
     path = tmp_path_factory.getbasetemp() / "any.json"
     settings = settle(*(f"--{name}={value}" for name, value in values.items()), preset="nano")
     assert isinstance(settings, Settings)

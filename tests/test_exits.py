@@ -35,7 +35,7 @@ def text(rows: int = 3, T: int = 12) -> torch.Tensor:
 @torch.no_grad()
 def test_a_rule_that_never_holds_is_the_fixed_recurrence(model, by, at_once):
     rule, keys = ExitRule(by, NEVER[by], 0), state_keys(0, torch.arange(3))
-    for most in (1, 5):
+    for most in (1, 5, 120):
         plain = model.logits(model.trunk(text(), recurrence=most, keys=keys))
         if at_once:
             logits, steps = read(model, text(), rule, most, keys)
@@ -65,7 +65,7 @@ def sampled(model, prompts, by, **options) -> list[list[tuple[int, int]]]:
     made = [[] for _ in prompts]
     rule = ExitRule(by, {"confidence": 0.3, "kl": 0.02, "latent": 0.5}[by], 1)
     for token in generate(
-        model, prompts, max_tokens=12, seed=4, recurrence=9, exit_rule=rule, **options
+        model, prompts, max_tokens=40, seed=4, recurrence=9, exit_rule=rule, **options
     ):
         made[token.row].append((token.id, token.recurrence))
     return made
@@ -74,7 +74,8 @@ def sampled(model, prompts, by, **options) -> list[list[tuple[int, int]]]:
 @pytest.mark.parametrize("by", RULES)
 @pytest.mark.parametrize("cache", ["full", "slot"])
 def test_a_batch_gives_what_each_row_gives_alone(model, by, cache):
-    """Tokens and iterations; rows leave the core at different times, and some early."""
+    """Tokens and iterations; rows leave the core at different times, and some early. Beyond the
+    context's end, too, which they reach one after the other."""
     prompts = [[1, 2, 3, 4, 5], [7], [3, 4, 9, 30, 2, 2, 8]]
     together = sampled(model, prompts, by, recurrent_cache=cache)
     for i, prompt in enumerate(prompts):

@@ -233,6 +233,11 @@ def test_parameters_are_counted(style, injection):
     assert matrices - model.embed.weight.numel() == model.config.n_matrix_parameters
 
 
+def test_without_a_core_an_injection_counts_for_nothing():
+    model = model_of(recurrent=None, n_layer=1, injection="concat")
+    assert sum(p.numel() for p in model.parameters()) == model.config.n_parameters
+
+
 def test_flops_are_counted():
     """By hand: d_model 16, 2 heads of 8, MLP of 24 gated, 31 tokens, context 16."""
     c = model_of(backprop_depth=3).config

@@ -78,7 +78,7 @@ def test_what_is_reported(train, tmp_path, capfd, monkeypatch):
     assert train("--out", tmp_path / "run", *FLAGS) == 0
     err = capfd.readouterr().err
     assert "1 + 1 x 3 (up to 12) + 1 layers of 16" in err
-    assert err.count("the recurrence is hardly used") == 1
+    assert err.count("the recurrence is hardly used") == 2  # on the way, and at the end
     (first, last) = (row for row in rows(tmp_path / "run") if "val_loss_at_r" in row)
     for row in (first, last):
         assert list(row["val_loss_at_r"]) == ["1", "2", "3", "6", "12"]
@@ -137,6 +137,10 @@ def test_alarms():
         (("--recurrent", "1,1,1", "--recurrence-groups", "3"), "does not divide --batch-size"),
         (("--recurrent", "1,1,1", "--norm", "layernorm"), "needs --norm rmsnorm"),
         (("--recurrent", "1,1,1", "--recurrence-style", "moth"), "not one of huginn, parcae"),
+        (("--recurrent", "1,9999,1"), "is 10001 blocks; at most 10000"),
+        (("--recurrent", "1,1,1", "--n-layer", "7"), "is 3 blocks; leave --n-layer out"),
+        (("--mean-recurrence", "5"), "--mean-recurrence is of recurrent depth; add --recurrent"),
+        (("--injection", "add"), "--injection is of recurrent depth"),
     ],
 )
 def test_train_refuses_in_a_line(train, tmp_path, capfd, flags, words):
@@ -165,7 +169,7 @@ def test_sample_at_a_recurrence(recurrent_run, capfd):
         code, out, _ = sampled(capfd, recurrent_run, "--temperature", "2", *flags)
         assert code == 0
         texts.append(out)
-    assert texts[0] == texts[1]
+    assert texts[0] == texts[1] != texts[2]
     drafted = sampled(capfd, recurrent_run, "--temperature", "2", "--draft-recurrence", "1")
     assert drafted[:2] == (0, texts[0])
     _, out, _ = sampled(capfd, recurrent_run, "--exit-by", "latent", "--exit-threshold", "9",

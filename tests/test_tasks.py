@@ -145,10 +145,15 @@ def test_train_py_takes_them(train, corpus, tmp_path):
 
 
 def test_wrong_words(tasks, tmp_path, capsys):
-    with pytest.raises(SystemExit, match="--operations 30: there are 23"):
+    with pytest.raises(UsageError, match="--operations 30: there are 23"):
         tasks.main(["register", "--out", str(tmp_path / "a"), "--operations", "30"])
-    with pytest.raises(SystemExit, match="sizes are 1 or more"):
-        tasks.main(["register", "--out", str(tmp_path / "a"), "--length", "0"])
+    for words in (["--length", "0"], ["--states", "11"], ["--seed", "-1"], ["--val", "0"]):
+        with pytest.raises(UsageError, match=f"{words[0]} {words[1]} is out of range"):
+            tasks.main(["register", "--out", str(tmp_path / "a"), *words])
+    with pytest.raises(UsageError, match="--digits 20 is out of range"):
+        tasks.main(["addition", "--out", str(tmp_path / "a"), "--digits", "20"])
+    with pytest.raises(UsageError, match="more tokens than characters"):
+        tasks.main(["registers", "--out", str(tmp_path / "a"), "--registers", "9"])
     write = {"train": (np.zeros((2, 3), int),) * 2, "val": (np.zeros((1, 3), int),) * 2}
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
