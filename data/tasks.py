@@ -19,6 +19,7 @@ import numpy as np
 
 HOME = Path(__file__).resolve().parents[1]
 IGNORED = -100
+TRIES = 100
 LETTERS = string.ascii_uppercase + string.ascii_lowercase
 
 
@@ -110,6 +111,17 @@ def registers(
     return Task("".join(sorted(LETTERS + string.digits))[: n_sets + K * G * K], draw)
 
 
+def _hopped(x: np.ndarray) -> int:
+    """Where x[0] + 1 hops back from the end lead to; 0 if they lead nowhere."""
+    at = len(x) - 1
+    for _ in range(x[0] + 1):
+        before = np.flatnonzero(x[1:at] == x[at])
+        if not len(before):
+            return 0
+        at = before[-1] + 2  # what followed it
+    return at
+
+
 def hop(states: int = 4, length: int = 64, hops: int = 4, **_) -> Task:
     """p-hop induction: back to the last time the current letter stood, take what followed, p times.
 
@@ -118,24 +130,15 @@ def hop(states: int = 4, length: int = 64, hops: int = 4, **_) -> Task:
     """
 
     def draw(numbers: np.random.Generator, count: int):
-        tokens = np.concatenate(
-            [
-                numbers.integers(1, hops + 1, (count, 1)) - 1,
-                hops + numbers.integers(states, size=(count, length - 1)),
-            ],
-            1,
-        )
+        tokens = np.empty((count, length), np.int64)
         answers, depth = np.full_like(tokens, IGNORED), np.full_like(tokens, -1)
-        for row, x in enumerate(tokens):
-            at = length - 1
-            for _ in range(x[0] + 1):
-                before = np.flatnonzero(x[1:at] == x[at])
-                if not len(before):
-                    at = 0
+        for row in range(count):
+            for _ in range(TRIES):  # until there is an answer
+                letters = hops + numbers.integers(states, size=length - 1)
+                tokens[row] = x = np.append(numbers.integers(hops), letters)
+                if at := _hopped(x):
+                    answers[row, -1], depth[row, -1] = x[at], x[0] + 1
                     break
-                at = before[-1] + 2  # what followed it
-            if at:
-                answers[row, -1], depth[row, -1] = x[at], x[0] + 1
         return tokens, answers, depth
 
     return Task(string.digits[1 : hops + 1] + LETTERS[:states], draw)
