@@ -73,12 +73,14 @@ def register(
 
 
 def registers(
-    states: int = 4, operations: int = 3, length: int = 32, registers: int = 3, **_
-) -> Task:
+    states: int = 4, operations: int = 3, length: int = 32, registers: int = 3,
+    chain: bool = False, **_,
+) -> Task:  # fmt: skip
     """Several registers: tokens set one, or make one a permutation of another (r_i <- g(r_j)).
 
     The answer, at each token, is the value of the register that it writes. Depth and distance part:
-    hops are the writes behind a value, through whatever registers it came.
+    hops are the writes behind a value, through whatever registers it came.    chain: one set and
+    then operations only, for tests.
     Tokens: first all sets (register, value), then all operations (i, g, j).
     """
     K, M, G = registers, states, operations
@@ -88,7 +90,7 @@ def registers(
         raise ValueError("more tokens than characters; take fewer of something")
 
     def draw(numbers: np.random.Generator, count: int):
-        share = 0.03 + 0.47 * numbers.random((count, 1))
+        share = 0.0 if chain else 0.03 + 0.47 * numbers.random((count, 1))
         sets = numbers.random((count, length)) < share
         sets[:, 0] = True
         i, j = numbers.integers(K, size=(2, count, length))

@@ -1,6 +1,6 @@
 """Experiment 3 of recurrent depth: text, recurrent against fixed depth.
 
-    python benchmarks/recurrence/text.py [--work runs/text] [--steps 300]
+    python benchmarks/recurrence/text.py [--work runs/text] [--steps 200]
 
 The default corpus, equally many tokens: a recurrent model (nano-recurrent), fixed depth of as many
 stored parameters (nano), fixed depth of as many FLOPs a token. Each arm's rate from the same grid,
@@ -21,7 +21,7 @@ from register import ROOT, call, last, rows, seconds  # noqa: E402
 
 from minillm.checkpoint import load_run  # noqa: E402
 
-GRID = ("0.01", "0.02", "0.05")
+GRID = ("0.01", "0.02", "0.05", "0.1")
 ARMS = {
     "recurrent": ["--preset", "nano-recurrent"],
     "same parameters": ["--preset", "nano"],
@@ -33,7 +33,7 @@ def main() -> None:
     """Train what is missing, write the results."""
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--work", type=Path, default=Path("runs/text"))
-    p.add_argument("--steps", type=int, default=300)
+    p.add_argument("--steps", type=int, default=200)
     args = p.parse_args()
     found = []
     for arm, flags in ARMS.items():

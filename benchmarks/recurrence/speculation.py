@@ -1,0 +1,68 @@
+"""Experiment 5 of recurrent depth: self-speculation against plain decoding, at the same text.
+
+    python benchmarks/recurrence/speculation.py RUN [--recurrence R ...]
+
+Batch 1, greedy and sampled; rounds of plain and speculative decoding in turn, medians of their
+ratios. That the tokens are the same is checked. Writes speculation.md beside itself.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+
+from minillm.checkpoint import load_run  # noqa: E402
+from minillm.generate import generate  # noqa: E402
+from minillm.speculate import Tally, speculate  # noqa: E402
+
+PROMPTS = ("def ", "import ", "class ", "    return ", '"""')
+TOKENS, ROUNDS = 100, 5
+
+
+def main() -> None:
+    """Time all combinations, write the table."""
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("run", type=Path)
+    p.add_argument("--recurrence", type=int, nargs="+", default=[4, 8, 16])
+    args = p.parse_args()
+    torch.set_num_threads(1)
+    model, tokenizer, _ = load_run(args.run)
+    lines = ["| temperature | verified at | drafted at | lookahead | accepted | plain tokens/s "
+             "| times as fast |", "|--:|--:|--:|--:|--:|--:|--:|"]  # fmt: skip
+    for temperature in (0.0, 0.8):
+        for r in args.recurrence:
+            for few, ahead in ((1, 2), (1, 4), (2, 4)):
+                ratios, speeds, tally = [], [], Tally()
+                for number in range(ROUNDS):
+                    ids = tokenizer.prompt_ids(PROMPTS[number])
+                    options = {"max_tokens": TOKENS, "temperature": temperature, "seed": number,
+                               "recurrence": r}  # fmt: skip
+                    plain, plain_s = timed(generate(model, [ids], **options))
+                    options |= {"draft_recurrence": few, "lookahead": ahead, "tally": tally}
+                    ours, ours_s = timed(speculate(model, [ids], **options))
+                    assert ours == plain, "speculation changed the text"
+                    ratios.append(plain_s / ours_s)
+                    speeds.append(len(plain) / plain_s)
+                share = tally.accepted / tally.drafted
+                speed, ratio = statistics.median(speeds), statistics.median(ratios)
+                told = f"{100 * share:.0f} % | {speed:.0f} | {ratio:.2f} |"
+                lines.append(f"| {temperature:g} | {r} | {few} | {ahead} | {told}")
+                print(lines[-1], flush=True)
+    (HERE / "speculation.md").write_text("\n".join(lines) + "\n")
+
+
+def timed(tokens) -> tuple[list[int], float]:
+    """The ids of some tokens, and the seconds that making them took."""
+    start = time.perf_counter()
+    ids = [token.id for token in tokens]
+    return ids, time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()
