@@ -31,7 +31,7 @@ SEEDS = (0, 1, 2)
 COMMON = (
     "--d-model 64 --n-head 4 --mlp swiglu --qk-norm --rope-base 1000 --optimizer muon "
     "--min-learning-rate 0.0005 --weight-decay 0.01 --schedule wsd --decay-fraction 0.3 "
-    f"--warmup 50 --batch-size 32 --steps {STEPS} --dtype fp32 --eval-every 0 --log-every 100"
+    "--warmup 50 --batch-size 32 --dtype fp32 --eval-every 0 --log-every 100"
 ).split()
 ARMS = {
     "recurrent": ("--recurrent 1,1,1 --start-state zero --d-ff 128 "
@@ -98,8 +98,9 @@ def trained(args, corpus: Path, arm: str, rate: str, seed: int) -> float:
     run = folder(args, arm, rate, seed)
     finished = (run / "checkpoints" / f"step-{STEPS:08d}").is_dir()
     if not finished:
-        words = ("--data", corpus, *COMMON, *ARMS[arm], "--learning-rate", rate, "--seed", seed)
-        call(ROOT / "train.py", *words, "--threads", args.threads, "--out", run, "--overwrite")
+        words = (*COMMON, *ARMS[arm], "--learning-rate", rate, "--seed", seed, "--steps", STEPS)
+        where = ("--data", corpus, "--out", run, "--overwrite", "--threads", args.threads)
+        call(ROOT / "train.py", *words, *where)
     return last(run, "val_loss")
 
 

@@ -76,9 +76,9 @@ def trained(args, corpus: Path, arm: str, rate: str, seed: int) -> float:
     """The validation loss of a run, trained now if it is not there yet."""
     run = folder(args, arm, rate, seed)
     if not (run / "checkpoints" / f"step-{STEPS:08d}").is_dir():
-        words = ("--data", corpus, *COMMON, *ARMS[arm], "--learning-rate", rate, "--seed", seed)
-        call(ROOT / "train.py", *words, "--steps", STEPS, "--threads", args.threads,
-             "--out", run, "--overwrite")  # fmt: skip
+        words = (*COMMON, *ARMS[arm], "--learning-rate", rate, "--seed", seed, "--steps", STEPS)
+        where = ("--data", corpus, "--out", run, "--overwrite", "--threads", args.threads)
+        call(ROOT / "train.py", *words, *where)
     return last(run, "val_loss")
 
 
