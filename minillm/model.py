@@ -19,6 +19,7 @@ from minillm.ops import Ops
 from minillm.positions import rope_tables, sinusoidal_table
 from minillm.recurrence import Injection, start_noise
 from minillm.shape import ModelConfig
+from minillm.start import draw_weights
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class GPT(nn.Module):
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
         self.dropout = nn.Dropout(config.dropout)
-        self._start_weights(generator)
+        draw_weights(self, config, generator)
 
     def forward(
         self,
@@ -253,35 +254,3 @@ class GPT(nn.Module):
         }
         named = [(n, w) for n, w in self.named_parameters() if n.startswith("injection.")]
         return found | {n: (c.d_model,) for n, w in named if w.dim() == 2}
-
-    @torch.no_grad()
-    def _start_weights(self, generator: torch.Generator | None) -> None:
-        """gpt2: N(0, 0.02), residual outputs over sqrt(2L) (Radford et al. 2019, section 2.3).
-
-        zero: N(0, 1/fan_in), but residual outputs and the head at 0 and the embedding N(0, 1):
-        each block begins as the identity.
-        takase: N(0, 2/(5C)), residual outputs over sqrt(2L), L the layers passed at the mean
-        recurrence, all cut at three deviations (Takase et al. 2023, arXiv:2312.16903; Geiping et
-        al. 2025, arXiv:2502.05171, section 4.1).
-        """
-        c = self.config
-        zero, deep = c.init == "zero", math.sqrt(2 * c.effective_layers)
-        for name, w in self.named_parameters():
-            residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
-            if name.endswith(".bias"):
-                w.zero_()
-            elif w.dim() != 2:
-                continue
-            elif name == "injection.text.weight" and c.injection == "diagonal":
-                w.copy_(torch.eye(c.d_model))
-            elif c.init == "takase":
-                std = math.sqrt(2 / (5 * c.d_model)) / (deep if residual else 1)
-                nn.init.trunc_normal_(w, 0.0, std, -3 * std, 3 * std, generator=generator)
-            else:
-                if zero and (residual or name == "head.weight"):
-                    std = 0.0
-                elif zero:
-                    std = 1.0 if name == "embed.weight" else w.shape[1] ** -0.5
-                else:
-                    std = 0.02 / deep if residual else 0.02
-                w.normal_(0.0, std, generator=generator)

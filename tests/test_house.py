@@ -21,7 +21,7 @@ FLOORS = {
     "kernels/_attention_backward kernels/decode_attention",
     4: "kernels/rms_norm kernels/rope kernels/attention",
     5: "config ops tokenizer split",
-    6: "layers runs settings optim shards encoding stream",
+    6: "start layers runs settings optim shards encoding stream",
     7: "configure data corpus recurrence sequences",
     8: "model pace",
     9: "checkpoint evaluate exits huginn microbatch profiling/__init__ profiling/timing "

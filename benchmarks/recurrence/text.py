@@ -21,9 +21,10 @@ from register import ROOT, call, last, rows, seconds  # noqa: E402
 
 from minillm.checkpoint import load_run  # noqa: E402
 
-GRID = ("0.01", "0.02", "0.05", "0.1")
+GRID = ("0.01", "0.02", "0.05", "0.1", "0.2")
 ARMS = {
     "recurrent": ["--preset", "nano-recurrent"],
+    "recurrent, parcae": ["--preset", "nano-recurrent", "--recurrence-style", "parcae"],
     "same parameters": ["--preset", "nano"],
     "same FLOPs": ["--preset", "nano", "--n-layer", "10"],
 }
@@ -38,7 +39,7 @@ def main() -> None:
     found = []
     for arm, flags in ARMS.items():
         for rate in GRID:
-            run = args.work / f"{arm.replace(' ', '-')}-{rate}"
+            run = args.work / f"{arm.replace(',', '').replace(' ', '-')}-{rate}"
             if not (run / "checkpoints" / f"step-{args.steps:08d}").is_dir():
                 call(ROOT / "train.py", *flags, "--learning-rate", rate, "--steps", args.steps,
                      "--seed", 0, "--threads", 1, "--eval-every", 0, "--final-eval-batches", 20,
