@@ -17,8 +17,9 @@ from pathlib import Path
 from minillm import checkpoint, cli, errors, runs, world
 from minillm.cache import slots
 from minillm.exits import DEFAULTS, exit_rule
-from minillm.generate import check_recurrence, generate
+from minillm.generate import generate
 from minillm.model import GPT
+from minillm.requests import check_recurrence
 from minillm.speculate import speculate
 from minillm.stream import TextStream
 from minillm.tokenizer import Tokenizer
@@ -108,6 +109,11 @@ def command_line() -> cli.Parser:
         help="further iterations that the rule must hold (default: " + usual(1) + ")",
     )  # fmt: skip
     add(
+        "--warm-start", action="store_true",
+        help="start each token's iterations where the one before it ended: settled sooner, but "
+        "the text is not that of reading it at once",
+    )  # fmt: skip
+    add(
         "--draft-recurrence", type=whole(1), metavar="R",
         help="draft tokens with so many iterations and verify them at --recurrence in one pass: "
         "the same text, faster where memory is the limit",
@@ -171,23 +177,26 @@ def write(model: GPT, tokenizer: Tokenizer, prompt: str, args: Namespace) -> Non
     ids, beginnings, shown = tokenizer.heal(ids)
     often, iterations = check_recurrence(model, args.recurrence, args.recurrent_cache)
     rule = exit_rule(args.exit_by, args.exit_threshold, args.exit_patience)
-    if often is None and (rule or args.draft_recurrence):
+    if often is None and (rule or args.draft_recurrence or args.warm_start):
         raise errors.UsageError(
-            "--exit-by, --draft-recurrence: this model has no core to run again"
+            "--exit-by, --draft-recurrence, --warm-start: this model has no core to run again"
         )
     maker, more = generate, {
         "repetition_penalty": args.repetition_penalty,
         "recurrent_cache": args.recurrent_cache,
         "exit_rule": rule,
+        "warm_start": args.warm_start,
     }  # fmt: skip
     if args.draft_recurrence is not None:
-        if rule or args.recurrent_cache == "slot" or args.repetition_penalty != 1:
+        slot, penalty = args.recurrent_cache == "slot", args.repetition_penalty != 1
+        if rule or slot or penalty or args.warm_start:
             raise errors.UsageError(
-                "--draft-recurrence goes with none of --exit-by, --recurrent-cache slot and "
-                "--repetition-penalty"
+                "--draft-recurrence goes with none of --exit-by, --warm-start, --recurrent-cache "
+                "slot and --repetition-penalty"
             )
         maker, more = speculate, {"draft_recurrence": args.draft_recurrence}
-    require_memory(model, args.num_samples, iterations or 1)
+    # Rows that stay in the core while others leave are copied.
+    require_memory(model, args.num_samples, iterations or 1, 2 if rule else 1)
     streams = [TextStream(tokenizer, args.stop or (), shown) for _ in range(args.num_samples)]
     logprobs: list[list[float]] = [[] for _ in streams]
     rounds: list[list[int]] = [[] for _ in streams]
@@ -230,10 +239,10 @@ def write(model: GPT, tokenizer: Tokenizer, prompt: str, args: Namespace) -> Non
     note(f"{made} tokens in {seconds:.2f} s, {made / seconds:.0f} tokens/s")
 
 
-def require_memory(model: GPT, rows: int, iterations: int) -> None:
+def require_memory(model: GPT, rows: int, iterations: int, copies: int) -> None:
     """Raise UnavailableError if the cache of so many rows cannot fit."""
     c, layers = model.config, slots(model.config.depths, iterations)
-    each = 2 * layers * c.seq_len * c.n_kv_head * c.d_head * model.dtype.itemsize
+    each = copies * 2 * layers * c.seq_len * c.n_kv_head * c.d_head * model.dtype.itemsize
     free = world.available_memory(model.head.weight.device)
     if free is not None and rows * each > free:
         raise errors.UnavailableError(

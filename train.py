@@ -82,8 +82,9 @@ def main(argv: Sequence[str]) -> None:
     parameters = dict(model.named_parameters())
     betas = (config.beta1, config.beta2)
     optimizers = make_optimizers(
-        config.optimizer, parameters, model.matrices(), ops, betas, config.weight_decay, dtype
-    )
+        config.optimizer, parameters, model.matrices(), ops, betas, config.weight_decay, dtype,
+        model.undecayed(),
+    )  # fmt: skip
 
     # From where, and for how long.
     step_s = seconds_per_step(model, config.batch_size, fixed["micro_batch_size"], device)

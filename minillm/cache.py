@@ -18,6 +18,8 @@ class KVCache:
 
     depths: blocks of prelude, core and coda.    iterations: of the core whose keys and values are
     kept, each apart; later ones are written over the last of them.
+    warm: whether the core starts each token from the state of the one before it: `state`, (B, C),
+    which the model keeps here.
     k, v: (slots, B, capacity, G, D), prelude + iterations x core + coda slots.    lengths: entries
     held by each row, in tokens.
     Memory: 2 slots B capacity G D itemsize bytes.
@@ -33,8 +35,10 @@ class KVCache:
         d_head: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        warm: bool = False,
     ) -> None:
-        self.depths, self.iterations = depths, iterations
+        self.depths, self.iterations, self.warm = depths, iterations, warm
+        self.state: Tensor | None = None
         shape = (slots(depths, iterations), batch, capacity, n_kv_head, d_head)
         # zeros, not empty: a masked key still meets a weight of 0, and 0 * NaN is NaN.
         self.k = torch.zeros(shape, dtype=dtype, device=device)
@@ -63,29 +67,42 @@ class KVCache:
     def row(self, b: int, held: int = 0) -> "KVCache":
         """Row b alone with its first `held` entries, sharing this cache's memory.
 
-        The view counts for itself: copy its length back into `lengths[b]`.
+        The view counts for itself: `take_back` what it comes to.
         """
-        view = object.__new__(KVCache)
-        view.depths, view.iterations = self.depths, self.iterations
-        view.k, view.v, view.lengths = self.k[:, b : b + 1], self.v[:, b : b + 1], [held]
-        view._starts = [], None
+        view = self._with(self.k[:, b : b + 1], self.v[:, b : b + 1], [held])
+        if held and self.state is not None:
+            view.state = self.state[b : b + 1]
         return view
+
+    def take_back(self, b: int, view: "KVCache") -> None:
+        """Row b is now what its view, see `row`, has become."""
+        self.lengths[b] = view.lengths[0]
+        if view.state is not None:
+            if self.state is None:
+                self.state = view.state.new_zeros(len(self.lengths), view.state.shape[-1])
+            self.state[b] = view.state[0]
+
+    def _with(self, k: Tensor, v: Tensor, lengths: list[int]) -> "KVCache":
+        """A cache of the same layers over other memory."""
+        found = object.__new__(KVCache)
+        found.depths, found.iterations, found.warm = self.depths, self.iterations, self.warm
+        found.k, found.v, found.lengths, found.state = k, v, lengths, None
+        found._starts = [], None
+        return found
 
     def keep(self, rows: list[int]) -> None:
         """Drop all rows but these, in this order."""
         index = torch.tensor(rows, device=self.k.device)
         self.k, self.v = self.k[:, index], self.v[:, index]
         self.lengths = [self.lengths[b] for b in rows]
+        self.state = None if self.state is None else self.state[index]
 
     def chosen(self, rows: list[int]) -> "KVCache":
         """A copy of these rows, with room for one more entry, to go on with while others rest."""
-        found = object.__new__(KVCache)
-        found.depths, found.iterations = self.depths, self.iterations
         index = torch.tensor(rows, device=self.k.device)
         end = max(self.lengths[b] for b in rows) + 1
-        found.k, found.v = self.k[:, index, :end], self.v[:, index, :end]
-        found.lengths, found._starts = [self.lengths[b] for b in rows], ([], None)
-        return found
+        lengths = [self.lengths[b] for b in rows]
+        return self._with(self.k[:, index, :end], self.v[:, index, :end], lengths)
 
     def give_back(self, cache: "KVCache", mine: list[int], theirs: list[int]) -> None:
         """Copy the newest entries of rows `mine`, not yet counted, to rows `theirs` of `cache`."""

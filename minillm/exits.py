@@ -146,7 +146,7 @@ def read_next(
     text, s = model.injection.prepare(x), model.start_state(x, keys, place)
     rows = list(range(len(tokens)))  # of the batch, those still in the core
     logits = torch.empty(len(rows), model.config.vocab_size, device=tokens.device)
-    steps, watch, work = [most] * len(rows), Watch(rule), cache
+    steps, watch, work, ended = [most] * len(rows), Watch(rule), cache, torch.empty_like(s[:, 0])
     for i in range(most):
         new = model.iterate(s, text, place, i)
         y = model.run(range(prelude + core, prelude + core + coda), model.norm(new), place)
@@ -157,7 +157,7 @@ def read_next(
         if not leaving:
             continue
         for n in leaving:
-            logits[rows[n]], steps[rows[n]] = z[n, 0], i + 1
+            logits[rows[n]], steps[rows[n]], ended[rows[n]] = z[n, 0], i + 1, s[n, 0]
         if work is not cache:
             work.give_back(cache, leaving, [rows[n] for n in leaving])
         cache.repeat_iteration([rows[n] for n in leaving], i)
@@ -170,5 +170,7 @@ def read_next(
         work = work.chosen(staying)
         rows = [rows[n] for n in staying]
         place = Place(place.at, place.rotation, None, work)
+    if cache.warm:
+        cache.state = ended
     cache.advance(1)
     return logits, steps

@@ -15,8 +15,7 @@ from minillm.errors import UsageError
 from minillm.exits import ExitRule, read_next
 from minillm.model import GPT
 from minillm.recurrence import state_keys
-
-DEEPEST = 4096  # iterations
+from minillm.requests import check_prompts, check_recurrence, check_sampling
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,7 @@ def generate(
     recurrence: int | None = None,
     recurrent_cache: str = "full",
     exit_rule: ExitRule | None = None,
+    warm_start: bool = False,
 ) -> Iterator[Token]:
     """Continue each prompt, all rows in step; yields the rows' tokens as they are made.
 
@@ -65,7 +65,9 @@ def generate(
     recurrence: iterations of a recurrent model's core; default: its mean.    recurrent_cache:
     "full" keeps keys and values of each, so that tokens are those without a cache; "slot" those of
     the last alone, so that memory does not grow with them.    exit_rule: when a token may leave the
-    core earlier, see exits.py; prompts are read at the full recurrence.
+    core earlier, see exits.py; prompts are read at the full recurrence.    warm_start: the core
+    starts each new token from the state the one before it ended in, which saves an iteration or
+    two; tokens are then not those of reading the text at once (section 6.2 there).
     Raises UsageError on an option outside its range, an empty prompt or a token beyond the
     vocabulary.
     """
@@ -79,9 +81,9 @@ def generate(
     device = torch.device("cpu") if device.type == "mps" else device
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     often = check_recurrence(model, recurrence, recurrent_cache)
-    if exit_rule is not None and (often[0] is None or not use_cache):
-        raise UsageError("an exit rule is of recurrent models, read with a cache")
-    depth = Depth(seed, tuple(numbers), *often, exit_rule)
+    if (exit_rule is not None or warm_start) and (often[0] is None or not use_cache):
+        raise UsageError("an exit rule and a warm start are of recurrent models, with a cache")
+    depth = Depth(seed, tuple(numbers), *often, exit_rule, warm_start)
     context = Context(model, texts, use_cache, depth)
     for made in range(max_tokens):
         logits = context.next_logits().to(device, torch.float32)  # (rows, V)
@@ -119,6 +121,7 @@ class Depth:
     recurrence: int | None
     cached: int | None
     rule: ExitRule | None
+    warm: bool
 
 
 class Context:
@@ -147,7 +150,8 @@ class Context:
         if not self.use_cache:
             return torch.cat([self._logits(self._unread(r, 0), None, [r]) for r in self.rows])
         if self.cache is None:
-            self.cache = self.model.make_cache(len(self.rows), recurrence=self.depth.cached)
+            depth = self.depth
+            self.cache = self.model.make_cache(len(count), None, depth.cached, depth.warm)
             return torch.cat([self._read(i, held=0) for i in count])
         if cut:
             # Once in seq_len / 2 tokens; the others then go one by one, too.
@@ -193,7 +197,8 @@ class Context:
         row, cache = self.rows[i], self.cache.row(i, held)
         last, keys = self._unread(row, held), self.keys([row])
         logits, steps = read_next(self.model, last, cache, rule, self.depth.recurrence, keys)
-        self.cache.lengths[i], self._steps[i] = cache.lengths[0], steps[0]
+        self.cache.take_back(i, cache)
+        self._steps[i] = steps[0]
         return logits
 
     def _read(self, i: int, held: int) -> Tensor:
@@ -201,7 +206,7 @@ class Context:
         cache = self.cache.row(i, held)
         row = self.rows[i]
         logits = self._logits(self._unread(row, held), cache, [row])
-        self.cache.lengths[i] = cache.lengths[0]
+        self.cache.take_back(i, cache)
         return logits
 
     def _logits(self, tokens: Tensor, cache: KVCache | None, rows: list[int]) -> Tensor:
@@ -232,65 +237,3 @@ def penalise(logits: Tensor, texts: Sequence[Sequence[int]], penalty: float) -> 
         z = row[seen]
         row[seen] = torch.where(z > 0, z / penalty, z * penalty)
     return logits
-
-
-def check_sampling(
-    max_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    repetition_penalty: float,
-) -> None:
-    """Raise UsageError on a sampling option outside its range."""
-    rules = (
-        ("max_tokens", max_tokens, max_tokens >= 1, "at least 1"),
-        ("temperature", temperature, 0 <= temperature < float("inf"), "0 or more, and finite"),
-        ("top_k", top_k, top_k >= 0, "0 or more"),
-        ("top_p", top_p, 0 < top_p <= 1, "above 0, at most 1"),
-        ("min_p", min_p, 0 <= min_p <= 1, "between 0 and 1"),
-        (
-            "repetition_penalty",
-            repetition_penalty,
-            0.01 <= repetition_penalty <= 100,
-            "between 0.01 and 100",
-        ),
-    )
-    for name, value, is_fine, expected in rules:
-        if not is_fine:
-            raise UsageError(f"{name} is {value}; expected {expected}")
-
-
-def check_recurrence(
-    model: GPT, recurrence: int | None, recurrent_cache: str
-) -> tuple[int | None, int | None]:
-    """How often the core runs, and of how many iterations keys and values are kept.
-
-    Raises UsageError on a recurrence that the model or anything cannot have.
-    """
-    config = model.config
-    if config.recurrent is None:
-        if recurrence is not None or recurrent_cache != "full":
-            raise UsageError("recurrence: this model has no core to run again; leave it out")
-        return None, None
-    r = config.mean_recurrence if recurrence is None else recurrence
-    if not 1 <= r <= DEEPEST:
-        raise UsageError(f"recurrence is {r}; expected 1 to {DEEPEST}")
-    if recurrent_cache not in ("full", "slot"):
-        raise UsageError(f"recurrent_cache is {recurrent_cache!r}; expected full or slot")
-    return r, r if recurrent_cache == "full" else None
-
-
-def check_prompts(model: GPT, prompts: Sequence[Sequence[int]]) -> None:
-    """Raise UsageError on a prompt that cannot be continued."""
-    V, bos = model.config.vocab_size, model.config.bos_id
-    if not prompts:
-        raise UsageError("no prompt to continue")
-    for i, prompt in enumerate(prompts):
-        if len(prompt) == 0:
-            raise UsageError(f"prompt {i} has no token; a model continues at least one")
-        bad = [t for t in prompt if not 0 <= t < V]
-        if bad:
-            raise UsageError(f"prompt {i} holds token {bad[0]}; the model knows 0 to {V - 1}")
-        if model.config.document_mask and bos in prompt[1:]:
-            raise UsageError(f"prompt {i} holds a second document; this model sees one at a time")

@@ -31,7 +31,7 @@ def largest_that_fits(model: GPT, batch_size: int, device: torch.device, copies:
         raise UnavailableError(_too_small(model, torch.cuda.mem_get_info(device)[0]))
     free = available_memory(device)
     free = UNKNOWN if free is None else free
-    one, two = (_bytes_for_backward(model, rows, device) for rows in (1, 2))
+    one, two = (_bytes_at_most(model, rows, device) for rows in (1, 2))
     room = SHARE * free - later
     for candidate in divisors:
         if one + (candidate - 1) * (two - one) <= room:
@@ -74,7 +74,21 @@ def _runs(model: GPT, rows: int, device: torch.device, later: int) -> bool:
         torch.cuda.empty_cache()
 
 
-def _bytes_for_backward(model: GPT, rows: int, device: torch.device) -> int:
+def _bytes_at_most(model: GPT, rows: int, device: torch.device) -> int:
+    """What a backward pass holds; with checkpointing also what one piece, computed again, keeps."""
+    kept = _bytes_for_backward(model, rows, device, _deepest(model))
+    if model.checkpointing:
+        model.checkpointing = False
+        once = 1 if model.config.recurrent else None
+        whole = _bytes_for_backward(model, rows, device, once)
+        model.checkpointing = True
+        kept += whole if once else whole // model.config.n_layer
+    return kept
+
+
+def _bytes_for_backward(
+    model: GPT, rows: int, device: torch.device, recurrence: int | None = None
+) -> int:
     kept: dict[int, int] = {}
     known = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
@@ -86,7 +100,7 @@ def _bytes_for_backward(model: GPT, rows: int, device: torch.device) -> int:
 
     tokens = torch.zeros((rows, model.config.seq_len), dtype=torch.int64, device=device)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        model(tokens, tokens, _deepest(model))
+        model(tokens, tokens, recurrence)
     return sum(kept.values())
 
 

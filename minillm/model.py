@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from minillm.cache import KVCache
 from minillm.layers import Linear, make_block, make_norm
 from minillm.ops import Ops
-from minillm.positions import rope_tables, sinusoidal_table
+from minillm.positions import rope_tables, sinusoidal_table, unpadded
 from minillm.recurrence import Injection, start_noise
 from minillm.shape import ModelConfig
 from minillm.start import draw_weights
@@ -85,14 +85,15 @@ class GPT(nn.Module):
         targets: Tensor | None = None,
         recurrence: int | None = None,
         keys: Tensor | None = None,
+        attention_mask: Tensor | None = None,
     ) -> Tensor:
         """Logits, or with targets the mean loss.
 
         tokens: (B, T) int64, T <= seq_len.    targets: (B, T) int64, -100 where none counts.
-        recurrence, keys: see `trunk`.
+        recurrence, keys, attention_mask: see `trunk`.
         Returns (B, T, V) in `dtype`, or () fp32 in nats a token.
         """
-        x = self.trunk(tokens, None, recurrence, keys)
+        x = self.trunk(tokens, None, recurrence, keys, attention_mask)
         return self.logits(x) if targets is None else self.loss(x, targets)
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
@@ -110,17 +111,20 @@ class GPT(nn.Module):
         cache: KVCache | None = None,
         recurrence: int | None = None,
         keys: Tensor | None = None,
+        attention_mask: Tensor | None = None,
     ) -> Tensor:
         """Everything up to the head: (B, T) tokens -> (B, T, C).
 
         With a cache the tokens follow those it holds; their keys and values are added to it.
         recurrence: how often the core runs; default: the mean. Gradients go through the last
         backprop_depth times.    keys: (B,) int64 of the start states, see recurrence.state_keys;
-        default: zeros.
-        Raises ValueError if the positions reach beyond seq_len, or the model has no core to run.
+        default: zeros.    attention_mask: (B, T), 0 where a row is padded, before or after its
+        tokens: these give what they give alone, and what comes out at padding means nothing.
+        Raises ValueError if the positions reach beyond seq_len, the model has no core to run, or
+        the mask has a hole or comes with a cache, whose rows may differ in length without one.
         """
         r = self._iterations(recurrence)
-        place, x = self.embedded(tokens, cache)
+        place, x = self.embedded(tokens, cache, attention_mask)
         prelude, core, coda = self.config.depths
         x = self.run(range(prelude), x, place)
         if core:
@@ -132,6 +136,8 @@ class GPT(nn.Module):
             for i in range(free, r):
                 s = self.iterate(s, text, place, i)
             x = self.run(range(prelude + core, prelude + core + coda), self.norm(s), place)
+            if cache is not None and cache.warm:
+                cache.state = s[:, -1]
         if cache is not None:
             cache.advance(tokens.shape[1])
         return self.norm(x)
@@ -153,13 +159,20 @@ class GPT(nn.Module):
             y = self.run(range(prelude + core, prelude + core + coda), self.norm(s), place)
             yield r, self.norm(y), s
 
-    def embedded(self, tokens: Tensor, cache: KVCache | None) -> tuple[Place, Tensor]:
+    def embedded(
+        self, tokens: Tensor, cache: KVCache | None, attention_mask: Tensor | None = None
+    ) -> tuple[Place, Tensor]:
         """Where the tokens stand, and their embeddings, (B, T, C)."""
         c, T, held = self.config, tokens.shape[1], max(cache.lengths) if cache else 0
         if held + T > c.seq_len:
             raise ValueError(f"{held + T} positions; seq_len is {c.seq_len}")
         ragged = cache is not None and not cache.uniform()
         at = cache.positions(T) if ragged else slice(held, held + T)
+        pieces = None
+        if attention_mask is not None:
+            if cache is not None:
+                raise ValueError("an attention mask and a cache exclude each other")
+            at, pieces = unpadded(attention_mask.bool())
         x = self.embed(tokens)  # (B, T, C)
         if c.init == "takase" or c.position == "sinusoidal":
             x = x * math.sqrt(c.d_model)
@@ -169,16 +182,27 @@ class GPT(nn.Module):
             x = x + self.sinusoids[at]
         rotation = None
         if c.position == "rope":
-            # While decoding the rows of the tables are taken where they are needed.
-            rows = slice(None) if held else at
+            # While decoding the rows of the tables are taken where they are needed. Rotations are
+            # relative: how much padding stands before all tokens of a row is no matter.
+            rows = slice(None) if held else slice(0, T)
             rotation = self.cos[rows], self.sin[rows]  # (P or T, D/2)
         documents = None
         if c.document_mask and cache is None:
             documents = (tokens == c.bos_id).cumsum(1)  # (B, T)
+        if pieces is not None:
+            documents = pieces if documents is None else documents + pieces * (T + 1)
         return Place(at, rotation, documents, cache), self.dropout(x).to(self.dtype)
 
     def start_state(self, like: Tensor, keys: Tensor | None, place: Place) -> Tensor:
-        """What the core starts from, (B, T, C), as `like`."""
+        """What the core starts from, (B, T, C), as `like`: zeros or noise, but in a warm cache the
+        first new token where the one before it ended.
+        """
+        s = self._cold_state(like, keys, place)
+        if place.cache is not None and place.cache.state is not None:
+            s[:, 0] = place.cache.state
+        return s
+
+    def _cold_state(self, like: Tensor, keys: Tensor | None, place: Place) -> Tensor:
         if self.config.start_state == "zero":
             return torch.zeros_like(like)
         B, _, C = like.shape
@@ -228,17 +252,28 @@ class GPT(nn.Module):
         return softcap * torch.tanh(z / softcap) if softcap else z
 
     def make_cache(
-        self, batch: int, capacity: int | None = None, recurrence: int | None = None
+        self,
+        batch: int,
+        capacity: int | None = None,
+        recurrence: int | None = None,
+        warm: bool = False,
     ) -> KVCache:
         """An empty cache for `batch` rows of `capacity` (default seq_len) positions.
 
         recurrence: iterations to keep keys and values of, each its own; default: only the last.
+        warm: the core starts each token where the one before it ended.
         """
         c = self.config
         return KVCache(
             c.depths, recurrence or 1, batch, capacity or c.seq_len, c.n_kv_head, c.d_head,
-            self.dtype, self.head.weight.device,
+            self.dtype, self.head.weight.device, warm,
         )  # fmt: skip
+
+    def undecayed(self) -> tuple[str, ...]:
+        """Matrices that weight decay leaves alone: the diagonal injection's B, which begins as 1
+        (Parcae, arXiv:2604.12946).
+        """
+        return ("injection.text.weight",) if self.config.injection == "diagonal" else ()
 
     def matrices(self) -> dict[str, tuple[int, ...]]:
         """The blocks' weight matrices, and the rows of the independent maps stacked in each."""

@@ -1,6 +1,6 @@
 """Muon, parameter groups and weight averaging. The optimisers see parameters, never a model."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -77,6 +77,7 @@ def make_optimizers(
     betas: tuple[float, float],
     weight_decay: float,
     dtype: torch.dtype = torch.float32,
+    undecayed: Collection[str] = (),
 ) -> list[Optimizer]:
     """The optimisers for named parameters; each group carries `rate`, its share of the rate.
 
@@ -84,18 +85,20 @@ def make_optimizers(
 
     name: "adamw" (matrices and embeddings decay, vectors do not) or "muon" (AdamW for the rest).
     matrices: the parameters that are matrices of blocks, with their parts; see Muon.
+    undecayed: matrices that do not decay either.
     """
     vectors = [p for p in parameters.values() if p.dim() < 2]
     if name == "adamw":
-        wide = [p for p in parameters.values() if p.dim() >= 2]
+        wide = {n: p for n, p in parameters.items() if p.dim() >= 2}
+        decaying = [p for n, p in wide.items() if n not in undecayed]
+        constant = [p for n, p in wide.items() if n in undecayed] + vectors
         groups = [
-            {"params": wide, "weight_decay": weight_decay, "rate": 1.0},
-            {"params": vectors, "weight_decay": 0.0, "rate": 1.0},
+            {"params": decaying, "weight_decay": weight_decay, "rate": 1.0},
+            {"params": constant, "weight_decay": 0.0, "rate": 1.0},
         ]
         groups = [g for g in groups if g["params"]]
         return [AdamW(groups, ops, lr=0.0, betas=betas)]
-    inner = [parameters[n] for n in matrices]
-    known = {id(p) for p in inner}
+    known = {id(parameters[n]) for n in matrices}
     outer = {n: p for n, p in parameters.items() if p.dim() >= 2 and id(p) not in known}
     groups = [
         {"params": [p for n, p in outer.items() if not n.startswith("head.")], "rate": EMBED_RATE},
@@ -103,9 +106,18 @@ def make_optimizers(
         {"params": vectors, "rate": VECTOR_RATE},
     ]
     groups = [g for g in groups if g["params"]]
-    muon = {"params": inner, "parts": list(matrices.values()), "rate": 1.0}
+    decays = {True: weight_decay, False: 0.0}
+    muon = [
+        {
+            "params": [parameters[n] for n in matrices if (n not in undecayed) == decaying],
+            "parts": [parts for n, parts in matrices.items() if (n not in undecayed) == decaying],
+            "weight_decay": decay,
+            "rate": 1.0,
+        }
+        for decaying, decay in decays.items()
+    ]
     return [
-        Muon([muon], ops, lr=0.0, weight_decay=weight_decay, dtype=dtype),
+        Muon([g for g in muon if g["params"]], ops, lr=0.0, dtype=dtype),
         AdamW(groups, ops, lr=0.0, betas=betas),
     ]
 

@@ -32,3 +32,17 @@ def alibi_slopes(n_head: int) -> Tensor:
     slopes = [2 ** (-8 * h / power) for h in range(1, power + 1)]
     slopes += [2 ** (-8 * h / (2 * power)) for h in range(1, 2 * (n_head - power), 2)]
     return torch.tensor(slopes)
+
+
+def unpadded(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, T) positions of the tokens in their rows, and numbers of the pieces that rows fall into:
+    padding, tokens, padding.    mask: (B, T), False where a row is padded.
+    Raises ValueError if padding stands between tokens.
+    """
+    starts = mask & ~mask.roll(1, 1)
+    starts[:, 0] = mask[:, 0]
+    if (starts.sum(1) > 1).any():
+        raise ValueError("the attention mask has a hole: padding stands before or after tokens")
+    changes = mask[:, 1:] != mask[:, :-1]
+    pieces = torch.cat([torch.zeros_like(mask[:, :1]), changes], 1).long().cumsum(1)
+    return (mask.long().cumsum(1) - 1).clamp(min=0), pieces

@@ -15,16 +15,9 @@ from torch import Tensor
 
 from minillm.cache import KVCache
 from minillm.errors import UsageError
-from minillm.generate import (
-    Context,
-    Depth,
-    Token,
-    check_prompts,
-    check_recurrence,
-    check_sampling,
-    only,
-)
+from minillm.generate import Context, Depth, Token, only
 from minillm.model import GPT
+from minillm.requests import check_prompts, check_recurrence, check_sampling
 
 LOOKAHEAD = 4  # tokens drafted at a time
 
@@ -83,7 +76,7 @@ def speculate(
         options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
         return model.ops.sample(logits.float(), u, **options)
 
-    context = Context(model, texts, True, Depth(seed, tuple(numbers), r, r, None))
+    context = Context(model, texts, True, Depth(seed, tuple(numbers), r, r, None, False))
     while context.rows:
         wanted = min(lookahead, max_tokens - min(len(new[row]) for row in context.rows))
         if context.cache is not None:

@@ -156,5 +156,5 @@ def test_a_rule_without_a_core_is_refused(model):
     rule = ExitRule("confidence", 0.9, 0)
     plain = GPT(ModelConfig(**SHAPE, n_layer=1), EAGER)
     for these, options in ((plain, {}), (model, {"use_cache": False})):
-        with pytest.raises(UsageError, match="an exit rule is of recurrent models"):
+        with pytest.raises(UsageError, match="an exit rule and a warm start are of recurrent"):
             list(generate(these, [[1]], exit_rule=rule, **options))

@@ -24,7 +24,7 @@ FLOORS = {
     6: "start layers runs settings optim shards encoding stream",
     7: "configure data corpus recurrence sequences",
     8: "model pace",
-    9: "checkpoint evaluate exits huginn microbatch profiling/__init__ profiling/timing "
+    9: "checkpoint evaluate exits requests huginn microbatch profiling/__init__ profiling/timing "
     "profiling/roofline profiling/pivot profiling/style profiling/occupancy profiling/sass "
     "profiling/ttir profiling/dry profiling/cases",
     10: "startup ladder generate profiling/machine profiling/plot profiling/bound",

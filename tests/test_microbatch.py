@@ -39,7 +39,7 @@ def test_where_the_system_says_nothing_four_gib_are_reckoned_with(model, monkeyp
     monkeypatch.setattr(microbatch, "available_memory", lambda device: None)
     assert largest_that_fits(model, 12, CPU, 2) == 12
     seen = microbatch.UNKNOWN * microbatch.SHARE / 5.5
-    monkeypatch.setattr(microbatch, "_bytes_for_backward", lambda model, rows, device: rows * seen)
+    monkeypatch.setattr(microbatch, "_bytes_for_backward", lambda model, rows, *_: rows * seen)
     assert largest_that_fits(model, 12, CPU, 0) == 4
 
 
@@ -48,6 +48,18 @@ def test_no_room_for_one_sequence(model, monkeypatch, free, copies):
     monkeypatch.setattr(microbatch, "available_memory", lambda device: free)
     with pytest.raises(UnavailableError, match="one sequence of 16 tokens does not fit"):
         largest_that_fits(model, 8, CPU, copies)
+
+
+@pytest.mark.parametrize("recurrent", [None, "1,1,1"])
+def test_checkpointing_is_reckoned_with_its_second_pass(recurrent):
+    """Less than without, more than what is kept all along: a piece is computed again beside it."""
+    shape = {"vocab_size": 20, "seq_len": 16, "n_layer": 6, "n_head": 2, "d_model": 16}
+    model = GPT(ModelConfig(**shape, recurrent=recurrent, mean_recurrence=4), EAGER)
+    without = microbatch._bytes_at_most(model, 2, CPU)
+    model.checkpointing = True
+    at_most = microbatch._bytes_at_most(model, 2, CPU)
+    kept = microbatch._bytes_for_backward(model, 2, CPU, microbatch._deepest(model))
+    assert kept < at_most < without and model.checkpointing
 
 
 def test_what_a_backward_keeps_grows_with_the_model(model):
@@ -97,6 +109,6 @@ def test_what_a_core_keeps_grows_with_the_iterations_that_carry_gradients():
         config = ModelConfig(
             vocab_size=20, seq_len=16, n_head=2, d_model=16, recurrent="1,1,1", **shape
         )
-        kept.append(microbatch._bytes_for_backward(GPT(config, EAGER), 1, CPU))
+        kept.append(microbatch._bytes_at_most(GPT(config, EAGER), 1, CPU))
     two, eight, four = kept
     assert two < four < eight and (eight - four) == pytest.approx(2 * (four - two), rel=0.05)

@@ -145,7 +145,9 @@ def tiny(**options):
     return GPT(ModelConfig(**{**shape, **options}), EAGER)
 
 
+PARCAE = {"recurrent": "1,1,1", "recurrence_style": "parcae"}
 MODELS = [
+    PARCAE,
     {"bias": True, "norm": "layernorm", "position": "learned"},
     {"tie_embeddings": True, "qk_norm": True},
     {},
@@ -155,7 +157,9 @@ MODELS = [
 def grouped(model, name, decay=0.1):
     """The optimisers, and (group, parameter name) pairs."""
     parameters = dict(model.named_parameters())
-    optimizers = make_optimizers(name, parameters, model.matrices(), EAGER, (0.8, 0.97), decay)
+    optimizers = make_optimizers(
+        name, parameters, model.matrices(), EAGER, (0.8, 0.97), decay, undecayed=model.undecayed()
+    )
     names = {id(p): n for n, p in parameters.items()}
     groups = [g for o in optimizers for g in o.param_groups]
     return optimizers, [(g, names[id(p)]) for g in groups for p in g["params"]]
@@ -176,7 +180,7 @@ def test_adamw_decays_matrices_and_embeddings_only(options):
     (optimizer,), pairs = grouped(model, "adamw")
     assert isinstance(optimizer, torch.optim.AdamW)
     for group, name in pairs:
-        matrix = model.get_parameter(name).dim() == 2
+        matrix = model.get_parameter(name).dim() == 2 and name != "injection.text.weight"
         assert group["weight_decay"] == (0.1 if matrix else 0.0), name
         assert group["betas"] == (0.8, 0.97) and group["rate"] == 1.0
 
@@ -187,13 +191,14 @@ def test_muon_takes_the_blocks_matrices(options):
     (muon, adamw), pairs = grouped(model, "muon")
     assert isinstance(muon, Muon) and isinstance(adamw, torch.optim.AdamW)
     for group, name in pairs:
-        inner = name.startswith("blocks.") and model.get_parameter(name).dim() == 2
+        still = name in model.undecayed()
+        inner = name.startswith("blocks.") and model.get_parameter(name).dim() == 2 or still
         assert (group in muon.param_groups) == inner, name
-        assert group["weight_decay"] == (0.1 if inner else 0.0)
+        assert group["weight_decay"] == (0.1 if inner and not still else 0.0)
         expected = {"head.weight": HEAD_RATE, "embed.weight": EMBED_RATE}
         expected["position.weight"] = EMBED_RATE
         assert group["rate"] == (1.0 if inner else expected.get(name, VECTOR_RATE)), name
-    (group,) = muon.param_groups
+    group = muon.param_groups[0]
     for w, parts in zip(group["params"], group["parts"], strict=True):
         assert w.shape[0] == sum(parts)
     shapes = {n: p for (g, n), p in zip(pairs, group["parts"], strict=False)}
