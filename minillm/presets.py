@@ -161,18 +161,17 @@ _TWINS = {
     "nano": {
         "recurrent": "1,2,1",
         "mean_recurrence": 4,
-        "d_ff": 480,
-        "learning_rate": 0.02,
-        "min_learning_rate": 0.0004,
-    },  # fmt: skip
-    "tiny": {"recurrent": "1,4,1", "mean_recurrence": 4, "d_ff": 1472},
-    "small": {"recurrent": "2,8,2", "mean_recurrence": 4, "d_ff": 2000},
-    "medium": {"recurrent": "4,16,4", "mean_recurrence": 4, "d_ff": 2720},
-    "large": {"recurrent": "4,12,4", "mean_recurrence": 4, "d_ff": 5440},
+        "d_ff": 496,
+    },
+    "tiny": {"recurrent": "1,4,1", "mean_recurrence": 4, "d_ff": 1536},
+    "small": {"recurrent": "2,8,2", "mean_recurrence": 4, "d_ff": 2048},
+    "medium": {"recurrent": "4,16,4", "mean_recurrence": 4, "d_ff": 2752},
+    "large": {"recurrent": "4,12,4", "mean_recurrence": 4, "d_ff": 5504},
 }
+_LOOPED = {"recurrence_style": "parcae", "init": "takase"}  # the better on text: benchmarks/
 
 PRESETS: dict[str, dict[str, Any]] = {
     **_PLAIN,
-    **{f"{name}-recurrent": {**_PLAIN[name], **twin, "init": "takase"}
+    **{f"{name}-recurrent": {**_PLAIN[name], **twin, **_LOOPED}
        for name, twin in _TWINS.items()},
 }  # fmt: skip

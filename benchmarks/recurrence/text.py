@@ -1,11 +1,11 @@
 """Experiment 3 of recurrent depth: text, recurrent against fixed depth.
 
-    python benchmarks/recurrence/text.py [--work runs/text] [--steps 200]
+    python benchmarks/recurrence/text.py [--work runs/text] [--steps 200] [--rate R ...]
 
-The default corpus, equally many tokens: a recurrent model (nano-recurrent), fixed depth of as many
+The default corpus, equally many tokens: recurrent models of both styles, fixed depth of as many
 stored parameters (nano), fixed depth of as many FLOPs a token. Each arm's rate from the same grid,
-by validation loss. What is there already is not trained again. Writes text.json and text.md beside
-itself.
+by validation loss. What is there already is not trained again. Writes text-STEPS.json and
+text-STEPS.md beside itself.
 """
 
 import argparse
@@ -22,12 +22,14 @@ from register import ROOT, call, last, rows, seconds  # noqa: E402
 from minillm.checkpoint import load_run  # noqa: E402
 
 GRID = ("0.01", "0.02", "0.05", "0.1", "0.2")
+RECURRENT = ["--preset", "nano", "--recurrent", "1,2,1", "--mean-recurrence", "4"]
 ARMS = {
-    "recurrent": ["--preset", "nano-recurrent"],
-    "recurrent, parcae": ["--preset", "nano-recurrent", "--recurrence-style", "parcae"],
+    "parcae": [*RECURRENT, "--recurrence-style", "parcae", "--init", "takase", "--d-ff", "480"],
+    "huginn": [*RECURRENT, "--init", "takase", "--d-ff", "480"],
     "same parameters": ["--preset", "nano"],
     "same FLOPs": ["--preset", "nano", "--n-layer", "10"],
 }
+FIXED = "--seed 0 --threads 1 --eval-every 0 --final-eval-batches 20".split()
 
 
 def main() -> None:
@@ -35,24 +37,36 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--work", type=Path, default=Path("runs/text"))
     p.add_argument("--steps", type=int, default=200)
+    p.add_argument("--rate", nargs="+", default=GRID, help="the grid, or part of it")
+    p.add_argument("--arm", nargs="+", default=tuple(ARMS), choices=tuple(ARMS))
     args = p.parse_args()
-    found = []
-    for arm, flags in ARMS.items():
-        for rate in GRID:
-            run = args.work / f"{arm.replace(',', '').replace(' ', '-')}-{rate}"
-            if not (run / "checkpoints" / f"step-{args.steps:08d}").is_dir():
-                call(ROOT / "train.py", *flags, "--learning-rate", rate, "--steps", args.steps,
-                     "--seed", 0, "--threads", 1, "--eval-every", 0, "--final-eval-batches", 20,
-                     "--out", run, "--overwrite")  # fmt: skip
-            at_r = [row["val_loss_at_r"] for row in rows(run) if "val_loss_at_r" in row]
-            config = load_run(run)[2]
-            found.append({
-                "arm": arm, "rate": rate, "parameters": config.n_parameters,
-                "train_flops_per_token": config.flops_per_token(), "train_s": round(seconds(run)),
-                "val_loss": last(run, "val_loss"), "val_loss_at_r": at_r[-1] if at_r else None,
-            })  # fmt: skip
-            (HERE / "text.json").write_text(json.dumps(found, indent=1) + "\n")
-            (HERE / "text.md").write_text(table(found))
+    for arm in args.arm:
+        for rate in args.rate:
+            run = folder(args, arm, rate)
+            if not run.is_dir() or not rows(run)[-1].get("val_loss"):
+                call(ROOT / "train.py", *ARMS[arm], *FIXED, "--learning-rate", rate,
+                     "--steps", args.steps, "--out", run, "--overwrite")  # fmt: skip
+            found = [result(args, a, r) for a in ARMS for r in GRID if folder(args, a, r).is_dir()]
+            name = f"text-{args.steps}"
+            (HERE / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+            (HERE / f"{name}.md").write_text(table(found))
+
+
+def folder(args: argparse.Namespace, arm: str, rate: str) -> Path:
+    """Where a run is kept."""
+    return args.work / f"{args.steps}-{arm.replace(' ', '-')}-{rate}"
+
+
+def result(args: argparse.Namespace, arm: str, rate: str) -> dict:
+    """What came of a run."""
+    run = folder(args, arm, rate)
+    at_r = [row["val_loss_at_r"] for row in rows(run) if "val_loss_at_r" in row]
+    config = load_run(run)[2]
+    return {
+        "arm": arm, "rate": rate, "parameters": config.n_parameters,
+        "train_flops_per_token": config.flops_per_token(), "train_s": round(seconds(run)),
+        "val_loss": last(run, "val_loss"), "val_loss_at_r": at_r[-1] if at_r else None,
+    }  # fmt: skip
 
 
 def table(found: list[dict]) -> str:

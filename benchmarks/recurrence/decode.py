@@ -1,0 +1,85 @@
+"""What the options of recurrent decoding come to: slot cache, warm start, adaptive exit.
+
+    python benchmarks/recurrence/decode.py RUN [RUN ...] [--recurrence R ...]
+
+32 windows of a run's validation split are read token by token from the cache, after their first
+half, which is read at once. Loss, in nats a token, and the share of tokens whose likeliest is right
+are of the second half. Writes decode.md beside itself.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+
+from minillm.checkpoint import load_run  # noqa: E402
+from minillm.data import evaluation_windows  # noqa: E402
+from minillm.exits import DEFAULTS, ExitRule, read_next  # noqa: E402
+from minillm.model import GPT  # noqa: E402
+from minillm.recurrence import state_keys  # noqa: E402
+from minillm.shards import open_corpus  # noqa: E402
+
+ROWS = 32
+WAYS = [
+    ("full", False, None), ("slot", False, None), ("full", True, None), ("slot", True, None),
+    *(("full", warm, ExitRule(by, *usual)) for by, usual in DEFAULTS.items()
+      for warm in (False, True)),
+]  # fmt: skip
+
+
+@torch.no_grad()
+def main() -> None:
+    """Decode in all ways, write the table."""
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("runs", type=Path, nargs="+")
+    p.add_argument("--recurrence", type=int, nargs="+", default=[4, 16])
+    args = p.parse_args()
+    torch.set_num_threads(1)
+    lines = ["| run | r | cache | bytes a token | warm | exit by | iterations | loss | right |",
+             "|---|--:|---|--:|---|---|--:|--:|--:|"]  # fmt: skip
+    for run in args.runs:
+        model, _, config = load_run(run)
+        corpus = open_corpus(json.loads((run / "config.json").read_text())["corpus"])
+        windows = evaluation_windows(corpus, "val", config.seq_len, ROWS)
+        tokens, targets = (torch.stack(x) for x in zip(*windows, strict=True))
+        for r in args.recurrence:
+            for kind, warm, rule in WAYS:
+                size, steps, loss, right = decode(model, tokens, targets, r, kind, warm, rule)
+                by = f"{rule.by} {rule.threshold:g}, {rule.patience}" if rule else ""
+                lines.append(f"| {run.name} | {r} | {kind} | {size:,} | {'yes' * warm} | {by} | "
+                             f"{steps:.2f} | {loss:.4f} | {100 * right:.1f} |")  # fmt: skip
+                print(lines[-1], flush=True)
+    (HERE / "decode.md").write_text("\n".join(lines) + "\n")
+
+
+def decode(model: GPT, tokens, targets, r: int, kind: str, warm: bool, rule: ExitRule | None):
+    """Bytes of cache a token, mean iterations, loss and share of right ones.
+
+    tokens, targets: (B, T).
+    """
+    B, T = tokens.shape
+    cache = model.make_cache(B, recurrence=r if kind == "full" else None, warm=warm)
+    size = (cache.k.nbytes + cache.v.nbytes) // (B * cache.capacity)
+    keys = state_keys(0, torch.arange(B))
+    model.trunk(tokens[:, : T // 2], cache, r, keys)
+    nats, hits, count, taken = 0.0, 0, 0, []
+    for t in range(T // 2, T):
+        one, target = tokens[:, t : t + 1], targets[:, t]
+        if rule is None:
+            logits, steps = model.logits(model.trunk(one, cache, r, keys))[:, 0], [r] * B
+        else:
+            logits, steps = read_next(model, one, cache, rule, r, keys)
+        taken += steps
+        nats += float(torch.nn.functional.cross_entropy(logits, target, reduction="sum"))
+        hits += int((logits.argmax(-1) == target).sum())
+        count += int((target != -100).sum())
+    return size, sum(taken) / len(taken), nats / count, hits / count
+
+
+if __name__ == "__main__":
+    main()
