@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from minillm import errors, ladder
 from minillm.checkpoint import open_checkpoint
@@ -203,3 +204,23 @@ def test_a_model_without_a_core_has_no_recurrence(tiny_run, capfd, flags):
     code, _, err = sampled(capfd, tiny_run, *flags)
     last = err.splitlines()[-1]
     assert code == 2 and ("no core to run again" in last or "of recurrent models" in last)
+
+
+@pytest.mark.parametrize("depth, most", [(16, 4), (2, 6)])
+def test_a_core_is_compiled_once_however_often_it_runs(monkeypatch, depth, most):
+    """A graph a block; one more of those of the core, for iterations without gradients."""
+    counter, plain_compile = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda m: plain_compile(m, backend=counter))
+    torch._dynamo.reset()
+    shape = {"vocab_size": 31, "seq_len": 8, "n_head": 2, "d_model": 16, "backprop_depth": depth}
+    config = ModelConfig(**shape, recurrent="1,2,1", mean_recurrence=4)
+    plain = GPT(config, EAGER, torch.float32, torch.Generator().manual_seed(0))
+    model = GPT(config, EAGER, torch.float32, torch.Generator().manual_seed(0))
+    forward, tokens = script.compiled(model), torch.arange(16).reshape(2, 8)
+    counts = []
+    for r in (3, 5, 9):
+        loss = forward(tokens, tokens, r)
+        torch.testing.assert_close(loss, plain(tokens, tokens, r))
+        loss.backward()
+        counts.append(counter.frame_count)
+    assert 0 < counts[0] == counts[-1] <= most
