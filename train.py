@@ -47,7 +47,8 @@ def main(argv: Sequence[str]) -> None:
     if args.print_config:
         print(startup.config_text(settings))
         return
-    world.refuse_many_ranks()
+    if world.launched().size > 1:
+        raise errors.UsageError("this version trains in one process")
     config = settings.train
     device = world.pick_device(config.device)
 

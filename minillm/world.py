@@ -4,6 +4,7 @@ import os
 import re
 import statistics
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -128,11 +129,52 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def refuse_many_ranks() -> None:
-    """Raise UsageError under a launcher of several processes: this version trains in one."""
-    size = os.environ.get("WORLD_SIZE", "1")
-    if size != "1":
-        raise UsageError(f"WORLD_SIZE is {size}, but this version trains in one process")
+@dataclass(frozen=True)
+class World:
+    """What the launcher says of this process and the others.
+
+    rank, size: over all machines.    local_rank: on this machine.    attempt: how often torchrun
+    has restarted the job.    launch: its name, the same in all attempts; None without torchrun.
+    address, port: of the store; has_store: whether the launcher keeps it, or rank 0 must.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    attempt: int = 0
+    launch: str | None = None
+    address: str = "127.0.0.1"
+    port: int = 29500
+    has_store: bool = False
+
+
+def launched() -> World:
+    """The world as torchrun describes it; one process where nothing does.
+
+    Raises UsageError on descriptions that are none.
+    """
+    said = os.environ
+    size = _number("WORLD_SIZE", 1)
+    if size == 1:
+        return World()
+    if "RANK" not in said or "MASTER_ADDR" not in said:
+        raise UsageError(
+            f"WORLD_SIZE is {size}, but RANK or MASTER_ADDR is not set; start with "
+            f"torchrun --nproc-per-node {size} train.py"
+        )
+    return World(
+        _number("RANK", 0), size, _number("LOCAL_RANK", 0),
+        _number("TORCHELASTIC_RESTART_COUNT", 0), said.get("TORCHELASTIC_RUN_ID"),
+        said["MASTER_ADDR"], _number("MASTER_PORT", 29500),
+        said.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+    )  # fmt: skip
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UsageError(f"{name} is {text!r}; expected a whole number")
+    return int(text)
 
 
 def available_memory(device: torch.device) -> int | None:

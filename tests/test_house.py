@@ -14,7 +14,7 @@ FLOORS = {
     "kernels/reference_optim kernels/reference_sampling kernels/eager_optim kernels/eager_sampling "
     "kernels/_interpreter kernels/_tanh",
     1: "kernels/reference kernels/_launch cli world bpe storage documents setting",
-    2: "shape kernels/eager kernels/adamw kernels/newton_schulz kernels/swiglu kernels/_rows "
+    2: "ranks shape kernels/eager kernels/adamw kernels/newton_schulz kernels/swiglu kernels/_rows "
     "kernels/linear_cross_entropy kernels/sample "
     "kernels/_rope_kernels kernels/_attention_blocks",
     3: "kernels/sandwich_norm kernels/rope_cache kernels/_attention_forward "
@@ -40,6 +40,7 @@ FLOORS = {
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms.split()}
 MAX_LINES = 300
+DISTRIBUTED = ("ranks", "zero", "sharding")
 PICKLES = ("pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib")
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,7 +111,7 @@ def about_imports(room: str, tree: ast.Module, rooms: frozenset[str]) -> Iterato
         plain = room.startswith(("kernels/reference", "kernels/eager"))
         if top == "triton" and (plain or not room.startswith(("kernels/", "profiling/"))):
             yield f"{room} imports triton"
-        if dotted.startswith("torch.distributed"):
+        if dotted.startswith("torch.distributed") and room not in DISTRIBUTED:
             yield f"{room} imports torch.distributed"
         if top in PICKLES:
             yield f"{room} imports {top}"
