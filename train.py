@@ -8,23 +8,27 @@ It reads from top to bottom: what to do, on which data, with which model; the lo
 """
 
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from math import gcd
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
 from minillm import checkpoint, errors, runs, startup, world
-from minillm.config import ModelConfig
 from minillm.data import Batches
+from minillm.gradients import accumulate, clip_factor, compiled, mean_flops, refuse_non_finite
 from minillm.meter import Meter
 from minillm.microbatch import largest_that_fits, seconds_per_step
 from minillm.model import GPT
-from minillm.ops import select
-from minillm.optim import Average, make_optimizers, set_learning_rate
+from minillm.ops import EAGER, select
+from minillm.optim import Average, recipes, set_learning_rate
 from minillm.pace import Pacer, wished_steps
+from minillm.precision import start_scale
+from minillm.ranks import Ranks, connected, first_to_say
 from minillm.recurrence import state_keys
+from minillm.settings import Settings
+from minillm.sharding import shard
 from minillm.training import (
     Progress,
     Training,
@@ -40,31 +44,38 @@ from minillm.training import (
 
 
 def main(argv: Sequence[str]) -> None:
-    """Train as the command line says."""
-    # What to do.
+    """Train as the command line says, with the other ranks that torchrun has started."""
     args = startup.command_line(__doc__.split("\n")[0]).parse(argv)
-    settings, run, past = startup.begin(args)
+    here = world.launched()
+    settings, run = startup.begin(args, here)
     if args.print_config:
-        print(startup.config_text(settings))
+        if here.rank == 0:
+            print(startup.config_text(settings))
         return
-    if world.launched().size > 1:
-        raise errors.UsageError("this version trains in one process")
-    config = settings.train
-    device = world.pick_device(config.device)
+    device = world.pick_device(settings.train.device, here.local_rank if here.size > 1 else None)
+    with connected(here, device, settings.train.rank_timeout) as ranks:
+        train(settings, run, ranks)
 
+
+def train(settings: Settings, run: Path | None, ranks: Ranks) -> None:
+    """The run from its first step, or from the last checkpoint of `run`, to its end."""
     # On which data.
-    corpus = startup.find_corpus(settings, run if past else None, say)
+    config, device = settings.train, ranks.device
+    past = checkpoint.open_checkpoint(run, ranks=ranks) if run else None
+    corpus = ranks.in_turn(lambda: startup.find_corpus(settings, run, ranks.say))
     shape = startup.fit_to_corpus(settings, corpus)
     startup.require_memory(shape, device)
-    batches = Batches(corpus, shape.seq_len, config.batch_size, config.seed)
+    batches = Batches(corpus, shape.seq_len, config.batch_size, config.seed, ranks.size)
+    rows = startup.rows_of_a_rank(config, ranks.size)
 
     # With which model.
     fixed = dict(past.state["fixed"]) if past else {}
+    threads = fixed["threads"] if past and "threads" not in settings.given else config.threads
     fixed["threads"], why = world.set_threads(
-        fixed["threads"] if past and "threads" not in settings.given else config.threads
+        1 if threads == "auto" and ranks.size > 1 else threads
     )
     dtype = world.pick_dtype(fixed.get("dtype", config.dtype), device, shape.d_model)
-    fixed["dtype"] = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+    fixed["dtype"] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     ops = select(
         config.kernels, device,
         d_model=shape.d_model, d_head=shape.d_head, vocab_size=shape.vocab_size,
@@ -76,73 +87,94 @@ def main(argv: Sequence[str]) -> None:
     if "micro_batch_size" not in fixed:
         copies = (2 if config.optimizer == "adamw" else 1) + 2 * bool(config.ema)
         fixed["micro_batch_size"] = (
-            largest_that_fits(model, config.batch_size, device, copies)
+            largest_that_fits(model, rows, device, copies)
             if config.micro_batch_size == "auto"
             else int(config.micro_batch_size)
         )
+    fixed["micro_batch_size"] = gcd(rows, int(ranks.least(fixed["micro_batch_size"])))
+    if config.init_from and not past:
+        checkpoint.open_checkpoint(Path(config.init_from)).load_into(model)
     parameters = dict(model.named_parameters())
-    betas = (config.beta1, config.beta2)
-    optimizers = make_optimizers(
-        config.optimizer, parameters, model.matrices(), ops, betas, config.weight_decay, dtype,
-        model.undecayed(),
+    wanted = recipes(
+        config.optimizer, parameters, model.matrices(), EAGER if config.offload else ops,
+        (config.beta1, config.beta2), config.weight_decay, dtype, model.undecayed(),
     )  # fmt: skip
+    forward = compiled(model, whole=ranks.size == 1) if config.compile else model
+    sharding = shard(
+        model, wanted, ranks, config.zero, dtype=dtype, offload=config.offload, forward=forward
+    )
 
     # From where, and for how long.
-    step_s = seconds_per_step(model, config.batch_size, fixed["micro_batch_size"], device)
+    step_s = ranks.share(seconds_per_step(sharding, rows, fixed["micro_batch_size"], device))
     progress = Progress(**past.state["progress"]) if past else Progress()
     pacer = Pacer(config, wished_steps(config, batches), progress.trained_s, step_s)
-    t = Training(run, config, corpus, model, optimizers, None, progress, pacer.schedule(), fixed)
+    scale = start_scale(dtype)
+    plan = pacer.schedule()
+    t = Training(run, config, corpus, sharding, None, progress, plan, fixed, scale)
     if past:
         restore(t, past, pacer, settings.given)
         if progress.step >= t.plan.steps:
-            say(f"{run} is finished at step {progress.step}; go on with --resume {run} --steps N")
+            ranks.say(f"{run} is finished at step {progress.step}; "
+                      f"go on with --resume {run} --steps N")  # fmt: skip
             return
     else:
-        if config.init_from:
-            checkpoint.open_checkpoint(Path(config.init_from)).load_into(model)
         t.average = Average(parameters, config.ema) if config.ema else None
-        t.run = runs.make_run(config.out, config.preset, config.overwrite)
-        facts = startup.facts_of(settings, corpus) | fixed
-        runs.write_config(t.run, shape, asdict(config), facts)
-        corpus.tokenizer().save(t.run)
+        if ranks.rank == 0:
+            t.run = runs.make_run(
+                config.out, config.preset, config.overwrite or ranks.world.attempt
+            )
+            facts = startup.facts_of(settings, corpus, ranks.world.launch) | fixed
+            runs.write_config(t.run, shape, asdict(config), facts)
+            corpus.tokenizer().save(t.run)
+    lock = runs.lock(t.run) if ranks.rank == 0 else None
+    t.run = Path(ranks.share(str(t.run)))
     for line in announce(t, batches, step_s, why, device):
-        say(line)
+        ranks.say(line)
 
     # The loop.
     meter = Meter(
-        t.run / "metrics.jsonl", progress.step, t.plan.steps, shape.flops_per_token(),
-        world.measured_peak_flops(device, dtype),
+        t.run / "metrics.jsonl" if ranks.rank == 0 else None, progress.step, t.plan.steps,
+        shape.flops_per_token(), ranks.size * world.measured_peak_flops(device, dtype),
     )  # fmt: skip
-    forward = compiled(model) if config.compile else model
     while progress.step < t.plan.steps:
         rate = t.plan.learning_rate(progress.step)
-        set_learning_rate(optimizers, rate)
+        set_learning_rate(sharding.optimizers, rate)
         if shape.dropout:  # a function of the step, so that a resumed run drops the same
-            torch.manual_seed((config.seed * 1_000_003 + progress.step) % 2**63)
-        tokens, targets = batches.batch(progress.step)
+            seed = config.seed * 1_000_003 + progress.step + 998_244_353 * ranks.rank
+            torch.manual_seed(seed % 2**63)
+        tokens, targets = batches.batch(progress.step, ranks.rank)
         rounds = recurrences(t)
-        first = progress.step * config.batch_size
-        keys = state_keys(config.seed, torch.arange(first, first + len(tokens)))
+        first = progress.step * config.batch_size + ranks.rank * rows
+        keys = state_keys(config.seed, torch.arange(first, first + rows))
         batch = (x.to(device) for x in (tokens, targets, keys))
-        loss = accumulate(forward, *batch, fixed["micro_batch_size"], rounds)
-        norm = nn.utils.get_total_norm([p.grad for p in parameters.values()])
-        refuse_non_finite(progress.step, loss, norm)
-        for optimizer in optimizers:
-            optimizer.step(grad_scale=clip_factor(norm, config.grad_clip))
-            optimizer.zero_grad(set_to_none=True)
+        factor = t.scale.value if t.scale else 1.0
+        loss = accumulate(sharding, *batch, fixed["micro_batch_size"], rounds, factor)
+        norm = sharding.squares().sqrt().float() / factor
+        overflowed = t.scale is not None and not torch.isfinite(norm)
+        if t.scale:
+            t.scale.update(overflowed, progress.step)
+        if overflowed:
+            sharding.drop()
+        else:
+            refuse_non_finite(progress.step, loss, norm)
+            sharding.step(clip_factor(norm, config.grad_clip, factor))
         progress.step += 1
-        progress.tokens += tokens.numel()
+        progress.tokens += tokens.numel() * ranks.size
         if t.average:
             t.average.update(progress.step)
         progress.trained_s = pacer.trained_s
         t.plan = pacer.keep_to_time(t.plan, progress.step)
+        if config.time_limit is not None and ranks.size > 1:
+            t.plan = replace(t.plan, pace=tuple(map(tuple, ranks.share(t.plan.pace))))
 
         last = progress.step >= t.plan.steps
-        meter.step(tokens.numel(), t.plan.steps, mean_flops(shape, rounds))
+        meter.step(tokens.numel() * ranks.size, t.plan.steps, mean_flops(shape, rounds))
         row = {
             "step": progress.step, "tokens": progress.tokens, "loss": float(loss), "lr": rate,
             "grad_norm": float(norm), "peak_memory_mib": peak_mib(device),
         }  # fmt: skip
+        if t.scale:
+            row["loss_scale"] = factor
         if shape.recurrent:
             row["recurrence"] = sum(rounds) / len(rounds)
         improved = False
@@ -175,12 +207,9 @@ def main(argv: Sequence[str]) -> None:
     save(t)
     if text := take_sample(t):
         print(text)
-    say(farewell(t, row))
-
-
-def say(text: str) -> None:
-    """One line on standard error."""
-    print(text, file=sys.stderr, flush=True)
+    ranks.say(farewell(t, row))
+    if lock:
+        lock.close()
 
 
 def due(every: int, step: int) -> bool:
@@ -192,62 +221,6 @@ def peak_mib(device: torch.device) -> float | None:
     """Peak memory of this process in MiB, where the system says."""
     peak = world.peak_memory(device)
     return None if peak is None else peak / 2**20
-
-
-def accumulate(
-    forward: Callable, tokens: Tensor, targets: Tensor, keys: Tensor, micro: int,
-    rounds: Sequence[int | None],
-) -> Tensor:  # fmt: skip
-    """Gradients of the batch's mean loss, `micro` sequences at a time; returns that loss, ().
-
-    tokens, targets: (B, T).    keys: (B,) of start states.    A micro-batch weighs as many targets
-    as it has. rounds: the recurrence of each group of sequences; sequence i is of group i modulo
-    their number.
-    """
-    count = (targets != -100).sum()
-    some = (targets != -100).any(1).cpu()  # the mean over no target would be nan
-    if not some.any():
-        raise errors.UsageError("no target of this batch counts; take a larger --batch-size")
-    total = torch.zeros((), device=tokens.device)
-    for group, r in enumerate(rounds):
-        rows = (x[group :: len(rounds)].split(micro) for x in (tokens, targets, keys, some))
-        for x, y, k, counts in zip(*rows, strict=True):
-            if not counts.any():
-                continue
-            loss = forward(x, y, r, k) * ((y != -100).sum() / count)
-            loss.backward()
-            total += loss.detach()
-    return total
-
-
-def mean_flops(shape: ModelConfig, rounds: Sequence[int | None]) -> float:
-    """FLOPs a token of a step, over its groups."""
-    return sum(shape.flops_per_token(r) for r in rounds) / len(rounds)
-
-
-def compiled(model: GPT) -> Callable:
-    """The model compiled: as one, or where its core runs again and again, block by block."""
-    if model.config.recurrent is None:
-        return torch.compile(model)
-    model.compiled = [torch.compile(block) for block in model.blocks]
-    return model
-
-
-def clip_factor(norm: Tensor, limit: float) -> Tensor | None:
-    """What gradients of total norm `norm` are multiplied by to have at most `limit`; 0: no limit.
-
-    norm: ().    Returns () on its device, so that nothing waits for it.
-    """
-    return (limit / (norm + 1e-6)).clamp(max=1.0) if limit else None
-
-
-def refuse_non_finite(step: int, loss: Tensor, norm: Tensor) -> None:
-    """Raise DivergedError before the optimiser moves on a loss or gradient that is not finite."""
-    if not torch.isfinite(loss + norm):
-        raise errors.DivergedError(
-            f"step {step}: loss {float(loss):g}, gradient norm {float(norm):g}; the weights of the "
-            "last checkpoint are good; start again with a smaller --learning-rate"
-        )
 
 
 def farewell(t: Training, row: dict) -> str:
@@ -262,4 +235,4 @@ def farewell(t: Training, row: dict) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(errors.run("train.py", main, sys.argv[1:]))
+    sys.exit(errors.run("train.py", main, sys.argv[1:], first_to_say))

@@ -51,7 +51,7 @@ class Checkpoint:
         load_weights(model, self.tensors(kind), self.folder)
 
 
-def save(run: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict) -> Path:
+def save(run: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict, ranks=None) -> Path:
     """Write checkpoint `step`; afterwards it is whole or absent.
 
     tensors: kind ("model", "optimizer", "ema") -> name -> tensor.    state: JSON.
@@ -84,13 +84,19 @@ def prune(run: Path, keep_last: int, best: int | None) -> None:
             shutil.rmtree(steps[step])
 
 
-def open_checkpoint(run: Path, which: str = "last") -> Checkpoint:
+def open_checkpoint(run: Path, which: str = "last", ranks=None) -> Checkpoint:
     """The checkpoint "last", "best" or of a step number, every file checked against its hash.
 
     Raises UsageError if there is no such run or checkpoint, CorruptError if it is damaged.
     """
     step = find_step(run, which)
     return _verified(checkpoints_of(run)[step], step)
+
+
+def newest_settings(run: Path) -> dict[str, Any]:
+    """What a resumed run may change, as the newest checkpoint has it."""
+    steps = checkpoints_of(require_run(run))
+    return read_json(steps[max(steps)] / "state.json")["settings"] if steps else {}
 
 
 def find_step(run: Path, which: str = "last") -> int:

@@ -77,14 +77,25 @@ class TrainConfig:
     early_stop: int = setting(0, "stop after this many evaluations without gain; 0: never", low=0)
 
     dtype: str = setting(
-        "auto", "of the computation", choices=("auto", "fp32", "bf16"), group="precision and speed"
-    )
+        "auto", "of the computation; fp16 scales the loss",
+        choices=("auto", "fp32", "bf16", "fp16"), group="precision and speed",
+    )  # fmt: skip
     kernels: str = setting("auto", "table of operations", choices=("auto", "triton", "eager"))
     compile: bool = setting(False, "torch.compile the model")
     activation_checkpointing: bool = setting(
         False, "compute blocks, or iterations of a core, again in the backward pass: less memory, "
         "a third more time",
     )  # fmt: skip
+
+    zero: int = setting(
+        0, "of the ranks that torchrun starts each keeps a share: 1 of the optimiser's state, 2 of "
+        "gradients too (sent with every micro-batch, at 1 once a step), 3 of weights too",
+        low=0, high=3, group="distributed",
+    )  # fmt: skip
+    offload: bool = setting(False, "the optimiser's state in the host's memory, at --zero 1 or 2")
+    rank_timeout: float = setting(
+        600.0, "seconds that a rank may keep the others waiting", low=1.0, high=1e6
+    )
 
     log_every: int = setting(10, "steps", low=1, group="reporting")
     eval_every: int = setting(250, "steps; 0: only at the end", low=0)
@@ -118,6 +129,7 @@ class TrainConfig:
                 f"--recurrence-groups {self.recurrence_groups} does not divide --batch-size "
                 f"{self.batch_size}"
             )
+        self._check_sharding()
         micro = _whole_or_auto("--micro-batch-size", self.micro_batch_size, self.batch_size)
         if micro and self.batch_size % micro:
             divisors = [d for d in range(1, self.batch_size + 1) if self.batch_size % d == 0]
@@ -126,6 +138,14 @@ class TrainConfig:
                 f"--micro-batch-size {micro} does not divide --batch-size {self.batch_size}; "
                 f"nearest: {near}"
             )
+
+    def _check_sharding(self) -> None:
+        if self.zero == 3 and self.optimizer == "muon":
+            raise UsageError("--zero 3 cuts the matrices that muon needs whole; use --zero 2")
+        if self.offload and self.zero not in (1, 2):
+            raise UsageError("--offload is of --zero 1 or 2; add one, or drop it")
+        if self.zero and self.ema:
+            raise UsageError("--ema averages whole weights; drop it, or use --zero 0")
 
 
 def _whole_or_auto(flag: str, text: str, high: int) -> int | None:

@@ -43,6 +43,12 @@ class DivergedError(MinillmError):
     code = 6
 
 
+class PeerLostError(MinillmError):
+    """Another process of the launch is gone, or does not answer."""
+
+    code = 7
+
+
 def one_line(text: str, limit: int = 300) -> str:
     """`text` on one printable line of at most `limit` characters (control characters escaped)."""
     line = " ".join(text.split("\n"))
@@ -50,10 +56,16 @@ def one_line(text: str, limit: int = 300) -> str:
     return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
-def run(name: str, body: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
+def run(
+    name: str,
+    body: Callable[[Sequence[str]], None],
+    argv: Sequence[str],
+    may_say: Callable[[str], bool] = lambda text: True,
+) -> int:
     """Run `body(argv)`; print a refusal as `name: error: ...` and return the exit code.
 
-    `--debug` among the arguments lets every traceback through.
+    `--debug` among the arguments lets every traceback through.    may_say: asked before a refusal
+    is printed, so that of many processes that refuse alike one says so.
     """
     _mend_streams()
     try:
@@ -79,7 +91,9 @@ def run(name: str, body: Callable[[Sequence[str]], None], argv: Sequence[str]) -
         if code == 1 or "--debug" in argv:
             traceback.print_exc()
             return code
-        print(f"{name}: error: {one_line(_text(error))}", file=sys.stderr)
+        text = one_line(_text(error))
+        if may_say(text):
+            print(f"{name}: error: {text}", file=sys.stderr)
         return code
 
 

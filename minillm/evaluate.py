@@ -1,13 +1,15 @@
 """Loss of a model over held-out windows, in nats a token and bits a byte."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from minillm.data import IGNORED
 from minillm.model import GPT
+from minillm.ranks import Ranks
 from minillm.recurrence import state_keys
 
 
@@ -24,36 +26,48 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: GPT, windows: Iterable[tuple[Tensor, Tensor]], batch_size: int) -> Evaluation:
+def evaluate(
+    model: GPT,
+    windows: Sequence[tuple[Tensor, Tensor]],
+    batch_size: int,
+    ranks: Ranks | None = None,
+) -> Evaluation:
     """Mean loss over all targets of `windows`, `batch_size` windows at a time, without dropout.
 
-    windows: (tokens, targets), (T,) int64 each; targets of -100 do not count.
+    windows: (tokens, targets), (T,) int64 each; targets of -100 do not count.    ranks: share them.
     The mean weighs every token equally; the sum is taken in float64.
     """
+    ranks = ranks or Ranks()
     device = model.head.weight.device
     training = model.training
     model.eval()
-    total, count, seen = 0.0, 0, 0
-    for tokens, targets in batched(windows, batch_size):
-        n = int((targets != -100).sum())
-        if not n:
+    total, count = torch.zeros(2, dtype=torch.float64, device=ranks.device)
+    for samples, tokens, targets in batched(windows, batch_size, ranks):
+        n = int((targets != IGNORED).sum())
+        if not n and ranks.size == 1:
             continue
-        samples = torch.arange(seen, seen + len(tokens), device=device)
-        keys = state_keys(0, samples)
-        total += float(model(tokens.to(device), targets.to(device), None, keys)) * n
-        seen += len(tokens)
-        count += n
+        keys = state_keys(0, samples.to(device))
+        loss = model(tokens.to(device), targets.to(device), None, keys)
+        if n:
+            total += float(loss) * n
+            count += n
     model.train(training)
-    return Evaluation(total / max(1, count), count)
+    count = int(ranks.sum(count))
+    return Evaluation(float(ranks.sum(total)) / max(1, count), count)
 
 
-def batched(windows: Iterable[tuple[Tensor, Tensor]], size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The windows, `size` at a time, (size, T) each; the last may be fewer."""
-    rows: list[tuple[Tensor, Tensor]] = []
-    for row in windows:
-        rows.append(row)
-        if len(rows) == size:
-            yield tuple(torch.stack(column) for column in zip(*rows, strict=True))
-            rows = []
-    if rows:
-        yield tuple(torch.stack(column) for column in zip(*rows, strict=True))
+def batched(
+    windows: Sequence[tuple[Tensor, Tensor]], size: int, ranks: Ranks
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """This rank's share of the windows, `size` at a time: their numbers, (size,), tokens and
+    targets, (size, T); the last may be fewer.
+
+    All ranks have as many: where the windows do not suffice, one is repeated and does not count.
+    """
+    share = -(-len(windows) // ranks.size)
+    for first in range(0, share, size):
+        numbers = torch.arange(first, min(first + size, share)) * ranks.size + ranks.rank
+        rows = [windows[min(int(n), len(windows) - 1)] for n in numbers]
+        tokens, targets = (torch.stack(column) for column in zip(*rows, strict=True))
+        targets = torch.where((numbers < len(windows))[:, None], targets, IGNORED)
+        yield numbers, tokens, targets

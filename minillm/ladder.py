@@ -5,13 +5,14 @@ another (collapse), iterations that change nothing (ignored), a state that grows
 Source: Geiping et al. 2025, arXiv:2502.05171, section 4.3.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from minillm.evaluate import batched
 from minillm.model import GPT
+from minillm.ranks import Ranks
 from minillm.recurrence import state_keys
 
 COLLAPSED = 0.9  # correlation of tokens
@@ -26,36 +27,45 @@ def rungs(mean: int) -> list[int]:
 
 
 @torch.no_grad()
-def measure(model: GPT, windows: Iterable[tuple[Tensor, Tensor]], batch_size: int) -> dict:
-    """What a row of metrics.jsonl says of the recurrence.
+def measure(
+    model: GPT,
+    windows: Sequence[tuple[Tensor, Tensor]],
+    batch_size: int,
+    ranks: Ranks | None = None,
+) -> dict:
+    """What a row of metrics.jsonl says of the recurrence, on windows that the ranks share.
 
     val_loss_at_r: {"1": nats a token, ...}.    token_correlation: of the state at the mean, 0 to 1,
     see `correlation`.    state_growth: its norm at four times the mean by that at the mean.
     """
     mean, device = model.config.mean_recurrence, model.head.weight.device
     at, training = rungs(mean), model.training
+    ranks = ranks or Ranks()
     model.eval()
-    losses, count, norms = dict.fromkeys(at, 0.0), 0, dict.fromkeys(at, 0.0)
-    alike, batches, seen = 0.0, 0, 0
-    for tokens, targets in batched(windows, batch_size):
-        n = int((targets != -100).sum())
-        if not n:
+    losses, norms = torch.zeros(2, len(at), dtype=torch.float64, device=ranks.device)
+    count, alike, batches = torch.zeros(3, dtype=torch.float64, device=ranks.device)
+    for samples, tokens, targets in batched(windows, batch_size, ranks):
+        n = int((targets >= 0).sum())
+        if not n and ranks.size == 1:
             continue
-        samples = torch.arange(seen, seen + len(tokens), device=device)
-        readings = model.readings(tokens.to(device), at, state_keys(0, samples))
-        for r, x, s in readings:
-            losses[r] += float(model.loss(x, targets.to(device))) * n
-            norms[r] += float(s.float().norm(dim=-1).mean())
-            if r == mean:
+        readings = model.readings(tokens.to(device), at, state_keys(0, samples.to(device)))
+        for i, (r, x, s) in enumerate(readings):
+            if n:
+                losses[i] += float(model.loss(x, targets.to(device))) * n
+                norms[i] += float(s.float().norm(dim=-1).mean())
+            if n and r == mean:
                 alike += correlation(s)
-        count, batches, seen = count + n, batches + 1, seen + len(tokens)
+        count, batches = count + n, batches + bool(n)
     model.train(training)
+    for x in (losses, norms, count, alike, batches):
+        ranks.sum(x)
     if not count:
         return {}
+    growth = norms[at.index(4 * mean)] / norms[at.index(mean)].clamp(min=1e-30)
     return {
-        "val_loss_at_r": {str(r): loss / count for r, loss in losses.items()},
-        "token_correlation": alike / batches,
-        "state_growth": norms[4 * mean] / max(1e-30, norms[mean]),
+        "val_loss_at_r": {str(r): float(x) for r, x in zip(at, losses / count, strict=True)},
+        "token_correlation": float(alike / batches),
+        "state_growth": float(growth),
     }
 
 

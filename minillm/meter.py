@@ -14,20 +14,21 @@ from tqdm import tqdm
 class Meter:
     """Writes metrics.jsonl and the console; a progress bar on a terminal, plain lines in a pipe.
 
-    path: metrics.jsonl.    steps: in the run.    start: the first step of this process; rows of
-    later steps, from before a resume, are cut off.
+    path: metrics.jsonl; None: nothing is reported.    steps: in the run.    start: the first step
+    of this process; rows of later steps, from before a resume, are cut off.
     flops_per_token: forward and backward.    peak_flops: what mfu is a share of, FLOP/s.
     """
 
     def __init__(
-        self, path: Path, start: int, steps: int, flops_per_token: float, peak_flops: float
+        self, path: Path | None, start: int, steps: int, flops_per_token: float, peak_flops: float
     ) -> None:
-        self.path, self.flops_per_token, self.peak_flops = path, flops_per_token, peak_flops
-        _cut_after(path, start)
-        self.file = path.open("a", encoding="utf-8")
+        self.flops_per_token, self.peak_flops, self.file = flops_per_token, peak_flops, None
+        if path is not None:
+            _cut_after(path, start)
+            self.file = path.open("a", encoding="utf-8")
         self.bar = tqdm(
             total=steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.1,
-            disable=None, file=sys.stderr,
+            disable=True if path is None else None, file=sys.stderr,
         )  # fmt: skip
         self.since = time.perf_counter()
         self._forget()
@@ -62,6 +63,8 @@ class Meter:
 
         row: at least step, tokens, loss, lr, grad_norm; floats that are not finite become null.
         """
+        if self.file is None:
+            return
         if self.pending_steps:
             seconds = max(1e-9, time.perf_counter() - self.since)
             tokens_per_s = self.pending_tokens / seconds
@@ -82,6 +85,8 @@ class Meter:
 
     def say(self, text: str) -> None:
         """Print a line to standard error, above the bar if there is one."""
+        if self.file is None:
+            return
         if self.bar.disable:
             print(text, file=sys.stderr, flush=True)
         else:
@@ -90,7 +95,8 @@ class Meter:
     def close(self) -> None:
         """Finish the bar and the file."""
         self.bar.close()
-        self.file.close()
+        if self.file is not None:
+            self.file.close()
 
 
 def _line(row: dict[str, Any], steps: int | None) -> str:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from minillm.errors import UnavailableError
 from minillm.model import GPT
+from minillm.sharding import Sharding
 from minillm.world import available_memory, synchronize
 
 SHARE = 0.5  # of a CPU's memory that is free now; the rest is the neighbours'
@@ -39,14 +40,20 @@ def largest_that_fits(model: GPT, batch_size: int, device: torch.device, copies:
     raise UnavailableError(_too_small(model, free))
 
 
-def seconds_per_step(model: GPT, batch_size: int, micro: int, device: torch.device) -> float:
-    """A guess at one step's time, before the first: a micro-batch's, the second of two."""
-    _run(model, micro, device)
+def seconds_per_step(sharding: Sharding, rows: int, micro: int, device: torch.device) -> float:
+    """A guess at one step's time, before the first: a micro-batch's, the second of two.
+
+    rows: sequences of a step on this rank.
+    """
+    tokens = torch.zeros((micro, sharding.model.config.seq_len), dtype=torch.int64, device=device)
+    for _ in range(2):
+        synchronize(device)
+        start = time.perf_counter()
+        with sharding.synced(True):
+            sharding.forward(tokens, tokens).backward()
+        sharding.drop()
     synchronize(device)
-    start = time.perf_counter()
-    _run(model, micro, device)
-    synchronize(device)
-    return (time.perf_counter() - start) * batch_size / micro
+    return (time.perf_counter() - start) * rows / micro
 
 
 def _run(model: GPT, rows: int, device: torch.device, recurrence: int | None = None) -> None:

@@ -1,7 +1,9 @@
 """Muon, parameter groups and weight averaging. The optimisers see parameters, never a model."""
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from minillm.ops import Ops
 
 # Under Muon, AdamW keeps what is not a matrix of a block, at these multiples of the learning rate
 # (which is one for matrices, about 0.02): measured on the default corpus, see benchmarks/.
+PIECE = 1 << 15  # elements whose squares fp32 adds up to 1e-7
 EMBED_RATE, HEAD_RATE, VECTOR_RATE = 0.5, 0.1, 0.5
 
 
@@ -69,7 +72,25 @@ class Muon(Optimizer):
         return gradient.add(state["momentum"], alpha=momentum)
 
 
-def make_optimizers(
+@dataclass(frozen=True)
+class Recipe:
+    """An optimiser before it has parameters.
+
+    make: from groups of tensors.    groups: as torch's, but with names for "params"; each carries
+    `rate`, its share of the learning rate.    whole: matrices must not be cut into shards.
+    """
+
+    make: Callable[[list[dict]], Optimizer]
+    groups: list[dict]
+    whole: bool = False
+
+    def build(self, parameters: dict[str, Tensor]) -> Optimizer:
+        """The optimiser of these parameters."""
+        return self.make([{**g, "params": [parameters[n] for n in g["params"]]}
+                          for g in self.groups])  # fmt: skip
+
+
+def recipes(
     name: str,
     parameters: dict[str, nn.Parameter],
     matrices: dict[str, tuple[int, ...]],
@@ -78,55 +99,70 @@ def make_optimizers(
     weight_decay: float,
     dtype: torch.dtype = torch.float32,
     undecayed: Collection[str] = (),
-) -> list[Optimizer]:
-    """The optimisers for named parameters; each group carries `rate`, its share of the rate.
-
-    dtype: of the computation, for Muon's products.
+) -> list[Recipe]:
+    """The optimisers for named parameters.
 
     name: "adamw" (matrices and embeddings decay, vectors do not) or "muon" (AdamW for the rest).
     matrices: the parameters that are matrices of blocks, with their parts; see Muon.
-    undecayed: matrices that do not decay either.
+    dtype: of the computation, for Muon's products.    undecayed: matrices that do not decay either.
     """
-    vectors = [p for p in parameters.values() if p.dim() < 2]
+    wide = [n for n, p in parameters.items() if p.dim() >= 2]
+    vectors = [n for n, p in parameters.items() if p.dim() < 2]
+
+    def adamw(groups: list[dict]) -> Optimizer:
+        return AdamW(groups, ops, lr=0.0, betas=betas)
+
     if name == "adamw":
-        wide = {n: p for n, p in parameters.items() if p.dim() >= 2}
-        decaying = [p for n, p in wide.items() if n not in undecayed]
-        constant = [p for n, p in wide.items() if n in undecayed] + vectors
         groups = [
-            {"params": decaying, "weight_decay": weight_decay, "rate": 1.0},
-            {"params": constant, "weight_decay": 0.0, "rate": 1.0},
+            {"params": [n for n in wide if n not in undecayed], "weight_decay": weight_decay},
+            {"params": [n for n in wide if n in undecayed] + vectors, "weight_decay": 0.0},
         ]
-        groups = [g for g in groups if g["params"]]
-        return [AdamW(groups, ops, lr=0.0, betas=betas)]
-    known = {id(parameters[n]) for n in matrices}
-    outer = {n: p for n, p in parameters.items() if p.dim() >= 2 and id(p) not in known}
+        return [Recipe(adamw, [{**g, "rate": 1.0} for g in groups if g["params"]])]
+    outer = [n for n in wide if n not in matrices]
     groups = [
-        {"params": [p for n, p in outer.items() if not n.startswith("head.")], "rate": EMBED_RATE},
-        {"params": [p for n, p in outer.items() if n.startswith("head.")], "rate": HEAD_RATE},
+        {"params": [n for n in outer if not n.startswith("head.")], "rate": EMBED_RATE},
+        {"params": [n for n in outer if n.startswith("head.")], "rate": HEAD_RATE},
         {"params": vectors, "rate": VECTOR_RATE},
     ]
-    groups = [g for g in groups if g["params"]]
     decays = {True: weight_decay, False: 0.0}
     muon = [
         {
-            "params": [parameters[n] for n in matrices if (n not in undecayed) == decaying],
+            "params": [n for n in matrices if (n not in undecayed) == decaying],
             "parts": [parts for n, parts in matrices.items() if (n not in undecayed) == decaying],
             "weight_decay": decay,
             "rate": 1.0,
         }
         for decaying, decay in decays.items()
     ]
+    whole = [g for g in muon if g["params"]]
     return [
-        Muon([g for g in muon if g["params"]], ops, lr=0.0, dtype=dtype),
-        AdamW(groups, ops, lr=0.0, betas=betas),
+        Recipe(lambda groups: Muon(groups, ops, lr=0.0, dtype=dtype), whole, whole=True),
+        Recipe(adamw, [g for g in groups if g["params"]]),
     ]
 
 
-def set_learning_rate(optimizers: list[Optimizer], learning_rate: float) -> None:
+def make_optimizers(
+    name: str, parameters: dict[str, nn.Parameter], *args: Any, **options: Any
+) -> list[Optimizer]:
+    """The optimisers of `recipes`, of these parameters."""
+    return [r.build(parameters) for r in recipes(name, parameters, *args, **options)]
+
+
+def set_learning_rate(optimizers: Iterable[Optimizer], learning_rate: float) -> None:
     """Give each group its share of the rate."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * group["rate"]
+
+
+def squares(tensors: list[Tensor]) -> Tensor:
+    """The sum of all squares, () fp64: of norms of pieces, as torch's fp32 norm of millions of
+    elements on a CPU is off by 1e-4.
+    """
+    pieces = [part for x in tensors for part in x.reshape(-1).split(PIECE) if part.numel()]
+    if not pieces:
+        return torch.zeros((), dtype=torch.float64)
+    return torch.stack(torch._foreach_norm(pieces)).double().square().sum()
 
 
 class AdamW(torch.optim.AdamW):

@@ -4,24 +4,41 @@ What this room does not do: gradients, weights (zero.py, sharding.py).
 """
 
 import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minillm.world import World
+from minillm.errors import PeerLostError
+from minillm.world import World, launched
+
+T = TypeVar("T")
+PATIENCE = timedelta(days=7)  # for one rank's work that others wait for, such as preparing a corpus
+BROKEN = ("gloo", "nccl", "connection", "timed out", "socket", "broken pipe", "store")
 
 
 class Ranks:
     """This process among those of its launch. Alone, nothing is sent and everything comes back.
 
-    rank: its number, from 0.    size: how many there are.    device: where tensors are sent from.
+    world: what the launcher said.    device: where tensors are sent from.    store: of this
+    attempt, where there are several ranks.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, device: torch.device | str = "cpu") -> None:
-        self.rank, self.size, self.device = rank, size, torch.device(device)
+    def __init__(
+        self,
+        world: World | None = None,
+        device: torch.device | str = "cpu",
+        store: dist.Store | None = None,
+    ) -> None:
+        self.world = world or World()
+        self.rank, self.size = self.world.rank, self.world.size
+        self.device, self.store = torch.device(device), store
+        self.turns = 0
 
     def sum(self, x: Tensor) -> Tensor:
         """x becomes its sum over the ranks, in place; returns it."""
@@ -57,32 +74,76 @@ class Ranks:
         if self.size > 1:
             dist.barrier()
 
-    def close(self) -> None:
-        """Take leave of the others."""
+    def in_turn(self, work: Callable[[], T]) -> T:
+        """What `work` gives, done by one rank of each machine first and then by the others."""
+        self.turns += 1
+        key = f"turn/{self.turns}/{self.world.node}"
+        if self.size > 1 and self.world.local_rank:
+            self.store.wait([key], PATIENCE)
+            return work()
+        found = work()
         if self.size > 1:
-            dist.destroy_process_group()
+            self.store.set(key, "done")
+        return found
+
+    def say(self, text: str) -> None:
+        """One line on standard error, of rank 0 alone."""
+        if self.rank == 0:
+            print(text, file=sys.stderr, flush=True)
 
 
-def connect(world: World, device: torch.device, timeout_s: float) -> Ranks:
-    """The ranks of this launch, connected; alone at once.
+@contextmanager
+def connected(world: World, device: torch.device, timeout_s: float) -> Iterator[Ranks]:
+    """The ranks of this launch inside the `with`; alone at once.
 
     timeout_s: how long a rank may keep the others waiting before they give it up.
     The store is that of the launcher, under a prefix of this attempt: what a killed attempt left in
     it would lead the next one astray.
+    Raises PeerLostError when another rank is gone.
     """
     if world.size == 1:
-        return Ranks(device=device)
+        yield Ranks(device=device)
+        return
     limit = timedelta(seconds=timeout_s)
+    try:
+        store = open_store(world, limit)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=store,
+            rank=world.rank,
+            world_size=world.size,
+            timeout=limit,
+            device_id=device if device.type == "cuda" else None,
+        )
+        yield Ranks(world, device, store)
+    except RuntimeError as error:
+        # Whatever the engine says when a peer's end of a connection closes, or stays silent.
+        if not any(word in str(error).lower() for word in BROKEN):
+            raise
+        raise PeerLostError(
+            "another rank was killed, failed or has not answered for "
+            f"{timeout_s:g} s (--rank-timeout); go on with --resume, or let torchrun "
+            "--max-restarts N do it"
+        ) from error
+    dist.destroy_process_group()
+
+
+def open_store(world: World, limit: timedelta) -> dist.Store:
+    """Where the ranks of this attempt leave each other word."""
     own = world.rank == 0 and not world.has_store
     store = dist.TCPStore(
         world.address, world.port, None, is_master=own, timeout=limit, wait_for_workers=False
     )
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=dist.PrefixStore(f"minillm/{world.attempt}", store),
-        rank=world.rank,
-        world_size=world.size,
-        timeout=limit,
-        device_id=device if device.type == "cuda" else None,
-    )
-    return Ranks(world.rank, world.size, device)
+    return dist.PrefixStore(f"minillm/{world.attempt}", store)
+
+
+def first_to_say(text: str) -> bool:
+    """Whether no other rank of this launch has said the same yet; it counts as said now."""
+    world = launched()
+    if world.size == 1:
+        return True
+    try:
+        store = open_store(world, timedelta(seconds=5))
+        return store.add(f"said/{text}", 1) == 1
+    except RuntimeError:
+        return True

@@ -9,7 +9,7 @@ import re
 import shutil
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from minillm.config import ModelConfig
 from minillm.errors import CorruptError, UsageError
@@ -26,6 +26,34 @@ def newest_run(root: Path = Path("runs")) -> Path:
     if not found:
         raise UsageError(f"no run with a checkpoint in {root}/; train one with: python train.py")
     return max(found)[1]
+
+
+def run_of(launch: str | None, out: str | None) -> Path | None:
+    """The run with a checkpoint that torchrun's `launch` has begun: `out`, or in runs/."""
+    places = [Path(out)] if out else sorted(Path("runs").glob("*"))
+    for run in places:
+        whole = launch and checkpoints_of(run) and (run / "config.json").is_file()
+        if whole and read_json(run / "config.json").get("launch") == launch:
+            return run
+    return None
+
+
+def lock(run: Path) -> TextIO | None:
+    """A file by which nobody else may write the run until it is closed, however the process ends.
+
+    Raises UsageError if another process holds it. Windows has no such lock: None.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    file = (run / "lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise UsageError(f"{run} is being written by another process; name another") from None
+    return file
 
 
 def check_out(run: Path, overwrite: bool) -> None:
@@ -55,7 +83,10 @@ def make_run(out: str | None, name: str, overwrite: bool) -> Path:
     run = Path(out)
     check_out(run, overwrite)
     if run.exists():
+        held = lock(run)
         shutil.rmtree(run)
+        if held:
+            held.close()
     try:
         run.mkdir(parents=True)
     except FileExistsError:

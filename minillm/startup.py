@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from minillm import __version__, checkpoint, cli, runs, world
-from minillm.checkpoint import Checkpoint
 from minillm.config import ModelConfig, TrainConfig
 from minillm.configure import changed, read_config, resolve
 from minillm.corpus import prepare
@@ -21,6 +20,7 @@ from minillm.settings import ALIASES, Settings, add_flags
 from minillm.shards import Corpus, is_prepared, open_corpus
 from minillm.storage import check_place, file_digest, read_json
 from minillm.tokenizer import KINDS
+from minillm.world import World
 
 NEWEST = object()  # --resume without a name
 BYTES_PER_PARAMETER = 16  # fp32 weight, gradient and the two moments of AdamW
@@ -48,11 +48,16 @@ def command_line(description: str) -> cli.Parser:
     return parser
 
 
-def begin(args: Namespace) -> tuple[Settings, Path | None, Checkpoint | None]:
-    """The settings and, where a run is resumed, its folder and last checkpoint.
+def begin(args: Namespace, here: World) -> tuple[Settings, Path | None]:
+    """The settings and, where a run is resumed, its folder.
 
+    here: a launch that torchrun has started again goes on with its own run, whatever the flags.
     Raises UsageError if the flags do not fit together or --out is in use.
     """
+    if here.attempt and (run := runs.run_of(here.launch, args.out)) is not None:
+        model, train = runs.read_config(run)
+        train = _as_train_config(run, train | checkpoint.newest_settings(run))
+        return Settings(model, train, frozenset()), run
     if args.resume is not None:
         if args.out or args.init_from or args.overwrite:
             raise UsageError("--resume goes on in its own folder; drop --out, --init-from and such")
@@ -60,11 +65,10 @@ def begin(args: Namespace) -> tuple[Settings, Path | None, Checkpoint | None]:
             raise UsageError("--resume is empty; name a run, or give --resume alone for the newest")
         run = runs.newest_run() if args.resume is NEWEST else Path(args.resume)
         model, train = runs.read_config(run)
-        past = checkpoint.open_checkpoint(run)
         # What an earlier --resume changed stands in the checkpoint.
-        config = _as_train_config(run, train | past.state["settings"])
+        config = _as_train_config(run, train | checkpoint.newest_settings(run))
         wishes = resolve(vars(args), args.config, None, asdict(model) | asdict(config))
-        return changed(model, config, wishes), run, past
+        return changed(model, config, wishes), run
     device = args.device
     if device is None and args.config is not None:
         device = read_config(Path(args.config)).get("device")
@@ -73,11 +77,11 @@ def begin(args: Namespace) -> tuple[Settings, Path | None, Checkpoint | None]:
     train = settings.train
     if train.init_from:
         settings = _inherit(settings, Path(train.init_from))
-    if train.out:
-        runs.check_out(Path(train.out), train.overwrite)
+    if train.out and here.rank == 0:
+        runs.check_out(Path(train.out), train.overwrite or here.attempt > 0)
     for flag, place in (("--out", train.out or "runs"), ("--cache-dir", train.cache_dir)):
         check_place(flag, Path(place))
-    return settings, None, None
+    return settings, None
 
 
 def _as_train_config(run: Path, train: dict) -> TrainConfig:
@@ -161,6 +165,25 @@ def _prepare(settings: Settings, say: Callable[[str], None]) -> Corpus:
     )
 
 
+def rows_of_a_rank(config: TrainConfig, size: int) -> int:
+    """Sequences of a step on each of `size` ranks, of which all do the same work.
+
+    Raises UsageError if they do not divide.
+    """
+    if config.batch_size % size:
+        raise UsageError(
+            f"--batch-size {config.batch_size} is not a multiple of {size} ranks; nearest: "
+            f"{max(1, round(config.batch_size / size)) * size}"
+        )
+    rows = config.batch_size // size
+    if rows % config.recurrence_groups:
+        raise UsageError(
+            f"--recurrence-groups {config.recurrence_groups} does not divide the {rows} sequences "
+            f"of each of {size} ranks"
+        )
+    return rows
+
+
 def fit_to_corpus(settings: Settings, corpus: Corpus) -> ModelConfig:
     """The model with the tokenizer's vocabulary and, where the corpus has sequences with targets of
     their own and --seq-len was not given, their length.
@@ -185,8 +208,8 @@ def require_memory(model: ModelConfig, device: torch.device) -> None:
         )
 
 
-def facts_of(settings: Settings, corpus: Corpus) -> dict:
-    """What config.json says beside the settings: versions, commit, corpus."""
+def facts_of(settings: Settings, corpus: Corpus, launch: str | None) -> dict:
+    """What config.json says beside the settings: versions, commit, corpus, torchrun's name."""
     try:
         triton_version = version("triton")
     except PackageNotFoundError:
@@ -199,6 +222,7 @@ def facts_of(settings: Settings, corpus: Corpus) -> dict:
             "triton": triton_version,
         },
         "git_commit": _commit(),
+        "launch": launch,
         "corpus": str(corpus.folder.resolve()),
         "corpus_key": corpus.key,
         "corpus_settings": corpus.settings,

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from torch.optim import Optimizer
+from torch import Tensor
 
 from minillm import checkpoint, ladder
 from minillm.checkpoint import Checkpoint
@@ -17,8 +17,11 @@ from minillm.generate import generate
 from minillm.model import GPT
 from minillm.optim import Average
 from minillm.pace import Pacer
+from minillm.precision import LossScale
+from minillm.ranks import Ranks
 from minillm.recurrence import draw
 from minillm.schedule import Schedule
+from minillm.sharding import Sharding
 from minillm.shards import Corpus
 
 SAMPLE_TOKENS = 200
@@ -44,35 +47,51 @@ class Training:
     run: Path
     config: TrainConfig
     corpus: Corpus
-    model: GPT
-    optimizers: list[Optimizer]
+    sharding: Sharding
     average: Average | None
     progress: Progress
     plan: Schedule
     fixed: dict[str, int | str]
+    scale: LossScale | None = None
+
+    @property
+    def model(self) -> GPT:
+        """The decoder, on this rank."""
+        return self.sharding.model
+
+    @property
+    def ranks(self) -> Ranks:
+        """Who trains it."""
+        return self.sharding.ranks
 
 
 def save(t: Training) -> None:
     """Write a checkpoint, and drop those that are no longer to be kept."""
-    parameters = dict(t.model.named_parameters())
-    tensors = {
-        "model": parameters,
-        "optimizer": checkpoint.optimizer_tensors(
-            t.optimizers, {p: name for name, p in parameters.items()}
-        ),
-    }
-    if t.average:
+    shapes = {name: p.shape for name, p in t.model.named_parameters()}
+    tensors: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
+    for kind, name, start, stop, values in t.sharding.pieces():
+        whole = stop - start == shapes[name].numel()
+        if whole and values.dim():
+            values = values.view(shapes[name])
+        key = name if whole or not values.dim() else f"{name}[{start}:{stop}]"
+        if kind == "model":
+            tensors["model"][key] = values
+        else:
+            tensors["optimizer"][f"{kind}.{key}"] = values
+    if t.average and t.ranks.rank == 0:
         tensors["ema"] = t.average.weights
     state = {
         "progress": asdict(t.progress),
         "settings": {name: getattr(t.config, name) for name in sorted(RESUMABLE)},
         "pace": t.plan.pace,
         "fixed": t.fixed,
+        "scale": asdict(t.scale) if t.scale else None,
+        "shapes": {name: list(shape) for name, shape in shapes.items()},
     }
-    checkpoint.save(t.run, t.progress.step, tensors, state)
-    checkpoint.prune(
-        t.run, t.config.keep_last, t.progress.best_step if t.config.keep_best else None
-    )
+    checkpoint.save(t.run, t.progress.step, tensors, state, t.ranks)
+    if t.ranks.rank == 0:
+        best = t.progress.best_step if t.config.keep_best else None
+        checkpoint.prune(t.run, t.config.keep_last, best)
 
 
 def restore(t: Training, past: Checkpoint, pacer: Pacer, given: frozenset[str]) -> None:
@@ -81,11 +100,11 @@ def restore(t: Training, past: Checkpoint, pacer: Pacer, given: frozenset[str]) 
     given: settings that the user changed. With a new length the schedule is that of a run which
     was meant to be so long from the start: the rate may go up again.
     """
-    parameters = dict(t.model.named_parameters())
-    checkpoint.load_weights(t.model, past.tensors("model"), past.folder)
-    checkpoint.load_optimizer_tensors(t.optimizers, parameters, past.tensors("optimizer"))
+    t.sharding.load(past)
+    if t.scale and past.state.get("scale"):
+        t.scale = LossScale(**past.state["scale"])
     if t.config.ema:
-        t.average = Average(parameters, t.config.ema)
+        t.average = Average(dict(t.model.named_parameters()), t.config.ema)
         checkpoint.load_into(t.average.weights, past.tensors("ema"), past.folder)
     if given & {"steps", "epochs", "time_limit"}:
         t.plan = pacer.schedule(past.step)
@@ -110,7 +129,7 @@ def judge(t: Training, batches: int) -> dict[str, float]:
     limit = batches * t.config.batch_size or None
     windows = evaluation_windows(t.corpus, "val", t.model.config.seq_len, limit)
     with _averaged(t):
-        result = evaluate(t.model, windows, t.fixed["micro_batch_size"])
+        result = evaluate(t.model, windows, t.fixed["micro_batch_size"], t.ranks)
         found = _judge_recurrence(t) if t.model.config.recurrent else {}
     bpb = result.bits_per_byte(t.corpus.tokens["val"], t.corpus.bytes["val"])
     return {"val_loss": result.loss, "val_bpb": bpb, "val_tokens": result.tokens, **found}
@@ -119,7 +138,8 @@ def judge(t: Training, batches: int) -> dict[str, float]:
 def _judge_recurrence(t: Training) -> dict:
     """Loss by recurrence and the signs of its failing, on a small part of the split."""
     few = evaluation_windows(t.corpus, "val", t.model.config.seq_len, LADDER_WINDOWS)
-    return ladder.measure(t.model, few, t.fixed["micro_batch_size"])
+    with t.sharding.gathered():
+        return ladder.measure(t.model, few, t.fixed["micro_batch_size"], t.ranks)
 
 
 def worries(t: Training, row: dict) -> list[str]:
@@ -157,19 +177,21 @@ def note_best(progress: Progress, row: dict[str, float]) -> bool:
 def take_sample(t: Training) -> str:
     """What the model writes of itself; kept in samples.txt under the step.
 
-    Nothing where the answers are not the next tokens.
+    Nothing where the answers are not the next tokens, and of ranks but the first.
     """
     if t.corpus.sequence:
         return ""
     tokenizer = t.corpus.tokenizer()
     t.model.eval()
-    with _averaged(t):
+    with _averaged(t), t.sharding.gathered():
         made = generate(
             t.model, [tokenizer.prompt_ids("")], max_tokens=SAMPLE_TOKENS, temperature=0.8,
             top_p=0.95, seed=t.config.seed, stop=lambda row, ids: ids[-1] == tokenizer.bos_id,
         )  # fmt: skip
         text = tokenizer.decode([token.id for token in made if token.id != tokenizer.bos_id])
     t.model.train()
+    if t.ranks.rank:
+        return ""
     with (t.run / "samples.txt").open("a", encoding="utf-8") as file:
         file.write(f"=== step {t.progress.step}\n{text}\n")
     return text
@@ -198,11 +220,19 @@ def announce(
         f"context {model.seq_len}, vocabulary {model.vocab_size}",
         f"machine   {device}, {t.fixed['dtype']}, {t.model.ops.name} kernels "
         f"({t.model.ops.why}), {t.fixed['threads']} threads ({why_threads})",
+        *_ranks(t),
         f"training  {left:,} steps of {c.batch_size} x {model.seq_len} tokens, "
         f"{t.fixed['micro_batch_size']} sequences at a time, {batches.epochs(plan.steps):.2f} "
         f"epochs; about {duration(seconds)}, then {duration(judge_s)} to evaluate",
         *(f"warning   {warning}" for warning in warnings),
     ]
+
+
+def _ranks(t: Training) -> list[str]:
+    if t.ranks.size == 1:
+        return []
+    offloaded = ", its state in the host's memory" * t.config.offload
+    return [f"ranks     {t.ranks.size}, --zero {t.config.zero}{offloaded}"]
 
 
 def _layers(model: ModelConfig) -> str:

@@ -14,11 +14,14 @@ from minillm.errors import UnavailableError, UsageError
 PRODUCT = 512  # side of the matrix product that is timed: 0.27 GFLOP, a millisecond or two
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str, local_rank: int | None = None) -> torch.device:
     """The device called `name`; "auto" takes cuda, then mps, then cpu.
 
+    local_rank: of several on this machine, each of which takes a GPU of its own.
     Raises UnavailableError if it is not there, UsageError if there is no such name.
     """
+    if local_rank is not None and torch.cuda.is_available() and name in ("auto", "cuda"):
+        name = f"cuda:{local_rank}"
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -50,7 +53,7 @@ def pick_dtype(name: str, device: torch.device, width: int) -> torch.dtype:
             return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
         fast = device.type == "cpu" and cpu_has_bf16()
         return torch.bfloat16 if fast and width >= 64 else torch.float32
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
 def cpu_has_bf16() -> bool:
@@ -133,14 +136,16 @@ def synchronize(device: torch.device) -> None:
 class World:
     """What the launcher says of this process and the others.
 
-    rank, size: over all machines.    local_rank: on this machine.    attempt: how often torchrun
-    has restarted the job.    launch: its name, the same in all attempts; None without torchrun.
+    rank, size: over all machines.    local_rank: on this machine, which is number `node`.
+    attempt: how often torchrun has restarted the job.    launch: its name, the same in all
+    attempts; None without torchrun.
     address, port: of the store; has_store: whether the launcher keeps it, or rank 0 must.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    node: int = 0
     attempt: int = 0
     launch: str | None = None
     address: str = "127.0.0.1"
@@ -163,7 +168,7 @@ def launched() -> World:
             f"torchrun --nproc-per-node {size} train.py"
         )
     return World(
-        _number("RANK", 0), size, _number("LOCAL_RANK", 0),
+        _number("RANK", 0), size, _number("LOCAL_RANK", 0), _number("GROUP_RANK", 0),
         _number("TORCHELASTIC_RESTART_COUNT", 0), said.get("TORCHELASTIC_RUN_ID"),
         said["MASTER_ADDR"], _number("MASTER_PORT", 29500),
         said.get("TORCHELASTIC_USE_AGENT_STORE") == "True",

@@ -14,7 +14,7 @@ FLOORS = {
     "kernels/reference_optim kernels/reference_sampling kernels/eager_optim kernels/eager_sampling "
     "kernels/_interpreter kernels/_tanh",
     1: "kernels/reference kernels/_launch cli world bpe storage documents setting",
-    2: "ranks shape kernels/eager kernels/adamw kernels/newton_schulz kernels/swiglu kernels/_rows "
+    2: "precision ranks shape kernels/eager kernels/adamw kernels/newton_schulz kernels/swiglu kernels/_rows "
     "kernels/linear_cross_entropy kernels/sample "
     "kernels/_rope_kernels kernels/_attention_blocks",
     3: "kernels/sandwich_norm kernels/rope_cache kernels/_attention_forward "
@@ -22,14 +22,14 @@ FLOORS = {
     4: "kernels/rms_norm kernels/rope kernels/attention",
     5: "config ops tokenizer split",
     6: "start layers runs settings optim shards encoding stream",
-    7: "configure data corpus recurrence sequences",
+    7: "zero configure data corpus recurrence sequences",
     8: "model pace",
-    9: "checkpoint evaluate exits requests huginn microbatch profiling/__init__ profiling/timing "
+    9: "checkpoint evaluate exits requests huginn profiling/__init__ profiling/timing "
     "profiling/roofline profiling/pivot profiling/style profiling/occupancy profiling/sass "
     "profiling/ttir profiling/dry profiling/cases",
-    10: "startup ladder generate profiling/machine profiling/plot profiling/bound",
-    11: "training speculate profiling/workloads profiling/audit profiling/ranks",
-    12: "profiling/precision profiling/sizes profiling/page",
+    10: "sharding startup ladder generate profiling/machine profiling/plot profiling/bound",
+    11: "microbatch gradients speculate profiling/workloads profiling/audit profiling/ranks",
+    12: "training profiling/precision profiling/sizes profiling/page",
     13: "profiling/implementations profiling/report",
     14: "profiling/interpreted",
     15: "profiling/operations",

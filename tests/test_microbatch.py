@@ -11,6 +11,8 @@ from minillm.errors import UnavailableError
 from minillm.microbatch import largest_that_fits, seconds_per_step
 from minillm.model import GPT
 from minillm.ops import EAGER
+from minillm.ranks import Ranks
+from minillm.sharding import shard
 
 CPU = torch.device("cpu")
 
@@ -96,7 +98,7 @@ def test_on_a_gpu_running_out_is_caught(model, monkeypatch):
 def test_a_trial_leaves_no_gradient_and_no_change(model):
     before = {name: p.clone() for name, p in model.named_parameters()}
     largest_that_fits(model, 4, CPU, 2)
-    assert seconds_per_step(model, 4, 2, CPU) > 0
+    assert seconds_per_step(shard(model, [], Ranks()), 4, 2, CPU) > 0
     for name, p in model.named_parameters():
         assert p.grad is None and torch.equal(p, before[name])
 

@@ -13,9 +13,11 @@ from minillm.checkpoint import open_checkpoint
 from minillm.config import ModelConfig
 from minillm.model import GPT
 from minillm.ops import EAGER
+from minillm.ranks import Ranks
 from minillm.recurrence import draw, state_keys
 from minillm.scripts import sample
 from minillm.scripts import train as script
+from minillm.sharding import shard
 
 FLAGS = ("--recurrent", "1,1,1", "--mean-recurrence", "3", "--recurrence-groups", "2")
 
@@ -33,7 +35,7 @@ def test_gradients_do_not_depend_on_the_micro_batch():
     keys, rounds, found = state_keys(3, torch.arange(6)), [1, 4, 2], []
     for micro in (6, 2, 1):
         model.zero_grad()
-        loss = script.accumulate(model, tokens, targets, keys, micro, rounds)
+        loss = script.accumulate(shard(model, [], Ranks()), tokens, targets, keys, micro, rounds)
         found.append([loss.double(), *(p.grad.clone() for p in model.parameters())])
     model.zero_grad()
     total = 0.0
@@ -216,7 +218,7 @@ def test_a_core_is_compiled_once_however_often_it_runs(monkeypatch, depth, most)
     config = ModelConfig(**shape, recurrent="1,2,1", mean_recurrence=4)
     plain = GPT(config, EAGER, torch.float32, torch.Generator().manual_seed(0))
     model = GPT(config, EAGER, torch.float32, torch.Generator().manual_seed(0))
-    forward, tokens = script.compiled(model), torch.arange(16).reshape(2, 8)
+    forward, tokens = script.compiled(model, True), torch.arange(16).reshape(2, 8)
     counts = []
     for r in (3, 5, 9):
         loss = forward(tokens, tokens, r)

@@ -22,7 +22,9 @@ from minillm.generate import generate
 from minillm.model import GPT
 from minillm.ops import EAGER
 from minillm.presets import PRESETS
+from minillm.ranks import Ranks
 from minillm.scripts import train as script
+from minillm.sharding import shard
 from minillm.shards import open_corpus
 
 GOLDEN = Path(__file__).parent / "golden" / "char_cpu.txt"
@@ -50,7 +52,8 @@ def test_what_a_run_leaves(tiny_run):
     inner = {"model-00001-of-00001.safetensors", "optimizer-00001-of-00001.safetensors",
              "ema-00001-of-00001.safetensors", "state.json", "manifest.json"}  # fmt: skip
     kept = {f"checkpoints/step-0000000{s}/{name}" for s in (4, 8) for name in inner}
-    assert names == {"config.json", "tokenizer.json", "metrics.jsonl", "samples.txt"} | kept
+    plain = {"config.json", "tokenizer.json", "metrics.jsonl", "samples.txt", "lock"}
+    assert names == plain | kept
 
 
 def test_what_config_json_says(tiny_run, text_file):
@@ -231,7 +234,8 @@ def test_micro_batches_give_the_gradient_of_the_batch():
     found = {}
     for micro in (4, 2, 1, 3):
         model.zero_grad()
-        loss = script.accumulate(model, tokens, targets, torch.zeros(4), micro, [None])
+        alone = shard(model, [], Ranks())
+        loss = script.accumulate(alone, tokens, targets, torch.zeros(4), micro, [None])
         found[micro] = [loss.double(), *(p.grad.clone() for p in model.parameters())]
     logp = model(tokens).log_softmax(-1)[targets != -100]
     direct = -logp.gather(-1, targets[targets != -100][:, None]).mean()

@@ -1,0 +1,281 @@
+"""A model on several ranks: who holds which weights, gradients and optimiser state.
+
+    stage 0   every rank all of them; gradients are summed by DDP
+    stage 1   optimiser state and fp32 masters in shards (zero.py)
+    stage 2   gradients too
+    stage 3   weights too, by FSDP2
+
+Three classes with one face, which train.py works with. The model itself knows nothing of it.
+Source: Rajbhandari et al. 2020, arXiv:1910.02054, section 5.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from minillm.checkpoint import Checkpoint, load_optimizer_tensors, load_weights
+from minillm.model import GPT
+from minillm.optim import Recipe, squares
+from minillm.ranks import Ranks
+from minillm.zero import ZeroOptimizer
+
+# (kind, name, start, stop, values): kind "model" or one of the optimiser's state; a flat range of a
+# parameter, or all of it with a number.
+Stored = tuple[str, str, int, int, Tensor]
+
+
+class Replicated:
+    """Stage 0, and one rank alone.
+
+    forward: what a micro-batch is called with; before a backward pass only within `synced`.
+    weight: by which losses are multiplied so that their gradients add up over the ranks.
+    """
+
+    def __init__(self, model: GPT, recipes: list[Recipe], ranks: Ranks, forward: Callable) -> None:
+        self.model, self.ranks, self.forward = model, ranks, forward
+        self.weight = float(ranks.size)
+        self.parameters = dict(model.named_parameters())
+        self.optimizers = [recipe.build(self.parameters) for recipe in recipes]
+        if ranks.size > 1:
+            self.forward = DistributedDataParallel(
+                model, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+
+    def synced(self, last: bool) -> AbstractContextManager:
+        """Around a micro-batch's forward and backward pass; after the last gradients are whole."""
+        return nullcontext() if last or self.ranks.size == 1 else self.forward.no_sync()
+
+    def squares(self) -> Tensor:
+        """The sum of the squares of all gradients, () fp64, the same on all ranks."""
+        return squares([p.grad for p in self.parameters.values() if p.grad is not None])
+
+    def step(self, grad_scale: Tensor | None) -> None:
+        """Step all optimisers on the gradients times grad_scale, and drop them."""
+        for optimizer in self.optimizers:
+            optimizer.step(grad_scale=grad_scale)
+        self.drop()
+
+    def drop(self) -> None:
+        """Forget the gradients."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def pieces(self) -> Iterator[Stored]:
+        """What this rank has to save."""
+        if self.ranks.rank == 0:
+            yield from pieces_of(self.parameters, self.optimizers)
+
+    def load(self, past: Checkpoint) -> None:
+        """Take all weights and states from a checkpoint."""
+        load_weights(self.model, past.tensors("model"), past.folder)
+        load_optimizer_tensors(self.optimizers, self.parameters, past.tensors("optimizer"))
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """The model's methods other than forward work inside the `with`, on all ranks at once."""
+        yield
+
+
+class Flat:
+    """Stages 1 and 2: each optimiser a ZeroOptimizer."""
+
+    def __init__(
+        self, model: GPT, recipes: list[Recipe], ranks: Ranks, forward: Callable, **options
+    ) -> None:
+        """options: stage, dtype, offload of ZeroOptimizer."""
+        self.model, self.ranks, self.forward, self.weight = model, ranks, forward, 1.0
+        own = dict(model.named_parameters())
+        self.optimizers = [
+            ZeroOptimizer(
+                {n: own[n] for g in r.groups for n in g["params"]}, r.groups, r.make, ranks,
+                whole=r.whole, **options,
+            )
+            for r in recipes
+        ]  # fmt: skip
+
+    @contextmanager
+    def synced(self, last: bool) -> Iterator[None]:
+        """As Replicated's."""
+        with ExitStack() as stack:
+            for optimizer in self.optimizers:
+                stack.enter_context(optimizer.synced(last))
+            yield
+
+    def squares(self) -> Tensor:
+        """As Replicated's; each rank adds those of its shards."""
+        return self.ranks.sum(sum(optimizer.squares() for optimizer in self.optimizers))
+
+    def step(self, grad_scale: Tensor | None) -> None:
+        """As Replicated's; then all ranks have the new weights."""
+        for optimizer in self.optimizers:
+            optimizer.step(grad_scale)
+
+    def drop(self) -> None:
+        """Forget the gradients."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+    def pieces(self) -> Iterator[Stored]:
+        """As Replicated's: of this rank's shards."""
+        for optimizer in self.optimizers:
+            for piece in optimizer.pieces():
+                span = piece.start, piece.stop
+                yield "model", piece.name, *span, piece.master
+                for kind, values in piece.state.items():
+                    if values.dim() or not piece.start:
+                        yield kind, piece.name, *span, values
+
+    def load(self, past: Checkpoint) -> None:
+        """As Replicated's; each rank reads its shards."""
+        known = {kind: set(past.names(kind)) for kind in ("model", "optimizer")}
+
+        def read(kind: str, name: str, start: int, stop: int) -> Tensor | None:
+            file, key = ("model", name) if kind == "model" else ("optimizer", f"{kind}.{name}")
+            return past.read(file, key, start, stop) if key in known[file] else None
+
+        for optimizer in self.optimizers:
+            optimizer.load(read)
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """As Replicated's."""
+        yield
+
+
+class Full:
+    """Stage 3: weights cut by rows, gathered where they are needed. AdamW steps local shards."""
+
+    def __init__(
+        self, model: GPT, recipes: list[Recipe], ranks: Ranks, forward: Callable, dtype: torch.dtype
+    ) -> None:
+        self.model, self.ranks, self.forward = model, ranks, forward
+        self.weight = float(ranks.size)
+        narrow = dtype in (torch.bfloat16, torch.float16)
+        policy = MixedPrecisionPolicy(
+            param_dtype=dtype if narrow else None,
+            reduce_dtype=torch.float32 if narrow else None,
+            cast_forward_inputs=False,  # tables of rotations stay fp32
+        )
+        mesh = init_device_mesh(ranks.device.type, (ranks.size,))
+        prelude, core, coda = model.config.depths
+        for i in (*range(prelude), *range(prelude + core, prelude + core + coda)):
+            fully_shard(model.blocks[i], mesh=mesh, mp_policy=policy)
+        if core:  # gathered once for all its iterations
+            blocks = list(model.blocks[prelude : prelude + core])
+            fully_shard(blocks, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        fully_shard(model, mesh=mesh, mp_policy=policy)
+        self.parameters = dict(model.named_parameters())
+        self.locals = {n: nn.Parameter(p.to_local().detach()) for n, p in self.parameters.items()}
+        self.optimizers = [recipe.build(self.locals) for recipe in recipes]
+
+    @contextmanager
+    def synced(self, last: bool) -> Iterator[None]:
+        """As Replicated's. Gradients are cut after every micro-batch: whole they do not fit."""
+        self.model.set_is_last_backward(last)
+        yield
+
+    def squares(self) -> Tensor:
+        """As Replicated's; each rank adds those of its rows."""
+        found = [p.grad.to_local() for p in self.parameters.values() if p.grad is not None]
+        return self.ranks.sum(squares(found))
+
+    def step(self, grad_scale: Tensor | None) -> None:
+        """As Replicated's."""
+        for name, p in self.parameters.items():
+            self.locals[name].grad = None if p.grad is None else p.grad.to_local()
+        for optimizer in self.optimizers:
+            optimizer.step(grad_scale=grad_scale)
+        self.drop()
+
+    def drop(self) -> None:
+        """Forget the gradients."""
+        for name, p in self.parameters.items():
+            p.grad = self.locals[name].grad = None
+
+    def pieces(self) -> Iterator[Stored]:
+        """As Replicated's: of this rank's rows."""
+        starts = {n: self._start(n) for n in self.locals}
+        for kind, name, start, stop, values in pieces_of(self.locals, self.optimizers):
+            if values.dim() or not starts[name]:
+                yield kind, name, start + starts[name], stop + starts[name], values
+
+    @torch.no_grad()
+    def load(self, past: Checkpoint) -> None:
+        """As Replicated's; each rank reads its rows."""
+        owner = {id(p): o for o in self.optimizers for g in o.param_groups for p in g["params"]}
+        for name, p in self.locals.items():
+            start = self._start(name)
+            span = start, start + p.numel()
+            p.copy_(past.read("model", name, *span).view_as(p))
+        for key in past.names("optimizer"):
+            kind, _, name = key.partition(".")
+            p, start = self.locals[name], self._start(name)
+            state = owner[id(p)].state[p]
+            if kind == "step":
+                state[kind] = past.read("optimizer", key).reshape(())
+            else:
+                state[kind] = past.read("optimizer", key, start, start + p.numel()).view_as(p)
+
+    def _start(self, name: str) -> int:
+        """The element of a parameter at which this rank's rows begin; FSDP2 cuts as torch.chunk."""
+        whole = self.parameters[name]
+        rows = -(-whole.shape[0] // self.ranks.size)
+        return min(self.ranks.rank * rows, whole.shape[0]) * (whole.numel() // whole.shape[0])
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """As Replicated's."""
+        self.model.unshard()
+        try:
+            yield
+        finally:
+            self.model.reshard()
+
+
+def pieces_of(
+    parameters: dict[str, Tensor], optimizers: list[torch.optim.Optimizer]
+) -> Iterator[Stored]:
+    """Whole parameters and their optimisers' states, as `Replicated.pieces` tells them."""
+    names = {p: name for name, p in parameters.items()}
+    for name, p in parameters.items():
+        yield "model", name, 0, p.numel(), p.detach().reshape(-1)
+    for optimizer in optimizers:
+        for p, state in optimizer.state.items():
+            for kind, value in state.items():
+                value = value if torch.is_tensor(value) else torch.tensor(value)
+                flat = value.reshape(-1) if value.dim() else value
+                yield kind, names[p], 0, p.numel(), flat
+
+
+Sharding = Replicated | Flat | Full
+
+
+def shard(
+    model: GPT,
+    recipes: list[Recipe],
+    ranks: Ranks,
+    stage: int = 0,
+    *,
+    dtype: torch.dtype = torch.float32,
+    offload: bool = False,
+    forward: Callable | None = None,
+) -> Sharding:
+    """The model on its ranks, at a stage; weights are kept in `dtype` where fp32 masters are.
+
+    recipes: of the optimisers.    forward: the model, compiled.    One rank alone keeps all its
+    weights, whatever the stage. Raises ValueError for stage 3 with matrices that are needed whole.
+    """
+    forward = forward or model
+    if stage == 0 or (stage == 3 and ranks.size == 1):
+        return Replicated(model, recipes, ranks, forward)
+    if stage in (1, 2):
+        narrow = dtype if dtype in (torch.bfloat16, torch.float16) else None
+        return Flat(model, recipes, ranks, forward, stage=stage, dtype=narrow, offload=offload)
+    if any(recipe.whole for recipe in recipes):
+        raise ValueError("stage 3 cuts the matrices that one of the optimisers needs whole")
+    return Full(model, recipes, ranks, forward, dtype)
