@@ -61,6 +61,14 @@ def give(bucket: Bucket, gradients: Tensor) -> None:
         p.grad = gradients[part.at : part.at + p.numel()].view(p.shape)
 
 
+def drop(buckets: list[Bucket]) -> None:
+    """Forget the gradients of the chunks."""
+    for bucket in buckets:
+        bucket.shard = None
+        for part in bucket.parts:
+            part.master.grad = None
+
+
 def make_state(buckets: list[Bucket], inner: Optimizer) -> None:
     """Have the inner optimiser make its state: by a step of no length on no gradient."""
     rates = [group["lr"] for group in inner.param_groups]
@@ -71,9 +79,7 @@ def make_state(buckets: list[Bucket], inner: Optimizer) -> None:
     inner.step()
     for group, rate in zip(inner.param_groups, rates, strict=True):
         group["lr"] = rate
-    for bucket in buckets:
-        for part in bucket.parts:
-            part.master.grad = None
+    drop(buckets)
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 
 from minillm.buckets import Bucket, make_buckets
 from minillm.offload import Lane
-from minillm.pieces import Piece, Read, fill, give, inner_group, pieces_of
+from minillm.pieces import Piece, Read, drop, fill, give, inner_group, pieces_of
 from minillm.ranks import Ranks
 
 IN_FLIGHT = 2  # reductions at a time: one on the wire, one behind it so that the wire never waits
@@ -226,7 +226,7 @@ class ZeroOptimizer:
             self.inner.step(grad_scale=grad_scale.cpu() if self._lane else grad_scale)
         else:
             self.inner.step()
-        self._drop()
+        drop(self.buckets)
         self._gather()
 
     @torch.no_grad()
@@ -234,16 +234,11 @@ class ZeroOptimizer:
         """Drop the gradients, as where a step is skipped."""
         self._settle()
         for bucket in self.buckets:
-            if self.stage == 1:
-                bucket.full.zero_()
+            bucket.full = bucket.empty_gradients() if self.stage == 1 else None
+            for p in bucket.parameters.values():
+                p.grad = None  # a backward that was broken off may have left one
         self._complete = True
-        self._drop()
-
-    def _drop(self) -> None:
-        for bucket in self.buckets:
-            bucket.shard = None
-            for part in bucket.parts:
-                part.master.grad = None
+        drop(self.buckets)
 
     @torch.no_grad()
     def _gather(self) -> None:

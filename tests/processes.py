@@ -26,7 +26,9 @@ def launch(size: int, script: str | Path, *args: object, seconds: float = 120) -
     """
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
-        files = [[Path(folder) / f"{rank}.{kind}" for kind in ("out", "err")] for rank in range(size)]
+        files = [
+            [Path(folder) / f"{rank}.{kind}" for kind in ("out", "err")] for rank in range(size)
+        ]
         ranks = []
         try:
             for rank, (out, err) in enumerate(files):
