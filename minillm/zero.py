@@ -76,7 +76,7 @@ class ZeroOptimizer:
         if stage not in (1, 2):
             raise ValueError(f"stage is {stage}; expected 1 or 2")
         named = [name for group in groups for name in group["params"]]
-        if sorted(named) != sorted(parameters):
+        if sorted(named) != sorted(parameters) or len(set(parameters.values())) < len(named):
             raise ValueError("groups must name every parameter once, and no other")
         self.ranks, self.stage = ranks, stage
         self._comm = _own_group(ranks)
@@ -116,7 +116,7 @@ class ZeroOptimizer:
         """Around the backward of a micro-batch; last: of a step. All ranks do as many.
 
         Parameters without a gradient count as zero, on whichever ranks. Raises RuntimeError where
-        one gets two, or gets one outside of it.
+        one gets two, or gets one outside of it; call zero_grad() where a backward was broken off.
         """
         self._open, self._complete, self._last, self._next = True, False, last, 0
         for bucket in self.buckets:
@@ -243,6 +243,7 @@ class ZeroOptimizer:
     @torch.no_grad()
     def _gather(self) -> None:
         """Parameters from everybody's masters."""
+        gather = partial(dist.all_gather_into_tensor, group=self._comm, async_op=True)
         works = []
         for bucket in self.buckets:
             if self._lane:
@@ -250,11 +251,7 @@ class ZeroOptimizer:
             elif bucket.master is not bucket.own:
                 bucket.own.copy_(bucket.master)
             if self.ranks.size > 1:
-                works.append(
-                    dist.all_gather_into_tensor(
-                        bucket.flat, bucket.own, group=self._comm, async_op=True
-                    )
-                )
+                works.append(gather(bucket.flat, bucket.own))
         for work in works:
             work.wait()
 
@@ -263,7 +260,10 @@ class ZeroOptimizer:
         return pieces_of(self.buckets, self.inner)
 
     def load(self, read: Read) -> None:
-        """Take masters and state from read(kind, name, start, stop); see minillm.pieces.fill."""
+        """Take masters and state from read(kind, name, start, stop); see minillm.pieces.fill.
+
+        The other ranks wait at its end: a `read` that may raise should do so on all of them.
+        """
         self.zero_grad()
         fill(self.buckets, self.inner, read)
         self._gather()

@@ -159,6 +159,9 @@ def test_refusals():
     for wrong in ([{"params": ["bias"]}], [*groups, {"params": ["bias"]}], [{"params": ["x"]}]):
         with pytest.raises(ValueError, match="name every parameter once"):
             ZeroOptimizer(parameters, wrong, make, ALONE)
+    with pytest.raises(ValueError, match="name every parameter once"):
+        twice = {**parameters, "again": model.bias}
+        ZeroOptimizer(twice, [{"params": list(twice)}], make, ALONE)
     zero = make_zero(model, ALONE)
     with pytest.raises(RuntimeError, match="has come outside of synced"):
         model.bias.sum().backward()

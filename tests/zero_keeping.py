@@ -1,6 +1,7 @@
 """The checks of zero_ranks.py on what a rank keeps: pieces, their saving and loading, bytes."""
 
 import json
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from minillm.ranks import Ranks
 from minillm.zero import ZeroOptimizer
 from tests.zero_toy import Toy, adamw, groups_of, make_pair, make_zero, named, train
 
+TIMEOUT_S = 60  # how long the ranks wait for one another
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 CASES = {  # what is saved: parameters' dtype, storage, by owners, tolerance of later losses
     "fp64": (F64, None, False, 1e-11),
@@ -116,6 +118,13 @@ def offloading(ranks: Ranks, folder: Path) -> None:
             for a, b in zip(*(m.parameters() for m in models), strict=True):
                 assert torch.equal(a, b)
     assert make_zero(Toy(), ranks, offload=True).bytes()["masters"] > 0
+
+
+def patience(ranks: Ranks, folder: Path) -> None:
+    """An optimiser waits for a rank that has stopped as long as the launch does, no longer."""
+    if ranks.size > 1:
+        group = make_zero(Toy(), ranks)._comm._get_backend(ranks.device)
+        assert group.options._timeout == timedelta(seconds=TIMEOUT_S)
 
 
 def made(case: str, ranks: Ranks, stage: int) -> tuple[Toy, list[ZeroOptimizer]]:

@@ -35,7 +35,7 @@ from tests.zero_toy import (
 )
 
 ALONE = Ranks()
-F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
+F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 
 
 def alone_gradients(model: Toy, step: int) -> dict[str, torch.Tensor]:
@@ -85,6 +85,9 @@ def gradients(ranks: Ranks, folder: Path) -> None:
                 assert error < 1e-12, (stage, accumulate, whole, error)
             error = recorded(ranks, F32, accumulate, accumulate == 2, stage=stage)
             assert error < 2e-6, (stage, accumulate, error)
+    for dtype, reduce_dtype, limit in ((F16, F32, 4e-3), (BF16, F32, 3e-2), (BF16, BF16, 3e-2)):
+        error = recorded(ranks, dtype, 2, False, stage=2, reduce_dtype=reduce_dtype)
+        assert error < limit, (dtype, reduce_dtype, error)
     if ranks.size > 1:
         model = Toy()
         sizes = {n: p.numel() for n, p in named(model).items()}
@@ -263,7 +266,7 @@ CHECKS = {
     for f in (
         gradients, faults_are_seen, training, plain_optimizers, muon_by_owners, checkpointing,
         skipping, norm, few_elements, keeping.tiling, keeping.memory, keeping.offloading,
-        keeping.saved, keeping.restored,
+        keeping.patience, keeping.saved, keeping.restored,
     )
 }  # fmt: skip
 
@@ -291,6 +294,6 @@ def poison_empty() -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     poison_empty()
-    ranks = connect(launched(), torch.device("cpu"), 60)
+    ranks = connect(launched(), torch.device("cpu"), keeping.TIMEOUT_S)
     print(json.dumps(run(ranks, Path(sys.argv[1]))))
     ranks.close()
