@@ -1,0 +1,100 @@
+"""What a rank has of each parameter: for its optimiser to step, for a checkpoint to keep.
+
+What this room does not do: collectives (zero.py), files (checkpoint.py).
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from minillm.buckets import Bucket
+
+# read(kind, name, start, stop): elements [start, stop) of that state of a parameter; None: unknown.
+Read = Callable[[str, str, int, int], Tensor | None]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements [start, stop) of the flattened parameter `name`, which this rank looks after.
+
+    master: (stop - start,) at full precision.    state: the inner optimiser's, each (stop - start,)
+    or (), such as a count of steps. All are views: what is written there is so.
+    """
+
+    name: str
+    start: int
+    stop: int
+    master: Tensor
+    state: dict[str, Tensor]
+
+
+def pieces_of(buckets: list[Bucket], inner: Optimizer) -> Iterator[Piece]:
+    """The pieces in these buckets; `state` is empty before the first step."""
+    for part in (part for bucket in buckets for part in bucket.parts):
+        state = inner.state.get(part.master, {})
+        flat = {kind: x.view(-1) if x.dim() else x for kind, x in state.items()}
+        yield Piece(part.name, part.start, part.stop, part.master.detach().view(-1), flat)
+
+
+def inner_group(group: dict[str, Any], buckets: list[Bucket]) -> dict[str, Any]:
+    """The inner optimiser's group: this rank's elements where `group` has names.
+
+    A list as long as the names has an entry for each; it is cut to those that are here.
+    """
+    place = {name: i for i, name in enumerate(group["params"])}
+    parts = [part for bucket in buckets for part in bucket.parts]
+    inner = dict(group)
+    for key, value in group.items():
+        if isinstance(value, list) and len(value) == len(place):
+            inner[key] = [value[place[part.name]] for part in parts]
+    return {**inner, "params": [part.master for part in parts]}
+
+
+def give(bucket: Bucket, gradients: Tensor) -> None:
+    """Let the inner optimiser see `gradients` (chunk,)."""
+    for part in bucket.parts:
+        p = part.master
+        p.grad = gradients[part.at : part.at + p.numel()].view(p.shape)
+
+
+def drop(buckets: list[Bucket]) -> None:
+    """Forget the gradients of the chunks."""
+    for bucket in buckets:
+        bucket.shard = None
+        for part in bucket.parts:
+            part.master.grad = None
+
+
+def make_state(buckets: list[Bucket], inner: Optimizer) -> None:
+    """Have the inner optimiser make its state: by a step of no length on no gradient."""
+    rates = [group["lr"] for group in inner.param_groups]
+    for group in inner.param_groups:
+        group["lr"] = 0.0
+    for bucket in buckets:
+        give(bucket, torch.zeros_like(bucket.master))
+    inner.step()
+    for group, rate in zip(inner.param_groups, rates, strict=True):
+        group["lr"] = rate
+    drop(buckets)
+
+
+@torch.no_grad()
+def fill(buckets: list[Bucket], inner: Optimizer, read: Read) -> None:
+    """Fill masters (kind "model") and states (kinds as the optimiser calls them) from `read`.
+
+    A state of () is asked for as [0, 1). Where `read` knows nothing a master stays as it is, and
+    a state is as before any step: zero.
+    """
+    make_state(buckets, inner)
+    for piece in pieces_of(buckets, inner):
+        values = read("model", piece.name, piece.start, piece.stop)
+        if values is not None:
+            piece.master.copy_(values.reshape(-1))
+        for kind, x in piece.state.items():
+            start, stop = (piece.start, piece.stop) if x.dim() else (0, 1)
+            values = read(kind, piece.name, start, stop)
+            x.zero_() if values is None else x.copy_(values.reshape(x.shape))
