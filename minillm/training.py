@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch.optim import Optimizer
 
-from minillm import checkpoint, ladder
+from minillm import checkpoint, ladder, statetensors
 from minillm.checkpoint import Checkpoint
 from minillm.config import ModelConfig, TrainConfig
 from minillm.configure import RESUMABLE
@@ -17,6 +17,7 @@ from minillm.generate import generate
 from minillm.model import GPT
 from minillm.optim import Average
 from minillm.pace import Pacer
+from minillm.ranks import Ranks
 from minillm.recurrence import draw
 from minillm.schedule import Schedule
 from minillm.shards import Corpus
@@ -50,14 +51,18 @@ class Training:
     progress: Progress
     plan: Schedule
     fixed: dict[str, int | str]
+    ranks: Ranks = checkpoint.ALONE
 
 
 def save(t: Training) -> None:
-    """Write a checkpoint, and drop those that are no longer to be kept."""
+    """Write a checkpoint, and drop those that are no longer to be kept. Every rank calls it.
+
+    Of what all ranks have alike, each writes its share of the tensors.
+    """
     parameters = dict(t.model.named_parameters())
     tensors = {
         "model": parameters,
-        "optimizer": checkpoint.optimizer_tensors(
+        "optimizer": statetensors.optimizer_tensors(
             t.optimizers, {p: name for name, p in parameters.items()}
         ),
     }
@@ -69,10 +74,14 @@ def save(t: Training) -> None:
         "pace": t.plan.pace,
         "fixed": t.fixed,
     }
-    checkpoint.save(t.run, t.progress.step, tensors, state)
-    checkpoint.prune(
-        t.run, t.config.keep_last, t.progress.best_step if t.config.keep_best else None
-    )
+    if t.ranks.size > 1:
+        share = slice(t.ranks.rank, None, t.ranks.size)
+        tensors = {kind: dict([*named.items()][share]) for kind, named in tensors.items()}
+        state["shapes"] = {name: list(p.shape) for name, p in parameters.items()}
+    checkpoint.save(t.run, t.progress.step, tensors, state, t.ranks)
+    if t.ranks.rank == 0:
+        best = t.progress.best_step if t.config.keep_best else None
+        checkpoint.prune(t.run, t.config.keep_last, best)
 
 
 def restore(t: Training, past: Checkpoint, pacer: Pacer, given: frozenset[str]) -> None:
@@ -82,11 +91,11 @@ def restore(t: Training, past: Checkpoint, pacer: Pacer, given: frozenset[str]) 
     was meant to be so long from the start: the rate may go up again.
     """
     parameters = dict(t.model.named_parameters())
-    checkpoint.load_weights(t.model, past.tensors("model"), past.folder)
-    checkpoint.load_optimizer_tensors(t.optimizers, parameters, past.tensors("optimizer"))
+    statetensors.load_weights(t.model, past.tensors("model"), past.folder)
+    statetensors.load_optimizer_tensors(t.optimizers, parameters, past.tensors("optimizer"))
     if t.config.ema:
         t.average = Average(parameters, t.config.ema)
-        checkpoint.load_into(t.average.weights, past.tensors("ema"), past.folder)
+        statetensors.load_into(t.average.weights, past.tensors("ema"), past.folder)
     if given & {"steps", "epochs", "time_limit"}:
         t.plan = pacer.schedule(past.step)
     else:
