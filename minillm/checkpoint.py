@@ -26,7 +26,7 @@ from minillm.model import GPT
 from minillm.ops import select
 from minillm.ranks import Ranks
 from minillm.runs import checkpoints_of, load_run_tokenizer, read_config, require_run
-from minillm.statetensors import load_weights, refuse_misfit, refuse_values
+from minillm.statetensors import load_into, refuse_misfit, refuse_values
 from minillm.storage import file_digest, read_json, sync_file, sync_folder, write_json
 from minillm.tensorfiles import TensorFiles, file_name, files_by_kind, range_of
 from minillm.tokenizer import Tokenizer
@@ -97,7 +97,10 @@ class Checkpoint:
     def load_into(self, model: GPT) -> None:
         """Give `model` these weights, the averaged ones where there are any."""
         kind = "ema" if "ema" in self.kinds else "model"
-        load_weights(model, self.tensors(kind), self.folder)
+        own = dict(model.named_parameters())
+        self.check_fit(kind, own)
+        for name, p in own.items():  # one at a time: together they may be as large as the model
+            load_into({name: p}, {name: self._of(kind).whole(name)}, self.folder)
 
     def _of(self, kind: str) -> TensorFiles:
         if kind not in self.files:
