@@ -4,76 +4,195 @@
                                         state.json, manifest.json
 
 A checkpoint is written under a temporary name and renamed when everything is on the disk; its
-manifest holds the SHA-256 of every file and one of itself.
+manifest holds the SHA-256 of every file and one of itself. Each of N ranks writes a file
+KIND-0000R-of-0000N of what it has, and any number of ranks reads it, each what it needs.
 """
 
+import errno
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import save_file
 from torch import Tensor
-from torch.optim import Optimizer
 
+from minillm.agreement import agree, gather
 from minillm.config import ModelConfig
 from minillm.errors import CorruptError, UsageError
 from minillm.model import GPT
 from minillm.ops import select
+from minillm.ranks import Ranks
 from minillm.runs import checkpoints_of, load_run_tokenizer, read_config, require_run
+from minillm.statetensors import load_into, refuse_misfit, refuse_values
 from minillm.storage import file_digest, read_json, sync_file, sync_folder, write_json
+from minillm.tensorfiles import TensorFiles, file_name, files_by_kind, range_of
 from minillm.tokenizer import Tokenizer
+
+ALONE = Ranks()
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One verified checkpoint; tensors are read when asked for."""
+    """One verified checkpoint; tensors are read when asked for, onto the CPU.
+
+    files: kind ("model", "optimizer", "ema") -> its files, a rank each.
+    Tensors of "optimizer" are called STATE.PARAMETER: "exp_avg.norm.weight".
+    Every method raises CorruptError if what it reads is damaged or not there.
+    """
 
     folder: Path
     step: int
     state: dict[str, Any]
-    kinds: frozenset[str]
+    files: dict[str, list[Path]]
+    _opened: dict[str, TensorFiles] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """The kinds of tensors that there are."""
+        return frozenset(self.files)
+
+    def names(self, kind: str) -> list[str]:
+        """The names of the tensors of one kind."""
+        return sorted(self._of(kind).tensors)
+
+    def keys(self, kind: str) -> list[str]:
+        """What the files hold: NAME of a whole tensor, NAME[start:stop] of a part."""
+        return self._of(kind).keys()
+
+    def read(self, kind: str, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Elements [start, stop) of a tensor, row by row: (stop - start,); no other is read."""
+        files = self._of(kind)
+        if name not in files.tensors:
+            raise CorruptError(f"{self.folder}: lacks {name} of the {kind}")
+        return files.read(name, start, stop)
+
+    def piece(self, kind: str, name: str, start: int, stop: int) -> Tensor | None:
+        """Elements [start, stop) of parameter `name`, for one who keeps only these.
+
+        kind: "model", "ema" or a state of the optimiser ("exp_avg"), of which there may be none:
+        None. Of a state that is one number for the whole parameter ("step"), this: ().
+        """
+        if kind in ("model", "ema"):
+            values = self.read(kind, name, start, stop)
+            refuse_values(self.folder, name, values)
+            return values
+        files, name = self._of("optimizer"), f"{kind}.{name}"
+        if name not in files.tensors:
+            return None
+        number = files.tensors[name].shape == ()
+        return files.whole(name) if number else files.read(name, start, stop)
 
     def tensors(self, kind: str) -> dict[str, Tensor]:
-        """The tensors of "model", "optimizer" or "ema", on the CPU."""
-        path = self.folder / f"{kind}-00001-of-00001.safetensors"
-        try:
-            # Read, not mapped: a mapped file that is cut off takes the process along.
-            return load(path.read_bytes())
-        except (SafetensorError, OSError) as error:
-            raise CorruptError(f"{path}: {error}") from None
+        """All tensors of one kind by name, in their shapes."""
+        files = self._of(kind)
+        return {name: files.whole(name) for name in files.tensors}
+
+    def check_fit(self, kind: str, own: dict[str, Tensor]) -> None:
+        """Raise CorruptError unless "model" or "ema" has tensors of these names and shapes."""
+        refuse_misfit(self.folder, own, self._of(kind).tensors)
 
     def load_into(self, model: GPT) -> None:
         """Give `model` these weights, the averaged ones where there are any."""
         kind = "ema" if "ema" in self.kinds else "model"
-        load_weights(model, self.tensors(kind), self.folder)
+        own = dict(model.named_parameters())
+        self.check_fit(kind, own)
+        for name, p in own.items():  # one at a time: together they may be as large as the model
+            load_into({name: p}, {name: self._of(kind).whole(name)}, self.folder)
+
+    def _of(self, kind: str) -> TensorFiles:
+        if kind not in self.files:
+            raise CorruptError(f"{self.folder}: has no {kind}-00001-of-*.safetensors")
+        if kind not in self._opened:
+            self._opened[kind] = TensorFiles(
+                self.files[kind],
+                lambda name: _shape_of(self.state, kind, name),
+                numbers=kind == "optimizer",
+            )
+        return self._opened[kind]
 
 
-def save(run: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict, ranks=None) -> Path:
-    """Write checkpoint `step`; afterwards it is whole or absent.
+def _shape_of(state: dict, kind: str, name: str) -> list[int] | None:
+    """The shape that state.json states for a tensor, that of its parameter."""
+    return state.get("shapes", {}).get(name.partition(".")[2] if kind == "optimizer" else name)
 
-    tensors: kind ("model", "optimizer", "ema") -> name -> tensor.    state: JSON.
+
+def save(
+    run: Path,
+    step: int,
+    tensors: dict[str, dict[str, Tensor]],
+    state: dict,
+    ranks: Ranks = ALONE,
+) -> Path:
+    """Write checkpoint `step`; afterwards it is whole or absent. Every rank calls it.
+
+    tensors: kind ("model", "optimizer", "ema") -> name -> tensor, this rank's own, the same kinds
+    on each. A part of one, in one dimension, is called tensorfiles.key_of(name, start, stop).
+    state: JSON, rank 0's; with parts its "shapes" says the shape of every parameter, by name.
+    The folder must be the same for all ranks. If one cannot write, it raises its own OSError, the
+    others UnavailableError.
     """
     final = run / "checkpoints" / f"step-{step:08d}"
     temporary = final.with_name(f".{final.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    first, state = ranks.rank == 0, {"step": step, **state}
+    try:
+        agree(ranks, lambda: _make_anew(temporary) if first else None)
+        parts = gather(ranks, agree(ranks, lambda: _write_own(temporary, tensors, state, ranks)))
+        # What the ranks have is on the disk; the rest is one rank's work.
+        agree(ranks, lambda: _complete(temporary, final, parts, state) if first else None)
+    except Exception:
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return final
+
+
+def _make_anew(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _write_own(folder: Path, tensors: dict, state: dict, ranks: Ranks) -> dict[str, dict]:
+    """Write this rank's files and wait until they are on the disk; their entries in the manifest.
+
+    ValueError if a part is not what its name says.
+    """
+    written = {}
     for kind, named in tensors.items():
+        for key, t in named.items():
+            if span := range_of(key):
+                name, start, stop = span
+                if t.shape != (stop - start,) or _shape_of(state, kind, name) is None:
+                    raise ValueError(f"{kind} {key} is {list(t.shape)}, or of unknown shape")
         named = {name: t.detach().cpu().contiguous() for name, t in named.items()}
-        save_file(named, temporary / f"{kind}-00001-of-00001.safetensors", {"format": "pt"})
-    write_json(temporary / "state.json", {"step": step, **state})
-    files = {}
-    for path in sorted(temporary.iterdir()):
-        sync_file(path)
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
-    write_json(temporary / "manifest.json", {"files": files})
+        path = folder / file_name(kind, ranks.rank, ranks.size)
+        try:
+            save_file(named, path, {"format": "pt"})
+        except SafetensorError as error:  # which hides the system's own
+            raise OSError(errno.EIO, str(error), str(path)) from None
+        written[path.name] = _durable(path)
+    return written
+
+
+def _durable(path: Path) -> dict[str, Any]:
+    """Wait until a file is on the disk; its entry in the manifest."""
+    sync_file(path)
+    return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+
+
+def _complete(temporary: Path, final: Path, parts: list[dict], state: dict) -> None:
+    """Write what is left, the manifest last, and give the folder its name."""
+    write_json(temporary / "state.json", state)
+    files = {name: entry for part in parts for name, entry in part.items()}
+    files_by_kind(temporary, files)
+    files["state.json"] = _durable(temporary / "state.json")
+    write_json(temporary / "manifest.json", {"files": dict(sorted(files.items()))})
     if final.exists():
         shutil.rmtree(final)
     temporary.replace(final)
     sync_folder(final.parent)
-    return final
 
 
 def prune(run: Path, keep_last: int, best: int | None) -> None:
@@ -84,19 +203,15 @@ def prune(run: Path, keep_last: int, best: int | None) -> None:
             shutil.rmtree(steps[step])
 
 
-def open_checkpoint(run: Path, which: str = "last", ranks=None) -> Checkpoint:
+def open_checkpoint(run: Path, which: str = "last", ranks: Ranks = ALONE) -> Checkpoint:
     """The checkpoint "last", "best" or of a step number, every file checked against its hash.
 
-    Raises UsageError if there is no such run or checkpoint, CorruptError if it is damaged.
+    Every rank calls it, hashes its share of the files and learns what the others found.
+    Raises UsageError if there is no such run or checkpoint, CorruptError if it is damaged; the
+    same on all ranks.
     """
-    step = find_step(run, which)
-    return _verified(checkpoints_of(run)[step], step)
-
-
-def newest_settings(run: Path) -> dict[str, Any]:
-    """What a resumed run may change, as the newest checkpoint has it."""
-    steps = checkpoints_of(require_run(run))
-    return read_json(steps[max(steps)] / "state.json")["settings"] if steps else {}
+    step = gather(ranks, agree(ranks, lambda: find_step(run, which)))[0]
+    return _verified(run / "checkpoints" / f"step-{step:08d}", step, ranks)
 
 
 def find_step(run: Path, which: str = "last") -> int:
@@ -118,72 +233,28 @@ def find_step(run: Path, which: str = "last") -> int:
     return step
 
 
-def _verified(folder: Path, step: int) -> Checkpoint:
+def _verified(folder: Path, step: int, ranks: Ranks = ALONE) -> Checkpoint:
+    return agree(ranks, lambda: _checked(folder, step, ranks))
+
+
+def _checked(folder: Path, step: int, ranks: Ranks) -> Checkpoint:
+    """The checkpoint in `folder`, this rank's share of its files being hashed."""
     files = read_json(folder / "manifest.json")["files"]
-    for name, stated in files.items():
-        path = folder / name
+    # Whole rounds from the largest down give each rank about as many bytes.
+    by_size = sorted(files, key=lambda name: (-files[name]["bytes"], name))
+    for name in by_size[ranks.rank :: ranks.size]:
+        path, stated = folder / name, files[name]
         if not path.is_file() or path.stat().st_size != stated["bytes"]:
             raise CorruptError(f"{path}: missing or not {stated['bytes']} bytes long")
         if file_digest(path) != stated["sha256"]:
             raise CorruptError(f"{path}: damaged, its SHA-256 is not the manifest's")
+    for path in sorted(folder.glob("*.safetensors")):
+        if path.name not in files:
+            raise CorruptError(f"{path}: is not in the manifest")
     state = read_json(folder / "state.json")
     if state["step"] != step:
         raise CorruptError(f"{folder}: holds step {state['step']}")
-    kinds = frozenset(name.split("-")[0] for name in files if name.endswith(".safetensors"))
-    return Checkpoint(folder, step, state, kinds)
-
-
-def optimizer_tensors(optimizers: list[Optimizer], names: dict[Tensor, str]) -> dict[str, Tensor]:
-    """Every tensor of the optimisers' states, named KIND.PARAMETER."""
-    return {
-        f"{kind}.{names[p]}": value if torch.is_tensor(value) else torch.tensor(value)
-        for optimizer in optimizers
-        for p, state in optimizer.state.items()
-        for kind, value in state.items()
-    }
-
-
-def load_optimizer_tensors(
-    optimizers: list[Optimizer], parameters: dict[str, Tensor], tensors: dict[str, Tensor]
-) -> None:
-    """Give each parameter's optimiser the state that optimizer_tensors took from it."""
-    owner = {
-        p: optimizer for optimizer in optimizers for g in optimizer.param_groups
-        for p in g["params"]
-    }  # fmt: skip
-    for key, value in tensors.items():
-        kind, _, name = key.partition(".")
-        if name not in parameters:
-            raise CorruptError(f"optimizer state of {name}, which the model does not have")
-        p = parameters[name]
-        # Counts of steps stay on the CPU, where reading one waits for nothing.
-        owner[p].state[p][kind] = value.to(p.device) if value.dim() else value
-
-
-def load_weights(model: GPT, tensors: dict[str, Tensor], source: Path) -> None:
-    """Copy `tensors` into the model; raises as load_into."""
-    load_into(dict(model.named_parameters()), tensors, source)
-
-
-@torch.no_grad()
-def load_into(own: dict[str, Tensor], tensors: dict[str, Tensor], source: Path) -> None:
-    """Copy `tensors` into those of the same names.
-
-    Raises CorruptError if names or shapes are not the same or a value is not finite.
-    """
-    missing, extra = sorted(own.keys() - tensors), sorted(tensors.keys() - own.keys())
-    if missing or extra:
-        what = f"lacks {missing[0]}" if missing else f"has {extra[0]}, which is unknown"
-        raise CorruptError(f"{source}: does not fit the run's configuration: {what}")
-    for name, mine in own.items():
-        t = tensors[name]
-        if t.shape != mine.shape or not t.is_floating_point():
-            raise CorruptError(
-                f"{source}: {name} is {t.dtype} {list(t.shape)}, expected {list(mine.shape)}"
-            )
-        if not torch.isfinite(t).all():
-            raise CorruptError(f"{source}: {name} holds values that are not finite")
-        mine.copy_(t)
+    return Checkpoint(folder, step, state, files_by_kind(folder, files))
 
 
 def load_run(

@@ -5,7 +5,7 @@ What this room does not do: gradients, weights (zero.py, sharding.py).
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -69,10 +69,19 @@ class Ranks:
         dist.broadcast(data, 0)
         return json.loads(bytes(data.cpu().tolist()))
 
+    def share_of(self, names: Iterable[str]) -> list[str]:
+        """The names that fall to this rank, where each rank takes as many."""
+        return [*names][self.rank :: self.size]
+
     def wait(self) -> None:
         """Until every rank has come here."""
         if self.size > 1:
             dist.barrier()
+
+    def close(self) -> None:
+        """Take leave of the others."""
+        if self.size > 1:
+            dist.destroy_process_group()
 
     def in_turn(self, work: Callable[[], T]) -> T:
         """What `work` gives, done by one rank of each machine first and then by the others."""
@@ -92,40 +101,44 @@ class Ranks:
             print(text, file=sys.stderr, flush=True)
 
 
-@contextmanager
-def connected(world: World, device: torch.device, timeout_s: float) -> Iterator[Ranks]:
-    """The ranks of this launch inside the `with`; alone at once.
+def connect(world: World, device: torch.device, timeout_s: float) -> Ranks:
+    """The ranks of this launch, connected; alone at once.
 
     timeout_s: how long a rank may keep the others waiting before they give it up.
     The store is that of the launcher, under a prefix of this attempt: what a killed attempt left in
     it would lead the next one astray.
-    Raises PeerLostError when another rank is gone.
     """
     if world.size == 1:
-        yield Ranks(device=device)
-        return
+        return Ranks(device=device)
     limit = timedelta(seconds=timeout_s)
+    store = open_store(world, limit)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=world.rank,
+        world_size=world.size,
+        timeout=limit,
+        device_id=device if device.type == "cuda" else None,
+    )
+    return Ranks(world, device, store)
+
+
+@contextmanager
+def connected(world: World, device: torch.device, timeout_s: float) -> Iterator[Ranks]:
+    """The ranks of `connect` inside the `with`. Raises PeerLostError when another one is gone."""
     try:
-        store = open_store(world, limit)
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            store=store,
-            rank=world.rank,
-            world_size=world.size,
-            timeout=limit,
-            device_id=device if device.type == "cuda" else None,
-        )
-        yield Ranks(world, device, store)
+        ranks = connect(world, device, timeout_s)
+        yield ranks
+        ranks.close()
     except RuntimeError as error:
         # Whatever the engine says when a peer's end of a connection closes, or stays silent.
-        if not any(word in str(error).lower() for word in BROKEN):
+        if world.size == 1 or not any(word in str(error).lower() for word in BROKEN):
             raise
         raise PeerLostError(
             "another rank was killed, failed or has not answered for "
             f"{timeout_s:g} s (--rank-timeout); go on with --resume, or let torchrun "
             "--max-restarts N do it"
         ) from error
-    dist.destroy_process_group()
 
 
 def open_store(world: World, limit: timedelta) -> dist.Store:

@@ -112,6 +112,12 @@ def checkpoints_of(run: Path) -> dict[int, Path]:
     return {int(m[1]): f.parent for f in folders if (m := STEP.fullmatch(f.parent.name))}
 
 
+def newest_settings(run: Path) -> dict[str, Any]:
+    """What a resumed run may change, as its newest checkpoint has it."""
+    steps = checkpoints_of(require_run(run))
+    return read_json(steps[max(steps)] / "state.json")["settings"] if steps else {}
+
+
 def require_run(run: Path) -> Path:
     """`run`, if it is a run folder; UsageError if not."""
     if run.is_dir() and (run / "config.json").is_file():

@@ -11,6 +11,7 @@ Source: Rajbhandari et al. 2020, arXiv:1910.02054, section 5.
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +19,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from minillm.checkpoint import Checkpoint, load_optimizer_tensors, load_weights
+from minillm.checkpoint import Checkpoint
 from minillm.model import GPT
 from minillm.optim import Recipe, squares
+from minillm.pieces import Piece
 from minillm.ranks import Ranks
+from minillm.statetensors import load_optimizer_tensors, load_weights
 from minillm.zero import ZeroOptimizer
-
-# (kind, name, start, stop, values): kind "model" or one of the optimiser's state; a flat range of a
-# parameter, or all of it with a number.
-Stored = tuple[str, str, int, int, Tensor]
 
 
 class Replicated:
@@ -65,10 +64,10 @@ class Replicated:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
 
-    def pieces(self) -> Iterator[Stored]:
-        """What this rank has to save."""
-        if self.ranks.rank == 0:
-            yield from pieces_of(self.parameters, self.optimizers)
+    def pieces(self) -> Iterator[Piece]:
+        """What this rank has to save: here its share of what all have."""
+        mine = self.ranks.share_of(self.parameters)
+        yield from pieces_of({name: self.parameters[name] for name in mine}, self.optimizers)
 
     def load(self, past: Checkpoint) -> None:
         """Take all weights and states from a checkpoint."""
@@ -120,26 +119,16 @@ class Flat:
         for optimizer in self.optimizers:
             optimizer.zero_grad()
 
-    def pieces(self) -> Iterator[Stored]:
-        """As Replicated's: of this rank's shards."""
+    def pieces(self) -> Iterator[Piece]:
+        """As Replicated's: this rank's shards."""
         for optimizer in self.optimizers:
-            for piece in optimizer.pieces():
-                span = piece.start, piece.stop
-                yield "model", piece.name, *span, piece.master
-                for kind, values in piece.state.items():
-                    if values.dim() or not piece.start:
-                        yield kind, piece.name, *span, values
+            yield from optimizer.pieces()
 
     def load(self, past: Checkpoint) -> None:
         """As Replicated's; each rank reads its shards."""
-        known = {kind: set(past.names(kind)) for kind in ("model", "optimizer")}
-
-        def read(kind: str, name: str, start: int, stop: int) -> Tensor | None:
-            file, key = ("model", name) if kind == "model" else ("optimizer", f"{kind}.{name}")
-            return past.read(file, key, start, stop) if key in known[file] else None
-
+        past.check_fit("model", dict(self.model.named_parameters()))
         for optimizer in self.optimizers:
-            optimizer.load(read)
+            optimizer.load(past.piece)
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
@@ -197,29 +186,26 @@ class Full:
         for name, p in self.parameters.items():
             p.grad = self.locals[name].grad = None
 
-    def pieces(self) -> Iterator[Stored]:
-        """As Replicated's: of this rank's rows."""
-        starts = {n: self._start(n) for n in self.locals}
-        for kind, name, start, stop, values in pieces_of(self.locals, self.optimizers):
-            if values.dim() or not starts[name]:
-                yield kind, name, start + starts[name], stop + starts[name], values
+    def pieces(self) -> Iterator[Piece]:
+        """As Replicated's: this rank's rows."""
+        for piece in pieces_of(self.locals, self.optimizers):
+            start = self._start(piece.name)
+            yield replace(piece, start=start, stop=start + piece.stop)
 
     @torch.no_grad()
     def load(self, past: Checkpoint) -> None:
         """As Replicated's; each rank reads its rows."""
-        owner = {id(p): o for o in self.optimizers for g in o.param_groups for p in g["params"]}
+        past.check_fit("model", dict(self.model.named_parameters()))
+        owner = {p: o for o in self.optimizers for g in o.param_groups for p in g["params"]}
+        kinds = {key.partition(".")[0] for key in past.names("optimizer")}
         for name, p in self.locals.items():
-            start = self._start(name)
-            span = start, start + p.numel()
-            p.copy_(past.read("model", name, *span).view_as(p))
-        for key in past.names("optimizer"):
-            kind, _, name = key.partition(".")
-            p, start = self.locals[name], self._start(name)
-            state = owner[id(p)].state[p]
-            if kind == "step":
-                state[kind] = past.read("optimizer", key).reshape(())
-            else:
-                state[kind] = past.read("optimizer", key, start, start + p.numel()).view_as(p)
+            span = self._start(name), self._start(name) + p.numel()
+            p.copy_(past.piece("model", name, *span).view_as(p))
+            for kind in kinds:
+                values = past.piece(kind, name, *span)
+                if values is not None:
+                    values = values.view_as(p).to(p.device) if values.dim() else values
+                    owner[p].state[p][kind] = values
 
     def _start(self, name: str) -> int:
         """The element of a parameter at which this rank's rows begin; FSDP2 cuts as torch.chunk."""
@@ -239,17 +225,15 @@ class Full:
 
 def pieces_of(
     parameters: dict[str, Tensor], optimizers: list[torch.optim.Optimizer]
-) -> Iterator[Stored]:
-    """Whole parameters and their optimisers' states, as `Replicated.pieces` tells them."""
-    names = {p: name for name, p in parameters.items()}
+) -> Iterator[Piece]:
+    """Whole parameters and their optimisers' states."""
+    states = {p: state for optimizer in optimizers for p, state in optimizer.state.items()}
     for name, p in parameters.items():
-        yield "model", name, 0, p.numel(), p.detach().reshape(-1)
-    for optimizer in optimizers:
-        for p, state in optimizer.state.items():
-            for kind, value in state.items():
-                value = value if torch.is_tensor(value) else torch.tensor(value)
-                flat = value.reshape(-1) if value.dim() else value
-                yield kind, names[p], 0, p.numel(), flat
+        state = {
+            kind: value.reshape(-1) if value.dim() else value
+            for kind, value in states.get(p, {}).items()
+        }
+        yield Piece(name, 0, p.numel(), p.detach().reshape(-1), state)
 
 
 Sharding = Replicated | Flat | Full

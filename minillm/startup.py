@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from minillm import __version__, checkpoint, cli, runs, world
+from minillm import __version__, cli, runs, world
 from minillm.config import ModelConfig, TrainConfig
 from minillm.configure import changed, read_config, resolve
 from minillm.corpus import prepare
@@ -56,7 +56,7 @@ def begin(args: Namespace, here: World) -> tuple[Settings, Path | None]:
     """
     if here.attempt and (run := runs.run_of(here.launch, args.out)) is not None:
         model, train = runs.read_config(run)
-        train = _as_train_config(run, train | checkpoint.newest_settings(run))
+        train = _as_train_config(run, train | runs.newest_settings(run))
         return Settings(model, train, frozenset()), run
     if args.resume is not None:
         if args.out or args.init_from or args.overwrite:
@@ -66,7 +66,7 @@ def begin(args: Namespace, here: World) -> tuple[Settings, Path | None]:
         run = runs.newest_run() if args.resume is NEWEST else Path(args.resume)
         model, train = runs.read_config(run)
         # What an earlier --resume changed stands in the checkpoint.
-        config = _as_train_config(run, train | checkpoint.newest_settings(run))
+        config = _as_train_config(run, train | runs.newest_settings(run))
         wishes = resolve(vars(args), args.config, None, asdict(model) | asdict(config))
         return changed(model, config, wishes), run
     device = args.device

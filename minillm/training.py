@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from minillm import checkpoint, ladder
 from minillm.checkpoint import Checkpoint
@@ -23,6 +22,7 @@ from minillm.recurrence import draw
 from minillm.schedule import Schedule
 from minillm.sharding import Sharding
 from minillm.shards import Corpus
+from minillm.statetensors import load_into, sharded_tensors
 
 SAMPLE_TOKENS = 200
 LADDER_WINDOWS = 64  # that recurrence is judged on, at every evaluation
@@ -66,28 +66,20 @@ class Training:
 
 
 def save(t: Training) -> None:
-    """Write a checkpoint, and drop those that are no longer to be kept."""
-    shapes = {name: p.shape for name, p in t.model.named_parameters()}
-    tensors: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
-    for kind, name, start, stop, values in t.sharding.pieces():
-        whole = stop - start == shapes[name].numel()
-        if whole and values.dim():
-            values = values.view(shapes[name])
-        key = name if whole or not values.dim() else f"{name}[{start}:{stop}]"
-        if kind == "model":
-            tensors["model"][key] = values
-        else:
-            tensors["optimizer"][f"{kind}.{key}"] = values
-    if t.average and t.ranks.rank == 0:
-        tensors["ema"] = t.average.weights
+    """Write a checkpoint, and drop those that are no longer to be kept. Every rank calls it."""
+    shapes = {name: tuple(p.shape) for name, p in t.model.named_parameters()}
+    tensors = sharded_tensors(t.sharding.pieces(), shapes)
+    if t.average:
+        tensors["ema"] = {name: t.average.weights[name] for name in t.ranks.share_of(shapes)}
     state = {
         "progress": asdict(t.progress),
         "settings": {name: getattr(t.config, name) for name in sorted(RESUMABLE)},
         "pace": t.plan.pace,
         "fixed": t.fixed,
         "scale": asdict(t.scale) if t.scale else None,
-        "shapes": {name: list(shape) for name, shape in shapes.items()},
     }
+    if t.ranks.size > 1:
+        state["shapes"] = {name: list(shape) for name, shape in shapes.items()}
     checkpoint.save(t.run, t.progress.step, tensors, state, t.ranks)
     if t.ranks.rank == 0:
         best = t.progress.best_step if t.config.keep_best else None
@@ -105,7 +97,7 @@ def restore(t: Training, past: Checkpoint, pacer: Pacer, given: frozenset[str]) 
         t.scale = LossScale(**past.state["scale"])
     if t.config.ema:
         t.average = Average(dict(t.model.named_parameters()), t.config.ema)
-        checkpoint.load_into(t.average.weights, past.tensors("ema"), past.folder)
+        load_into(t.average.weights, past.tensors("ema"), past.folder)
     if given & {"steps", "epochs", "time_limit"}:
         t.plan = pacer.schedule(past.step)
     else:

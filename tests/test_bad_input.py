@@ -470,10 +470,11 @@ def test_debug_shows_where(train, capfd):
 
 
 def test_many_ranks(train, tmp_path, monkeypatch, capfd):
+    for name in ("RANK", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    check(
-        train("--out", tmp_path / "x"), 2, "this version trains in one process", "train.py", capfd
-    )
+    words = "RANK or MASTER_ADDR is not set; start with torchrun --nproc-per-node 2 train.py"
+    check(train("--out", tmp_path / "x"), 2, words, "train.py", capfd)
 
 
 def test_there_are_enough_cases():

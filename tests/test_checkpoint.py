@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minillm import checkpoint, errors, runs, storage
+from minillm import checkpoint, errors, runs, statetensors, storage
 from minillm.checkpoint import load_run, open_checkpoint, prune, save
 from minillm.config import ModelConfig
 from minillm.errors import CorruptError, UsageError
@@ -51,7 +51,7 @@ def test_weights_optimisers_and_average_come_back_bit_for_bit(tmp_path, name):
     take_steps(model, optimizers, average, 3)
     parameters = dict(model.named_parameters())
     names = {p: n for n, p in parameters.items()}
-    state = checkpoint.optimizer_tensors(optimizers, names)
+    state = statetensors.optimizer_tensors(optimizers, names)
     tensors = {"model": parameters, "optimizer": state, "ema": average.weights}
     save(tmp_path, 3, tensors, {"pace": [[0, 0.0], [9, 1.0]]})
 
@@ -65,9 +65,9 @@ def test_weights_optimisers_and_average_come_back_bit_for_bit(tmp_path, name):
             assert torch.equal(loaded[key], value), key
 
     other, others, mean = equipped(name, seed=1)
-    checkpoint.load_weights(other, found.tensors("model"), found.folder)
+    statetensors.load_weights(other, found.tensors("model"), found.folder)
     theirs = dict(other.named_parameters())
-    checkpoint.load_optimizer_tensors(others, theirs, found.tensors("optimizer"))
+    statetensors.load_optimizer_tensors(others, theirs, found.tensors("optimizer"))
     mean.weights = found.tensors("ema")
     for m, o, a in ((model, optimizers, average), (other, others, mean)):
         take_steps(m, o, a, 2)
@@ -144,6 +144,11 @@ def test_tensors_that_do_not_belong(run, edit, message):
     "kind, edit, message",
     [
         ("optimizer", lambda t: {**t, "exp_avg.x": torch.ones(1)}, "optimizer state of x"),
+        (
+            "optimizer",
+            lambda t: {**t, "exp_avg.norm.weight": torch.ones(3)},
+            "exp_avg.norm.weight is [3], expected [16]",
+        ),
         ("model", rename, "lacks norm.weight"),
     ],
 )

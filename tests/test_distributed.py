@@ -1,4 +1,4 @@
-"""train.py on several ranks, as torchrun starts it: the same losses, once said, never left hanging."""
+"""train.py on several ranks, as torchrun starts it: the same losses, nothing said twice."""
 
 import json
 import os
@@ -149,7 +149,17 @@ def test_a_killed_rank_comes_back_and_one_rank_goes_on(text, tmp_path, dtype, ba
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_survivors_leave_with_seven(text, tmp_path, how):
     """Without torchrun, whose agent would end them itself: at once, or when the time is over."""
-    flags = ["--data", text, *MODEL, "--steps", 100000, "--rank-timeout", 5, "--out", tmp_path / "r"]
+    flags = [
+        "--data",
+        text,
+        *MODEL,
+        "--steps",
+        100000,
+        "--rank-timeout",
+        5,
+        "--out",
+        tmp_path / "r",
+    ]
     common = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2",
               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}  # fmt: skip
     ranks = [
@@ -176,7 +186,7 @@ def test_survivors_leave_with_seven(text, tmp_path, how):
     "flags, words",
     [
         (["--zero", "4"], "--zero: 4 is out of range; expected between 0 and 3"),
-        (["--zero", "3", "--optimizer", "muon"], "--zero 3 cuts the matrices that muon needs whole"),
+        (["--zero", "3", "--optimizer", "muon"], "--zero 3 cuts the matrices that muon"),
         (["--offload"], "--offload is of --zero 1 or 2"),
         (["--ema", "0.9", "--zero", "1"], "--ema averages whole weights"),
         (["--batch-size", "9", "--micro-batch-size", "3"], "--batch-size 9 is not a multiple of 2"),

@@ -14,10 +14,11 @@ FLOORS = {
     "kernels/reference_optim kernels/reference_sampling kernels/eager_optim kernels/eager_sampling "
     "kernels/_interpreter kernels/_tanh",
     1: "kernels/reference kernels/_launch cli world bpe storage documents setting",
-    2: "precision ranks shape kernels/eager kernels/adamw kernels/newton_schulz kernels/swiglu kernels/_rows "
+    2: "precision ranks shape tensorfiles "
+    "kernels/eager kernels/adamw kernels/newton_schulz kernels/swiglu kernels/_rows "
     "kernels/linear_cross_entropy kernels/sample "
     "kernels/_rope_kernels kernels/_attention_blocks",
-    3: "kernels/sandwich_norm kernels/rope_cache kernels/_attention_forward "
+    3: "agreement statetensors kernels/sandwich_norm kernels/rope_cache kernels/_attention_forward "
     "kernels/_attention_backward kernels/decode_attention",
     4: "kernels/rms_norm kernels/rope kernels/attention",
     5: "config ops tokenizer split buckets",

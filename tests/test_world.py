@@ -82,12 +82,32 @@ def test_dtypes(monkeypatch):
     assert world.pick_dtype("auto", CUDA, 8) == torch.bfloat16
 
 
-def test_many_ranks_are_refused(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    world.refuse_many_ranks()
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match="WORLD_SIZE is 2"):
-        world.refuse_many_ranks()
+def test_what_a_launcher_says(monkeypatch):
+    for name in ("RANK", "MASTER_ADDR", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert world.launched() == world.World()
+    said = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "GROUP_RANK": "1",
+            "TORCHELASTIC_RESTART_COUNT": "2", "TORCHELASTIC_RUN_ID": "job",
+            "MASTER_ADDR": "here", "MASTER_PORT": "1234",
+            "TORCHELASTIC_USE_AGENT_STORE": "True"}  # fmt: skip
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    assert world.launched() == world.World(3, 4, 1, 1, 2, "job", "here", 1234, True)
+    monkeypatch.setenv("RANK", "three")
+    with pytest.raises(UsageError, match="RANK is 'three'; expected a whole number"):
+        world.launched()
+    monkeypatch.delenv("RANK")
+    with pytest.raises(UsageError, match="WORLD_SIZE is 4, but RANK or MASTER_ADDR is not set"):
+        world.launched()
+
+
+def test_each_rank_of_a_machine_has_its_own_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert world.pick_device("auto", 1) == torch.device("cuda:1")
+    assert world.pick_device("cpu", 1) == CPU
+    with pytest.raises(UnavailableError, match="cuda:2: 2 CUDA devices here"):
+        world.pick_device("cuda", 2)
 
 
 MIB = 1 << 20
