@@ -79,11 +79,13 @@ class Checkpoint:
             values = self.read(kind, name, start, stop)
             refuse_values(self.folder, name, values)
             return values
-        files, name = self._of("optimizer"), f"{kind}.{name}"
-        if name not in files.tensors:
+        files, key = self._of("optimizer"), f"{kind}.{name}"
+        if key not in files.tensors:
             return None
-        number = files.tensors[name].shape == ()
-        return files.whole(name) if number else files.read(name, start, stop)
+        shape, parameter = files.tensors[key].shape, self._of("model").tensors.get(name)
+        if shape and (parameter is None or shape != parameter.shape):
+            raise CorruptError(f"{self.folder}: {key} is {list(shape)}, unlike its parameter")
+        return files.read(key, start, stop) if shape else files.whole(key)
 
     def tensors(self, kind: str) -> dict[str, Tensor]:
         """All tensors of one kind by name, in their shapes."""
@@ -120,11 +122,7 @@ def _shape_of(state: dict, kind: str, name: str) -> list[int] | None:
 
 
 def save(
-    run: Path,
-    step: int,
-    tensors: dict[str, dict[str, Tensor]],
-    state: dict,
-    ranks: Ranks = ALONE,
+    run: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict, ranks: Ranks = ALONE
 ) -> Path:
     """Write checkpoint `step`; afterwards it is whole or absent. Every rank calls it.
 

@@ -240,6 +240,14 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
             found.piece("model", "w", 1, 3)
 
 
+def test_a_state_of_another_shape_than_its_parameter_is_refused(tmp_path):
+    (tmp_path / "config.json").touch()
+    w = torch.ones(4, 2)
+    save(tmp_path, 1, {"model": {"w": w}, "optimizer": {"exp_avg.w": torch.ones(2, 4)}}, {})
+    with pytest.raises(CorruptError, match=r"exp_avg.w is \[2, 4\], unlike its parameter"):
+        open_checkpoint(tmp_path).piece("exp_avg", "w", 0, 2)
+
+
 WHERE = ["save_file", "file_digest", "write_json", "sync_folder", "_make_anew"]
 
 
