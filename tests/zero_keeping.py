@@ -13,7 +13,7 @@ from minillm.ranks import Ranks
 from minillm.zero import ZeroOptimizer
 from tests.zero_toy import Toy, adamw, groups_of, make_pair, make_zero, named, train
 
-TIMEOUT_S = 60  # how long the ranks wait for one another
+TIMEOUT_S = 30  # how long the ranks wait for one another
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 CASES = {  # what is saved: parameters' dtype, storage, by owners, tolerance of later losses
     "fp64": (F64, None, False, 1e-11),

@@ -5,7 +5,6 @@ As a script: every check in turn, and a JSON object of what each complains about
 
 import json
 import sys
-import time
 import traceback
 from functools import partial
 from pathlib import Path
@@ -64,8 +63,9 @@ def recorded(ranks: Ranks, dtype: torch.dtype, accumulate: int, split: bool, **o
     names = list(named(model))
     shares = [names[::2], names[1::2]] if split else [names]
     zeros = [make_zero(model, ranks, Record, share, **options) for share in shares]
-    # Whole matrices of all sizes are only even in buckets of many.
-    assert sum(len(zero.buckets) for zero in zeros) >= (2 if options.get("whole") else 4)
+    # Whole matrices of all sizes are only even in buckets of many; of bf16, twice as many fit.
+    few = options.get("whole") or options.get("reduce_dtype") == BF16
+    assert sum(len(zero.buckets) for zero in zeros) >= (2 if few else 4)
     errors = []
     for step in (0, 1):
         backward(model, zeros, step, ranks, accumulate)
@@ -272,23 +272,21 @@ CHECKS = {
 
 
 def run(ranks: Ranks, folder: Path) -> dict[str, str]:
-    """What each check complains about, and on standard error how long it took."""
+    """What each check complains about."""
     said = {}
     for name, check in CHECKS.items():
-        start = time.perf_counter()
         try:
             check(ranks, folder)
             said[name] = ""
         except Exception:
             said[name] = traceback.format_exc()
-        print(f"{name} {time.perf_counter() - start:.2f} s", file=sys.stderr, flush=True)
     return said
 
 
 def poison_empty() -> None:
     """As conftest.py does in the tests' own process: unwritten memory holds NaN."""
     empty = torch.empty
-    torch.empty = lambda *a, **k: empty(*a, **k).fill_(torch.nan)
+    torch.empty = lambda *a, **k: torch.no_grad()(torch.Tensor.fill_)(empty(*a, **k), torch.nan)
 
 
 if __name__ == "__main__":
