@@ -5,14 +5,15 @@
 
 Rounds go through all collectives and sizes in an order of their own; a time is that of the slowest
 rank, its median over the rounds is fitted. The fit is of sizes up to 25 MiB, a bucket; every third
-is held out of it, and says what it is worth between its points. Writes links.json beside itself, an
-entry for each number of ranks, which `python -m minillm plan --links` reads. gloo's reduce-scatter
-is an all-reduce inside: hence a fit for each collective.
+is held out of it, and says what it is worth between its points. Writes links.json, which
+`python -m minillm plan --links` reads, and links.md beside itself, an entry for each number of
+ranks. gloo's reduce-scatter is an all-reduce inside: hence a fit for each collective.
 """
 
 import argparse
 import datetime
 import json
+import os
 import random
 import statistics
 import sys
@@ -33,6 +34,8 @@ from minillm.ranks import Ranks, connect  # noqa: E402
 KIB = 1024
 BUCKET = 25600 * KIB  # 25 MiB, the largest that training sends
 SIZES = [n * KIB for n in (4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 25600)]
+# From here on each buffer is new pages of the system's (glibc's largest mmap threshold is 32 MiB):
+# twice the time, and with MALLOC_MMAP_THRESHOLD_ raised not.
 BEYOND = [n * KIB for n in (32768, 49152, 65536)]
 HELD_OUT = SIZES[1:-1:3]
 SMALL = 256 * KIB  # below this several are timed together
@@ -52,7 +55,7 @@ def main() -> None:
     times = measure(ranks, args.rounds)
     if ranks.rank == 0:
         entry = fitted(times, ranks.size)
-        print(table(entry, ranks.size), flush=True)
+        print(table(entry, str(ranks.size)), flush=True)
         write(args.out, ranks.size, entry)
     ranks.wait()
     ranks.close()
@@ -95,7 +98,10 @@ def measure(ranks: Ranks, rounds: int) -> dict[tuple[str, int], list[float]]:
 
 def fitted(times: dict[tuple[str, int], list[float]], size: int) -> dict:
     """The entry of one number of ranks in links.json."""
-    entry: dict = {"date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")}
+    entry: dict = {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "load": os.getloadavg()[0],  # ours with it
+    }
     for name in links.ROUNDS:
         rows = []
         for n in SIZES + BEYOND:
@@ -122,8 +128,9 @@ def quantiles(seconds: list[float]) -> tuple[float, float, float]:
     return fifths[0], statistics.median(seconds), fifths[3]
 
 
-def table(entry: dict, size: int) -> str:
+def table(entry: dict, ranks: str) -> str:
     """The fit as Markdown."""
+    size = int(ranks)
     lines = [
         f"| {size} ranks | alpha us | beta GB/s | error | held out | above 25 MiB |",
         "|---|--:|--:|--:|--:|--:|",
@@ -159,6 +166,18 @@ def write(path: Path, size: int, entry: dict) -> None:
     )
     content["worlds"][str(size)] = entry
     path.write_text(json.dumps(content, indent=1) + "\n")
+    path.with_suffix(".md").write_text(report(content))
+
+
+def report(content: dict) -> str:
+    """All of links.json as Markdown."""
+    blocks = ["# Latency and bandwidth of collectives", f"{content['machine']}."]
+    for ranks in sorted(content["worlds"], key=int):
+        entry = content["worlds"][ranks]
+        command = f"torchrun --nproc-per-node {ranks} benchmarks/zero/fit.py"
+        blocks.append(f"## {ranks} ranks, {entry['date']}, load {entry['load']:.0f}: `{command}`")
+        blocks.append(table(entry, ranks))
+    return "\n\n".join(blocks) + "\n"
 
 
 if __name__ == "__main__":

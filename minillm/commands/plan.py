@@ -27,7 +27,7 @@ CHARACTERS = 65  # of tiny shakespeare
 MFU, OVERLAP = 0.4, 0.7
 # One way, in GB/s: the nominal figures of NVLink 4 (H100, H200), and of 400 Gbit/s a GPU.
 LINK_GBS, NODE_LINK_GBS = 450.0, 50.0
-LATENCY_US, NODE_GPUS, HOST_GBS = 10.0, 8, 25.0
+LATENCY_US, NODE_GPUS, HOST_GBS = 5.0, 8, 25.0
 
 
 def main(argv: Sequence[str]) -> None:
@@ -208,6 +208,10 @@ def _speeds(
     overlap = _or(args.overlap, 0.0 if network.measured else OVERLAP)
     lines.append(f"links: {network.source}")
     lines.append(f"overlap {overlap:g} of what can run beside computation: {_whose(args.overlap)}")
+    if not network.measured:
+        lines.append(
+            "rings at any size: trees, which take less where latency counts, are not in it"
+        )
     lines.append("not in it: stragglers, congestion, failures, input, evaluation")
     flops = peak * _or(args.mfu, MFU)
     return Speeds(flops, 1e9 * memory, 1e9 * _or(args.host_gbs, HOST_GBS), overlap), lines
