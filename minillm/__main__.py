@@ -10,6 +10,7 @@ VERBS = {
     "train": ("minillm.scripts.train", "train a decoder on text"),
     "sample": ("minillm.scripts.sample", "generate text from a run"),
     "prepare": ("minillm.commands.prepare", "turn text into a tokenizer and token shards"),
+    "plan": ("minillm.commands.plan", "reckon a training's memory and time before it runs"),
     "profile": ("minillm.commands.profile", "measure the kernels and the model on this machine"),
 }
 

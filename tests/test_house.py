@@ -18,25 +18,25 @@ FLOORS = {
     "kernels/eager kernels/adamw kernels/newton_schulz kernels/swiglu kernels/_rows "
     "kernels/linear_cross_entropy kernels/sample "
     "kernels/_rope_kernels kernels/_attention_blocks",
-    3: "agreement statetensors kernels/sandwich_norm kernels/rope_cache kernels/_attention_forward "
+    3: "links agreement statetensors kernels/sandwich_norm kernels/rope_cache kernels/_attention_forward "
     "kernels/_attention_backward kernels/decode_attention",
     4: "kernels/rms_norm kernels/rope kernels/attention",
     5: "config ops tokenizer split buckets",
-    6: "start layers runs settings optim shards encoding stream pieces",
+    6: "plan start layers runs settings optim shards encoding stream pieces",
     7: "configure data corpus recurrence sequences zero",
     8: "model pace",
     9: "checkpoint evaluate exits requests huginn profiling/__init__ profiling/timing "
     "profiling/roofline profiling/pivot profiling/style profiling/occupancy profiling/sass "
-    "profiling/ttir profiling/dry profiling/cases",
+    "profiling/ttir profiling/dry profiling/cases activations",
     10: "sharding startup ladder generate profiling/machine profiling/plot profiling/bound",
     11: "microbatch gradients speculate profiling/workloads profiling/audit profiling/ranks",
-    12: "training profiling/precision profiling/sizes profiling/page",
+    12: "plan_text training profiling/precision profiling/sizes profiling/page",
     13: "profiling/implementations profiling/report",
     14: "profiling/interpreted",
     15: "profiling/operations",
     16: "profiling/steps profiling/decoding profiling/tune",
     17: "profiling/suites profiling/trace",
-    18: "train sample commands/__init__ commands/prepare commands/profile",
+    18: "train sample commands/__init__ commands/plan commands/prepare commands/profile",
     19: "__main__",
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms.split()}
