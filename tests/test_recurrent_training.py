@@ -139,7 +139,7 @@ def test_alarms():
         (("--recurrent", "1,1,1", "--norm", "layernorm"), "needs --norm rmsnorm"),
         (("--recurrent", "1,1,1", "--recurrence-style", "moth"), "not one of huginn, parcae"),
         (("--recurrent", "1,9999,1"), "is 10001 blocks; at most 10000"),
-        (("--recurrent", "1,1,1", "--n-layer", "7"), "is 3 blocks; leave --n-layer out"),
+        (("--recurrent", "1,1,1", "--n-layer", "7"), "is 3 blocks; leave it out"),
         (("--mean-recurrence", "5"), "--mean-recurrence is of recurrent depth; add --recurrent"),
         (("--injection", "add"), "--injection is of recurrent depth"),
     ],
