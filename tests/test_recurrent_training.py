@@ -184,9 +184,14 @@ def test_sample_at_a_recurrence(recurrent_run, capfd):
     [
         (("--recurrence", "0"), "out of range"),
         (("--recurrence", "-1"), "out of range"),
-        (("--recurrence", "1000000000"), "recurrence is 1000000000; expected 1 to 4096"),
+        (("--recurrence", "1000000000"), "--recurrence 1000000000: expected 1 to 4096"),
         (("--recurrent-cache", "half"), "half"),
-        (("--draft-recurrence", "3"), "draft recurrence is 3; expected 1 to 2"),
+        (("--draft-recurrence", "3"), "--draft-recurrence 3: expected 1 to 2"),
+        (
+            ("--recurrence", "1", "--draft-recurrence", "1"),
+            "nothing is shorter than --recurrence 1",
+        ),
+        (("--exit-by", "kl", "--exit-patience", "9" * 20), "expected between 0 and 4096"),
         (("--draft-recurrence", "1", "--exit-by", "kl"), "--draft-recurrence goes with none of"),
         (("--exit-threshold", "0.5"), "are of --exit-by; add it"),
         (("--exit-by", "confidence", "--exit-threshold", "2"), "a confidence is from 0 to 1"),
