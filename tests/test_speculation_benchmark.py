@@ -1,4 +1,4 @@
-"""benchmarks/recurrence/speculation.py: the same texts in fp32, counted where rounding may differ."""
+"""benchmarks/recurrence/speculation.py: texts that differ are errors in fp32, else counted."""
 
 import importlib.util
 import sys
