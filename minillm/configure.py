@@ -46,6 +46,8 @@ def resolve(
     chosen = dict(PRESETS[preset]) if preset else {}
     if "recurrent" in user and "init" not in user:
         chosen.pop("init", None)  # it was tuned for fixed depth; a core has its own
+    if user.get("init_from"):
+        chosen.pop("recurrent", None)  # the model, and with it the core, is that run's
     values = {**(base or {}), **chosen, **user, "preset": preset}
     # What the user says about the length replaces all that the preset says about it.
     lengths = ("steps", "epochs", "time_limit")

@@ -120,6 +120,8 @@ def test_how_often_a_core_runs_may_be_set_anew(recurrent_run):
     assert depths(inherited(recurrent_run, "--mean-recurrence", "16")) == (16, 64, 8)
     assert depths(inherited(recurrent_run, "--max-recurrence", "7")) == (2, 7, 7)
     assert depths(inherited(recurrent_run, "--backprop-depth", "1")) == (2, 5, 1)
+    of_preset = inherited(recurrent_run, "--preset", "nano-recurrent", "--max-recurrence", "3")
+    assert depths(of_preset) == (2, 3, 3) and of_preset.model.recurrent == "1,1,1"
     given = ("--mean-recurrence", "4", "--max-recurrence", "6", "--backprop-depth", "2")
     settings = inherited(recurrent_run, *given, "--recurrence-groups", "2",
                          "--recurrence-curriculum")  # fmt: skip
