@@ -123,7 +123,8 @@ def test_by_the_state_only_what_leaves_is_spoken(model, monkeypatch, by):
         heads.append(len(x))
         return head(self, x)
 
-    keys, rule = state_keys(0, torch.arange(6)), ExitRule(by, {"kl": 0.02}.get(by, 0.3), 0)
+    rule = ExitRule(by, {"confidence": 0.6, "kl": 0.1, "latent": 0.3}[by], 0)
+    keys = state_keys(0, torch.arange(6))
     cache = model.make_cache(6, recurrence=9)
     model.trunk(text(6)[:, :8], cache, 1, keys)
     monkeypatch.setattr(GPT, "run", counted)
