@@ -16,7 +16,7 @@ from pathlib import Path
 
 from minillm import checkpoint, cli, errors, runs, world
 from minillm.cache import slots
-from minillm.exits import DEFAULTS, exit_rule
+from minillm.exits import DEFAULTS, LONGEST, exit_rule
 from minillm.generate import generate
 from minillm.model import GPT
 from minillm.requests import check_recurrence
@@ -94,18 +94,19 @@ def command_line() -> cli.Parser:
     )  # fmt: skip
     add(
         "--recurrent-cache", choices=("full", "slot"), default="full",
-        help="keys and values of every iteration, exact, or of the last alone, in memory that does "
-        "not grow with them",
+        help="keys and values of every iteration, which changes no token (in bf16 up to rounding), "
+        "or of the last alone, in memory that does not grow with them",
     )  # fmt: skip
     add(
         "--exit-by", choices=tuple(DEFAULTS),
-        help="let each token leave the core when it may. confidence: the likeliest token is sure, "
-        "the rule that worked; kl: the distribution hardly changes; latent: the state hardly "
-        "changes, which tokens that wait for others do as well (default: none leaves)",
+        help="let each token leave the core when it may; prompts are read at the full recurrence. "
+        "confidence: the likeliest token is sure, the rule that worked; kl: the distribution "
+        "hardly changes; both cost the coda and the head in every iteration; latent: the state "
+        "hardly changes, which tokens that wait for others do as well (default: none leaves)",
     )  # fmt: skip
     add("--exit-threshold", type=real(0), help="of --exit-by (default: " + usual(0) + ")")
     add(
-        "--exit-patience", type=whole(0),
+        "--exit-patience", type=whole(0, LONGEST),
         help="further iterations that the rule must hold (default: " + usual(1) + ")",
     )  # fmt: skip
     add(
@@ -116,7 +117,7 @@ def command_line() -> cli.Parser:
     add(
         "--draft-recurrence", type=whole(1), metavar="R",
         help="draft tokens with so many iterations and verify them at --recurrence in one pass: "
-        "the same text, faster where memory is the limit",
+        "the same text in fp32, up to rounding in bf16; faster where memory is the limit",
     )  # fmt: skip
     add("--stop", action="append", metavar="TEXT", help="end before this text; repeatable")
     add("--seed", type=whole(0, 2**63 - 1), default=0, help="the same seed makes the same text")

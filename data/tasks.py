@@ -7,7 +7,7 @@ Every token is a character. Sequences are a function of the task, its sizes and 
 "train" and of "val" are drawn apart. Hops say how many steps lie behind an answer.
 """
 
-import argparse
+import inspect
 import itertools
 import string
 import sys
@@ -20,6 +20,7 @@ import numpy as np
 HOME = Path(__file__).resolve().parents[1]
 IGNORED = -100
 TRIES = 100
+MOST = 1 << 26  # tokens of a part: it is drawn at once, in some 64 bytes a token
 LETTERS = string.ascii_uppercase + string.ascii_lowercase
 
 
@@ -27,11 +28,12 @@ LETTERS = string.ascii_uppercase + string.ascii_lowercase
 class Task:
     """A task of given sizes.
 
-    alphabet: its tokens.    draw: from a generator and a count to tokens, targets and hops,
-    (count, T) int64 each; hops of -1 where there is no target.
+    alphabet: its tokens.    length: T, tokens of a sequence.    draw: from a generator and a count
+    to tokens, targets and hops, (count, T) int64 each; hops of -1 where there is no target.
     """
 
     alphabet: str
+    length: int
     draw: Callable[[np.random.Generator, int], tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 
@@ -44,9 +46,7 @@ def permutations(states: int, count: int) -> np.ndarray:
     return np.array([every[i] for i in chosen])
 
 
-def register(
-    states: int = 4, operations: int = 6, length: int = 32, chain: bool = False, **_
-) -> Task:
+def register(states: int = 4, operations: int = 6, length: int = 32, chain: bool = False) -> Task:
     """A register that tokens set to a value, or permute; the answer, at each token, is its value.
 
     Token 0 sets it. The share of sets is drawn for each sequence from 0.03 to 0.5. hops: tokens
@@ -69,12 +69,12 @@ def register(
             answers[:, t], hops[:, t] = now, age
         return tokens, answers, hops
 
-    return Task(string.digits[:states] + LETTERS[:operations], draw)
+    return Task(string.digits[:states] + LETTERS[:operations], length, draw)
 
 
 def registers(
     states: int = 4, operations: int = 3, length: int = 32, registers: int = 3,
-    chain: bool = False, **_,
+    chain: bool = False,
 ) -> Task:  # fmt: skip
     """Several registers: tokens set one, or make one a permutation of another (r_i <- g(r_j)).
 
@@ -110,7 +110,7 @@ def registers(
             hops[:, t] = deep
         return tokens, answers, hops
 
-    return Task("".join(sorted(LETTERS + string.digits))[: n_sets + K * G * K], draw)
+    return Task("".join(sorted(LETTERS + string.digits))[: n_sets + K * G * K], length, draw)
 
 
 def _hopped(x: np.ndarray) -> int:
@@ -124,12 +124,14 @@ def _hopped(x: np.ndarray) -> int:
     return at
 
 
-def hop(states: int = 4, length: int = 64, hops: int = 4, **_) -> Task:
+def hop(states: int = 4, length: int = 64, hops: int = 4) -> Task:
     """p-hop induction: back to the last time the current letter stood, take what followed, p times.
 
     The first token is p, from 1 to `hops`; the answer stands at the last token. Source: Sanford et
     al. 2024, arXiv:2402.09268, section 4; Saunshi et al. 2025, arXiv:2502.17416, section 3.
     """
+    if length < 3:
+        raise ValueError(f"--length {length}: a lone letter has stood nowhere; take 3 or more")
 
     def draw(numbers: np.random.Generator, count: int):
         tokens = np.empty((count, length), np.int64)
@@ -143,10 +145,10 @@ def hop(states: int = 4, length: int = 64, hops: int = 4, **_) -> Task:
                     break
         return tokens, answers, depth
 
-    return Task(string.digits[1 : hops + 1] + LETTERS[:states], draw)
+    return Task(string.digits[1 : hops + 1] + LETTERS[:states], length, draw)
 
 
-def addition(operands: int = 4, digits: int = 3, **_) -> Task:
+def addition(operands: int = 4, digits: int = 3) -> Task:
     """Two to `operands` numbers added: 123+045+...=, and the sum, lowest digit first.
 
     The answers are the digits of the sum, each at the token before it; hops: how many were added.
@@ -169,7 +171,7 @@ def addition(operands: int = 4, digits: int = 3, **_) -> Task:
             answers[row, span], hops[row, span] = ids[len(asked) :], len(terms)
         return tokens, answers, hops
 
-    return Task(alphabet, draw)
+    return Task(alphabet, length, draw)
 
 
 TASKS = {"register": register, "registers": registers, "hop": hop, "addition": addition}
@@ -188,10 +190,13 @@ def sequences(task: Task, part: str, count: int, seed: int = 0):
 
 def main(argv: list[str]) -> None:
     """Make the corpus that the command line describes."""
+    from minillm import cli
     from minillm.errors import UsageError
     from minillm.sequences import write_sequences
 
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p = cli.Parser(
+        prog="tasks.py", description=__doc__.split("\n")[0], formatter_class=cli.HelpFormatter
+    )
     p.add_argument("task", choices=tuple(TASKS))
     p.add_argument("--out", type=Path, required=True, help="folder for the prepared corpus")
     for name, words in {
@@ -199,21 +204,31 @@ def main(argv: list[str]) -> None:
         "length": "tokens of a sequence", "registers": "of the task registers",
         "hops": "the most, of hop", "operands": "the most, of addition", "digits": "of an operand",
     }.items():  # fmt: skip
-        p.add_argument(f"--{name}", type=int, help=words)
-    p.add_argument("--train", type=int, default=40_000, help="sequences (default: %(default)s)")
-    p.add_argument("--val", type=int, default=1024, help="sequences (default: %(default)s)")
-    p.add_argument("--seed", type=int, default=0)
-    args = p.parse_args(argv)
-    sizes = {n: v for n, v in vars(args).items() if v is not None}
-    for name, (low, high) in RANGES.items():
-        if name in sizes and not low <= sizes[name] <= high:
-            raise UsageError(f"--{name} {sizes[name]} is out of range; expected {low} to {high}")
+        p.add_argument(f"--{name}", type=cli.whole(*RANGES[name]), help=words)
+    p.add_argument("--train", type=cli.whole(*RANGES["train"]), default=40_000, help="sequences")
+    p.add_argument("--val", type=cli.whole(*RANGES["val"]), default=1024, help="sequences")
+    p.add_argument("--seed", type=cli.whole(*RANGES["seed"]), default=0, help="of all (default: 0)")
+    args = p.parse(argv)
+    make = TASKS[args.task]
+    own = [name for name in inspect.signature(make).parameters if name in RANGES]
+    given = {n: v for n, v in vars(args).items() if n in RANGES and v is not None}
+    sizes = {n: v for n, v in given.items() if n not in ("train", "val", "seed")}
+    for name in sizes:
+        if name not in own:
+            flags = ", ".join(f"--{n}" for n in own)
+            raise UsageError(f"--{name} is not of the task {args.task}, which has {flags}")
     try:
-        task = TASKS[args.task](**sizes)
+        task = make(**sizes)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    splits = {part: sequences(task, part, sizes[part], args.seed)[:2] for part in ("train", "val")}
-    settings = {n: str(v) for n, v in sizes.items() if n != "out"}
+    for part in ("train", "val"):
+        if given[part] * task.length > MOST:
+            raise UsageError(
+                f"--{part} {given[part]}: of {task.length} tokens each, at most "
+                f"{MOST // task.length} sequences are made at once; take fewer"
+            )
+    splits = {part: sequences(task, part, given[part], args.seed)[:2] for part in ("train", "val")}
+    settings = {n: str(v) for n, v in {"task": args.task, **given}.items()}
     corpus = write_sequences(args.out, task.alphabet, splits, f"task {args.task}", settings)
     print(f"{corpus.folder}: {args.train} + {args.val} sequences of {corpus.sequence} tokens, "
           f"vocabulary {corpus.vocab_size}", file=sys.stderr)  # fmt: skip

@@ -39,8 +39,9 @@ class TrainConfig:
     out: str | None = setting(None, "run folder; default: runs/PRESET-N")
     overwrite: bool = setting(False, "replace the run that --out names")
     init_from: str | None = setting(
-        None, "start from this run's weights, with its model's shape and its tokenizer"
-    )
+        None, "start from this run's weights, with its model's shape and its tokenizer; how often "
+        "a core runs may be set anew",
+    )  # fmt: skip
     seed: int = setting(1337, "of start weights, data order, dropout", low=0, high=2**63 - 1)
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
     threads: str = setting("auto", "processor threads; auto times one against all")

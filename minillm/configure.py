@@ -41,21 +41,21 @@ def resolve(
         name: value for name, value in flags.items() if name in all_flags() and value is not None
     }
     from_file = read_config(Path(config_file)) if config_file is not None else {}
-    preset = given.get("preset") or from_file.get("preset") or default_preset
-    values = {
-        **(base or {}),
-        **(PRESETS[preset] if preset else {}),
-        **from_file,
-        **given,
-        "preset": preset,
-    }
+    user = {**from_file, **given}
+    preset = user.get("preset") or default_preset
+    chosen = dict(PRESETS[preset]) if preset else {}
+    if "recurrent" in user and "init" not in user:
+        chosen.pop("init", None)  # it was tuned for fixed depth; a core has its own
+    if user.get("init_from"):
+        chosen.pop("recurrent", None)  # the model, and with it the core, is that run's
+    values = {**(base or {}), **chosen, **user, "preset": preset}
     # What the user says about the length replaces all that the preset says about it.
     lengths = ("steps", "epochs", "time_limit")
-    if any(name in given or name in from_file for name in lengths):
+    if any(name in user for name in lengths):
         for name in lengths:
             if name not in given and (name not in from_file or any(n in given for n in lengths)):
                 values[name] = None
-    if "learning_rate" in values and "min_learning_rate" not in {**from_file, **given}:
+    if "learning_rate" in values and "min_learning_rate" not in user:
         # The end follows the peak, in the proportion that the preset or the default has.
         rates = {f.name: f.default for f in fields(TrainConfig)} | PRESETS.get(preset, {})
         share = rates["min_learning_rate"] / rates["learning_rate"]
@@ -63,22 +63,50 @@ def resolve(
     model_names = {f.name for f in fields(ModelConfig)}
     model = ModelConfig(**{n: v for n, v in values.items() if n in model_names})
     train = TrainConfig(**{n: v for n, v in values.items() if n not in model_names})
-    _check_recurrence(model, given)
-    return Settings(model, train, frozenset(given) | frozenset(from_file))
+    if train.init_from is None:  # else the model is that run's: startup looks at what is given
+        _check_recurrence(model, user, config_file, frozenset(given), base is not None)
+    return Settings(model, train, frozenset(user))
 
 
-def _check_recurrence(model: ModelConfig, given: dict[str, Any]) -> None:
-    """Raise UsageError on settings of a core that there is not, or of other blocks than it has."""
-    idle = sorted(given.keys() & OF_A_CORE) if model.recurrent is None else []
-    if idle and any(given[name] not in (None, False, 1) for name in idle):
+def _check_recurrence(
+    model: ModelConfig,
+    user: dict[str, Any],
+    file: str | None,
+    flags: frozenset[str],
+    resumed: bool,
+) -> None:
+    """Raise UsageError on settings of a core that there is not, or of other blocks than it has.
+
+    user: settings from the file and, where `flags` names them, the command line.    resumed: what a
+    run to resume may not change is refused by `changed`.
+    """
+
+    def named(name: str) -> str:
+        return f"--{name.replace('_', '-')}" if name in flags else f"{file}: {name}"
+
+    if model.recurrent is None:
+        idle = meant_for_a_core(user)
+        if idle and not resumed:
+            raise UsageError(f"{named(idle[0])} is of recurrent depth; add --recurrent P,R,C")
+        return
+    if user.get("n_layer", model.n_layer) != model.n_layer:
         raise UsageError(
-            f"--{idle[0].replace('_', '-')} is of recurrent depth; add --recurrent P,R,C"
+            f"{named('n_layer')} {user['n_layer']}: --recurrent {model.recurrent} is "
+            f"{model.n_layer} blocks; leave it out"
         )
-    if model.recurrent is not None and given.get("n_layer") not in (None, model.n_layer):
+    if user.get("qk_norm") is False and model.qk_norm:
         raise UsageError(
-            f"--n-layer {given['n_layer']}: --recurrent {model.recurrent} is {model.n_layer} "
-            "blocks; leave --n-layer out"
+            f"{'--no-qk-norm' if 'qk_norm' in flags else named('qk_norm') + ' false'}: "
+            f"--recurrence-style {model.recurrence_style} is with QK-norm; leave it out"
         )
+
+
+def meant_for_a_core(user: dict[str, Any]) -> list[str]:
+    """The names of settings that mean something only with recurrent depth, and differ from what
+    they are without.
+    """
+    named = sorted(user.keys() & OF_A_CORE)
+    return [name for name in named if user[name] != all_flags()[name].default]
 
 
 def changed(model: ModelConfig, train: TrainConfig, settings: Settings) -> Settings:

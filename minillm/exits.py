@@ -4,7 +4,9 @@
     kl           the distribution hardly changes: KL(before || now) below the threshold
     latent       the state hardly changes: |s - before| / |s| below the threshold
 
-for patience + 1 iterations running, in fp32. A token that waits for an earlier one stands still and
+for patience + 1 iterations running, in fp32. Confidence and kl cost the coda and the head in every
+iteration; latent costs them once a token read alone, and where all are read at once in iterations
+in which some leave. A token that waits for an earlier one stands still and
 looks settled: where all tokens are read at once, kl and latent let none go before all earlier ones
 have gone. Confidence need not wait, but wants patience (3 was right where 0 was wrong).
 Source: Geiping et al. 2025, arXiv:2502.05171, section 6.1, for kl and latent.
@@ -19,6 +21,7 @@ from minillm.cache import KVCache
 from minillm.errors import UsageError
 from minillm.model import GPT, Place
 
+LONGEST = 4096  # iterations of patience, as many as anything runs
 DEFAULTS = {"confidence": (0.9, 3), "kl": (5e-4, 1), "latent": (0.03, 1)}  # threshold, patience
 
 
@@ -37,8 +40,13 @@ class ExitRule:
             raise UsageError(f"exit threshold {self.threshold:g}: a confidence is from 0 to 1")
         if not 0 <= self.threshold < float("inf"):
             raise UsageError(f"exit threshold {self.threshold:g}: expected 0 or more")
-        if self.patience < 0:
-            raise UsageError(f"exit patience {self.patience}: expected 0 or more")
+        if not 0 <= self.patience <= LONGEST:
+            raise UsageError(f"exit patience {self.patience}: expected 0 to {LONGEST}")
+
+    @property
+    def hears(self) -> bool:
+        """Whether it decides by logits."""
+        return self.by != "latent"
 
 
 def exit_rule(by: str | None, threshold: float | None, patience: int | None) -> ExitRule | None:
@@ -61,7 +69,9 @@ class Watch:
         self.logp: Tensor | None = None
 
     def leaves(self, s: Tensor, before: Tensor, logits: Tensor | None) -> Tensor:
-        """Which tokens may leave: (B, T).    s, before: (B, T, C).    logits: (B, T, V)."""
+        """Which tokens may leave: (B, T).    s, before: (B, T, C).    logits: (B, T, V), where the
+        rule hears them.
+        """
         rule = self.rule
         if rule.by == "latent":
             change = (s.float() - before.float()).norm(dim=-1)
@@ -86,6 +96,13 @@ class Watch:
         self.logp = None if self.logp is None else self.logp[rows]
 
 
+def _spoken(model: GPT, s: Tensor, place: Place) -> Tensor:
+    """The logits, (B, T, V), of states, (B, T, C): through the coda and the head."""
+    prelude, core, coda = model.config.depths
+    y = model.run(range(prelude + core, prelude + core + coda), model.norm(s), place)
+    return model.logits(model.norm(y).float())
+
+
 @torch.no_grad()
 def read(
     model: GPT, tokens: Tensor, rule: ExitRule, most: int, keys: Tensor | None = None
@@ -96,8 +113,7 @@ def read(
     go on to see; a row all of whose tokens have left is no longer computed.
     """
     place, x = model.embedded(tokens, None)
-    prelude, core, coda = model.config.depths
-    x = model.run(range(prelude), x, place)
+    x = model.run(range(model.config.depths[0]), x, place)
     text, s = model.injection.prepare(x), model.start_state(x, keys, place)
     B, T = tokens.shape
     logits = torch.empty(B, T, model.config.vocab_size, device=tokens.device)
@@ -107,8 +123,7 @@ def read(
     watch = Watch(rule)
     for i in range(most):
         new = model.iterate(s, text, place, i)
-        y = model.run(range(prelude + core, prelude + core + coda), model.norm(new), place)
-        z = model.logits(model.norm(y).float())
+        z = _spoken(model, new, place) if rule.hears else None
         leaves = watch.leaves(new, s, z) | gone
         s = torch.where(gone[..., None], s, new)
         if rule.by != "confidence":
@@ -116,6 +131,9 @@ def read(
         if i == most - 1:
             leaves = torch.ones_like(leaves)
         now = leaves & ~gone
+        if not now.any():
+            continue
+        z = _spoken(model, new, place) if z is None else z
         logits[rows[now.nonzero()[:, 0]], now.nonzero()[:, 1]] = z[now]
         steps[rows[now.nonzero()[:, 0]], now.nonzero()[:, 1]] = i + 1
         gone = gone | leaves
@@ -141,27 +159,31 @@ def read_next(
     that keeps more of them in the later ones' place too.
     """
     place, x = model.embedded(tokens, cache)
-    prelude, core, coda = model.config.depths
-    x = model.run(range(prelude), x, place)
+    x = model.run(range(model.config.depths[0]), x, place)
     text, s = model.injection.prepare(x), model.start_state(x, keys, place)
     rows = list(range(len(tokens)))  # of the batch, those still in the core
     logits = torch.empty(len(rows), model.config.vocab_size, device=tokens.device)
     steps, watch, work, ended = [most] * len(rows), Watch(rule), cache, torch.empty_like(s[:, 0])
     for i in range(most):
         new = model.iterate(s, text, place, i)
-        y = model.run(range(prelude + core, prelude + core + coda), model.norm(new), place)
-        z = model.logits(model.norm(y).float())
+        z = _spoken(model, new, place) if rule.hears else None
         leaves = watch.leaves(new, s, z)[:, 0].tolist()
         leaving = [n for n, out in enumerate(leaves) if out or i == most - 1]
         s = new
         if not leaving:
             continue
-        for n in leaving:
-            logits[rows[n]], steps[rows[n]], ended[rows[n]] = z[n, 0], i + 1, s[n, 0]
-        if work is not cache:
-            work.give_back(cache, leaving, [rows[n] for n in leaving])
-        cache.repeat_iteration([rows[n] for n in leaving], i)
+        theirs = [rows[n] for n in leaving]
         staying = [n for n in range(len(rows)) if n not in set(leaving)]
+        if z is not None:
+            told, source, mine = z[leaving], work, leaving
+        else:  # the coda has yet to run, of those that leave
+            source, mine = work.chosen(leaving) if staying else work, list(range(len(leaving)))
+            told = _spoken(model, s[leaving], Place(place.at, place.rotation, None, source))
+        for n, row in enumerate(theirs):
+            logits[row], steps[row], ended[row] = told[n, 0], i + 1, s[leaving[n], 0]
+        if source is not cache:
+            source.give_back(cache, mine, theirs)
+        cache.repeat_iteration(theirs, i)
         if not staying:
             break
         index = torch.tensor(staying, device=tokens.device)

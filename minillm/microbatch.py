@@ -82,14 +82,18 @@ def _runs(model: GPT, rows: int, device: torch.device, later: int) -> bool:
 
 
 def _bytes_at_most(model: GPT, rows: int, device: torch.device) -> int:
-    """What a backward pass holds; with checkpointing also what one piece, computed again, keeps."""
+    """What a backward pass holds; with checkpointing also what one piece, computed again, keeps.
+
+    A piece is a block, or an iteration of the core: its blocks, and less than one for the
+    injection.
+    """
     kept = _bytes_for_backward(model, rows, device, _deepest(model))
     if model.checkpointing:
+        c = model.config
         model.checkpointing = False
-        once = 1 if model.config.recurrent else None
-        whole = _bytes_for_backward(model, rows, device, once)
+        whole = _bytes_for_backward(model, rows, device, 1 if c.recurrent else None)
         model.checkpointing = True
-        kept += whole if once else whole // model.config.n_layer
+        kept += whole * min(c.depths[1] + 1, c.n_layer) // c.n_layer
     return kept
 
 

@@ -121,7 +121,8 @@ class GPT(nn.Module):
         default: zeros.    attention_mask: (B, T), 0 where a row is padded, before or after its
         tokens: these give what they give alone, and what comes out at padding means nothing.
         Raises ValueError if the positions reach beyond seq_len, the model has no core to run, or
-        the mask has a hole or comes with a cache, whose rows may differ in length without one.
+        the mask is not of the tokens' shape, has a hole or comes with a cache, whose rows may
+        differ in length without one.
         """
         r = self._iterations(recurrence)
         place, x = self.embedded(tokens, cache, attention_mask)
@@ -172,6 +173,9 @@ class GPT(nn.Module):
         if attention_mask is not None:
             if cache is not None:
                 raise ValueError("an attention mask and a cache exclude each other")
+            if attention_mask.shape != tokens.shape:
+                told, wanted = tuple(attention_mask.shape), tuple(tokens.shape)
+                raise ValueError(f"attention_mask is {told}; expected {wanted}, as the tokens are")
             at, pieces = unpadded(attention_mask.bool())
         x = self.embed(tokens)  # (B, T, C)
         if c.init == "takase" or c.position == "sinusoidal":
@@ -226,8 +230,10 @@ class GPT(nn.Module):
 
     def run(self, layers: range, x: Tensor, place: Place, i: int = 0) -> Tensor:
         """Blocks one after the other; i: the iteration, of blocks of the core."""
-        again = self.checkpointing and torch.is_grad_enabled() and not self.config.recurrent
+        prelude, core, _ = self.config.depths
         for n in layers:
+            of_core = prelude <= n < prelude + core  # iterations are computed again whole
+            again = self.checkpointing and torch.is_grad_enabled() and not of_core
             slot = 0 if place.cache is None else place.cache.slot(n, i)
             arguments = x, place.rotation, place.documents, place.cache, slot
             fast = self.compiled is not None and place.cache is None

@@ -93,7 +93,8 @@ class Injection(nn.Module):
 
         concat:    A [s; e] = A_s s + A_e e, the latter computed once a pass
         add:       s + e
-        diagonal:  exp(-softplus(b) exp(a)) s + softplus(b) B e, of a decay between 0 and 1
+        diagonal:  exp(-softplus(b) exp(a)) s + softplus(b) B e, of a decay between 0 and 1,
+                   taken and multiplied in fp32
 
     The style parcae normalises e first. Sources: concat and add: section 3.2 of the paper above;
     diagonal: Parcae, arXiv:2604.12946.
@@ -125,6 +126,10 @@ class Injection(nn.Module):
         if self.kind == "concat":
             return self.state(s) + prepared
         if self.kind == "diagonal":
-            decay = torch.exp(-nn.functional.softplus(self.step) * self.rate.exp())
-            return decay.to(s.dtype) * s + prepared
+            # At least fp32, where a decay just below 1 stays below it; in bf16 0.999 would be 1.
+            wide = torch.promote_types(s.dtype, torch.float32)
+            decay = torch.exp(
+                -nn.functional.softplus(self.step.to(wide)) * self.rate.to(wide).exp()
+            )
+            return (decay * s + prepared).to(s.dtype)
         return s + prepared

@@ -1,4 +1,7 @@
-"""What may be asked of generation: each refusal one line."""
+"""What may be asked of generation: each refusal one line.
+
+Options go by the names of sample.py's flags; in Python they have underscores for dashes.
+"""
 
 from collections.abc import Sequence
 
@@ -32,7 +35,8 @@ def check_sampling(
     )
     for name, value, is_fine, expected in rules:
         if not is_fine:
-            raise UsageError(f"{name} is {value}; expected {expected}")
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{flag} {value}: expected {expected}")
 
 
 def check_recurrence(
@@ -45,13 +49,14 @@ def check_recurrence(
     config = model.config
     if config.recurrent is None:
         if recurrence is not None or recurrent_cache != "full":
-            raise UsageError("recurrence: this model has no core to run again; leave it out")
+            flag = "--recurrent-cache" if recurrence is None else "--recurrence"
+            raise UsageError(f"{flag}: this model has no core to run again; leave it out")
         return None, None
     r = config.mean_recurrence if recurrence is None else recurrence
     if not 1 <= r <= DEEPEST:
-        raise UsageError(f"recurrence is {r}; expected 1 to {DEEPEST}")
+        raise UsageError(f"--recurrence {r}: expected 1 to {DEEPEST}")
     if recurrent_cache not in ("full", "slot"):
-        raise UsageError(f"recurrent_cache is {recurrent_cache!r}; expected full or slot")
+        raise UsageError(f"--recurrent-cache {recurrent_cache!r}: expected full or slot")
     return r, r if recurrent_cache == "full" else None
 
 

@@ -75,7 +75,7 @@ class ModelConfig:
     logit_softcap: float = setting(0.0, "logits are capped at +-this by tanh; 0: none", low=0.0)
     init: str | None = setting(
         None, "start weights: gpt2, zero (output projections and head at 0) or takase (truncated, "
-        "scaled by width and depth); default: gpt2, of --recurrence-style huginn takase",
+        "scaled by width and depth); default: gpt2, with --recurrent takase, whatever the preset",
         choices=INITS,
     )  # fmt: skip
     document_mask: bool = setting(False, "attention stays within a document (marked by its BOS)")
@@ -127,8 +127,7 @@ class ModelConfig:
         if self.recurrent is not None:
             self._derive_recurrence()
         if self.init is None:
-            takase = self.recurrent is not None and self.recurrence_style == "huginn"
-            object.__setattr__(self, "init", "takase" if takase else "gpt2")
+            object.__setattr__(self, "init", "takase" if self.recurrent is not None else "gpt2")
         if self.init == "zero" and self.tie_embeddings:
             raise UsageError("--init zero would zero the embedding that --tie-embeddings shares")
 

@@ -2,8 +2,9 @@
 
 The draft's iterations are the first of the verification's: their states and, in the full cache,
 their keys and values are taken over, and nothing is computed twice but the coda. The tokens are
-those of plain decoding at the verifying recurrence; sampled ones too, as the random number of a
-token is a function of seed, sample and how many came before it.
+those of plain decoding at the verifying recurrence, in fp32 to the token, in bf16 up to rounding:
+several tokens at once round otherwise than one, which may tip a choice between equals. Sampled ones
+too, as the random number of a token is a function of seed, sample and how many came before it.
 Source: Geiping et al. 2025, arXiv:2502.05171, section 6.4.
 """
 
@@ -49,7 +50,8 @@ def speculate(
     recurrence: int | None = None,
     tally: Tally | None = None,
 ) -> Iterator[Token]:
-    """As generate at `recurrence`, the same tokens; rows may be several tokens apart.
+    """As generate at `recurrence`, the same tokens (in bf16 up to rounding); rows may be several
+    tokens apart.
 
     draft_recurrence: iterations of a draft, fewer than `recurrence`.    lookahead: tokens drafted
     before they are verified.    tally: is counted in.
@@ -58,9 +60,15 @@ def speculate(
     check_sampling(max_tokens, temperature, top_k, top_p, min_p, 1.0)
     check_prompts(model, prompts)
     r, _ = check_recurrence(model, recurrence, "full")
-    if r is None or not 1 <= draft_recurrence < r:
-        most = "this model has no core to run again" if r is None else f"expected 1 to {r - 1}"
-        raise UsageError(f"draft recurrence is {draft_recurrence}; {most}")
+    if r is None:
+        raise UsageError("--draft-recurrence: this model has no core to run again; leave it out")
+    if r == 1:
+        raise UsageError("--draft-recurrence: nothing is shorter than --recurrence 1; leave it out")
+    if not 1 <= draft_recurrence < r:
+        raise UsageError(
+            f"--draft-recurrence {draft_recurrence}: expected 1 to {r - 1}, fewer than "
+            f"--recurrence {r}"
+        )
     if lookahead < 1:
         raise UsageError(f"lookahead is {lookahead}; expected 1 or more")
     numbers = list(range(len(prompts))) if samples is None else list(samples)

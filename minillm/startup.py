@@ -13,7 +13,7 @@ import torch
 
 from minillm import __version__, cli, runs, world
 from minillm.config import ModelConfig, TrainConfig
-from minillm.configure import changed, read_config, resolve
+from minillm.configure import changed, meant_for_a_core, read_config, resolve
 from minillm.corpus import prepare
 from minillm.errors import CorruptError, UnavailableError, UsageError
 from minillm.settings import ALIASES, Settings, add_flags
@@ -92,20 +92,33 @@ def _as_train_config(run: Path, train: dict) -> TrainConfig:
 
 
 def _inherit(settings: Settings, source: Path) -> Settings:
-    """The model's shape and the tokenizer of run `source`; the training of `settings`."""
+    """The model's shape and the tokenizer of run `source`; the training of `settings`.
+
+    How often a core runs may be set anew: with a new mean, what else is not given follows it.
+    Raises UsageError on what `source` fixes, and on settings of a core that it has not.
+    """
     model, _ = runs.read_config(source)
-    free = {"dropout", "mean_recurrence", "max_recurrence", "backprop_depth"}
-    fixed = (asdict(model).keys() | {"tokenizer"}) - free
+    often = {"mean_recurrence", "max_recurrence", "backprop_depth"}
+    fixed = (asdict(model).keys() | {"tokenizer"}) - often - {"dropout"}
     for name in sorted(fixed & settings.given):
         raise UsageError(
             f"--{name.replace('_', '-')} cannot be set with --init-from: {source} fixes it"
         )
-    model = replace(model, dropout=settings.model.dropout)
-    changed = {n: getattr(settings.model, n) for n in (free - {"dropout"}) & settings.given}
-    if changed and model.recurrent is not None:  # what is not given follows the mean
-        model = replace(model, **{"max_recurrence": None, "backprop_depth": None, **changed})
+    given = {name: value for name, value in settings.flat().items() if name in settings.given}
+    idle = meant_for_a_core(given)
+    if idle and model.recurrent is None:
+        raise UsageError(
+            f"--{idle[0].replace('_', '-')} is of recurrent depth; {source} has no core to run "
+            "again; leave it out"
+        )
+    wished = {name: given[name] for name in often & given.keys()}
+    derived = ["max_recurrence", "backprop_depth"] if "mean_recurrence" in wished else []
+    if "max_recurrence" in wished:
+        derived.append("backprop_depth")
+    wished = {**dict.fromkeys(derived), **wished, "dropout": settings.model.dropout}
     tokenizer = str(runs.tokenizer_path(source))
-    return replace(settings, model=model, train=replace(settings.train, tokenizer=tokenizer))
+    train = replace(settings.train, tokenizer=tokenizer)
+    return replace(settings, model=replace(model, **wished), train=train)
 
 
 def find_corpus(settings: Settings, run: Path | None, say: Callable[[str], None]) -> Corpus:

@@ -5,12 +5,14 @@ import math
 import pytest
 import torch
 
+from minillm import ladder
 from minillm.config import ModelConfig
 from minillm.corpus import prepare
 from minillm.data import Tokens, evaluation_windows
 from minillm.evaluate import Evaluation, evaluate
 from minillm.model import GPT
 from minillm.ops import EAGER
+from minillm.recurrence import state_keys
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +60,23 @@ def test_bits_per_byte():
     assert Evaluation(math.log(2), 7).bits_per_byte(100, 200) == pytest.approx(0.5)
     # What is uniform over bytes takes eight bits.
     assert Evaluation(math.log(256), 7).bits_per_byte(50, 50) == pytest.approx(8.0)
+
+
+@torch.no_grad()
+def test_start_states_are_those_of_each_window(corpus):
+    """Of the key of its number in the split, however many are read at a time: in the loss, and in
+    the losses by recurrence."""
+    shape = {"vocab_size": corpus.vocab_size, "seq_len": 16, "n_head": 2, "d_model": 16}
+    config = ModelConfig(**shape, recurrent="1,1,1", mean_recurrence=2)
+    model = GPT(config, EAGER, generator=torch.Generator().manual_seed(0)).eval()
+    windows = list(evaluation_windows(corpus, "val", 16, 7))
+    tokens, targets = (torch.stack(column) for column in zip(*windows, strict=True))
+    keys = state_keys(0, torch.arange(7))
+    told = {r: float(model(tokens, targets, r, keys)) for r in (1, 2, 4, 8)}
+    assert told[2] != pytest.approx(float(model(tokens, targets)), abs=1e-4)  # all of one key
+    others = state_keys(0, torch.tensor([0, 1, 2, 0, 1, 2, 0]))  # were they numbered by batch
+    assert told[2] != pytest.approx(float(model(tokens, targets, 2, others)), abs=1e-4)
+    for batch_size in (3, 7):
+        assert evaluate(model, windows, batch_size).loss == pytest.approx(told[2], abs=2e-6)
+        found = ladder.measure(model, windows, batch_size)["val_loss_at_r"]
+        assert found == pytest.approx({str(r): loss for r, loss in told.items()}, abs=2e-6)

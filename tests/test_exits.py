@@ -108,6 +108,39 @@ def test_rows_that_have_left_are_not_computed(model, monkeypatch):
     assert sizes == [sum(u > i for u in used) for i in range(max(used))]
 
 
+@pytest.mark.parametrize("by", RULES)
+@torch.no_grad()
+def test_by_the_state_only_what_leaves_is_spoken(model, monkeypatch, by):
+    """Coda and head run on it alone; the other rules hear every token in every iteration."""
+    rows, heads, run, head = [], [], GPT.run, GPT.logits
+
+    def counted(self, layers, x, *rest):
+        if layers.start == 3:
+            rows.append(len(x))
+        return run(self, layers, x, *rest)
+
+    def spoken(self, x):
+        heads.append(len(x))
+        return head(self, x)
+
+    rule = ExitRule(by, {"confidence": 0.6, "kl": 0.1, "latent": 0.3}[by], 0)
+    keys = state_keys(0, torch.arange(6))
+    cache = model.make_cache(6, recurrence=9)
+    model.trunk(text(6)[:, :8], cache, 1, keys)
+    monkeypatch.setattr(GPT, "run", counted)
+    monkeypatch.setattr(GPT, "logits", spoken)
+    _, used = read_next(model, text(6)[:, 8:9], cache, rule, 9, keys)
+    assert len(set(used)) > 1 and heads == rows
+    inside = [sum(u > i for u in used) for i in range(max(used))]
+    assert rows == ([used.count(i) for i in sorted(set(used))] if by == "latent" else inside)
+    rows.clear()
+    heads.clear()
+    _, steps = read(model, text(6), rule, 9, keys)
+    some = {int(i) for i in steps.unique()}
+    assert len(some) < steps.max() or by != "latent"
+    assert len(rows) == len(heads) == (len(some) if by == "latent" else int(steps.max()))
+
+
 @torch.no_grad()
 def test_later_iterations_find_the_entries_of_the_last(model):
     """Of a token that left after two iterations, in a cache of five."""
@@ -141,7 +174,8 @@ def test_none_goes_before_those_it_may_wait_for(model, by):
         (("moth", None, None), "expected one of confidence, kl, latent"),
         (("confidence", 1.5, None), "a confidence is from 0 to 1"),
         (("kl", float("nan"), None), "expected 0 or more"),
-        (("latent", None, -1), "exit patience -1"),
+        (("latent", None, -1), "exit patience -1: expected 0 to 4096"),
+        (("latent", None, 10**20), "exit patience 1[0]*: expected 0 to 4096"),
         ((None, 0.5, None), "are of --exit-by"),
     ],
 )

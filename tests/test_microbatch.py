@@ -52,16 +52,39 @@ def test_no_room_for_one_sequence(model, monkeypatch, free, copies):
         largest_that_fits(model, 8, CPU, copies)
 
 
-@pytest.mark.parametrize("recurrent", [None, "1,1,1"])
-def test_checkpointing_is_reckoned_with_its_second_pass(recurrent):
+@pytest.mark.parametrize("recurrent", [None, "1,1,1", "4,2,4", "0,2,0"])
+@pytest.mark.parametrize("style", ["huginn", "parcae"])
+def test_checkpointing_is_reckoned_with_its_second_pass(recurrent, style):
     """Less than without, more than what is kept all along: a piece is computed again beside it."""
     shape = {"vocab_size": 20, "seq_len": 16, "n_layer": 6, "n_head": 2, "d_model": 16}
-    model = GPT(ModelConfig(**shape, recurrent=recurrent, mean_recurrence=4), EAGER)
+    shape |= {"recurrent": recurrent, "mean_recurrence": 4, "recurrence_style": style}
+    model = GPT(ModelConfig(**shape), EAGER)
     without = microbatch._bytes_at_most(model, 2, CPU)
     model.checkpointing = True
     at_most = microbatch._bytes_at_most(model, 2, CPU)
     kept = microbatch._bytes_for_backward(model, 2, CPU, microbatch._deepest(model))
     assert kept < at_most < without and model.checkpointing
+    if recurrent is not None:
+        assert at_most - kept >= bytes_of_an_iteration(model, 2)
+
+
+def bytes_of_an_iteration(model: GPT, rows: int) -> int:
+    """What one iteration of the core keeps while it is computed again."""
+    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    place, x = model.embedded(torch.zeros(rows, 16, dtype=torch.int64), None)
+    core = range(model.config.depths[0], sum(model.config.depths[:2]))
+    text = model.injection.prepare(x)
+    found = {}
+
+    def note(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in known:
+            found[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        model._iteration(x, text, place, core, 0)
+    return sum(found.values())
 
 
 def test_what_a_backward_keeps_grows_with_the_model(model):

@@ -101,5 +101,8 @@ def test_what_a_mask_cannot_be():
     hole = torch.tensor([[1, 1, 0, 1, 1, 1, 1, 1]])
     with pytest.raises(ValueError, match="the attention mask has a hole"):
         model(tokens, attention_mask=hole)
+    for shape in ((8,), (1, 7), (2, 8), (1, 8, 1)):
+        with pytest.raises(ValueError, match=r"attention_mask is \(.*\); expected \(1, 8\)"):
+            model(tokens, attention_mask=torch.ones(shape))
     with pytest.raises(ValueError, match="mask and a cache exclude each other"):
         model.trunk(tokens, model.make_cache(1), attention_mask=torch.ones_like(tokens))

@@ -103,7 +103,7 @@ def plain_twin(model: GPT) -> GPT:
 
 def test_one_iteration_that_only_reads_the_text_is_a_plain_stack():
     """Parcae's blocks, injection [0 | identity], no norm on the way: the plain model's logits."""
-    model = model_of(recurrence_style="parcae", injection="concat", mean_recurrence=1)
+    model = model_of(recurrence_style="parcae", injection="concat", mean_recurrence=1, init="gpt2")
     with torch.no_grad():
         model.injection.state.weight.zero_()
         model.injection.text.weight.copy_(torch.eye(16))
@@ -135,6 +135,21 @@ def test_the_linear_part_of_a_diagonal_injection_contracts():
     one = torch.ones(1, 1, 16, dtype=torch.float64)
     decay = model.injection(one, torch.zeros_like(one))
     assert ((decay > 0) & (decay < 1)).all()
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_a_diagonal_injection_contracts_in_bf16_too(weights):
+    """With a decay that bf16 itself rounds to 1: what comes is the truth, rounded once."""
+    injection = model_of(recurrence_style="parcae").injection.to(weights)
+    with torch.no_grad():
+        injection.rate.fill_(-6.0)
+    s, prepared = torch.randn(2, 4, 50, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact = math.exp(-math.log(2) * math.exp(-6)) * s.double() + prepared.double() / 64
+    ours = injection(s * 1, prepared / 64)
+    assert ours.dtype == torch.bfloat16 and math.exp(-math.log(2) * math.exp(-6)) < 0.9983
+    off = (ours.double() - exact).abs() / exact.abs().clamp(min=1e-6)
+    assert off.max() <= 2**-8 * 1.01  # half a unit in the last place
+    assert (ours != s + prepared / 64).any()
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -193,10 +208,12 @@ def test_checkpointing_changes_no_gradient():
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def test_checkpointing_keeps_less():
+@pytest.mark.parametrize(("depths", "r", "least"), [("1,2,1", 8, 6), ("6,1,6", 1, 6)])
+def test_checkpointing_keeps_less(depths, r, least):
+    """Of iterations, and of the blocks before and after them."""
     kept = []
     for again in (False, True):
-        model, sizes = model_of(), []
+        model, sizes = model_of(recurrent=depths), []
         model.checkpointing = again
 
         def note(t, sizes=sizes):
@@ -204,9 +221,9 @@ def test_checkpointing_keeps_less():
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-            model(text(), text(), recurrence=8)
+            model(text(), text(), recurrence=r)
         kept.append(sum(sizes))
-    assert kept[1] < kept[0] / 4
+    assert kept[1] < kept[0] / least, kept
 
 
 def test_the_state_of_a_sandwich_is_bounded():
@@ -238,29 +255,46 @@ def test_without_a_core_an_injection_counts_for_nothing():
     assert sum(p.numel() for p in model.parameters()) == model.config.n_parameters
 
 
-def test_flops_are_counted():
-    """By hand: d_model 16, 2 heads of 8, MLP of 24 gated, 31 tokens, context 16."""
-    c = model_of(backprop_depth=3).config
+@pytest.mark.parametrize(
+    ("injection", "outside", "inside"), [("concat", 1, 1), ("add", 0, 0), ("diagonal", 1, 0)]
+)
+def test_flops_are_counted(injection, outside, inside):
+    """By hand: d_model 16, 2 heads of 8, MLP of 24 gated, 31 tokens, context 16; square matrices
+    of the injection, computed once a pass and in each iteration."""
+    c = model_of(backprop_depth=3, injection=injection).config
     block = 6 * (4 * 16 * 16 + 3 * 16 * 24) + 12 * 16 * 16
-    once = 2 * block + 6 * 31 * 16 + 6 * 256
-    loop = 2 * block + 6 * 256
+    once = 2 * block + 6 * 31 * 16 + 6 * 256 * outside
+    loop = 2 * block + 6 * 256 * inside
     assert c.flops_per_token(5) == once + 3 * loop + 2 * loop / 3
     assert c.flops_per_token(2) == once + 2 * loop
     plain = ModelConfig(**{**SHAPE, "n_layer": 4})
     assert plain.flops_per_token() == 6 * plain.n_matrix_parameters + 12 * 4 * 16 * 16
 
 
-def test_start_weights_of_takase():
-    model = model_of(torch.float32, d_model=64, n_head=4, d_ff=128, vocab_size=500)
+@pytest.mark.parametrize("style", STYLES)
+def test_start_weights_of_takase(style):
+    """The default of both styles: on text better than gpt2 and zero."""
+    shape = {"d_model": 64, "n_head": 4, "d_ff": 128, "vocab_size": 500}
+    model = model_of(torch.float32, recurrence_style=style, **shape)
     std = math.sqrt(2 / (5 * 64))
     deep = math.sqrt(2 * (1 + 4 * 2 + 1))
     assert model.config.init == "takase"
     for name, w in model.named_parameters():
-        if w.dim() != 2:
+        if w.dim() != 2 or name in model.undecayed():
             continue
         expected = std / deep if name.endswith(("out.weight", "down.weight")) else std
         assert w.std().item() == pytest.approx(0.9866 * expected, rel=0.04), name
         assert w.abs().max() <= 3 * expected
+
+
+def test_shallow_cores_carry_gradients_through_every_iteration():
+    """Up to a mean of 8; deeper ones through the last 8."""
+    found = {mean: model_of(mean_recurrence=mean).config for mean in (1, 8, 9, 32)}
+    assert {m: (c.max_recurrence, c.backprop_depth) for m, c in found.items()} == {
+        1: (4, 4), 8: (32, 32), 9: (36, 8), 32: (128, 8),
+    }  # fmt: skip
+    assert model_of(mean_recurrence=4, max_recurrence=6).config.backprop_depth == 6
+    assert model_of(mean_recurrence=20, backprop_depth=3).config.backprop_depth == 3
 
 
 @pytest.mark.parametrize("words", ["0,0,0", "1,2", "1,0,1", "a,b,c", "1,-1,1", "", "1,2,3,4"])
@@ -378,14 +412,14 @@ def test_a_slot_cache_does_not_grow_with_the_recurrence():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"recurrence": 0}, "recurrence is 0; expected 1 to"),
-        ({"recurrence": -1}, "recurrence is -1; expected 1 to"),
-        ({"recurrence": 10**9}, "recurrence is 1000000000; expected 1 to"),
+        ({"recurrence": 0}, "--recurrence 0: expected 1 to"),
+        ({"recurrence": -1}, "--recurrence -1: expected 1 to"),
+        ({"recurrence": 10**9}, "--recurrence 1000000000: expected 1 to"),
         ({"recurrent_cache": "half"}, "expected full or slot"),
     ],
 )
 def test_wrong_recurrences_are_refused(options, message):
     with pytest.raises(UsageError, match=message):
         sampled(model_of(), [[1]], **options)
-    with pytest.raises(UsageError, match="recurrence: this model has no core"):
+    with pytest.raises(UsageError, match="--recurrence: this model has no core"):
         sampled(model_of(recurrent=None, n_layer=1), [[1]], recurrence=2)

@@ -18,7 +18,7 @@ COMMON = (
     "--decay-fraction 0.3 --warmup 50 --batch-size 32 --steps 550 --dtype fp32 --threads 1 "
     "--eval-every 0 --log-every 100 --seed 0"
 ).split()
-RECURRENT = "--recurrent 1,1,1 --mean-recurrence 4 --max-recurrence 12".split()
+RECURRENT = "--recurrent 1,1,1 --init zero --mean-recurrence 4 --max-recurrence 12".split()
 
 
 @torch.no_grad()

@@ -3,14 +3,15 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from minillm import errors, ladder
+from minillm import errors, ladder, training, world
 from minillm.checkpoint import open_checkpoint
-from minillm.config import ModelConfig
+from minillm.config import ModelConfig, TrainConfig
 from minillm.model import GPT
 from minillm.ops import EAGER
 from minillm.ranks import Ranks
@@ -76,6 +77,39 @@ def test_draws_are_the_published_function_of_the_step(train, tmp_path):
     assert len(set(told)) > 2
 
 
+def test_start_states_are_a_function_of_seed_and_sample(train, tmp_path, monkeypatch):
+    """The samples are numbered over all steps, also where a run is resumed."""
+    seen, plain = [], script.accumulate
+
+    def noted(forward, tokens, targets, keys, *rest):
+        seen.append(keys.tolist())
+        return plain(forward, tokens, targets, keys, *rest)
+
+    monkeypatch.setattr(script, "accumulate", noted)
+    run = tmp_path / "run"
+    assert train("--out", run, "--steps", "3", "--seed", "5", *FLAGS) == 0
+    assert train("--resume", run, "--steps", "5") == 0
+    assert seen == [state_keys(5, torch.arange(4 * s, 4 * s + 4)).tolist() for s in range(5)]
+
+
+def test_the_curriculum_takes_a_quarter(monkeypatch):
+    """From 1 to the mean, linearly in the share of the run; without it the mean all along."""
+    monkeypatch.setattr(training, "draw", lambda seed, step, groups, mean, most: mean)
+    shape = ModelConfig(vocab_size=13, n_head=2, d_model=16, recurrent="1,1,1", mean_recurrence=9)
+
+    def mean_at(step: int, curriculum: bool) -> float:
+        return training.recurrences(SimpleNamespace(
+            config=TrainConfig(recurrence_curriculum=curriculum),
+            model=SimpleNamespace(config=shape), progress=SimpleNamespace(step=step),
+            plan=SimpleNamespace(progress=lambda step: step / 100),
+        ))  # fmt: skip
+
+    assert [mean_at(step, True) for step in (0, 5, 20, 25, 26, 99)] == pytest.approx(
+        [1, 1 + 8 / 5, 1 + 8 * 4 / 5, 9, 9, 9]
+    )
+    assert [mean_at(step, False) for step in (0, 20, 99)] == [9, 9, 9]
+
+
 def test_what_is_reported(train, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(ladder, "IGNORED", 99.0)
     assert train("--out", tmp_path / "run", *FLAGS) == 0
@@ -127,6 +161,20 @@ def test_alarms():
         assert words in line
 
 
+def test_alarms_are_silent_in_the_first_tenth():
+    row = {"val_loss_at_r": {"1": 3.0, "4": 2.5}, "token_correlation": 0.95, "state_growth": 1.0}
+    model = SimpleNamespace(config=SimpleNamespace(mean_recurrence=4))
+
+    def told(step: int, row: dict) -> list[str]:
+        at, plan = SimpleNamespace(step=step), SimpleNamespace(steps=100)
+        return training.worries(SimpleNamespace(progress=at, plan=plan, model=model), row)
+
+    assert told(1, row) == told(9, row) == told(50, {"val_loss": 3.0}) == []
+    for step in (10, 50, 100):
+        (line,) = told(step, row)
+        assert line.startswith("warning") and "has collapsed" in line
+
+
 # Wrong input.
 
 
@@ -141,7 +189,7 @@ def test_alarms():
         (("--recurrent", "1,1,1", "--norm", "layernorm"), "needs --norm rmsnorm"),
         (("--recurrent", "1,1,1", "--recurrence-style", "moth"), "not one of huginn, parcae"),
         (("--recurrent", "1,9999,1"), "is 10001 blocks; at most 10000"),
-        (("--recurrent", "1,1,1", "--n-layer", "7"), "is 3 blocks; leave --n-layer out"),
+        (("--recurrent", "1,1,1", "--n-layer", "7"), "is 3 blocks; leave it out"),
         (("--mean-recurrence", "5"), "--mean-recurrence is of recurrent depth; add --recurrent"),
         (("--injection", "add"), "--injection is of recurrent depth"),
     ],
@@ -181,14 +229,34 @@ def test_sample_at_a_recurrence(recurrent_run, capfd):
     assert used[0] == 3 and set(used[1:]) == {1}  # the prompt is read at the full recurrence
 
 
+def test_an_exit_rule_needs_the_cache_twice(recurrent_run, capfd, monkeypatch):
+    """Rows that stay in the core while others leave are copied: seven iterations of one block, and
+    two more blocks, of 16 positions of keys and values of 16 numbers in fp32."""
+    once = 2 * (1 + 7 + 1) * 16 * 16 * 4
+    for free, flags, expected in (
+        (3 * once, (), 0), (3 * once - 1, (), 4), (6 * once, ("--exit-by", "kl"), 0),
+        (6 * once - 1, ("--exit-by", "kl"), 4),
+    ):  # fmt: skip
+        monkeypatch.setattr(world, "available_memory", lambda device, free=free: free)
+        flags = ("--num-samples", "3", "--recurrence", "7", *flags)
+        code, _, err = sampled(capfd, recurrent_run, *flags)
+        assert code == expected, err
+        assert ("at most 2 fit" in err) == (expected == 4)
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         (("--recurrence", "0"), "out of range"),
         (("--recurrence", "-1"), "out of range"),
-        (("--recurrence", "1000000000"), "recurrence is 1000000000; expected 1 to 4096"),
+        (("--recurrence", "1000000000"), "--recurrence 1000000000: expected 1 to 4096"),
         (("--recurrent-cache", "half"), "half"),
-        (("--draft-recurrence", "3"), "draft recurrence is 3; expected 1 to 2"),
+        (("--draft-recurrence", "3"), "--draft-recurrence 3: expected 1 to 2"),
+        (
+            ("--recurrence", "1", "--draft-recurrence", "1"),
+            "nothing is shorter than --recurrence 1",
+        ),
+        (("--exit-by", "kl", "--exit-patience", "9" * 20), "expected between 0 and 4096"),
         (("--draft-recurrence", "1", "--exit-by", "kl"), "--draft-recurrence goes with none of"),
         (("--exit-threshold", "0.5"), "are of --exit-by; add it"),
         (("--exit-by", "confidence", "--exit-threshold", "2"), "a confidence is from 0 to 1"),

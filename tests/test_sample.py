@@ -191,3 +191,14 @@ def test_a_prompt_that_needs_no_healing_may_go_on_anyhow(bpe_run, capsys):
     found = objects(capsys.readouterr().out)
     assert not any(x["text"].startswith("\n\n") for x in found)
     assert len({x["text"] for x in found}) > 1
+
+
+def test_help_says_what_recurrent_decoding_costs_and_promises():
+    text = " ".join(script.command_line().format_help().split())
+    for words in (
+        "prompts are read at the full recurrence",
+        "both cost the coda and the head in every iteration",
+        "the same text in fp32, up to rounding in bf16",
+        "changes no token (in bf16 up to rounding)",
+    ):
+        assert words in text, words

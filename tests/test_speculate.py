@@ -103,10 +103,11 @@ def test_a_verification_that_takes_wrong_drafts_is_seen(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"draft_recurrence": 5}, "draft recurrence is 5; expected 1 to 4"),
-        ({"draft_recurrence": 0}, "draft recurrence is 0; expected 1 to 4"),
+        ({"draft_recurrence": 5}, "--draft-recurrence 5: expected 1 to 4, fewer than"),
+        ({"draft_recurrence": 0}, "--draft-recurrence 0: expected 1 to 4"),
         ({"draft_recurrence": 2, "lookahead": 0}, "lookahead is 0"),
-        ({"draft_recurrence": 2, "recurrence": 0}, "recurrence is 0"),
+        ({"draft_recurrence": 2, "recurrence": 0}, "--recurrence 0: expected 1 to"),
+        ({"draft_recurrence": 1, "recurrence": 1}, "nothing is shorter than --recurrence 1"),
     ],
 )
 def test_wrong_options_are_refused(options, message):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from minillm import errors
 from minillm.data import IGNORED, Batches, evaluation_windows
 from minillm.errors import CorruptError, UsageError
 from minillm.sequences import write_sequences
@@ -144,13 +145,47 @@ def test_train_py_takes_them(train, corpus, tmp_path):
     assert code == 2
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("register --oprations 3", "unknown flag --oprations; did you mean --operations"),
+        ("register --op 3", "unknown flag --op"),  # no abbreviations
+        ("register --operands 3", "--operands is not of the task register, which has --states"),
+        ("addition --length 9", "--length is not of the task addition, which has --operands"),
+        ("registers --hops 2", "--hops is not of the task registers"),
+        ("register --length two", "'two' is not a whole number"),
+        ("maze", "invalid choice: 'maze'"),
+        ("hop --length 2", "--length 2: a lone letter has stood nowhere; take 3 or more"),
+        ("register --train 1000000000", "--train 1000000000: of 32 tokens each, at most 2097152"),
+        ("addition --val 90000000", "--val 90000000: of 20 tokens each, at most 3355443 sequences"),
+        ("register --train 5 --train 6", "--train is given twice"),
+    ],
+)
+def test_refusals_are_one_line(tasks, tmp_path, capsys, words, message):
+    argv = [*words.split(), "--out", str(tmp_path / "a")]
+    assert errors.run("tasks.py", tasks.main, argv) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("tasks.py: error: ") and message in line
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_shortest_hop_has_an_answer(tasks):
+    _, answers, _ = drawn(tasks, "hop", length=3, states=2)
+    assert (answers[:, -1] != IGNORED).all()
+
+
+def test_a_task_knows_its_length(tasks):
+    for name, make in tasks.TASKS.items():
+        assert drawn(tasks, name, count=2)[0].shape == (2, make().length), name
+
+
 def test_wrong_words(tasks, tmp_path, capsys):
     with pytest.raises(UsageError, match="--operations 30: there are 23"):
         tasks.main(["register", "--out", str(tmp_path / "a"), "--operations", "30"])
     for words in (["--length", "0"], ["--states", "11"], ["--seed", "-1"], ["--val", "0"]):
-        with pytest.raises(UsageError, match=f"{words[0]} {words[1]} is out of range"):
+        with pytest.raises(UsageError, match=f"{words[0]}: {words[1]} is out of range"):
             tasks.main(["register", "--out", str(tmp_path / "a"), *words])
-    with pytest.raises(UsageError, match="--digits 20 is out of range"):
+    with pytest.raises(UsageError, match="--digits: 20 is out of range"):
         tasks.main(["addition", "--out", str(tmp_path / "a"), "--digits", "20"])
     with pytest.raises(UsageError, match="more tokens than characters"):
         tasks.main(["registers", "--out", str(tmp_path / "a"), "--registers", "9"])

@@ -34,7 +34,7 @@ COMMON = (
     "--warmup 50 --batch-size 32 --dtype fp32 --eval-every 0 --log-every 100"
 ).split()
 ARMS = {
-    "recurrent": ("--recurrent 1,1,1 --start-state zero --d-ff 128 "
+    "recurrent": ("--recurrent 1,1,1 --start-state zero --init zero --d-ff 128 "
                   f"--mean-recurrence {MEAN} --max-recurrence {3 * MEAN}").split(),
     "same parameters": "--n-layer 3 --d-ff 142 --init zero".split(),
     "same FLOPs": "--n-layer 8 --d-ff 146 --init zero".split(),

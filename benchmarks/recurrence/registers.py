@@ -29,7 +29,7 @@ STEPS, MEAN, LENGTH, REGISTERS = 2500, 6, 48, 3
 GRID = ("0.0025", "0.005", "0.01")
 SEEDS = (0, 1)
 ARMS = {
-    "recurrent": ("--recurrent 1,1,1 --start-state zero --d-ff 128 "
+    "recurrent": ("--recurrent 1,1,1 --start-state zero --init zero --d-ff 128 "
                   f"--mean-recurrence {MEAN} --max-recurrence {3 * MEAN}").split(),
     "same parameters": "--n-layer 3 --d-ff 142 --init zero".split(),
     "same FLOPs": "--n-layer 8 --d-ff 146 --init zero".split(),
