@@ -13,7 +13,7 @@ from minillm.ops import Ops
 
 # Under Muon, AdamW keeps what is not a matrix of a block, at these multiples of the learning rate
 # (which is one for matrices, about 0.02): measured on the default corpus, see benchmarks/.
-PIECE = 1 << 15  # elements whose squares fp32 adds up to 1e-7
+PIECE = 1 << 12  # elements whose squares fp32 adds up to 1e-8
 EMBED_RATE, HEAD_RATE, VECTOR_RATE = 0.5, 0.1, 0.5
 
 
@@ -156,13 +156,18 @@ def set_learning_rate(optimizers: Iterable[Optimizer], learning_rate: float) -> 
 
 
 def squares(tensors: list[Tensor]) -> Tensor:
-    """The sum of all squares, () fp64: of norms of pieces, as torch's fp32 norm of millions of
-    elements on a CPU is off by 1e-4.
+    """The sum of all squares, () fp64, to 1e-8.
+
+    On a CPU of norms of small pieces: torch's fp32 norm of millions of elements is off by 1e-4.
     """
-    pieces = [part for x in tensors for part in x.reshape(-1).split(PIECE) if part.numel()]
-    if not pieces:
+    tensors = [x for x in tensors if x.numel()]
+    if not tensors:
         return torch.zeros((), dtype=torch.float64)
-    return torch.stack(torch._foreach_norm(pieces)).double().square().sum()
+    if not tensors[0].is_cpu:
+        norms = torch._foreach_norm(tensors, 2, dtype=torch.float64)
+    else:
+        norms = torch._foreach_norm([p for x in tensors for p in x.reshape(-1).split(PIECE)])
+    return torch.stack(norms).double().square().sum()
 
 
 class AdamW(torch.optim.AdamW):

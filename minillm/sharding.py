@@ -61,8 +61,8 @@ class Replicated:
 
     def drop(self) -> None:
         """Forget the gradients."""
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        for p in self.parameters.values():
+            p.grad = None
 
     def pieces(self) -> Iterator[Piece]:
         """What this rank has to save: here its share of what all have."""

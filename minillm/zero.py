@@ -29,11 +29,14 @@ from torch.optim import Optimizer
 
 from minillm.buckets import Bucket, make_buckets
 from minillm.offload import Lane
+from minillm.optim import squares
 from minillm.pieces import Piece, Read, drop, fill, give, inner_group, pieces_of
 from minillm.ranks import Ranks
 
+# torch 2.13 has renamed both.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 IN_FLIGHT = 2  # reductions at a time: one on the wire, one behind it so that the wire never waits
-SQUARED = 2**18  # elements squared in fp64 at a time: 2 MiB on the way
 
 
 class Flight(NamedTuple):
@@ -167,7 +170,7 @@ class ZeroOptimizer:
         if self.ranks.size == 1:
             out.copy_(full)
         else:
-            work = dist.reduce_scatter_tensor(out, full, group=self._comm, async_op=True)
+            work = _reduce_scatter(out, full, group=self._comm, async_op=True)
         if self.stage == 2:
             bucket.full = None
         self._flying.append(Flight(bucket, work, out, full, self._last))
@@ -199,12 +202,8 @@ class ZeroOptimizer:
     def squares(self) -> Tensor:
         """Sum of the squares of this rank's gradients, () fp64; over the ranks, of the model's."""
         self._settle()
-        total = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
-        for bucket in self.buckets:
-            if bucket.shard is not None:
-                parts = (x.double().square().sum() for x in bucket.shard.split(SQUARED))
-                total += sum(parts).to(total.device)
-        return total
+        found = squares([bucket.shard for bucket in self.buckets if bucket.shard is not None])
+        return found.to(self.ranks.device)
 
     @torch.no_grad()
     def step(self, grad_scale: Tensor | None = None) -> None:
@@ -243,7 +242,7 @@ class ZeroOptimizer:
     @torch.no_grad()
     def _gather(self) -> None:
         """Parameters from everybody's masters."""
-        gather = partial(dist.all_gather_into_tensor, group=self._comm, async_op=True)
+        gather = partial(_all_gather, group=self._comm, async_op=True)
         works = []
         for bucket in self.buckets:
             if self._lane:

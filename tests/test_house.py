@@ -18,7 +18,8 @@ FLOORS = {
     "kernels/eager kernels/adamw kernels/newton_schulz kernels/swiglu kernels/_rows "
     "kernels/linear_cross_entropy kernels/sample "
     "kernels/_rope_kernels kernels/_attention_blocks",
-    3: "links agreement statetensors kernels/sandwich_norm kernels/rope_cache kernels/_attention_forward "
+    3: "links agreement statetensors kernels/sandwich_norm kernels/rope_cache "
+    "kernels/_attention_forward "
     "kernels/_attention_backward kernels/decode_attention",
     4: "kernels/rms_norm kernels/rope kernels/attention",
     5: "config ops tokenizer split buckets",
@@ -30,8 +31,8 @@ FLOORS = {
     "profiling/ttir profiling/dry profiling/cases activations",
     10: "sharding startup ladder generate profiling/machine profiling/plot profiling/bound",
     11: "microbatch gradients speculate profiling/workloads profiling/audit profiling/ranks",
-    12: "plan_text training profiling/precision profiling/sizes profiling/page",
-    13: "profiling/implementations profiling/report",
+    12: "training profiling/precision profiling/sizes profiling/page",
+    13: "plan_text profiling/implementations profiling/report",
     14: "profiling/interpreted",
     15: "profiling/operations",
     16: "profiling/steps profiling/decoding profiling/tune",

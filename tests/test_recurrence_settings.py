@@ -9,6 +9,7 @@ import pytest
 from minillm.configure import meant_for_a_core, resolve
 from minillm.errors import UsageError
 from minillm.startup import begin, command_line
+from minillm.world import World
 
 
 def parse(*argv):
@@ -106,7 +107,7 @@ def recurrent_run(train, tmp_path_factory) -> Path:
 
 
 def inherited(run, *flags):
-    return begin(parse("--init-from", run, "--out", "nowhere", *flags))[0]
+    return begin(parse("--init-from", run, "--out", "nowhere", *flags), World())[0]
 
 
 def depths(settings) -> tuple:
@@ -152,4 +153,4 @@ def test_what_another_run_fixes_is_refused_without_a_circle(recurrent_run, tiny_
     with pytest.raises(
         UsageError, match="--mean-recurrence 5 differs .* cannot change on --resume"
     ):
-        begin(parse("--resume", tiny_run, "--mean-recurrence", "5"))
+        begin(parse("--resume", tiny_run, "--mean-recurrence", "5"), World())

@@ -147,7 +147,7 @@ def test_the_norm_of_a_large_tensor_is_right():
     g = torch.rand(len(model.w), generator=torch.Generator().manual_seed(2))
     with zero.synced(True):
         (model.w * g).sum().backward()
-    assert abs(zero.squares() / g.double().square().sum() - 1) < 1e-12
+    assert abs(zero.squares() / g.double().square().sum() - 1) < 1e-7
 
 
 def test_refusals():

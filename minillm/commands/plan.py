@@ -11,7 +11,7 @@ import torch
 from minillm import activations, links, plan, startup, world
 from minillm.bpe import choose_vocab_size
 from minillm.cli import Parser, real, whole
-from minillm.config import ModelConfig
+from minillm.config import ModelConfig, TrainConfig
 from minillm.data import Batches
 from minillm.errors import UsageError
 from minillm.links import Link, Network
@@ -34,8 +34,8 @@ def main(argv: Sequence[str]) -> None:
     """Plan the training that train.py's flags describe; the tables go to standard output."""
     args = _parser().parse(argv)
     _check(args)
-    settings, run, past = startup.begin(args)
-    model, corpus, vocabulary = _vocabulary(settings, run if past else None)
+    settings, run = startup.begin(args, world.World())
+    model, corpus, vocabulary = _vocabulary(settings, run)
     train = settings.train
     device = world.pick_device(train.device)
     dtype = world.pick_dtype(train.dtype, device, model.d_model)
@@ -47,24 +47,24 @@ def main(argv: Sequence[str]) -> None:
         dtype.itemsize,
         train.optimizer,
         bool(train.ema),
-        args.offload,
+        train.offload,
         train.activation_checkpointing,
     )
-    if reason := plan.refusal(job, args.zero):
+    if reason := plan.refusal(job, train.zero):
         raise UsageError(reason)
     network = _network(args)
     here = network.measured and args.flops is None
     fused = device.type != "cpu" or args.flops is not None
     found = {
         "ranks": job.ranks,
-        "zero": args.zero,
+        "zero": train.zero,
         "micro_batches": job.micro_batches,
         "extrapolation": not here,
         "parameters": _parameters(model, vocabulary),
         "flops": _flops(job, _steps(settings, model, corpus), train.time_limit),
         "memory": _memory(job, dtype, fused),
     }
-    speeds, said = _speeds(args, device, dtype, train.threads, network)
+    speeds, said = _speeds(args, train, device, dtype, network)
     found["time"] = _times(job, network, speeds, found["flops"]["steps"])
     micro = f"micro-batches of a rank in a step: {job.micro_batches}"
     if train.micro_batch_size == "auto":
@@ -183,12 +183,12 @@ class Speeds:
 
 
 def _speeds(
-    args: Namespace, device: torch.device, dtype: torch.dtype, threads: str, network: Network
+    args: Namespace, train: TrainConfig, device: torch.device, dtype: torch.dtype, network: Network
 ) -> tuple[Speeds, list[str]]:
     """The speeds, and where each figure is from: given, measured here, or assumed."""
     together = network.measured and args.gpus > 1  # ranks that share this machine's processors
     if device.type == "cpu" and (args.flops is None or args.memory_gbs is None):
-        world.set_threads(1 if together else threads)
+        world.set_threads(1 if together else train.threads)
     name, said = machine.name(device), "as given"
     peak, memory = args.flops, args.memory_gbs
     if peak is None:
@@ -202,7 +202,7 @@ def _speeds(
         memory = machine.ceilings(device, (), quick=True)["memory_gbps"]
     said = f"measured here, {name}" if args.memory_gbs is None else "as given"
     lines.append(f"memory {memory:.4g} GB/s a rank: {said}")
-    if args.offload:
+    if train.offload:
         lines.append(f"host's link {_or(args.host_gbs, HOST_GBS):g} GB/s: {_whose(args.host_gbs)}")
     # Where ranks share processors, those that send are those that compute.
     overlap = _or(args.overlap, 0.0 if network.measured else OVERLAP)
@@ -253,8 +253,6 @@ def _parser() -> Parser:
     above = {"type": real(0, above=True), "metavar": "X"}
     share = {"type": real(0, 1), "metavar": "X"}
     add("--gpus", type=whole(1, 1_000_000), default=1, metavar="N", help="ranks (default: 1)")
-    add("--zero", type=whole(0, 3), default=0, metavar="S", help="stage, 0 to 3 (default: 0)")
-    add("--offload", action="store_true", help="masters and moments in the host's memory")
     add("--links", type=Path, metavar="FILE",
         help="links as benchmarks/zero/fit.py found them on this machine")  # fmt: skip
     add("--link-gbs", **above, help=f"GB/s one way in a node (default: {LINK_GBS:g}, NVLink 4)")
