@@ -143,34 +143,31 @@ def memory(job: Job, stage: int) -> dict[str, float]:
 
         stage  parameters  gradients  masters  moments  buffers
         0      4 N         4 N                 8 N
-        1      w N         4 N        4 N/W    8 N/W
+        1      w N         4N + 4N/W  4 N/W    8 N/W
         2      w N         4 N/W      4 N/W    8 N/W    two buckets of 25 MiB
         3      4 N/W       4 N/W               8 N/W    the largest unit, gathered, twice: 2 w U
 
     w: bytes of the computation's dtype; at 4 the masters are the parameters themselves. Moments of
-    Muon's matrices are 4 N. --ema adds 4 N at stage 0, else 4 N/W. --offload moves masters, which
-    at stage 3 are the parameters, with their gradients, and moments. Not counted: padding (less
-    than 1 % of models worth sharding), what gloo, NCCL and FSDP2 copy on the way, activations.
+    Muon's matrices are 4 N. --ema adds 4 N. --offload moves masters and moments. Not counted:
+    padding (less than 1 % of models worth sharding), what gloo, NCCL and FSDP2 copy on the way,
+    activations.
     """
     N, W, w = job.model.n_parameters, job.ranks, job.width
     share = N if stage == 0 else N / W
     two = 2 * N - (muon_parameters(job.model) if job.optimizer == "muon" else 0)
     found = {
         "parameters": (WIDE * N, w * N, w * N, WIDE * N / W)[stage],
-        "gradients": (WIDE * N, WIDE * N, WIDE * N / W, WIDE * N / W)[stage],
+        "gradients": (WIDE * N, WIDE * (N + N / W), WIDE * N / W, WIDE * N / W)[stage],
         "masters": WIDE * share if stage in (1, 2) and w != WIDE else 0,
         "moments": WIDE * two * share / N,
-        "average": WIDE * share if job.average else 0,
+        "average": WIDE * N if job.average else 0,
         "buffers": (0, 0, 2 * min(job.bucket_bytes, WIDE * N), 2 * w * max(units(job.model)))[
             stage
         ],
         "host": 0,
     }
-    if job.offload and stage:
-        away = ("parameters", "gradients", "moments") if stage == 3 else ("moments",)
-        found["host"] = sum(found[kind] for kind in away)
-        found |= dict.fromkeys((*away, "masters"), 0)
-        found["host"] += WIDE * share if stage != 3 else 0
+    if job.offload and stage in (1, 2):
+        found |= {"host": found["moments"] + WIDE * share, "moments": 0, "masters": 0}
     return found
 
 

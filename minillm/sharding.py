@@ -74,6 +74,10 @@ class Replicated:
         load_weights(self.model, past.tensors("model"), past.folder)
         load_optimizer_tensors(self.optimizers, self.parameters, past.tensors("optimizer"))
 
+    def bytes(self) -> dict[str, int]:
+        """Bytes that this rank holds now: parameters, gradients, masters, moments, buffers."""
+        return bytes_of(self.parameters, self.optimizers)
+
     @contextmanager
     def gathered(self) -> Iterator[None]:
         """The model's methods other than forward work inside the `with`, on all ranks at once."""
@@ -129,6 +133,11 @@ class Flat:
         past.check_fit("model", dict(self.model.named_parameters()))
         for optimizer in self.optimizers:
             optimizer.load(past.piece)
+
+    def bytes(self) -> dict[str, int]:
+        """As Replicated's."""
+        found = [optimizer.bytes() for optimizer in self.optimizers]
+        return {kind: sum(each[kind] for each in found) for kind in found[0]}
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
@@ -213,6 +222,12 @@ class Full:
         rows = -(-whole.shape[0] // self.ranks.size)
         return min(self.ranks.rank * rows, whole.shape[0]) * (whole.numel() // whole.shape[0])
 
+    def bytes(self) -> dict[str, int]:
+        """As Replicated's; what FSDP2 gathers is not seen."""
+        for name, p in self.parameters.items():
+            self.locals[name].grad = None if p.grad is None else p.grad.to_local()
+        return bytes_of(self.locals, self.optimizers)
+
     @contextmanager
     def gathered(self) -> Iterator[None]:
         """As Replicated's."""
@@ -234,6 +249,20 @@ def pieces_of(
             for kind, value in states.get(p, {}).items()
         }
         yield Piece(name, 0, p.numel(), p.detach().reshape(-1), state)
+
+
+def bytes_of(
+    parameters: dict[str, Tensor], optimizers: list[torch.optim.Optimizer]
+) -> dict[str, int]:
+    """Bytes of parameters, gradients and the optimisers' states, which are their own masters."""
+    states = [state for optimizer in optimizers for state in optimizer.state.values()]
+    return {
+        "parameters": sum(p.nbytes for p in parameters.values()),
+        "gradients": sum(p.grad.nbytes for p in parameters.values() if p.grad is not None),
+        "masters": 0,
+        "moments": sum(x.nbytes for state in states for x in state.values() if torch.is_tensor(x)),
+        "buffers": 0,
+    }
 
 
 Sharding = Replicated | Flat | Full

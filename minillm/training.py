@@ -16,6 +16,7 @@ from minillm.generate import generate
 from minillm.model import GPT
 from minillm.optim import Average
 from minillm.pace import Pacer
+from minillm.plan import Job, memory
 from minillm.precision import LossScale
 from minillm.ranks import Ranks
 from minillm.recurrence import draw
@@ -210,7 +211,7 @@ def announce(
         f"{t.corpus.tokens['train']:,} + {t.corpus.tokens['val']:,} tokens (train + validation)",
         f"model     {model.n_parameters:,} parameters, {_layers(model)} layers of {model.d_model}, "
         f"context {model.seq_len}, vocabulary {model.vocab_size}",
-        f"machine   {device}, {t.fixed['dtype']}, {t.model.ops.name} kernels "
+        f"machine   {device}, {t.fixed['dtype']}{_tf32(device)}, {t.model.ops.name} kernels "
         f"({t.model.ops.why}), {t.fixed['threads']} threads ({why_threads})",
         *_ranks(t),
         f"training  {left:,} steps of {c.batch_size} x {model.seq_len} tokens, "
@@ -220,11 +221,23 @@ def announce(
     ]
 
 
+def _tf32(device: torch.device) -> str:
+    """What products of fp32 matrices are computed in on a GPU."""
+    if device.type != "cuda":
+        return ""
+    return " (TF32 on)" if torch.backends.cuda.matmul.allow_tf32 else " (TF32 off)"
+
+
 def _ranks(t: Training) -> list[str]:
-    if t.ranks.size == 1:
+    c = t.config
+    if t.ranks.size == 1 and not c.zero:
         return []
-    offloaded = ", its state in the host's memory" * t.config.offload
-    return [f"ranks     {t.ranks.size}, --zero {t.config.zero}{offloaded}"]
+    width = {"fp32": 4}.get(t.fixed["dtype"], 2)
+    job = Job(t.model.config, t.ranks.size, c.batch_size, None, width, c.optimizer,
+                   bool(c.ema), c.offload)  # fmt: skip
+    kinds = {kind: n for kind, n in memory(job, c.zero).items() if n}
+    told = ", ".join(f"{kind} {n / 2**20:,.1f}" for kind, n in kinds.items())
+    return [f"ranks     {t.ranks.size}, --zero {c.zero}; MiB of each: {told}, and activations"]
 
 
 def _layers(model: ModelConfig) -> str:

@@ -55,6 +55,10 @@ TRAIN = [
      "--min-learning-rate 0.5 is above --learning-rate 0.1"),
     (["--micro-batch-size", "3"], 2, "--micro-batch-size 3 does not divide --batch-size 4"),
     (["--micro-batch-size", "5"], 2, "--micro-batch-size: 5 is out of range"),
+    (["--zero", "4"], 2, "argument --zero: 4 is out of range; expected between 0 and 3"),
+    (["--zero", "3", "--optimizer", "muon"], 2, "--zero 3 cuts the matrices that muon needs whole"),
+    (["--offload"], 2, "--offload is of --zero 1 or 2; add one, or drop it"),
+    (["--ema", "0.9", "--zero", "1"], 2, "--ema averages whole weights; drop it, or use --zero 0"),
     (["--bias", "maybe"], 2, "'maybe' is not true or false"),
     # The model.
     (["--n-head", "7", "--d-model", "128"], 2,

@@ -71,10 +71,9 @@ def apart(a: dict[int, float], b: dict[int, float]) -> float:
 @pytest.mark.parametrize(
     "dtype, shape, stages, bar",
     [
-        ("fp32", [], (0, 1, 2, 3), 1e-5),
-        ("fp32", CORE, (1, 3), 1e-5),
-        ("bf16", [], (2, 3), 1e-2),
-        ("fp16", [], (0, 1), 1e-2),
+        ("fp32", CORE, (0, 1, 2, 3), 1e-5),
+        ("bf16", [], (1, 3), 1e-2),
+        ("fp16", [], (2,), 1e-2),
     ],
 )
 def test_losses_of_two_ranks_are_those_of_one(text, tmp_path, dtype, shape, stages, bar):
@@ -186,11 +185,7 @@ def test_survivors_leave_with_seven(text, tmp_path, how):
     "flags, words",
     [
         (["--zero", "4"], "--zero: 4 is out of range; expected between 0 and 3"),
-        (["--zero", "3", "--optimizer", "muon"], "--zero 3 cuts the matrices that muon"),
-        (["--offload"], "--offload is of --zero 1 or 2"),
-        (["--ema", "0.9", "--zero", "1"], "--ema averages whole weights"),
         (["--batch-size", "9", "--micro-batch-size", "3"], "--batch-size 9 is not a multiple of 2"),
-        (["--batch-size", "1", "--micro-batch-size", "1"], "--batch-size 1 is not a multiple of 2"),
         (["--batch-size", "4", "--recurrence-groups", "4", *CORE[:4], "--micro-batch-size", "1"],
          "--recurrence-groups 4 does not divide the 2 sequences of each of 2 ranks"),
     ],

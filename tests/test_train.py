@@ -469,3 +469,23 @@ def test_closed_and_narrow_streams(train, tmp_path, tiny_run):
     )  # fmt: skip
     assert narrow.returncode == 0 and b"Traceback" not in narrow.stderr
     assert narrow.stdout.startswith(b"a")
+
+
+@pytest.mark.parametrize(
+    "flags", [["--zero", "1"], ["--zero", "2", "--offload"], ["--zero", "3"]], ids=str
+)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_stages_of_one_rank_alone(train, tmp_path, flags, optimizer):
+    """Nothing is sent, the numbers are the same, and each goes on from what the other saved."""
+    if optimizer == "muon" and "3" in flags:
+        pytest.skip("refused: tests/test_bad_input.py")
+    common = ["--optimizer", optimizer, "--ema", "0", "--log-every", "1"]
+    assert train("--out", tmp_path / "a", *common) == 0
+    assert train("--out", tmp_path / "b", *common, *flags) == 0
+    assert metrics(tmp_path / "a") == pytest.approx(metrics(tmp_path / "b"), rel=1e-5)
+    more = ["--steps", "12"]
+    assert train("--resume", tmp_path / "a", *flags, *more) == 0
+    offload = ["--no-offload"] if "--offload" in flags else []
+    assert train("--resume", tmp_path / "b", "--zero", "0", *offload, *more) == 0
+    a, b = metrics(tmp_path / "a"), metrics(tmp_path / "b")
+    assert a == pytest.approx(b, rel=1e-5) and max(a) == 12

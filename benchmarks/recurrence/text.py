@@ -27,6 +27,7 @@ ARMS = {
     "parcae": [*RECURRENT, "--recurrence-style", "parcae", "--init", "takase", "--d-ff", "480"],
     "huginn": [*RECURRENT, "--init", "takase", "--d-ff", "480"],
     "same parameters": ["--preset", "nano"],
+    "same parameters, takase": ["--preset", "nano", "--init", "takase"],
     "same FLOPs": ["--preset", "nano", "--n-layer", "10"],
 }
 FIXED = "--seed 0 --threads 1 --eval-every 0 --final-eval-batches 20".split()
@@ -54,7 +55,7 @@ def main() -> None:
 
 def folder(args: argparse.Namespace, arm: str, rate: str) -> Path:
     """Where a run is kept."""
-    return args.work / f"{args.steps}-{arm.replace(' ', '-')}-{rate}"
+    return args.work / f"{args.steps}-{arm.replace(',', '').replace(' ', '-')}-{rate}"
 
 
 def result(args: argparse.Namespace, arm: str, rate: str) -> dict:
