@@ -12,6 +12,7 @@ Source: Rajbhandari et al. 2020, arXiv:1910.02054, section 5.
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,8 @@ from minillm.ranks import Ranks
 from minillm.statetensors import load_optimizer_tensors, load_weights
 from minillm.zero import ZeroOptimizer
 
+BUFFERS = "broadcast_buffers"  # renamed by torch 2.13; ours are constants
+
 
 class Replicated:
     """Stage 0, and one rank alone.
@@ -41,8 +44,10 @@ class Replicated:
         self.parameters = dict(model.named_parameters())
         self.optimizers = [recipe.build(self.parameters) for recipe in recipes]
         if ranks.size > 1:
+            known = signature(DistributedDataParallel).parameters
+            still = "forward_sync_buffers" if "forward_sync_buffers" in known else BUFFERS
             self.forward = DistributedDataParallel(
-                model, broadcast_buffers=False, gradient_as_bucket_view=True
+                model, gradient_as_bucket_view=True, **{still: False}
             )
 
     def synced(self, last: bool) -> AbstractContextManager:
