@@ -26,7 +26,7 @@ from minillm.exits import ExitRule, read  # noqa: E402
 from minillm.model import GPT  # noqa: E402
 
 STEPS, MEAN, LENGTH, REGISTERS = 2500, 6, 48, 3
-GRID = ("0.0025", "0.005", "0.01")
+GRID = ("0.0025", "0.005", "0.01", "0.02")
 SEEDS = (0, 1)
 ARMS = {
     "recurrent": ("--recurrent 1,1,1 --start-state zero --init zero --d-ff 128 "

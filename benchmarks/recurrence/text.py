@@ -28,6 +28,7 @@ ARMS = {
     "huginn": [*RECURRENT, "--init", "takase", "--d-ff", "480"],
     "same parameters": ["--preset", "nano"],
     "same parameters, takase": ["--preset", "nano", "--init", "takase"],
+    "same FLOPs, takase": ["--preset", "nano", "--n-layer", "10", "--init", "takase"],
     "same FLOPs": ["--preset", "nano", "--n-layer", "10"],
 }
 FIXED = "--seed 0 --threads 1 --eval-every 0 --final-eval-batches 20".split()
