@@ -26,10 +26,10 @@ RECURRENT = ["--preset", "nano", "--recurrent", "1,2,1", "--mean-recurrence", "4
 ARMS = {
     "parcae": [*RECURRENT, "--recurrence-style", "parcae", "--init", "takase", "--d-ff", "480"],
     "huginn": [*RECURRENT, "--init", "takase", "--d-ff", "480"],
-    "same parameters": ["--preset", "nano"],
+    "same parameters": ["--preset", "nano", "--init", "zero"],
     "same parameters, takase": ["--preset", "nano", "--init", "takase"],
     "same FLOPs, takase": ["--preset", "nano", "--n-layer", "10", "--init", "takase"],
-    "same FLOPs": ["--preset", "nano", "--n-layer", "10"],
+    "same FLOPs": ["--preset", "nano", "--n-layer", "10", "--init", "zero"],
 }
 FIXED = "--seed 0 --threads 1 --eval-every 0 --final-eval-batches 20".split()
 
