@@ -24,7 +24,6 @@ from minillm.sharding import Sharding
 from minillm.statetensors import sharded_tensors
 from tests.sharding_toy import (
     BF16,
-    CASES,
     F32,
     STAGES,
     apart,
@@ -41,13 +40,13 @@ from tests.sharding_toy import (
 )
 
 KINDS = {"step", "exp_avg", "exp_avg_sq"}
-SAVED = (("learned", F32), ("core", F32), ("plain", BF16))
+SAVED = (("learned", F32), ("core", BF16))
 TOLERANCE = {F32: 1e-6, BF16: 1e-2}
 
 
 def tiling(ranks: Ranks, folder: Path) -> None:
     """Pieces of all ranks cover every parameter once, before the first step and after."""
-    for case, stage in product(CASES, STAGES):
+    for case, stage in product(("learned", "core"), STAGES):
         with told(case, stage):
             model = made(case)
             sizes = {name: p.numel() for name, p in model.named_parameters()}
@@ -120,7 +119,7 @@ def check_against(past: Checkpoint, sharding: Sharding, dtype: torch.dtype) -> N
 
 
 def kept(ranks: Ranks, folder: Path) -> None:
-    """Saved at stages 3, 2 and 0, loaded at any; and by others what fewer or more have saved."""
+    """Saved at stages 3, 2 and 0, loaded at any; and by other numbers of ranks."""
     for (case, dtype), stage in product(SAVED, (3, 2, 0) if ranks.size > 1 else ()):
         with told("saved", case, stage):
             run = folder / f"{case}-{ranks.size}-{stage}"
@@ -128,7 +127,7 @@ def kept(ranks: Ranks, folder: Path) -> None:
             train(sharding, case, range(2))
             write(run, sharding, 2)
             check_against(checkpoint.open_checkpoint(run, ranks=ranks), sharding, dtype)
-            losses = train(sharding, case, range(2, 4))
+            losses = train(sharding, case, range(2, 3))
             if ranks.rank == 0:
                 (run / "losses.json").write_text(json.dumps(losses))
             ranks.wait()
@@ -138,7 +137,9 @@ def kept(ranks: Ranks, folder: Path) -> None:
             continue
         expected = json.loads((run / "losses.json").read_text())
         # All stages what stage 3 has saved, stage 3 what others have; of other ranks' some.
-        stages = STAGES if stage == 3 and size == ranks.size else (3, 1) if stage == 3 else (3,)
+        stages = STAGES if stage == 3 else (3,)
+        if size != ranks.size:
+            stages = (3, 1) if stage == 3 or ranks.size == 1 else ()
         for other in stages:
             with told("loaded", case, size, stage, other):
                 past = checkpoint.open_checkpoint(run, ranks=ranks)
@@ -148,7 +149,7 @@ def kept(ranks: Ranks, folder: Path) -> None:
                         p.mul_(1.5)
                 sharding.load(past)
                 check_against(past, sharding, dtype)
-                losses = train(sharding, case, range(2, 4))
+                losses = train(sharding, case, range(2, 3))
                 assert apart(losses, expected) <= TOLERANCE[dtype], (losses, expected)
 
 

@@ -57,10 +57,13 @@ def check_step(sharding: Sharding, case: str, dtype: torch.dtype, step: int, par
 
 
 def gradients(ranks: Ranks, folder: Path) -> None:
-    """At every stage, of every kind of model, in 1, 2 and 4 micro-batches."""
+    """At every stage, of every kind of model, in 1, 2 and 4 micro-batches; on 4 ranks in some."""
+    few = ranks.size > 2
     for dtype, case, stage in product(LIMITS, CASES, STAGES):
+        if few and dtype == F32 and case in ("plain", "tied"):
+            continue
         sharding = sharded(made(case, dtype), ranks, stage, dtype, keep=True)
-        for step, parts in enumerate((1, 2, 4)):
+        for step, parts in enumerate((1, 4) if few else (1, 2, 4)):
             with told(dtype, case, stage, parts):
                 # What a micro-batch weighs is rounded to fp32 unless it is a power of two.
                 check_step(sharding, case, dtype, step + EVEN * (dtype == F64), parts)
@@ -119,7 +122,7 @@ def digest(sharding: Sharding) -> str:
 
 def identical(ranks: Ranks, folder: Path) -> None:
     """All ranks bit for bit after each step; losses and norms those of one process."""
-    for (dtype, limit), case in product(((F32, 1e-5), (BF16, 2e-2)), ("tied", "core")):
+    for case, dtype, limit in (("core", F32, 1e-5), ("tied", BF16, 2e-2)):
         alone = train(sharded(made(case, dtype), Ranks(), 0, dtype), case, range(3))
         for stage in STAGES:
             with told(dtype, case, stage):
@@ -146,8 +149,8 @@ def recomputed(ranks: Ranks, folder: Path) -> None:
 def compiled(ranks: Ranks, folder: Path) -> None:
     """Nor do compiled blocks, by which hooks must still be called."""
     for case, stage, backend, again in (
-        ("plain", 2, "eager", False),
-        ("plain", 3, "aot_eager", False),
+        ("tied", 2, "eager", False),
+        ("tied", 3, "aot_eager", False),
         ("core", 2, "aot_eager", False),
         ("core", 3, "eager", True),
     ):
@@ -157,8 +160,8 @@ def compiled(ranks: Ranks, folder: Path) -> None:
             model.compiled = [torch.compile(block, backend=backend) for block in model.blocks]
             sharding = sharded(model, ranks, stage, keep=True)
             counters.clear()
-            check_step(sharding, case, F32, 0, 1)
-            check_step(sharding, case, F32, 1, 2)
+            for step in range(2):  # of the same shapes: others would be compiled anew
+                check_step(sharding, case, F32, step, 2)
             assert counters["frames"]["ok"] > 0, counters["frames"]
             torch.compiler.reset()
 
