@@ -31,8 +31,8 @@ def activation_bytes(
 
     narrow: the parameters too are in `dtype`, else they are fp32, and their copies in `dtype` are
     kept.    again: activation checkpointing; one block, or an iteration's, are kept on top of what
-    is kept all along.    fused: attention keeps its inputs, its output and a number a row, as GPUs' does;
-    else it is PyTorch's on a CPU.
+    is kept all along.    fused: attention keeps its inputs, its output and a number a row, as on a
+    GPU; else it is PyTorch's on a CPU.
     """
     r = min(config.max_recurrence, config.backprop_depth) if config.recurrent else None
     if config.recurrent and config.n_layer > DEEPEST:
