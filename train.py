@@ -9,13 +9,15 @@ It reads from top to bottom: what to do, on which data, with which model; the lo
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from math import gcd
 from pathlib import Path
 
 import torch
 
 from minillm import checkpoint, errors, runs, startup, world
+from minillm.agreement import agree, in_turn
+from minillm.config import ModelConfig
 from minillm.data import Batches
 from minillm.gradients import accumulate, clip_factor, compiled, mean_flops, refuse_non_finite
 from minillm.meter import Meter
@@ -25,7 +27,7 @@ from minillm.ops import EAGER, select
 from minillm.optim import Average, recipes, set_learning_rate
 from minillm.pace import Pacer, wished_steps
 from minillm.precision import start_scale
-from minillm.ranks import Ranks, connected, first_to_say
+from minillm.ranks import Ranks, connected, first_to_say, named
 from minillm.recurrence import state_keys
 from minillm.settings import Settings
 from minillm.sharding import shard
@@ -38,6 +40,7 @@ from minillm.training import (
     recurrences,
     restore,
     save,
+    share_plan,
     take_sample,
     worries,
 )
@@ -46,13 +49,14 @@ from minillm.training import (
 def main(argv: Sequence[str]) -> None:
     """Train as the command line says, with the other ranks that torchrun has started."""
     args = startup.command_line(__doc__.split("\n")[0]).parse(argv)
-    here = world.launched()
+    here = named(world.launched())
     settings, run = startup.begin(args, here)
     if args.print_config:
         if here.rank == 0:
             print(startup.config_text(settings))
         return
-    device = world.pick_device(settings.train.device, here.local_rank if here.size > 1 else None)
+    local_rank = here.local_rank if here.size > 1 else None
+    device = world.pick_device(settings.train.device, local_rank)
     with connected(here, device, settings.train.rank_timeout) as ranks:
         train(settings, run, ranks)
 
@@ -62,18 +66,19 @@ def train(settings: Settings, run: Path | None, ranks: Ranks) -> None:
     # On which data.
     config, device = settings.train, ranks.device
     past = checkpoint.open_checkpoint(run, ranks=ranks) if run else None
-    corpus = ranks.in_turn(lambda: startup.find_corpus(settings, run, ranks.say))
+    corpus = in_turn(ranks, "corpus", lambda: startup.find_corpus(settings, run, ranks.say))
+    startup.refuse_differences(ranks, corpus, settings, run)
     shape = startup.fit_to_corpus(settings, corpus)
-    startup.require_memory(shape, device)
-    batches = Batches(corpus, shape.seq_len, config.batch_size, config.seed, ranks.size)
     rows = startup.rows_of_a_rank(config, ranks.size)
+    agree(ranks, lambda: startup.require_memory(shape, config, ranks))
+    batches = Batches(corpus, shape.seq_len, config.batch_size, config.seed, ranks.size)
 
     # With which model.
     fixed = dict(past.state["fixed"]) if past else {}
-    threads = fixed["threads"] if past and "threads" not in settings.given else config.threads
-    fixed["threads"], why = world.set_threads(
-        1 if threads == "auto" and ranks.size > 1 else threads
-    )
+    alike = past and fixed.get("ranks", 1) == ranks.size and "threads" not in settings.given
+    threads = fixed["threads"] if alike else config.threads
+    threads = "1" if threads == "auto" and ranks.size > 1 else threads
+    fixed["threads"], why = world.set_threads(threads)
     dtype = world.pick_dtype(fixed.get("dtype", config.dtype), device, shape.d_model)
     fixed["dtype"] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     ops = select(
@@ -82,16 +87,24 @@ def train(settings: Settings, run: Path | None, ranks: Ranks) -> None:
         dropout=shape.dropout,
     )  # fmt: skip
     start = torch.Generator().manual_seed(config.seed)
-    model = GPT(shape, ops, dtype, start).to(device).train()
+    cut = config.zero == 3 and ranks.size > 1  # it may fit no device whole
+    model = GPT(shape, ops, dtype, start).to("cpu" if cut else device).train()
     model.checkpointing = config.activation_checkpointing
     if "micro_batch_size" not in fixed:
         copies = (2 if config.optimizer == "adamw" else 1) + 2 * bool(config.ema)
-        fixed["micro_batch_size"] = (
-            largest_that_fits(model, rows, device, copies)
-            if config.micro_batch_size == "auto"
-            else int(config.micro_batch_size)
-        )
-    fixed["micro_batch_size"] = gcd(rows, int(ranks.least(fixed["micro_batch_size"])))
+        copies /= ranks.size if config.zero else 1
+        found = config.micro_batch_size
+        if found == "auto":
+            found = (
+                1
+                if cut and device.type == "cuda"
+                else agree(
+                    ranks,
+                    lambda: largest_that_fits(model, rows, device, copies, ranks.world.local_size),
+                )
+            )
+        fixed["micro_batch_size"] = int(ranks.least(int(found)))
+    fixed["ranks"], micro = ranks.size, gcd(rows, fixed["micro_batch_size"])
     if config.init_from and not past:
         checkpoint.open_checkpoint(Path(config.init_from)).load_into(model)
     parameters = dict(model.named_parameters())
@@ -105,29 +118,27 @@ def train(settings: Settings, run: Path | None, ranks: Ranks) -> None:
     )
 
     # From where, and for how long.
-    step_s = ranks.share(seconds_per_step(sharding, rows, fixed["micro_batch_size"], device))
+    step_s = ranks.share(seconds_per_step(sharding, rows, micro, device))
     progress = Progress(**past.state["progress"]) if past else Progress()
     pacer = Pacer(config, wished_steps(config, batches), progress.trained_s, step_s)
     scale = start_scale(dtype)
-    plan = pacer.schedule()
-    t = Training(run, config, corpus, sharding, None, progress, plan, fixed, scale)
+    t = Training(
+        run, config, corpus, sharding, None, progress, pacer.schedule(), fixed, micro, scale
+    )
     if past:
         restore(t, past, pacer, settings.given)
+    share_plan(t)
+    if past:
         if progress.step >= t.plan.steps:
             ranks.say(f"{run} is finished at step {progress.step}; "
                       f"go on with --resume {run} --steps N")  # fmt: skip
             return
     else:
         t.average = Average(parameters, config.ema) if config.ema else None
-        if ranks.rank == 0:
-            t.run = runs.make_run(
-                config.out, config.preset, config.overwrite or ranks.world.attempt
-            )
-            facts = startup.facts_of(settings, corpus, ranks.world.launch) | fixed
-            runs.write_config(t.run, shape, asdict(config), facts)
-            corpus.tokenizer().save(t.run)
-    lock = runs.lock(t.run) if ranks.rank == 0 else None
+        agree(ranks, lambda: begin_run(t, settings, shape) if ranks.rank == 0 else None)
     t.run = Path(ranks.share(str(t.run)))
+    agree(ranks, lambda: runs.require_shared(t.run))
+    lock = agree(ranks, lambda: runs.lock(t.run) if ranks.rank == 0 else None)
     for line in announce(t, batches, step_s, why, device):
         ranks.say(line)
 
@@ -147,10 +158,11 @@ def train(settings: Settings, run: Path | None, ranks: Ranks) -> None:
         first = progress.step * config.batch_size + ranks.rank * rows
         keys = state_keys(config.seed, torch.arange(first, first + rows))
         batch = (x.to(device) for x in (tokens, targets, keys))
-        factor = t.scale.value if t.scale else 1.0
-        loss = accumulate(sharding, *batch, fixed["micro_batch_size"], rounds, factor)
+        factor = t.scale.value / sharding.weight if t.scale else 1.0
+        loss = accumulate(sharding, *batch, micro, rounds, factor)
         norm = sharding.squares().sqrt().float() / factor
         overflowed = t.scale is not None and not torch.isfinite(norm)
+        scale_now = t.scale.value if t.scale else None
         if t.scale:
             t.scale.update(overflowed, progress.step)
         if overflowed:
@@ -164,8 +176,8 @@ def train(settings: Settings, run: Path | None, ranks: Ranks) -> None:
             t.average.update(progress.step)
         progress.trained_s = pacer.trained_s
         t.plan = pacer.keep_to_time(t.plan, progress.step)
-        if config.time_limit is not None and ranks.size > 1:
-            t.plan = replace(t.plan, pace=tuple(map(tuple, ranks.share(t.plan.pace))))
+        if config.time_limit is not None:
+            share_plan(t)
 
         last = progress.step >= t.plan.steps
         meter.step(tokens.numel() * ranks.size, t.plan.steps, mean_flops(shape, rounds))
@@ -174,7 +186,7 @@ def train(settings: Settings, run: Path | None, ranks: Ranks) -> None:
             "grad_norm": float(norm), "peak_memory_mib": peak_mib(device),
         }  # fmt: skip
         if t.scale:
-            row["loss_scale"] = factor
+            row["loss_scale"] = scale_now
         if shape.recurrent:
             row["recurrence"] = sum(rounds) / len(rounds)
         improved = False
@@ -210,6 +222,15 @@ def train(settings: Settings, run: Path | None, ranks: Ranks) -> None:
     ranks.say(farewell(t, row))
     if lock:
         lock.close()
+
+
+def begin_run(t: Training, settings: Settings, shape: ModelConfig) -> None:
+    """Make the run's folder and write what it is."""
+    c, launch = t.config, t.ranks.world.launch
+    t.run = runs.make_run(c.out, c.preset, c.overwrite, launch)
+    facts = startup.facts_of(settings, t.corpus, launch) | t.fixed
+    runs.write_config(t.run, shape, asdict(c), facts)
+    t.corpus.tokenizer().save(t.run)
 
 
 def due(every: int, step: int) -> bool:

@@ -30,9 +30,9 @@ def activation_bytes(
     around a core are too many to be counted.
 
     narrow: the parameters too are in `dtype`, else they are fp32, and their copies in `dtype` are
-    kept.    again: activation checkpointing; one block, or one pass, is kept on top of what is kept
-    all along.    fused: attention keeps its inputs, its output and a number a row, as GPUs' does;
-    else it is PyTorch's on a CPU.
+    kept.    again: activation checkpointing; one block, or an iteration's, are kept on top of what
+    is kept all along.    fused: attention keeps its inputs, its output and a number a row, as on a
+    GPU; else it is PyTorch's on a CPU.
     """
     r = min(config.max_recurrence, config.backprop_depth) if config.recurrent else None
     if config.recurrent and config.n_layer > DEEPEST:
@@ -46,8 +46,8 @@ def activation_bytes(
     one, two = both(r or config.n_layer, again)
     if again:
         whole = both(1 if r else config.n_layer, False)
-        share = 1 if r else config.n_layer
-        one, two = one + whole[0] / share, two + whole[1] / share
+        share = min(config.depths[1] + 1, config.n_layer) / config.n_layer
+        one, two = one + whole[0] * share, two + whole[1] * share
     return one + (rows - 1) * (two - one)
 
 

@@ -5,6 +5,7 @@ Without it a rank that met an error would leave the others waiting for it.
 
 import json
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +14,7 @@ from minillm import errors
 from minillm.ranks import Ranks
 
 T = TypeVar("T")
+PATIENCE = timedelta(days=7)  # for work that one rank does while the others wait
 
 
 def gather(ranks: Ranks, value: Any) -> list[Any]:
@@ -48,11 +50,41 @@ def agree(ranks: Ranks, work: Callable[[], T]) -> T:
     told = gather(ranks, own and [type(own).__name__, str(own)])
     if own is not None and not isinstance(own, errors.MinillmError):
         raise own
-    failures = {rank: failure for rank, failure in enumerate(told) if failure}
+    _raise_alike({f"rank {rank}": failure for rank, failure in enumerate(told) if failure})
+    return result
+
+
+def in_turn(ranks: Ranks, name: str, work: Callable[[], T]) -> T:
+    """What work() returns, done by one rank of each machine first and then by the others.
+
+    name: of the work, used once. However long it takes: nobody is given up meanwhile. Raises as
+    `agree` does.
+    """
+    world = ranks.world
+    if ranks.size == 1:
+        return work()
+    result, own = None, None
+    if world.local_rank == 0:
+        try:
+            result = work()
+        except Exception as error:
+            own = error
+        failure = own and [type(own).__name__, str(own)]
+        ranks.store.set(f"turn/{name}/{world.node}", json.dumps(failure))
+    keys = [f"turn/{name}/{node}" for node in range(world.nodes)]
+    ranks.store.wait(keys, PATIENCE)
+    if own is not None:
+        raise own
+    told = {key: json.loads(ranks.store.get(key)) for key in keys}
+    _raise_alike({key: failure for key, failure in told.items() if failure})
+    return agree(ranks, lambda: result if world.local_rank == 0 else work())
+
+
+def _raise_alike(failures: dict[str, list[str]]) -> None:
+    """Raise what others have failed with: a refusal as it is, else that there was a failure."""
     for name, text in failures.values():
         kind = getattr(errors, name, None)
         if isinstance(kind, type) and issubclass(kind, errors.MinillmError):
             raise kind(text)
-    for rank, (name, text) in failures.items():
-        raise errors.UnavailableError(f"rank {rank} failed: {name}: {text}")
-    return result
+    for who, (name, text) in failures.items():
+        raise errors.UnavailableError(f"{who} failed: {name}: {text}")

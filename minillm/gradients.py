@@ -33,18 +33,18 @@ def accumulate(
     if not count:
         raise UsageError("no target of this batch counts; take a larger --batch-size")
     some = (targets != IGNORED).any(1).cpu()
-    filled = targets.clone()
-    filled[~some, 0] = 0  # the mean over no target would be nan; its weight is 0
     pieces = []
     for group, r in enumerate(rounds):
-        rows = (x[group :: len(rounds)].split(micro) for x in (tokens, targets, filled, keys, some))
-        for *piece, counts in zip(*rows, strict=True):
-            if ranks.size > 1 or counts.any():  # all ranks make as many calls
-                pieces.append((r, *piece))
+        rows = (x[group :: len(rounds)].split(micro) for x in (tokens, targets, keys, some))
+        for x, y, k, counts in zip(*rows, strict=True):
+            if counts.any():
+                pieces.append((r, x, y, k, (y != IGNORED).sum() / count))
+            elif ranks.size > 1:  # all ranks make as many calls; the mean of no target would be nan
+                pieces.append((r, x, y.clamp(min=0), k, 0.0))
     total = torch.zeros((), device=tokens.device)
-    for i, (r, x, y, y_filled, k) in enumerate(pieces):
+    for i, (r, x, y, k, weight) in enumerate(pieces):
         with sharding.synced(i == len(pieces) - 1):
-            loss = sharding.forward(x, y_filled, r, k) * ((y != IGNORED).sum() / count)
+            loss = sharding.forward(x, y, r, k) * weight
             (loss * (scale * sharding.weight)).backward()
         total += loss.detach()
     return ranks.sum(total)

@@ -14,24 +14,27 @@ SHARE = 0.5  # of a CPU's memory that is free now; the rest is the neighbours'
 UNKNOWN = 4 << 30  # bytes to reckon with where the system does not say what is free
 
 
-def largest_that_fits(model: GPT, batch_size: int, device: torch.device, copies: int) -> int:
+def largest_that_fits(
+    model: GPT, batch_size: int, device: torch.device, copies: float, sharers: int = 1
+) -> int:
     """The largest divisor of `batch_size` whose forward and backward pass fit in memory.
 
     copies: fp32 tensors of each parameter's size that the optimiser and the average will yet take.
+    sharers: processes that take of a CPU's memory alike.
     On a GPU each candidate is run beside them, largest first, and running out of memory is caught.
     On a CPU that would end the process: what one and two sequences keep for their backward is
     counted instead, which gives a constant and a slope.
     Raises UnavailableError if not even one sequence fits.
     """
     divisors = [d for d in range(batch_size, 0, -1) if batch_size % d == 0]
-    later = 4 * copies * sum(p.numel() for p in model.parameters())
+    later = int(4 * copies * sum(p.numel() for p in model.parameters()))
     if device.type == "cuda":
         for candidate in divisors:
             if _runs(model, candidate, device, later):
                 return candidate
         raise UnavailableError(_too_small(model, torch.cuda.mem_get_info(device)[0]))
     free = available_memory(device)
-    free = UNKNOWN if free is None else free
+    free = (UNKNOWN if free is None else free) // sharers
     one, two = (_bytes_at_most(model, rows, device) for rows in (1, 2))
     room = SHARE * free - later
     for candidate in divisors:

@@ -162,7 +162,7 @@ def squares(tensors: list[Tensor]) -> Tensor:
     """
     tensors = [x for x in tensors if x.numel()]
     if not tensors:
-        return torch.zeros((), dtype=torch.float64)
+        return torch.zeros((), dtype=torch.float64)  # of a rank that holds nothing
     if not tensors[0].is_cpu:
         norms = torch._foreach_norm(tensors, 2, dtype=torch.float64)
     else:

@@ -134,7 +134,7 @@ def refusal(job: Job, stage: int) -> str | None:
             "--zero 3 shards matrices, which Muon needs whole; take --zero 2 or --optimizer adamw"
         )
     if stage == 0 and job.offload:
-        return "--offload moves a rank's share of the optimiser; add --zero 1, 2 or 3"
+        return "--offload moves a rank's share of the optimiser; add --zero 1 or 2"
     return None
 
 

@@ -5,21 +5,19 @@ What this room does not do: gradients, weights (zero.py, sharding.py).
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+import uuid
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minillm.errors import PeerLostError
+from minillm.errors import PeerLostError, UnavailableError
 from minillm.world import World, launched
-
-T = TypeVar("T")
-PATIENCE = timedelta(days=7)  # for one rank's work that others wait for, such as preparing a corpus
-BROKEN = ("gloo", "nccl", "connection", "timed out", "socket", "broken pipe", "store")
 
 
 class Ranks:
@@ -38,17 +36,12 @@ class Ranks:
         self.world = world or World()
         self.rank, self.size = self.world.rank, self.world.size
         self.device, self.store = torch.device(device), store
-        self.turns = 0
 
     def sum(self, x: Tensor) -> Tensor:
         """x becomes its sum over the ranks, in place; returns it."""
         if self.size > 1:
             dist.all_reduce(x)
         return x
-
-    def any(self, flag: bool) -> bool:
-        """Whether it is true of any rank."""
-        return bool(self.sum(torch.tensor([float(flag)], device=self.device)) > 0)
 
     def least(self, value: float) -> float:
         """The smallest of the ranks' values."""
@@ -83,18 +76,6 @@ class Ranks:
         if self.size > 1:
             dist.destroy_process_group()
 
-    def in_turn(self, work: Callable[[], T]) -> T:
-        """What `work` gives, done by one rank of each machine first and then by the others."""
-        self.turns += 1
-        key = f"turn/{self.turns}/{self.world.node}"
-        if self.size > 1 and self.world.local_rank:
-            self.store.wait([key], PATIENCE)
-            return work()
-        found = work()
-        if self.size > 1:
-            self.store.set(key, "done")
-        return found
-
     def say(self, text: str) -> None:
         """One line on standard error, of rank 0 alone."""
         if self.rank == 0:
@@ -106,33 +87,42 @@ def connect(world: World, device: torch.device, timeout_s: float) -> Ranks:
 
     timeout_s: how long a rank may keep the others waiting before they give it up.
     The store is that of the launcher, under a prefix of this attempt: what a killed attempt left in
-    it would lead the next one astray.
+    it would lead the next one astray. Raises UnavailableError if the others cannot be reached.
     """
     if world.size == 1:
-        return Ranks(device=device)
-    limit = timedelta(seconds=timeout_s)
-    store = open_store(world, limit)
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=store,
-        rank=world.rank,
-        world_size=world.size,
-        timeout=limit,
-        device_id=device if device.type == "cuda" else None,
-    )
+        return Ranks(world, device)
+    limit, cuda = timedelta(seconds=timeout_s), device.type == "cuda"
+    if cuda:  # pinned memory and whatever else asks for the current device
+        torch.cuda.set_device(device)
+    try:
+        store = dist.PrefixStore(f"attempt/{world.attempt}", open_store(world, limit))
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            store=store,
+            rank=world.rank,
+            world_size=world.size,
+            timeout=limit,
+            device_id=device if cuda else None,
+        )
+    except RuntimeError as error:
+        why = str(error).splitlines()[0]
+        raise UnavailableError(
+            f"the {world.size} ranks do not meet at {world.address}:{world.port}: {why}"
+        ) from error
     return Ranks(world, device, store)
 
 
 @contextmanager
 def connected(world: World, device: torch.device, timeout_s: float) -> Iterator[Ranks]:
     """The ranks of `connect` inside the `with`. Raises PeerLostError when another one is gone."""
+    ranks = connect(world, device, timeout_s)
     try:
-        ranks = connect(world, device, timeout_s)
         yield ranks
         ranks.close()
     except RuntimeError as error:
-        # Whatever the engine says when a peer's end of a connection closes, or stays silent.
-        if world.size == 1 or not any(word in str(error).lower() for word in BROKEN):
+        # What the engine says when a peer's end of a connection closes, or stays silent.
+        engine = isinstance(error, dist.DistError) or "/gloo/" in str(error)
+        if world.size == 1 or not engine:
             raise
         raise PeerLostError(
             "another rank was killed, failed or has not answered for "
@@ -142,12 +132,23 @@ def connected(world: World, device: torch.device, timeout_s: float) -> Iterator[
 
 
 def open_store(world: World, limit: timedelta) -> dist.Store:
-    """Where the ranks of this attempt leave each other word."""
+    """Where the processes of a launch leave each other word, through all attempts."""
     own = world.rank == 0 and not world.has_store
     store = dist.TCPStore(
         world.address, world.port, None, is_master=own, timeout=limit, wait_for_workers=False
     )
-    return dist.PrefixStore(f"minillm/{world.attempt}", store)
+    return dist.PrefixStore("minillm", store)
+
+
+def named(world: World) -> World:
+    """With the name of the launch, drawn once and left in the launcher's store: all attempts have
+    the same, and no other launch. Without torchrun there is none.
+    """
+    if not world.has_store:
+        return world
+    store = open_store(world, timedelta(seconds=60))
+    name = store.compare_set("launch", "", uuid.uuid4().hex).decode()
+    return replace(world, launch=name)
 
 
 def first_to_say(text: str) -> bool:
@@ -157,6 +158,6 @@ def first_to_say(text: str) -> bool:
         return True
     try:
         store = open_store(world, timedelta(seconds=5))
-        return store.add(f"said/{text}", 1) == 1
+        return store.add(f"said/{world.attempt}/{text}", 1) == 1
     except RuntimeError:
         return True

@@ -31,11 +31,12 @@ def newest_run(root: Path = Path("runs")) -> Path:
 def run_of(launch: str | None, out: str | None) -> Path | None:
     """The run with a checkpoint that torchrun's `launch` has begun: `out`, or in runs/."""
     places = [Path(out)] if out else sorted(Path("runs").glob("*"))
-    for run in places:
-        whole = launch and checkpoints_of(run) and (run / "config.json").is_file()
-        if whole and read_json(run / "config.json").get("launch") == launch:
-            return run
-    return None
+    return next((run for run in places if checkpoints_of(run) and _is_of(run, launch)), None)
+
+
+def _is_of(run: Path, launch: str | None) -> bool:
+    path = run / "config.json"
+    return launch is not None and path.is_file() and read_json(path).get("launch") == launch
 
 
 def lock(run: Path) -> TextIO | None:
@@ -56,8 +57,10 @@ def lock(run: Path) -> TextIO | None:
     return file
 
 
-def check_out(run: Path, overwrite: bool) -> None:
-    """Raise UsageError unless `run` is free: absent, empty, or a run that may be overwritten."""
+def check_out(run: Path, overwrite: bool, launch: str | None = None) -> None:
+    """Raise UsageError unless `run` is free: absent, empty, or a run that may be overwritten, as
+    one may that `launch` itself has begun and not brought to a checkpoint.
+    """
     if not run.exists():
         return
     if not run.is_dir():
@@ -66,14 +69,14 @@ def check_out(run: Path, overwrite: bool) -> None:
         return
     if not (run / "config.json").is_file():
         raise UsageError(f"--out {run} holds other things than a run; name another folder")
-    if not overwrite:
+    if not overwrite and (checkpoints_of(run) or not _is_of(run, launch)):
         more = (
             f"go on with --resume {run}, or" if checkpoints_of(run) else "it has no checkpoint yet;"
         )
         raise UsageError(f"--out {run} exists; {more} replace it with --overwrite")
 
 
-def make_run(out: str | None, name: str, overwrite: bool) -> Path:
+def make_run(out: str | None, name: str, overwrite: bool, launch: str | None = None) -> Path:
     """Make an empty run folder: `out`, in the place of whatever check_out lets go, or runs/name-N.
 
     Of two processes that ask for the same `out` one gets it, the other UsageError.
@@ -81,7 +84,7 @@ def make_run(out: str | None, name: str, overwrite: bool) -> Path:
     if out is None:
         return _make_next(Path("runs"), name)
     run = Path(out)
-    check_out(run, overwrite)
+    check_out(run, overwrite, launch)
     if run.exists():
         held = lock(run)
         shutil.rmtree(run)
@@ -110,6 +113,12 @@ def checkpoints_of(run: Path) -> dict[int, Path]:
     """The folders of a run's whole checkpoints, by step."""
     folders = run.glob("checkpoints/step-*/manifest.json")
     return {int(m[1]): f.parent for f in folders if (m := STEP.fullmatch(f.parent.name))}
+
+
+def require_shared(run: Path) -> None:
+    """Raise UsageError where a run that another process has begun is not seen."""
+    if not (run / "config.json").is_file():
+        raise UsageError(f"{run} is not seen by all ranks; name a folder that all machines share")
 
 
 def newest_settings(run: Path) -> dict[str, Any]:

@@ -11,16 +11,15 @@ Source: Rajbhandari et al. 2020, arXiv:1910.02054, section 5.
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import replace
 from inspect import signature
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from minillm.agreement import agree
 from minillm.checkpoint import Checkpoint
+from minillm.fsdp import Full, bytes_of, pieces_of
 from minillm.model import GPT
 from minillm.optim import Recipe, squares
 from minillm.pieces import Piece
@@ -136,8 +135,14 @@ class Flat:
     def load(self, past: Checkpoint) -> None:
         """As Replicated's; each rank reads its shards."""
         past.check_fit("model", dict(self.model.named_parameters()))
+        agree(self.ranks, lambda: self._read(past))  # before any rank waits for the others
         for optimizer in self.optimizers:
             optimizer.load(past.piece)
+
+    def _read(self, past: Checkpoint) -> None:
+        """Read this rank's weights once, so that damage is met here."""
+        for piece in self.pieces():
+            past.piece("model", piece.name, piece.start, piece.stop)
 
     def bytes(self) -> dict[str, int]:
         """As Replicated's."""
@@ -148,126 +153,6 @@ class Flat:
     def gathered(self) -> Iterator[None]:
         """As Replicated's."""
         yield
-
-
-class Full:
-    """Stage 3: weights cut by rows, gathered where they are needed. AdamW steps local shards."""
-
-    def __init__(
-        self, model: GPT, recipes: list[Recipe], ranks: Ranks, forward: Callable, dtype: torch.dtype
-    ) -> None:
-        self.model, self.ranks, self.forward = model, ranks, forward
-        self.weight = float(ranks.size)
-        narrow = dtype in (torch.bfloat16, torch.float16)
-        policy = MixedPrecisionPolicy(
-            param_dtype=dtype if narrow else None,
-            reduce_dtype=torch.float32 if narrow else None,
-            cast_forward_inputs=False,  # tables of rotations stay fp32
-        )
-        mesh = init_device_mesh(ranks.device.type, (ranks.size,))
-        prelude, core, coda = model.config.depths
-        for i in (*range(prelude), *range(prelude + core, prelude + core + coda)):
-            fully_shard(model.blocks[i], mesh=mesh, mp_policy=policy)
-        if core:  # gathered once for all its iterations
-            blocks = list(model.blocks[prelude : prelude + core])
-            fully_shard(blocks, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-        fully_shard(model, mesh=mesh, mp_policy=policy)
-        self.parameters = dict(model.named_parameters())
-        self.locals = {n: nn.Parameter(p.to_local().detach()) for n, p in self.parameters.items()}
-        self.optimizers = [recipe.build(self.locals) for recipe in recipes]
-
-    @contextmanager
-    def synced(self, last: bool) -> Iterator[None]:
-        """As Replicated's. Gradients are cut after every micro-batch: whole they do not fit."""
-        self.model.set_is_last_backward(last)
-        yield
-
-    def squares(self) -> Tensor:
-        """As Replicated's; each rank adds those of its rows."""
-        found = [p.grad.to_local() for p in self.parameters.values() if p.grad is not None]
-        return self.ranks.sum(squares(found))
-
-    def step(self, grad_scale: Tensor | None) -> None:
-        """As Replicated's."""
-        for name, p in self.parameters.items():
-            self.locals[name].grad = None if p.grad is None else p.grad.to_local()
-        for optimizer in self.optimizers:
-            optimizer.step(grad_scale=grad_scale)
-        self.drop()
-
-    def drop(self) -> None:
-        """Forget the gradients."""
-        for name, p in self.parameters.items():
-            p.grad = self.locals[name].grad = None
-
-    def pieces(self) -> Iterator[Piece]:
-        """As Replicated's: this rank's rows."""
-        for piece in pieces_of(self.locals, self.optimizers):
-            start = self._start(piece.name)
-            yield replace(piece, start=start, stop=start + piece.stop)
-
-    @torch.no_grad()
-    def load(self, past: Checkpoint) -> None:
-        """As Replicated's; each rank reads its rows."""
-        past.check_fit("model", dict(self.model.named_parameters()))
-        owner = {p: o for o in self.optimizers for g in o.param_groups for p in g["params"]}
-        kinds = {key.partition(".")[0] for key in past.names("optimizer")}
-        for name, p in self.locals.items():
-            span = self._start(name), self._start(name) + p.numel()
-            p.copy_(past.piece("model", name, *span).view_as(p))
-            for kind in kinds:
-                values = past.piece(kind, name, *span)
-                if values is not None:
-                    values = values.view_as(p).to(p.device) if values.dim() else values
-                    owner[p].state[p][kind] = values
-
-    def _start(self, name: str) -> int:
-        """The element of a parameter at which this rank's rows begin; FSDP2 cuts as torch.chunk."""
-        whole = self.parameters[name]
-        rows = -(-whole.shape[0] // self.ranks.size)
-        return min(self.ranks.rank * rows, whole.shape[0]) * (whole.numel() // whole.shape[0])
-
-    def bytes(self) -> dict[str, int]:
-        """As Replicated's; what FSDP2 gathers is not seen."""
-        for name, p in self.parameters.items():
-            self.locals[name].grad = None if p.grad is None else p.grad.to_local()
-        return bytes_of(self.locals, self.optimizers)
-
-    @contextmanager
-    def gathered(self) -> Iterator[None]:
-        """As Replicated's."""
-        self.model.unshard()
-        try:
-            yield
-        finally:
-            self.model.reshard()
-
-
-def pieces_of(
-    parameters: dict[str, Tensor], optimizers: list[torch.optim.Optimizer]
-) -> Iterator[Piece]:
-    """Whole parameters and their optimisers' states."""
-    states = {p: state for optimizer in optimizers for p, state in optimizer.state.items()}
-    for name, p in parameters.items():
-        state = {
-            kind: value.reshape(-1) if value.dim() else value
-            for kind, value in states.get(p, {}).items()
-        }
-        yield Piece(name, 0, p.numel(), p.detach().reshape(-1), state)
-
-
-def bytes_of(
-    parameters: dict[str, Tensor], optimizers: list[torch.optim.Optimizer]
-) -> dict[str, int]:
-    """Bytes of parameters, gradients and the optimisers' states, which are their own masters."""
-    states = [state for optimizer in optimizers for state in optimizer.state.values()]
-    return {
-        "parameters": sum(p.nbytes for p in parameters.values()),
-        "gradients": sum(p.grad.nbytes for p in parameters.values() if p.grad is not None),
-        "masters": 0,
-        "moments": sum(x.nbytes for state in states for x in state.values() if torch.is_tensor(x)),
-        "buffers": 0,
-    }
 
 
 Sharding = Replicated | Flat | Full

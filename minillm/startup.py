@@ -11,11 +11,13 @@ from pathlib import Path
 
 import torch
 
-from minillm import __version__, cli, runs, world
+from minillm import __version__, cli, plan, runs, world
+from minillm.agreement import gather
 from minillm.config import ModelConfig, TrainConfig
 from minillm.configure import changed, meant_for_a_core, read_config, resolve
 from minillm.corpus import prepare
 from minillm.errors import CorruptError, UnavailableError, UsageError
+from minillm.ranks import Ranks
 from minillm.settings import ALIASES, Settings, add_flags
 from minillm.shards import Corpus, is_prepared, open_corpus
 from minillm.storage import check_place, file_digest, read_json
@@ -23,7 +25,7 @@ from minillm.tokenizer import KINDS
 from minillm.world import World
 
 NEWEST = object()  # --resume without a name
-BYTES_PER_PARAMETER = 16  # fp32 weight, gradient and the two moments of AdamW
+HELD = ("parameters", "gradients", "masters", "moments")  # by a rank, of plan.memory
 
 
 def command_line(description: str) -> cli.Parser:
@@ -54,10 +56,6 @@ def begin(args: Namespace, here: World) -> tuple[Settings, Path | None]:
     here: a launch that torchrun has started again goes on with its own run, whatever the flags.
     Raises UsageError if the flags do not fit together or --out is in use.
     """
-    if here.attempt and (run := runs.run_of(here.launch, args.out)) is not None:
-        model, train = runs.read_config(run)
-        train = _as_train_config(run, train | runs.newest_settings(run))
-        return Settings(model, train, frozenset()), run
     if args.resume is not None:
         if args.out or args.init_from or args.overwrite:
             raise UsageError("--resume goes on in its own folder; drop --out, --init-from and such")
@@ -75,10 +73,14 @@ def begin(args: Namespace, here: World) -> tuple[Settings, Path | None]:
     preset = "nano" if world.pick_device(device or "auto").type == "cpu" else "tiny"
     settings = resolve(vars(args), args.config, preset)
     train = settings.train
+    if here.attempt and (run := runs.run_of(here.launch, train.out)) is not None:
+        model, past = runs.read_config(run)
+        past = _as_train_config(run, past | runs.newest_settings(run))
+        return Settings(model, past, frozenset()), run
     if train.init_from:
         settings = _inherit(settings, Path(train.init_from))
     if train.out and here.rank == 0:
-        runs.check_out(Path(train.out), train.overwrite or here.attempt > 0)
+        runs.check_out(Path(train.out), train.overwrite, here.launch)
     for flag, place in (("--out", train.out or "runs"), ("--cache-dir", train.cache_dir)):
         check_place(flag, Path(place))
     return settings, None
@@ -211,14 +213,35 @@ def fit_to_corpus(settings: Settings, corpus: Corpus) -> ModelConfig:
     return replace(model, vocab_size=corpus.vocab_size, bos_id=bos)
 
 
-def require_memory(model: ModelConfig, device: torch.device) -> None:
-    """Raise UnavailableError if the weights and the optimiser alone cannot fit on `device`."""
-    need, room = BYTES_PER_PARAMETER * model.n_parameters, world.available_memory(device)
+def require_memory(model: ModelConfig, config: TrainConfig, ranks: Ranks) -> None:
+    """Raise UnavailableError if a rank's weights and optimiser alone cannot fit on its device."""
+    job = plan.Job(model, ranks.size, config.batch_size, None, optimizer=config.optimizer)
+    each = plan.memory(job, config.zero)
+    need = max(4 * model.n_parameters, sum(each[kind] for kind in HELD))  # it is built whole
+    room = room_of_a_rank(ranks)
     if room is not None and need > room:
         raise UnavailableError(
             f"{model.n_parameters:,} parameters need {need / 2**30:,.1f} GiB to train and "
             f"{room / 2**30:,.1f} GiB are free; reduce --d-model or --n-layer"
         )
+
+
+def room_of_a_rank(ranks: Ranks) -> int | None:
+    """Bytes that this rank may take: of a CPU's its share among the ranks of this machine."""
+    room = world.available_memory(ranks.device)
+    shared = ranks.device.type == "cpu" and room is not None
+    return room // ranks.world.local_size if shared else room
+
+
+def refuse_differences(ranks: Ranks, corpus: Corpus, settings: Settings, run: Path | None) -> None:
+    """Raise UsageError unless all ranks train the same: text, settings, run to resume."""
+    config = {n: x for n, x in settings.flat().items() if n not in ("device", "threads", "data")}
+    told = {"text": corpus.key, "settings": json.dumps(config, sort_keys=True, default=str),
+            "run to resume": str(run)}  # fmt: skip
+    every = gather(ranks, told)
+    for what in told:
+        if len({each[what] for each in every}) > 1:
+            raise UsageError(f"the ranks do not have the same {what}; see that all machines agree")
 
 
 def facts_of(settings: Settings, corpus: Corpus, launch: str | None) -> dict:

@@ -43,7 +43,11 @@ class Progress:
 
 @dataclass
 class Training:
-    """A run in memory. `fixed` was decided once, at its start: threads, dtype, micro-batch."""
+    """A run in memory.
+
+    fixed: what was decided once, at its start: threads, dtype, micro-batch.    micro: sequences of
+    a micro-batch, as this number of ranks divides them.
+    """
 
     run: Path
     config: TrainConfig
@@ -53,6 +57,7 @@ class Training:
     progress: Progress
     plan: Schedule
     fixed: dict[str, int | str]
+    micro: int
     scale: LossScale | None = None
 
     @property
@@ -105,6 +110,12 @@ def restore(t: Training, past: Checkpoint, pacer: Pacer, given: frozenset[str]) 
         t.plan = replace(t.plan, pace=tuple(map(tuple, past.state["pace"])))
 
 
+def share_plan(t: Training) -> None:
+    """The schedule of rank 0's clock for all ranks."""
+    if t.ranks.size > 1:
+        t.plan = replace(t.plan, pace=tuple(map(tuple, t.ranks.share(t.plan.pace))))
+
+
 def _averaged(t: Training) -> AbstractContextManager[None]:
     """The model holds what will be sampled from: the averaged weights, if there are any."""
     return t.average.swapped_in() if t.average else nullcontext()
@@ -122,7 +133,7 @@ def judge(t: Training, batches: int) -> dict[str, float]:
     limit = batches * t.config.batch_size or None
     windows = evaluation_windows(t.corpus, "val", t.model.config.seq_len, limit)
     with _averaged(t):
-        result = evaluate(t.model, windows, t.fixed["micro_batch_size"], t.ranks)
+        result = evaluate(t.model, windows, t.micro, t.ranks)
         found = _judge_recurrence(t) if t.model.config.recurrent else {}
     bpb = result.bits_per_byte(t.corpus.tokens["val"], t.corpus.bytes["val"])
     return {"val_loss": result.loss, "val_bpb": bpb, "val_tokens": result.tokens, **found}
@@ -132,7 +143,7 @@ def _judge_recurrence(t: Training) -> dict:
     """Loss by recurrence and the signs of its failing, on a small part of the split."""
     few = evaluation_windows(t.corpus, "val", t.model.config.seq_len, LADDER_WINDOWS)
     with t.sharding.gathered():
-        return ladder.measure(t.model, few, t.fixed["micro_batch_size"], t.ranks)
+        return ladder.measure(t.model, few, t.micro, t.ranks)
 
 
 def worries(t: Training, row: dict) -> list[str]:
@@ -215,7 +226,7 @@ def announce(
         f"({t.model.ops.why}), {t.fixed['threads']} threads ({why_threads})",
         *_ranks(t),
         f"training  {left:,} steps of {c.batch_size} x {model.seq_len} tokens, "
-        f"{t.fixed['micro_batch_size']} sequences at a time, {batches.epochs(plan.steps):.2f} "
+        f"{t.micro} sequences at a time, {batches.epochs(plan.steps):.2f} "
         f"epochs; about {duration(seconds)}, then {duration(judge_s)} to evaluate",
         *(f"warning   {warning}" for warning in warnings),
     ]

@@ -136,16 +136,18 @@ def synchronize(device: torch.device) -> None:
 class World:
     """What the launcher says of this process and the others.
 
-    rank, size: over all machines.    local_rank: on this machine, which is number `node`.
-    attempt: how often torchrun has restarted the job.    launch: its name, the same in all
-    attempts; None without torchrun.
+    rank, size: over all machines.    local_rank, local_size: on this machine, number `node` of
+    `nodes`.    attempt: how often torchrun has restarted the job.    launch: a name of the job, see
+    ranks.named.
     address, port: of the store; has_store: whether the launcher keeps it, or rank 0 must.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    local_size: int = 1
     node: int = 0
+    nodes: int = 1
     attempt: int = 0
     launch: str | None = None
     address: str = "127.0.0.1"
@@ -160,7 +162,7 @@ def launched() -> World:
     """
     said = os.environ
     size = _number("WORLD_SIZE", 1)
-    if size == 1:
+    if size == 1 and "RANK" not in said:
         return World()
     if "RANK" not in said or "MASTER_ADDR" not in said:
         raise UsageError(
@@ -168,10 +170,10 @@ def launched() -> World:
             f"torchrun --nproc-per-node {size} train.py"
         )
     return World(
-        _number("RANK", 0), size, _number("LOCAL_RANK", 0), _number("GROUP_RANK", 0),
-        _number("TORCHELASTIC_RESTART_COUNT", 0), said.get("TORCHELASTIC_RUN_ID"),
-        said["MASTER_ADDR"], _number("MASTER_PORT", 29500),
-        said.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        _number("RANK", 0), size, _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", size),
+        _number("GROUP_RANK", 0), _number("GROUP_WORLD_SIZE", 1),
+        _number("TORCHELASTIC_RESTART_COUNT", 0), None, said["MASTER_ADDR"],
+        _number("MASTER_PORT", 29500), said.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
     )  # fmt: skip
 
 

@@ -89,7 +89,8 @@ def test_what_all_ranks_have_alike_is_shared_out(tmp_path):
             model(tokens, tokens).backward()
             sharding.step(None)
             average.update(1)
-        return Training(tmp_path, config, None, sharding, average, Progress(step=steps), plan, {})
+        progress = Progress(step=steps)
+        return Training(tmp_path, config, None, sharding, average, progress, plan, {}, 2)
 
     (tmp_path / "config.json").touch()
     for steps in (1, 2):

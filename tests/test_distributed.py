@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from minillm.checkpoint import load_run
+from minillm.checkpoint import load_run, open_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = (
@@ -135,6 +136,10 @@ def test_a_killed_rank_comes_back_and_one_rank_goes_on(text, tmp_path, dtype, ba
     assert process.returncode == 0, said[-3000:]
     assert said.count("train.py: error") <= 1 and "from step" in said
     assert losses(folder) == losses(tmp_path / "calm")
+    ends = [open_checkpoint(run) for run in (folder, tmp_path / "calm")]
+    for kind in ("model", "optimizer"):
+        a, b = (end.tensors(kind) for end in ends)
+        assert a.keys() == b.keys() and all(torch.equal(x, b[name]) for name, x in a.items())
 
     more = ["--data", text, "--threads", 1, "--steps", 50]
     run(2, *more, "--resume", tmp_path / "calm", "--zero", 2)

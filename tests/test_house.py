@@ -29,11 +29,11 @@ FLOORS = {
     9: "checkpoint evaluate exits requests huginn profiling/__init__ profiling/timing "
     "profiling/roofline profiling/pivot profiling/style profiling/occupancy profiling/sass "
     "profiling/ttir profiling/dry profiling/cases activations",
-    10: "sharding startup ladder generate profiling/machine profiling/plot profiling/bound",
-    11: "microbatch gradients speculate profiling/workloads profiling/audit profiling/ranks",
-    12: "training profiling/precision profiling/sizes profiling/page",
-    13: "plan_text profiling/implementations profiling/report",
-    14: "profiling/interpreted",
+    10: "fsdp startup ladder generate profiling/machine profiling/plot profiling/bound",
+    11: "sharding speculate profiling/workloads profiling/audit profiling/ranks",
+    12: "microbatch gradients profiling/precision profiling/sizes profiling/page",
+    13: "training profiling/implementations profiling/report",
+    14: "plan_text profiling/interpreted",
     15: "profiling/operations",
     16: "profiling/steps profiling/decoding profiling/tune",
     17: "profiling/suites profiling/trace",
@@ -42,7 +42,7 @@ FLOORS = {
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms.split()}
 MAX_LINES = 300
-DISTRIBUTED = ("ranks", "zero", "sharding")
+DISTRIBUTED = ("ranks", "zero", "fsdp")
 PICKLES = ("pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib")
 
 ROOT = Path(__file__).resolve().parents[1]

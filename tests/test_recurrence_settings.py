@@ -33,8 +33,9 @@ def written(tmp_path, **settings) -> Path:
 def test_a_core_has_its_own_start_weights(tmp_path, style):
     """A preset's, tuned for fixed depth, give way; the user's do not."""
     core = ("--recurrent", "1,1,1", "--recurrence-style", style)
-    assert settle().model.init == "zero" and settle(preset=None).model.init == "gpt2"
-    assert settle(*core).model.init == settle(*core, preset=None).model.init == "takase"
+    other = ("--preset", "nanogpt-char-cpu", "--norm", "rmsnorm")
+    assert settle(*other).model.init == settle(preset=None).model.init == "gpt2"
+    assert settle(*other, *core).model.init == settle(*core, preset=None).model.init == "takase"
     assert settle(file=written(tmp_path, recurrent="1,1,1")).model.init == "takase"
     assert settle(*core, "--init", "zero").model.init == "zero"
     assert settle(*core, file=written(tmp_path, init="gpt2")).model.init == "gpt2"

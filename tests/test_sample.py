@@ -125,7 +125,7 @@ GOOD = {
     "a tiny top-p": ["--top-p", "1e-300"],
     "the likeliest by min-p": ["--min-p", "1"],
     "a huge penalty": ["--repetition-penalty", "100"],
-    "a tiny penalty": ["--repetition-penalty", "0.01"],
+    "a tiny penalty": ["--prompt", "the", "--repetition-penalty", "0.01"],
     "an empty stop": ["--stop", ""],
     "the largest seed": ["--seed", str(2**63 - 1)],
     "nanoGPT's names": ["--start", "x", "--max_new_tokens", "3"],

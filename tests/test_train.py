@@ -258,7 +258,7 @@ def test_micro_batches_give_the_same_losses(train, tmp_path):
 def test_the_loss_really_goes_down(train, tmp_path):
     assert train("--out", tmp_path / "run", "--steps", "80", "--eval-every", "0") == 0
     losses = metrics(tmp_path / "run")
-    assert losses[1] == pytest.approx(math.log(257), rel=0.02)
+    assert losses[1] == pytest.approx(math.log(257), rel=0.05)
     assert losses[80] < 0.6 * losses[1]
     assert metrics(tmp_path / "run", "val_loss")[80] < 0.6 * losses[1]
 

@@ -87,12 +87,13 @@ def test_what_a_launcher_says(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     assert world.launched() == world.World()
     said = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "GROUP_RANK": "1",
+            "LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "2",
             "TORCHELASTIC_RESTART_COUNT": "2", "TORCHELASTIC_RUN_ID": "job",
             "MASTER_ADDR": "here", "MASTER_PORT": "1234",
             "TORCHELASTIC_USE_AGENT_STORE": "True"}  # fmt: skip
     for name, value in said.items():
         monkeypatch.setenv(name, value)
-    assert world.launched() == world.World(3, 4, 1, 1, 2, "job", "here", 1234, True)
+    assert world.launched() == world.World(3, 4, 1, 2, 1, 2, 2, None, "here", 1234, True)
     monkeypatch.setenv("RANK", "three")
     with pytest.raises(UsageError, match="RANK is 'three'; expected a whole number"):
         world.launched()
