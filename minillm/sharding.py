@@ -84,7 +84,10 @@ class Replicated:
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """The model's methods other than forward work inside the `with`, on all ranks at once."""
+        """The model's methods other than forward work inside the `with`, on all ranks at once.
+
+        At stage 3 only after a first forward and backward pass, in which FSDP2 finds its root.
+        """
         yield
 
 
