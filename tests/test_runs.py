@@ -127,3 +127,34 @@ def test_a_run_that_ended_before_its_first_checkpoint(train, tmp_path, monkeypat
     assert "no run with a checkpoint in runs/" in said()
     assert train("--out", run, "--overwrite") == 0
     assert load_run(run) and runs.newest_run() == Path("runs/early")
+
+
+def test_one_process_writes_a_run_at_a_time(tmp_path):
+    """A lock goes with the file that holds it, so that a process that dies leaves none."""
+    run = tmp_path / "run"
+    run.mkdir()
+    held = runs.lock(run)
+    with pytest.raises(UsageError, match="is being written by another process"):
+        runs.lock(run)
+    held.close()
+    runs.lock(run).close()
+
+
+def test_a_launch_knows_its_own_run(tmp_path, monkeypatch):
+    """By the name in config.json; what another has begun is never replaced."""
+    monkeypatch.chdir(tmp_path)
+    for name, launch, done in (("a", "x", True), ("b", "y", True), ("c", "x", False)):
+        run = tmp_path / "runs" / name
+        run.mkdir(parents=True)
+        write_json(run / "config.json", {"launch": launch})
+        if done:
+            (run / "checkpoints" / "step-00000004").mkdir(parents=True)
+            (run / "checkpoints" / "step-00000004" / "manifest.json").touch()
+    assert runs.run_of("x", None) == Path("runs/a") and runs.run_of("y", None) == Path("runs/b")
+    assert (
+        runs.run_of("x", "runs/b") is runs.run_of("x", "runs/c") is runs.run_of(None, None) is None
+    )
+    runs.check_out(Path("runs/c"), False, "x")  # its own, without a checkpoint: it begins anew
+    for name, launch in (("a", "x"), ("b", "x"), ("c", "y"), ("c", None)):
+        with pytest.raises(UsageError, match="exists; "):
+            runs.check_out(Path("runs") / name, False, launch)
