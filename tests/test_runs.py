@@ -13,6 +13,7 @@ from minillm.checkpoint import load_run, save
 from minillm.errors import UsageError
 from minillm.scripts import sample
 from minillm.scripts import train as train_script
+from minillm.storage import write_json
 
 
 @pytest.fixture
@@ -151,9 +152,8 @@ def test_a_launch_knows_its_own_run(tmp_path, monkeypatch):
             (run / "checkpoints" / "step-00000004").mkdir(parents=True)
             (run / "checkpoints" / "step-00000004" / "manifest.json").touch()
     assert runs.run_of("x", None) == Path("runs/a") and runs.run_of("y", None) == Path("runs/b")
-    assert (
-        runs.run_of("x", "runs/b") is runs.run_of("x", "runs/c") is runs.run_of(None, None) is None
-    )
+    assert runs.run_of("x", "runs/b") is runs.run_of("x", "runs/c") is None
+    assert runs.run_of(None, None) is None
     runs.check_out(Path("runs/c"), False, "x")  # its own, without a checkpoint: it begins anew
     for name, launch in (("a", "x"), ("b", "x"), ("c", "y"), ("c", None)):
         with pytest.raises(UsageError, match="exists; "):
