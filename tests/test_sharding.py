@@ -15,6 +15,7 @@ from tests.processes import launch
 from tests.sharding_ranks import CHECKS
 from tests.sharding_toy import made
 
+pytestmark = pytest.mark.slow
 ALONE = Ranks()
 SCRIPT = "tests/sharding_ranks.py"
 # Four ranks take turns on two processors: what four show no better than two is left out.

@@ -43,7 +43,7 @@ def said(folder: Path) -> Callable[[int], list[dict[str, str]]]:
 
 
 @pytest.mark.parametrize("name", CHECKS)
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_on_ranks(said, size, name):
     complaints = [one[name] for one in said(size)]
     assert complaints == [""] * size, "\n".join(complaints)
