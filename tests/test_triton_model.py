@@ -125,6 +125,7 @@ def test_in_bf16_no_further_from_fp32_than_the_reference(triton_ops):
         assert error <= 1.5 * allowed + unit, f"{name}: {error:.3g}, allowed {allowed:.3g}"
 
 
+@pytest.mark.slow
 def test_torch_compile_takes_the_whole_model_as_one_graph(triton_ops):
     model = model_of(triton_ops, n_kv_head=2, qk_norm=True)
     plain = loss_and_gradients(model)
@@ -166,6 +167,7 @@ def losses(run: Path) -> list[float]:
     return [row["loss"] for row in map(json.loads, lines) if "loss" in row]
 
 
+@pytest.mark.slow
 def test_train_to_the_same_losses(triton_ops, train, tmp_path, launches, monkeypatch):
     """`TRITON_INTERPRET=1 python train.py --kernels triton`, a few steps, fp32: within 1e-4."""
     monkeypatch.setattr(training, "SAMPLE_TOKENS", 5)  # of 200: interpreted, they take a minute

@@ -437,6 +437,7 @@ for head in (eager.linear_cross_entropy, plain):
 """
 
 
+@pytest.mark.slow
 def test_the_head_needs_a_quarter_of_the_memory():
     """N = 2048 rows, C = 384, V = 50304: forward and backward, in a process of its own."""
     pytest.importorskip("resource")
