@@ -111,8 +111,8 @@ def command_line() -> cli.Parser:
     )  # fmt: skip
     add(
         "--warm-start", action="store_true",
-        help="start each token's iterations where the one before it ended: settled sooner, but "
-        "the text is not that of reading it at once",
+        help="start each token's iterations where the one before it ended, which may settle them "
+        "sooner, or later; the text is not that of reading it at once",
     )  # fmt: skip
     add(
         "--draft-recurrence", type=whole(1), metavar="R",

@@ -10,6 +10,7 @@ It reads from top to bottom: what to do, on which data, with which model; the lo
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from math import gcd
 from pathlib import Path
 
@@ -94,15 +95,11 @@ def train(settings: Settings, run: Path | None, ranks: Ranks) -> None:
         copies = (2 if config.optimizer == "adamw" else 1) + 2 * bool(config.ema)
         copies /= ranks.size if config.zero else 1
         found = config.micro_batch_size
-        if found == "auto":
-            found = (
-                1
-                if cut and device.type == "cuda"
-                else agree(
-                    ranks,
-                    lambda: largest_that_fits(model, rows, device, copies, ranks.world.local_size),
-                )
-            )
+        if found == "auto" and cut and device.type == "cuda":
+            found = 1  # whole, the model may not fit there to be tried
+        elif found == "auto":
+            fits = partial(largest_that_fits, model, rows, device, copies, ranks.world.local_size)
+            found = agree(ranks, fits)
         fixed["micro_batch_size"] = int(ranks.least(int(found)))
     fixed["ranks"], micro = ranks.size, gcd(rows, fixed["micro_batch_size"])
     if config.init_from and not past:
@@ -162,7 +159,6 @@ def train(settings: Settings, run: Path | None, ranks: Ranks) -> None:
         loss = accumulate(sharding, *batch, micro, rounds, factor)
         norm = sharding.squares().sqrt().float() / factor
         overflowed = t.scale is not None and not torch.isfinite(norm)
-        scale_now = t.scale.value if t.scale else None
         if t.scale:
             t.scale.update(overflowed, progress.step)
         if overflowed:
@@ -186,7 +182,7 @@ def train(settings: Settings, run: Path | None, ranks: Ranks) -> None:
             "grad_norm": float(norm), "peak_memory_mib": peak_mib(device),
         }  # fmt: skip
         if t.scale:
-            row["loss_scale"] = scale_now
+            row["loss_scale"] = factor * sharding.weight
         if shape.recurrent:
             row["recurrence"] = sum(rounds) / len(rounds)
         improved = False

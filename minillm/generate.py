@@ -66,8 +66,9 @@ def generate(
     "full" keeps keys and values of each, so that tokens are those without a cache; "slot" those of
     the last alone, so that memory does not grow with them.    exit_rule: when a token may leave the
     core earlier, see exits.py; prompts are read at the full recurrence.    warm_start: the core
-    starts each new token from the state the one before it ended in, which saves an iteration or
-    two; tokens are then not those of reading the text at once (section 6.2 there).
+    starts each new token from the state the one before it ended in, which saves iterations of some
+    models and costs others more (benchmarks/recurrence); tokens are then not those of reading the
+    text at once.
     Raises UsageError on an option outside its range, an empty prompt or a token beyond the
     vocabulary.
     """

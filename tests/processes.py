@@ -1,11 +1,13 @@
 """Several ranks as real processes, for the tests that need them."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -16,6 +18,24 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+def complaints(
+    script: str, folder: Path, names: Callable[[int], Iterable[str]] = lambda size: ()
+) -> Callable[[int], list[dict[str, str]]]:
+    """said(size): what each rank's checks complained about, check -> text ("": nothing).
+
+    script: prints that as JSON, of FOLDER and names(size); launched once a size, two ranks first.
+    """
+    found = {}
+
+    def said(size: int) -> list[dict[str, str]]:
+        for n in (2, size):
+            if n not in found:
+                found[n] = [json.loads(text) for text in launch(n, script, folder, *names(n))]
+        return found[size]
+
+    return said
 
 
 def launch(size: int, script: str | Path, *args: object, seconds: float = 120) -> list[str]:

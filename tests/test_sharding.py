@@ -1,6 +1,5 @@
 """A model on its ranks at stages 0 to 3: the checks of sharding_ranks.py on 1, 2 and 4 of them."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from minillm.optim import recipes
 from minillm.ranks import Ranks
 from minillm.sharding import Replicated, shard
 from minillm.world import World
-from tests.processes import launch
+from tests.processes import complaints
 from tests.sharding_ranks import CHECKS
 from tests.sharding_toy import made
 
@@ -39,17 +38,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def said(folder: Path) -> Callable[[int], list[dict[str, str]]]:
-    """said(size): what each rank's checks complained about; launched once, two ranks first."""
-    found = {}
-
-    def by_rank(size: int) -> list[dict[str, str]]:
-        for n in (2, size):
-            if n not in found:
-                names = [name for name in CHECKS if n == 2 or name not in OF_TWO]
-                found[n] = [json.loads(text) for text in launch(n, SCRIPT, folder, *names)]
-        return found[size]
-
-    return by_rank
+    return complaints(
+        SCRIPT, folder, lambda size: [n for n in CHECKS if size == 2 or n not in OF_TWO]
+    )
 
 
 @pytest.mark.parametrize("name", SEVERAL)

@@ -1,6 +1,5 @@
 """ZeRO stages 1 and 2: the checks of zero_ranks.py on 1, 2 and 4 ranks; layouts; refusals."""
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import nn
 from minillm.buckets import ALIGN, UNEVEN, by_owner, cut, in_a_row
 from minillm.ranks import Ranks
 from minillm.zero import ZeroOptimizer
-from tests.processes import launch
+from tests.processes import complaints, launch
 from tests.zero_ranks import CHECKS
 from tests.zero_toy import Record, Toy, backward, make_zero, named, train
 
@@ -30,16 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def said(folder: Path) -> Callable[[int], list[dict[str, str]]]:
-    """said(size): what each rank's checks complained about; launched once, two ranks first."""
-    found = {}
-
-    def by_rank(size: int) -> list[dict[str, str]]:
-        for n in (2, size):
-            if n not in found:
-                found[n] = [json.loads(text) for text in launch(n, SCRIPT, folder)]
-        return found[size]
-
-    return by_rank
+    return complaints(SCRIPT, folder)
 
 
 @pytest.mark.parametrize("name", CHECKS)

@@ -53,23 +53,7 @@ def main() -> None:
     corpus = args.work / "corpus"
     if not corpus.is_dir():
         call(ROOT / "data" / "tasks.py", "register", "--out", corpus, "--train", 30000)
-    found = []
-    for arm in ARMS:
-        losses = {rate: trained(args, corpus, arm, rate, 0) for rate in GRID}
-        best = min(losses, key=lambda rate: losses[rate])
-        for seed in SEEDS:
-            trained(args, corpus, arm, best, seed)
-            run = folder(args, arm, best, seed)
-            model, _, config = load_run(run)
-            found.append({
-                "arm": arm, "seed": seed, "rate": best, "val_loss_by_rate": losses,
-                "parameters": config.n_parameters,
-                "train_flops_per_token": config.flops_per_token(), "train_s": round(seconds(run)),
-                "accuracy": accuracy(model),
-            })  # fmt: skip
-            print(
-                arm, best, seed, "solved", {r: solved(a) for r, a in found[-1]["accuracy"].items()}
-            )
+    found = train_arms(args, corpus, ARMS, GRID, SEEDS, STEPS, lambda m: {"accuracy": accuracy(m)})
     (HERE / "register.json").write_text(json.dumps(found, indent=1) + "\n")
     (HERE / "register.md").write_text(table(found))
     (HERE / "register.svg").write_text(picture(found))
@@ -93,15 +77,36 @@ def folder(args, arm: str, rate: str, seed: int) -> Path:
     return args.work / f"{arm.replace(' ', '-')}-{rate}-{seed}"
 
 
-def trained(args, corpus: Path, arm: str, rate: str, seed: int) -> float:
-    """The validation loss of a run, trained now if it is not there yet."""
-    run = folder(args, arm, rate, seed)
-    finished = (run / "checkpoints" / f"step-{STEPS:08d}").is_dir()
-    if not finished:
-        words = (*COMMON, *ARMS[arm], "--learning-rate", rate, "--seed", seed, "--steps", STEPS)
-        where = ("--data", corpus, "--out", run, "--overwrite", "--threads", args.threads)
-        call(ROOT / "train.py", *words, *where)
-    return last(run, "val_loss")
+def train_arms(args, corpus: Path, arms: dict, grid, seeds, steps: int, judge) -> list[dict]:
+    """Each arm (name -> flags) at its best rate of the grid with all seeds, trained where it is not
+    there yet; with what judge(model) says of it.
+    """
+
+    def trained(arm: str, rate: str, seed: int) -> float:
+        run = folder(args, arm, rate, seed)
+        if not (run / "checkpoints" / f"step-{steps:08d}").is_dir():
+            words = (*COMMON, *arms[arm], "--learning-rate", rate, "--seed", seed, "--steps", steps)
+            where = ("--data", corpus, "--out", run, "--overwrite", "--threads", args.threads)
+            call(ROOT / "train.py", *words, *where)
+        return last(run, "val_loss")
+
+    found = []
+    for arm in arms:
+        losses = {rate: trained(arm, rate, 0) for rate in grid}
+        best = min(losses, key=lambda rate: losses[rate])
+        for seed in seeds:
+            trained(arm, best, seed)
+            run = folder(args, arm, best, seed)
+            model, _, config = load_run(run)
+            found.append({
+                "arm": arm, "seed": seed, "rate": best, "val_loss_by_rate": losses,
+                "parameters": config.n_parameters,
+                "train_flops_per_token": config.flops_per_token(), "train_s": round(seconds(run)),
+                **judge(model),
+            })  # fmt: skip
+            far = {r: solved(a) for r, a in found[-1]["accuracy"].items()}
+            print(arm, best, seed, "solved", far, flush=True)
+    return found
 
 
 def rows(run: Path) -> list[dict]:

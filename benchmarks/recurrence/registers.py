@@ -19,9 +19,8 @@ sys.path.insert(0, str(HERE.parents[1]))
 sys.path.insert(0, str(HERE))
 
 from exit import spearman  # noqa: E402
-from register import COMMON, ROOT, call, folder, last, load_tasks, seconds, solved  # noqa: E402
+from register import ROOT, call, load_tasks, solved, train_arms  # noqa: E402
 
-from minillm.checkpoint import load_run  # noqa: E402
 from minillm.exits import ExitRule, read  # noqa: E402
 from minillm.model import GPT  # noqa: E402
 
@@ -51,35 +50,17 @@ def main() -> None:
     if not corpus.is_dir():
         call(ROOT / "data" / "tasks.py", "registers", "--out", corpus, "--train", 80000,
              "--registers", REGISTERS, "--length", LENGTH)  # fmt: skip
-    found = []
-    for arm in ARMS:
-        losses = {rate: trained(args, corpus, arm, rate, 0) for rate in GRID}
-        best = min(losses, key=lambda rate: losses[rate])
-        for seed in SEEDS:
-            trained(args, corpus, arm, best, seed)
-            run = folder(args, arm, best, seed)
-            model, _, config = load_run(run)
-            found.append({
-                "arm": arm, "seed": seed, "rate": best, "val_loss_by_rate": losses,
-                "parameters": config.n_parameters,
-                "train_flops_per_token": config.flops_per_token(), "train_s": round(seconds(run)),
-                "accuracy": accuracy(model),
-                "exit": exits(model) if config.recurrent else None,
-            })  # fmt: skip
-            far = {r: solved(a) for r, a in found[-1]["accuracy"].items()}
-            print(arm, best, seed, "solved", far, found[-1]["exit"], flush=True)
+    found = train_arms(args, corpus, ARMS, GRID, SEEDS, STEPS, judge)
     (HERE / "registers.json").write_text(json.dumps(found, indent=1) + "\n")
     (HERE / "registers.md").write_text(table(found))
 
 
-def trained(args, corpus: Path, arm: str, rate: str, seed: int) -> float:
-    """The validation loss of a run, trained now if it is not there yet."""
-    run = folder(args, arm, rate, seed)
-    if not (run / "checkpoints" / f"step-{STEPS:08d}").is_dir():
-        words = (*COMMON, *ARMS[arm], "--learning-rate", rate, "--seed", seed, "--steps", STEPS)
-        where = ("--data", corpus, "--out", run, "--overwrite", "--threads", args.threads)
-        call(ROOT / "train.py", *words, *where)
-    return last(run, "val_loss")
+def judge(model: GPT) -> dict:
+    """What is said of a model."""
+    return {
+        "accuracy": accuracy(model),
+        "exit": exits(model) if model.config.recurrent else None,
+    }
 
 
 def part(name: str, count: int, chain: bool) -> tuple[torch.Tensor, ...]:
