@@ -28,7 +28,7 @@ from minillm.ops import EAGER, select
 from minillm.optim import Average, recipes, set_learning_rate
 from minillm.pace import Pacer, wished_steps
 from minillm.precision import start_scale
-from minillm.ranks import Ranks, connected, first_to_say, named
+from minillm.ranks import Ranks, connected, first_to_say, leave, named
 from minillm.recurrence import state_keys
 from minillm.settings import Settings
 from minillm.sharding import shard
@@ -252,4 +252,4 @@ def farewell(t: Training, row: dict) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(errors.run("train.py", main, sys.argv[1:], first_to_say))
+    leave(errors.run("train.py", main, sys.argv[1:], first_to_say))

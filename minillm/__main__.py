@@ -20,7 +20,11 @@ def main() -> int:
     verb, rest = (sys.argv[1:2] or [None])[0], sys.argv[2:]
     if verb in VERBS:
         body: Callable[[Sequence[str]], None] = import_module(VERBS[verb][0]).main
-        return errors.run(f"minillm {verb}", body, rest)
+        if verb != "train":
+            return errors.run(f"minillm {verb}", body, rest)
+        from minillm.ranks import first_to_say, leave  # torch, which other verbs do without
+
+        leave(errors.run("minillm train", body, rest, first_to_say))
     return errors.run("minillm", _about, sys.argv[1:])
 
 

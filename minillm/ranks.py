@@ -4,13 +4,14 @@ What this room does not do: gradients, weights (zero.py, sharding.py).
 """
 
 import json
+import os
 import sys
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -36,6 +37,7 @@ class Ranks:
         self.world = world or World()
         self.rank, self.size = self.world.rank, self.world.size
         self.device, self.store = torch.device(device), store
+        self._lanes: list[dist.ProcessGroup | None] = []
 
     def sum(self, x: Tensor) -> Tensor:
         """x becomes its sum over the ranks, in place; returns it."""
@@ -65,6 +67,23 @@ class Ranks:
     def share_of(self, names: Iterable[str]) -> list[str]:
         """The names that fall to this rank, where each rank takes as many."""
         return [*names][self.rank :: self.size]
+
+    def lane(self, number: int) -> dist.ProcessGroup | None:
+        """The process group of optimiser `number` of a model, made when it is first asked for.
+
+        With two optimisers, which of them sends first may differ by rank where different parameters
+        are unused; in a group of its own each keeps its order.
+        """
+        while len(self._lanes) <= number:
+            self._lanes.append(self.new_group())
+        return self._lanes[number]
+
+    def new_group(self) -> dist.ProcessGroup | None:
+        """One more process group of all ranks; with gloo it keeps three threads and five files."""
+        if self.size == 1:
+            return None
+        # Left to itself a new group would wait half an hour for a rank that has stopped.
+        return dist.new_group(timeout=dist.group.WORLD.get_group_store().timeout)
 
     def wait(self) -> None:
         """Until every rank has come here."""
@@ -161,3 +180,17 @@ def first_to_say(text: str) -> bool:
         return store.add(f"said/{world.attempt}/{text}", 1) == 1
     except RuntimeError:
         return True
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with `code`; as one of several ranks at once, without Python's own end.
+
+    A thread of gloo may be about to let go of a tensor. If Python is shutting down by then it ends
+    that thread in a way that aborts the process (before CPython 3.14): code 134 after a good run.
+    """
+    if launched().size > 1:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -103,9 +103,9 @@ class Flat:
         self.optimizers = [
             ZeroOptimizer(
                 {n: own[n] for g in r.groups for n in g["params"]}, r.groups, r.make, ranks,
-                whole=r.whole, **options,
+                whole=r.whole, group=ranks.lane(i), **options,
             )
-            for r in recipes
+            for i, r in enumerate(recipes)
         ]  # fmt: skip
 
     @contextmanager

@@ -60,6 +60,7 @@ class ZeroOptimizer:
     whole: no parameter is cut, as Muon needs it.    bucket_mb: 2**20 bytes that go in one
     collective.    reduce_dtype: gradients are summed in it, or in the parameters' if that is wider.
     offload: masters and the optimiser's state lie in host memory; `make` builds for the CPU.
+    group: of all ranks, to send in, no other optimiser's of the same step; None: a new one.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class ZeroOptimizer:
         bucket_mb: float = 25,
         reduce_dtype: torch.dtype = torch.float32,
         offload: bool = False,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         if stage not in (1, 2):
             raise ValueError(f"stage is {stage}; expected 1 or 2")
@@ -82,7 +84,7 @@ class ZeroOptimizer:
         if sorted(named) != sorted(parameters) or len(set(parameters.values())) < len(named):
             raise ValueError("groups must name every parameter once, and no other")
         self.ranks, self.stage = ranks, stage
-        self._comm = _own_group(ranks)
+        self._comm = group or ranks.new_group()
         self._lane = Lane(ranks.device) if offload else None
         self._flying: deque[Flight] = deque()
         self._open = self._last = False
@@ -283,15 +285,3 @@ class ZeroOptimizer:
 
 def _bytes(tensors: Iterable[Tensor | None]) -> int:
     return sum(x.nbytes for x in tensors if x is not None)
-
-
-def _own_group(ranks: Ranks) -> dist.ProcessGroup | None:
-    """A group of all ranks for one optimiser.
-
-    With two optimisers, which of them reduces first may differ by rank where different parameters
-    are unused; in a group of its own each keeps its order.
-    """
-    if ranks.size == 1:
-        return None
-    # Left to itself a new group would wait half an hour for a rank that has stopped.
-    return dist.new_group(timeout=dist.group.WORLD.get_group_store().timeout)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch._dynamo.utils import counters
 
-from minillm.ranks import Ranks, connect
+from minillm.ranks import Ranks, connect, leave
 from minillm.sharding import Sharding
 from minillm.world import launched
 from tests import sharding_keeping as keeping
@@ -208,3 +208,4 @@ if __name__ == "__main__":
     ranks = connect(launched(), torch.device("cpu"), TIMEOUT_S)
     print(json.dumps(run(ranks, Path(sys.argv[1]))))
     ranks.close()
+    leave(0)

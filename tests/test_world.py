@@ -1,5 +1,9 @@
 """Where the process runs: the device, the dtype and the threads that are picked."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -179,3 +183,28 @@ def test_memory_and_peak_are_plausible():
     peak = world.peak_memory(CPU)
     assert peak is None or peak > held.nbytes
     assert world.measured_peak_flops(CPU, torch.float32) > 1e8
+
+
+@pytest.mark.parametrize(
+    ("ranks", "seen"), [("1", "the output\nPython's own end\n"), ("2", "the output\n")]
+)
+def test_one_of_several_ranks_leaves_without_pythons_own_end(ranks, seen):
+    script = (
+        "import atexit; from minillm.ranks import leave; print('the output');"
+        'atexit.register(print, "Python\'s own end"); leave(6)'
+    )
+    place = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": ranks,
+        "MASTER_ADDR": "x",
+        "MASTER_PORT": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **place},
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (6, seen, "")

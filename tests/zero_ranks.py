@@ -13,7 +13,7 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-from minillm.ranks import Ranks, connect
+from minillm.ranks import Ranks, connect, leave
 from minillm.world import launched
 from minillm.zero import ZeroOptimizer
 from tests import zero_keeping as keeping
@@ -62,7 +62,10 @@ def recorded(ranks: Ranks, dtype: torch.dtype, accumulate: int, split: bool, **o
     model, twin = Toy(dtype), Toy(dtype)
     names = list(named(model))
     shares = [names[::2], names[1::2]] if split else [names]
-    zeros = [make_zero(model, ranks, Record, share, **options) for share in shares]
+    zeros = [
+        make_zero(model, ranks, Record, share, group=ranks.lane(i), **options)
+        for i, share in enumerate(shares)
+    ]
     # Whole matrices of all sizes are only even in buckets of many; of bf16, twice as many fit.
     few = options.get("whole") or options.get("reduce_dtype") == BF16
     assert sum(len(zero.buckets) for zero in zeros) >= (2 if few else 4)
@@ -250,9 +253,8 @@ def few_elements(ranks: Ranks, folder: Path) -> None:
         model = nn.Module()
         model.w = nn.Parameter(torch.tensor([3.0, -1.0], dtype=F64))
         groups = [{"params": ["w"], "weight_decay": 0.0}, {"params": []}]
-        zero = ZeroOptimizer(
-            named(model), groups, partial(torch.optim.SGD, lr=0.25), ranks, stage=stage
-        )
+        make = partial(torch.optim.SGD, lr=0.25)
+        zero = ZeroOptimizer(named(model), groups, make, ranks, stage=stage)
         for _ in range(2):
             with zero.synced(True):
                 (model.w.square().sum() / ranks.size).backward()
@@ -295,3 +297,4 @@ if __name__ == "__main__":
     ranks = connect(launched(), torch.device("cpu"), keeping.TIMEOUT_S)
     print(json.dumps(run(ranks, Path(sys.argv[1]))))
     ranks.close()
+    leave(0)

@@ -130,7 +130,7 @@ def make_zero(
 ) -> ZeroOptimizer:
     """The optimiser of these parameters of the model (None: of all)."""
     parameters = {n: p for n, p in named(model).items() if names is None or n in names}
-    options = {"bucket_mb": BUCKET_MB, **options}
+    options = {"bucket_mb": BUCKET_MB, "group": ranks.lane(0), **options}
     return ZeroOptimizer(parameters, groups_of(list(parameters)), make, ranks, **options)
 
 
@@ -148,12 +148,12 @@ def pair_groups(model: Toy) -> tuple[list[dict], list[dict]]:
 def make_pair(model: Toy, ranks: Ranks, **options) -> list[ZeroOptimizer]:
     """Muon for the matrices, whole, and AdamW for the rest."""
     made = []
-    for groups, make in zip(pair_groups(model), (muon, adamw), strict=True):
+    for lane, (groups, make) in enumerate(zip(pair_groups(model), (muon, adamw), strict=True)):
         names = {n for group in groups for n in group["params"]}
         own = {n: p for n, p in named(model).items() if n in names}
         made.append(
             ZeroOptimizer(
-                own, groups, make, ranks,
+                own, groups, make, ranks, group=ranks.lane(lane),
                 **{"bucket_mb": BUCKET_MB, "whole": make is muon, **options},
             )
         )  # fmt: skip
