@@ -9,20 +9,22 @@ It reads from top to bottom: what to do, on which data, with which model; the lo
 
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
-from math import gcd
+from math import gcd, isfinite
 from pathlib import Path
 
 import torch
 
 from minillm import checkpoint, errors, runs, startup, world
 from minillm.agreement import agree, in_turn
-from minillm.config import ModelConfig
+from minillm.announce import announce, farewell
 from minillm.data import Batches
-from minillm.gradients import accumulate, clip_factor, compiled, mean_flops, refuse_non_finite
+from minillm.gradients import accumulate, clip_factor, compiled, mean_flops
 from minillm.meter import Meter
 from minillm.microbatch import largest_that_fits, seconds_per_step
+from minillm.mishaps import keep, report, roll_back
 from minillm.model import GPT
 from minillm.ops import EAGER, select
 from minillm.optim import Average, recipes, set_learning_rate
@@ -35,16 +37,16 @@ from minillm.sharding import shard
 from minillm.training import (
     Progress,
     Training,
-    announce,
+    heed,
     judge,
     note_best,
     recurrences,
     restore,
-    save,
     share_plan,
     take_sample,
     worries,
 )
+from minillm.watch import Stopped, Watch
 
 
 def main(argv: Sequence[str]) -> None:
@@ -64,9 +66,44 @@ def main(argv: Sequence[str]) -> None:
 
 def train(settings: Settings, run: Path | None, ranks: Ranks) -> None:
     """The run from its first step, or from the last checkpoint of `run`, to its end."""
+    with ExitStack() as held:
+        if run:
+            hold(held, run, ranks)
+        t = set_up(settings, run, ranks)
+        if t.progress.ended and t.progress.step >= t.plan.steps:
+            ranks.say(f"{run} is finished at step {t.progress.step}; "
+                      f"go on with --resume {run} --steps N")  # fmt: skip
+            return
+        if run is None:
+            agree(ranks, lambda: begin_run(t, settings) if ranks.rank == 0 else None)
+            t.run = Path(ranks.share(str(t.run)))
+            agree(ranks, lambda: runs.require_shared(t.run))
+            hold(held, t.run, ranks)
+        for line in announce(t):
+            ranks.say(line)
+        shape, peak = t.model.config, world.measured_peak_flops(ranks.device, t.model.dtype)
+        t.meter = Meter(
+            t.run / "metrics.jsonl" if ranks.rank == 0 else None, t.progress.step, t.plan.steps,
+            shape.flops_per_token(), ranks.size * peak,
+        )  # fmt: skip
+        held.callback(t.meter.close)
+        with t.watch:
+            try:
+                learn(t)
+                finish(t)
+            except Stopped as stop:
+                keep(t, final=True)
+                t.meter.say(f"stopped by {stop} at step {t.progress.step}, which is saved; "
+                            f"go on with --resume {t.run}")  # fmt: skip
+                raise SystemExit(128 + stop.signal) from None
+
+
+def set_up(settings: Settings, run: Path | None, ranks: Ranks) -> Training:
+    """All that a run works with, as its last checkpoint has it or as it begins."""
     # On which data.
     config, device = settings.train, ranks.device
-    past = checkpoint.open_checkpoint(run, ranks=ranks) if run else None
+    begun = run is not None and ranks.share(bool(runs.checkpoints_of(run)))
+    past = checkpoint.open_checkpoint(run, ranks=ranks) if begun else None
     corpus = in_turn(ranks, "corpus", lambda: startup.find_corpus(settings, run, ranks.say))
     startup.refuse_differences(ranks, corpus, settings, run)
     shape = startup.fit_to_corpus(settings, corpus)
@@ -75,11 +112,11 @@ def train(settings: Settings, run: Path | None, ranks: Ranks) -> None:
     batches = Batches(corpus, shape.seq_len, config.batch_size, config.seed, ranks.size)
 
     # With which model.
-    fixed = dict(past.state["fixed"]) if past else {}
-    alike = past and fixed.get("ranks", 1) == ranks.size and "threads" not in settings.given
+    fixed = dict(past.state["fixed"]) if past else runs.fixed_of(run) if run else {}
+    alike = run and fixed.get("ranks", 1) == ranks.size and "threads" not in settings.given
     threads = fixed["threads"] if alike else config.threads
     threads = "1" if threads == "auto" and ranks.size > 1 else threads
-    fixed["threads"], why = world.set_threads(threads)
+    fixed["threads"], why_threads = world.set_threads(threads)
     dtype = world.pick_dtype(fixed.get("dtype", config.dtype), device, shape.d_model)
     fixed["dtype"] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     ops = select(
@@ -118,114 +155,130 @@ def train(settings: Settings, run: Path | None, ranks: Ranks) -> None:
     step_s = ranks.share(seconds_per_step(sharding, rows, micro, device))
     progress = Progress(**past.state["progress"]) if past else Progress()
     pacer = Pacer(config, wished_steps(config, batches), progress.trained_s, step_s)
-    scale = start_scale(dtype)
     t = Training(
-        run, config, corpus, sharding, None, progress, pacer.schedule(), fixed, micro, scale
-    )
-    if past:
-        restore(t, past, pacer, settings.given)
-    share_plan(t)
-    if past:
-        if progress.step >= t.plan.steps:
-            ranks.say(f"{run} is finished at step {progress.step}; "
-                      f"go on with --resume {run} --steps N")  # fmt: skip
-            return
-    else:
-        t.average = Average(parameters, config.ema) if config.ema else None
-        agree(ranks, lambda: begin_run(t, settings, shape) if ranks.rank == 0 else None)
-    t.run = Path(ranks.share(str(t.run)))
-    agree(ranks, lambda: runs.require_shared(t.run))
-    lock = agree(ranks, lambda: runs.lock(t.run) if ranks.rank == 0 else None)
-    for line in announce(t, batches, step_s, why, device):
-        ranks.say(line)
-
-    # The loop.
-    meter = Meter(
-        t.run / "metrics.jsonl" if ranks.rank == 0 else None, progress.step, t.plan.steps,
-        shape.flops_per_token(), ranks.size * world.measured_peak_flops(device, dtype),
+        run, config, corpus, batches, sharding, progress, pacer, pacer.schedule(), fixed, micro,
+        Watch(config.hang_timeout), why_threads, start_scale(dtype),
     )  # fmt: skip
-    while progress.step < t.plan.steps:
+    if past:
+        restore(t, past, settings.given)
+    elif config.ema:
+        t.average = Average(parameters, config.ema)
+    share_plan(t)
+    return t
+
+
+def learn(t: Training) -> None:
+    """The loop: step by step to the end of the schedule. Stopped if a signal comes."""
+    config, model, ranks, sharding, device = t.config, t.model, t.ranks, t.sharding, t.ranks.device
+    rows = config.batch_size // ranks.size
+    while t.progress.step < t.plan.steps:
+        progress = t.progress  # another one after a roll-back
         rate = t.plan.learning_rate(progress.step)
         set_learning_rate(sharding.optimizers, rate)
-        if shape.dropout:  # a function of the step, so that a resumed run drops the same
-            seed = config.seed * 1_000_003 + progress.step + 998_244_353 * ranks.rank
+        at = progress.position
+        if model.config.dropout:  # a function of the step, so that a resumed run drops the same
+            seed = config.seed * 1_000_003 + at + 998_244_353 * ranks.rank
             torch.manual_seed(seed % 2**63)
-        tokens, targets = batches.batch(progress.step, ranks.rank)
+        tokens, targets = t.batches.batch(at, ranks.rank)
         rounds = recurrences(t)
-        first = progress.step * config.batch_size + ranks.rank * rows
+        first = at * config.batch_size + ranks.rank * rows
         keys = state_keys(config.seed, torch.arange(first, first + rows))
         batch = (x.to(device) for x in (tokens, targets, keys))
         factor = t.scale.value / sharding.weight if t.scale else 1.0
-        loss = accumulate(sharding, *batch, micro, rounds, factor)
+        loss = accumulate(sharding, *batch, t.micro, rounds, factor)
         norm = sharding.squares().sqrt().float() / factor
-        overflowed = t.scale is not None and not torch.isfinite(norm)
-        if t.scale:
-            t.scale.update(overflowed, progress.step)
-        if overflowed:
-            sharding.drop()
-        else:
-            refuse_non_finite(progress.step, loss, norm)
-            sharding.step(clip_factor(norm, config.grad_clip, factor))
-        progress.step += 1
-        progress.tokens += tokens.numel() * ranks.size
-        if t.average:
-            t.average.update(progress.step)
-        progress.trained_s = pacer.trained_s
-        t.plan = pacer.keep_to_time(t.plan, progress.step)
-        if config.time_limit is not None:
-            share_plan(t)
-
-        last = progress.step >= t.plan.steps
-        meter.step(tokens.numel() * ranks.size, t.plan.steps, mean_flops(shape, rounds))
         row = {
-            "step": progress.step, "tokens": progress.tokens, "loss": float(loss), "lr": rate,
-            "grad_norm": float(norm), "peak_memory_mib": peak_mib(device),
+            "step": progress.step + 1, "tokens": progress.tokens + tokens.numel() * ranks.size,
+            "loss": float(loss), "lr": rate, "grad_norm": float(norm),
+            "peak_memory_mib": peak_mib(device),
         }  # fmt: skip
         if t.scale:
             row["loss_scale"] = factor * sharding.weight
-        if shape.recurrent:
+        if model.config.recurrent:
             row["recurrence"] = sum(rounds) / len(rounds)
-        improved = False
-        if due(config.eval_every, progress.step) and not last:
-            with meter.paused():
-                row |= judge(t, config.eval_batches)
-                for line in worries(t, row):
-                    meter.say(line)
-            improved = note_best(progress, row)
-        if due(config.log_every, progress.step) or last or "val_loss" in row:
-            meter.log(row)
-        with meter.paused():
-            if due(config.sample_every, progress.step) and not last and (text := take_sample(t)):
-                meter.say(text)
-            if due(config.save_every, progress.step) and not last or improved and config.keep_best:
-                save(t)
-        if "val_loss" in row and 0 < config.early_stop <= progress.evaluations_without_gain:
-            meter.say(f"stopping early: {config.early_stop} evaluations without gain")
+
+        # The weights move only if that is safe.
+        overflowed = t.scale and isfinite(row["loss"]) and not isfinite(row["grad_norm"])
+        if t.scale:
+            t.scale.update(overflowed, progress.step)
+        if not overflowed and (why := t.guard.objection(row["loss"], row["grad_norm"])):
+            t.meter.say(report(t, why, row["loss"], row["grad_norm"]))
+            overflowed = True
+        if overflowed:
+            sharding.drop()
+        else:
+            sharding.step(clip_factor(norm, config.grad_clip, factor))
+            if t.average:
+                t.average.update(progress.step + 1)
+        progress.step, progress.tokens = row["step"], row["tokens"]
+        progress.trained_s = t.pacer.trained_s
+        if t.guard.hopeless:
+            t.meter.say(roll_back(t))
+            continue
+        t.plan = t.pacer.keep_to_time(t.plan, progress.step)
+        if config.time_limit is not None:
+            share_plan(t)
+        t.meter.step(tokens.numel() * ranks.size, t.plan.steps, mean_flops(model.config, rounds))
+        t.watch.step()
+        if look_around(t, row):
             break
+        heed(t)
 
-    # The end. Which checkpoint is best is judged on the same part of the split all along.
+
+def look_around(t: Training, row: dict) -> bool:
+    """After a step: judge, log, sample and save where it is time; whether to stop early."""
+    config, progress, last = t.config, t.progress, t.progress.step >= t.plan.steps
+    improved = False
+    if due(config.eval_every, progress.step) and not last:
+        with t.aside():
+            row |= judge(t, config.eval_batches)
+            for line in worries(t, row):
+                t.meter.say(line)
+        improved = note_best(progress, row)
+    if due(config.log_every, progress.step) or last or "val_loss" in row:
+        t.meter.log(row)
+    with t.aside():
+        if due(config.sample_every, progress.step) and not last and (text := take_sample(t)):
+            t.meter.say(text)
+        if due(config.save_every, progress.step) and not last or improved and config.keep_best:
+            keep(t)
+    if "val_loss" in row and 0 < config.early_stop <= progress.evaluations_without_gain:
+        t.meter.say(f"stopping early: {config.early_stop} evaluations without gain")
+        return True
+    return False
+
+
+def finish(t: Training) -> None:
+    """The end. Which checkpoint is best is judged on the same part of the split all along."""
+    config, progress = t.config, t.progress
     row = {"step": progress.step, "tokens": progress.tokens}
-    row |= judge(t, config.final_eval_batches)
-    for line in worries(t, row):
-        meter.say(line)
-    same = not config.eval_every or config.eval_batches == config.final_eval_batches
-    note_best(progress, row if same else judge(t, config.eval_batches))
-    meter.log(row)
-    meter.close()
-    save(t)
-    if text := take_sample(t):
-        print(text)
-    ranks.say(farewell(t, row))
-    if lock:
-        lock.close()
+    with t.aside():
+        row |= judge(t, config.final_eval_batches, to_the_end=False)
+        for line in worries(t, row):
+            t.meter.say(line)
+        same = not config.eval_every or config.eval_batches == config.final_eval_batches
+        note_best(progress, row if same else judge(t, config.eval_batches, to_the_end=False))
+        t.meter.log(row)
+        progress.ended = True
+        keep(t, final=True)
+        if text := take_sample(t):
+            print(text)
+    t.ranks.say(farewell(t, row))
 
 
-def begin_run(t: Training, settings: Settings, shape: ModelConfig) -> None:
+def hold(held: ExitStack, run: Path, ranks: Ranks) -> None:
+    """Keep others from writing `run` as long as `held`, and clear away what a kill left there."""
+    if lock := agree(ranks, lambda: runs.lock(run) if ranks.rank == 0 else None):
+        held.enter_context(lock)
+        checkpoint.tidy(run)
+
+
+def begin_run(t: Training, settings: Settings) -> None:
     """Make the run's folder and write what it is."""
     c, launch = t.config, t.ranks.world.launch
     t.run = runs.make_run(c.out, c.preset, c.overwrite, launch)
     facts = startup.facts_of(settings, t.corpus, launch) | t.fixed
-    runs.write_config(t.run, shape, asdict(c), facts)
+    runs.write_config(t.run, t.model.config, asdict(c), facts)
     t.corpus.tokenizer().save(t.run)
 
 
@@ -240,16 +293,5 @@ def peak_mib(device: torch.device) -> float | None:
     return None if peak is None else peak / 2**20
 
 
-def farewell(t: Training, row: dict) -> str:
-    """What came out, and what to type next."""
-    p = t.progress
-    lines = [f"{t.run}: step {p.step:,}, {p.tokens:,} tokens, {p.trained_s:.0f} s of training"]
-    if "val_loss" in row:
-        loss, bpb = row["val_loss"], row["val_bpb"]
-        lines.append(f"validation: {loss:.4f} nats a token, {bpb:.4f} bits a byte")
-    lines.append(f"sample it:  python sample.py {t.run}")
-    return "\n".join(lines)
-
-
 if __name__ == "__main__":
-    leave(errors.run("train.py", main, sys.argv[1:], first_to_say))
+    sys.exit(leave(errors.run("train.py", main, sys.argv[1:], first_to_say)))

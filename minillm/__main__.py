@@ -24,7 +24,7 @@ def main() -> int:
             return errors.run(f"minillm {verb}", body, rest)
         from minillm.ranks import first_to_say, leave  # torch, which other verbs do without
 
-        leave(errors.run("minillm train", body, rest, first_to_say))
+        return leave(errors.run("minillm train", body, rest, first_to_say))
     return errors.run("minillm", _about, sys.argv[1:])
 
 

@@ -201,6 +201,13 @@ def prune(run: Path, keep_last: int, best: int | None) -> None:
             shutil.rmtree(steps[step])
 
 
+def discard_after(run: Path, step: int) -> None:
+    """Delete the checkpoints of later steps, which a roll-back has made untrue."""
+    for later, folder in checkpoints_of(run).items():
+        if later > step:
+            shutil.rmtree(folder)
+
+
 def open_checkpoint(run: Path, which: str = "last", ranks: Ranks = ALONE) -> Checkpoint:
     """The checkpoint "last", "best" or of a step number, every file checked against its hash.
 
@@ -295,3 +302,7 @@ def _store_by_columns(model: GPT) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
             module.weight.data = module.weight.data.t().contiguous().t()
+
+
+def tidy(run: Path) -> None:
+    """To be replaced."""

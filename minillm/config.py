@@ -97,6 +97,10 @@ class TrainConfig:
     rank_timeout: float = setting(
         600.0, "seconds that a rank may keep the others waiting", low=1.0, high=1e6
     )
+    hang_timeout: float | None = setting(
+        None, "seconds without a sign of life after which the process shows its stacks and ends; "
+        "default: 60, or five times the longest step", low=1.0, high=1e6,
+    )  # fmt: skip
 
     log_every: int = setting(10, "steps", low=1, group="reporting")
     eval_every: int = setting(250, "steps; 0: only at the end", low=0)

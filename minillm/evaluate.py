@@ -1,7 +1,7 @@
 """Loss of a model over held-out windows, in nats a token and bits a byte."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,10 +31,12 @@ def evaluate(
     windows: Sequence[tuple[Tensor, Tensor]],
     batch_size: int,
     ranks: Ranks | None = None,
+    poll: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Mean loss over all targets of `windows`, `batch_size` windows at a time, without dropout.
 
     windows: (tokens, targets), (T,) int64 each; targets of -100 do not count.    ranks: share them.
+    poll: called before each batch, on all ranks.
     The mean weighs every token equally; the sum is taken in float64.
     """
     ranks = ranks or Ranks()
@@ -43,6 +45,7 @@ def evaluate(
     model.eval()
     total, count = torch.zeros(2, dtype=torch.float64, device=ranks.device)
     for samples, tokens, targets in batched(windows, batch_size, ranks):
+        poll()
         n = int((targets != IGNORED).sum())
         if not n and ranks.size == 1:
             continue

@@ -62,6 +62,11 @@ class Full:
         found = [p.grad.to_local() for p in self.parameters.values() if p.grad is not None]
         return self.ranks.sum(squares(found).to(self.ranks.device))
 
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """As sharding.Replicated's: this rank's rows."""
+        found = self.parameters.items()
+        yield from ((name, p.grad.to_local()) for name, p in found if p.grad is not None)
+
     def step(self, grad_scale: Tensor | None) -> None:
         """As sharding.Replicated's."""
         for name, p in self.parameters.items():

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from minillm.config import ModelConfig
 from minillm.data import IGNORED
-from minillm.errors import DivergedError, UsageError
+from minillm.errors import UsageError
 from minillm.model import GPT
 from minillm.sharding import Sharding
 
@@ -75,12 +75,3 @@ def clip_factor(norm: Tensor, limit: float, scale: float = 1.0) -> Tensor | None
         return None if scale == 1 else torch.full_like(norm, 1 / scale)
     factor = (limit / (norm + 1e-6)).clamp(max=1.0)
     return factor if scale == 1 else factor / scale
-
-
-def refuse_non_finite(step: int, loss: Tensor, norm: Tensor) -> None:
-    """Raise DivergedError before the optimiser moves on a loss or gradient that is not finite."""
-    if not torch.isfinite(loss + norm):
-        raise DivergedError(
-            f"step {step}: loss {float(loss):g}, gradient norm {float(norm):g}; the weights of the "
-            "last checkpoint are good; start again with a smaller --learning-rate"
-        )

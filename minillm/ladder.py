@@ -5,7 +5,7 @@ another (collapse), iterations that change nothing (ignored), a state that grows
 Source: Geiping et al. 2025, arXiv:2502.05171, section 4.3.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -32,11 +32,13 @@ def measure(
     windows: Sequence[tuple[Tensor, Tensor]],
     batch_size: int,
     ranks: Ranks | None = None,
+    poll: Callable[[], None] = lambda: None,
 ) -> dict:
     """What a row of metrics.jsonl says of the recurrence, on windows that the ranks share.
 
     val_loss_at_r: {"1": nats a token, ...}.    token_correlation: of the state at the mean, 0 to 1,
     see `correlation`.    state_growth: its norm at four times the mean by that at the mean.
+    poll: called before each batch, on all ranks.
     """
     mean, device = model.config.mean_recurrence, model.head.weight.device
     at, training = rungs(mean), model.training
@@ -45,6 +47,7 @@ def measure(
     losses, norms = torch.zeros(2, len(at), dtype=torch.float64, device=ranks.device)
     count, alike, batches = torch.zeros(3, dtype=torch.float64, device=ranks.device)
     for samples, tokens, targets in batched(windows, batch_size, ranks):
+        poll()
         n = int((targets >= 0).sum())
         if not n and ranks.size == 1:
             continue

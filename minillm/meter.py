@@ -22,7 +22,8 @@ class Meter:
     def __init__(
         self, path: Path | None, start: int, steps: int, flops_per_token: float, peak_flops: float
     ) -> None:
-        self.flops_per_token, self.peak_flops, self.file = flops_per_token, peak_flops, None
+        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+        self.path, self.file = path, None
         if path is not None:
             _cut_after(path, start)
             self.file = path.open("a", encoding="utf-8")
@@ -76,7 +77,7 @@ class Meter:
             }
             self._forget()
             self.since = time.perf_counter()
-        self.file.write(json.dumps({k: _jsonable(v) for k, v in row.items()}) + "\n")
+        self.file.write(json.dumps({k: jsonable(v) for k, v in row.items()}) + "\n")
         self.file.flush()
         if self.bar.disable:
             self.say(_line(row, self.bar.total))
@@ -91,6 +92,15 @@ class Meter:
             print(text, file=sys.stderr, flush=True)
         else:
             tqdm.write(text, file=sys.stderr)
+
+    def back_to(self, step: int) -> None:
+        """Forget what was reported of later steps, which come again."""
+        self._forget()
+        self.bar.n = step
+        if self.file is not None:
+            self.file.close()
+            _cut_after(self.path, step)
+            self.file = self.path.open("a", encoding="utf-8")
 
     def close(self) -> None:
         """Finish the bar and the file."""
@@ -108,9 +118,10 @@ def _line(row: dict[str, Any], steps: int | None) -> str:
     return "  ".join(parts)
 
 
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
+    """`value` with six digits of each number, and null for those that are not finite."""
     if isinstance(value, dict):
-        return {k: _jsonable(v) for k, v in value.items()}
+        return {k: jsonable(v) for k, v in value.items()}
     if isinstance(value, float):
         return float(f"{value:.6g}") if abs(value) < float("inf") else None
     return value

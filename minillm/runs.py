@@ -153,6 +153,12 @@ def read_config(run: Path) -> tuple[ModelConfig, dict[str, Any]]:
         raise CorruptError(f"{run}/config.json: {error}") from None
 
 
+def fixed_of(run: Path) -> dict[str, Any]:
+    """What a run that has no checkpoint yet decided at its start: threads, dtype, micro-batch."""
+    facts = read_json(run / "config.json")
+    return {name: facts[name] for name in ("threads", "dtype", "micro_batch_size", "ranks")}
+
+
 def write_config(run: Path, model: ModelConfig, train: dict, facts: dict) -> None:
     """config.json: the resolved configuration and the facts of where it runs."""
     write_json(run / "config.json", {"model": asdict(model), "train": train, **facts})

@@ -57,6 +57,13 @@ class Replicated:
         """The sum of the squares of all gradients, () fp64, the same on all ranks."""
         return squares([p.grad for p in self.parameters.values() if p.grad is not None])
 
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """(parameter, elements of its gradient): what this rank looks after; over the ranks, each
+        element once.
+        """
+        mine = ((name, self.parameters[name].grad) for name in self.ranks.share_of(self.parameters))
+        yield from ((name, gradient) for name, gradient in mine if gradient is not None)
+
     def step(self, grad_scale: Tensor | None) -> None:
         """Step all optimisers on the gradients times grad_scale, and drop them."""
         for optimizer in self.optimizers:
@@ -119,6 +126,11 @@ class Flat:
     def squares(self) -> Tensor:
         """As Replicated's; each rank adds those of its shards."""
         return self.ranks.sum(sum(optimizer.squares() for optimizer in self.optimizers))
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """As Replicated's: those of this rank's shards."""
+        for optimizer in self.optimizers:
+            yield from optimizer.gradients()
 
     def step(self, grad_scale: Tensor | None) -> None:
         """As Replicated's; then all ranks have the new weights."""

@@ -1,22 +1,25 @@
 """What the loop of train.py works with, and what it does now and then: judge, sample, save."""
 
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from minillm import checkpoint, ladder
 from minillm.checkpoint import Checkpoint
-from minillm.config import ModelConfig, TrainConfig
+from minillm.config import TrainConfig
 from minillm.configure import RESUMABLE
-from minillm.data import Batches, evaluation_windows, warnings_for
+from minillm.data import Batches, evaluation_windows
 from minillm.evaluate import evaluate
 from minillm.generate import generate
+from minillm.guard import Guard
+from minillm.meter import Meter
 from minillm.model import GPT
 from minillm.optim import Average
 from minillm.pace import Pacer
-from minillm.plan import Job, memory
 from minillm.precision import LossScale
 from minillm.ranks import Ranks
 from minillm.recurrence import draw
@@ -24,6 +27,7 @@ from minillm.schedule import Schedule
 from minillm.sharding import Sharding
 from minillm.shards import Corpus
 from minillm.statetensors import load_into, sharded_tensors
+from minillm.watch import EASY, Stopped, Watch
 
 SAMPLE_TOKENS = 200
 LADDER_WINDOWS = 64  # that recurrence is judged on, at every evaluation
@@ -31,7 +35,11 @@ LADDER_WINDOWS = 64  # that recurrence is judged on, at every evaluation
 
 @dataclass
 class Progress:
-    """What a run has come to; saved with each checkpoint. Losses in nats a token, times in s."""
+    """What a run has come to; saved with each checkpoint. Losses in nats a token, times in s.
+
+    skipped: batches of text that a roll-back has passed over.    ended: all is done, the last
+    evaluation too.
+    """
 
     step: int = 0
     tokens: int = 0
@@ -39,6 +47,13 @@ class Progress:
     best_loss: float | None = None
     best_step: int | None = None
     evaluations_without_gain: int = 0
+    skipped: int = 0
+    ended: bool = False
+
+    @property
+    def position(self) -> int:
+        """The number of the coming batch, of which its text and all that is drawn are functions."""
+        return self.step + self.skipped
 
 
 @dataclass
@@ -46,19 +61,28 @@ class Training:
     """A run in memory.
 
     fixed: what was decided once, at its start: threads, dtype, micro-batch.    micro: sequences of
-    a micro-batch, as this number of ranks divides them.
+    a micro-batch, as this number of ranks divides them.    meter: there once there is a folder.
+    saved: the progress (step, ended) that was saved last.    unsaved: failed attempts since.
     """
 
-    run: Path
+    run: Path | None
     config: TrainConfig
     corpus: Corpus
+    batches: Batches
     sharding: Sharding
-    average: Average | None
     progress: Progress
+    pacer: Pacer
     plan: Schedule
     fixed: dict[str, int | str]
     micro: int
+    watch: Watch
+    why_threads: str
     scale: LossScale | None = None
+    average: Average | None = None
+    guard: Guard = field(default_factory=Guard)
+    meter: Meter | None = None
+    unsaved: int = 0
+    saved: tuple[int, bool] | None = None
 
     @property
     def model(self) -> GPT:
@@ -69,6 +93,12 @@ class Training:
     def ranks(self) -> Ranks:
         """Who trains it."""
         return self.sharding.ranks
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is done inside is no part of a step's time."""
+        with self.meter.paused(), self.watch.elsewhere():
+            yield
 
 
 def save(t: Training) -> None:
@@ -83,6 +113,7 @@ def save(t: Training) -> None:
         "pace": t.plan.pace,
         "fixed": t.fixed,
         "scale": asdict(t.scale) if t.scale else None,
+        "guard": asdict(t.guard),
     }
     if t.ranks.size > 1:
         state["shapes"] = {name: list(shape) for name, shape in shapes.items()}
@@ -92,20 +123,22 @@ def save(t: Training) -> None:
         checkpoint.prune(t.run, t.config.keep_last, best)
 
 
-def restore(t: Training, past: Checkpoint, pacer: Pacer, given: frozenset[str]) -> None:
+def restore(t: Training, past: Checkpoint, given: frozenset[str] = frozenset()) -> None:
     """Put the weights, the optimisers and the schedule back to where `past` left them.
 
     given: settings that the user changed. With a new length the schedule is that of a run which
     was meant to be so long from the start: the rate may go up again.
     """
     t.sharding.load(past)
+    t.progress = Progress(**past.state["progress"])
+    t.guard = Guard(**past.state.get("guard", {}))
     if t.scale and past.state.get("scale"):
         t.scale = LossScale(**past.state["scale"])
     if t.config.ema:
         t.average = Average(dict(t.model.named_parameters()), t.config.ema)
         load_into(t.average.weights, past.tensors("ema"), past.folder)
     if given & {"steps", "epochs", "time_limit"}:
-        t.plan = pacer.schedule(past.step)
+        t.plan = t.pacer.schedule(past.step)
     else:
         t.plan = replace(t.plan, pace=tuple(map(tuple, past.state["pace"])))
 
@@ -122,8 +155,10 @@ def _averaged(t: Training) -> AbstractContextManager[None]:
 
 
 @torch.no_grad()
-def judge(t: Training, batches: int) -> dict[str, float]:
+def judge(t: Training, batches: int, to_the_end: bool = True) -> dict[str, float]:
     """Loss on `batches` batches of the validation split, spread evenly; 0: on the whole of it.
+
+    to_the_end: else a signal breaks it off: Stopped.
 
     Returns val_loss (nats a token), val_bpb (bits a byte of raw text) and val_tokens (how many were
     predicted); nothing without a split.
@@ -133,7 +168,8 @@ def judge(t: Training, batches: int) -> dict[str, float]:
     limit = batches * t.config.batch_size or None
     windows = evaluation_windows(t.corpus, "val", t.model.config.seq_len, limit)
     with _averaged(t):
-        result = evaluate(t.model, windows, t.micro, t.ranks)
+        poll = t.watch.alive if to_the_end else partial(heed, t)
+        result = evaluate(t.model, windows, t.micro, t.ranks, poll)
         found = _judge_recurrence(t) if t.model.config.recurrent else {}
     bpb = result.bits_per_byte(t.corpus.tokens["val"], t.corpus.bytes["val"])
     return {"val_loss": result.loss, "val_bpb": bpb, "val_tokens": result.tokens, **found}
@@ -143,7 +179,14 @@ def _judge_recurrence(t: Training) -> dict:
     """Loss by recurrence and the signs of its failing, on a small part of the split."""
     few = evaluation_windows(t.corpus, "val", t.model.config.seq_len, LADDER_WINDOWS)
     with t.sharding.gathered():
-        return ladder.measure(t.model, few, t.micro, t.ranks)
+        return ladder.measure(t.model, few, t.micro, t.ranks, t.watch.alive)
+
+
+def heed(t: Training) -> None:
+    """A sign of life, and Stopped on all ranks if any was asked to end."""
+    t.watch.alive()
+    if number := t.watch.asked(t.ranks):
+        raise Stopped(number)
 
 
 def worries(t: Training, row: dict) -> list[str]:
@@ -162,7 +205,7 @@ def recurrences(t: Training) -> list[int | None]:
     mean = float(model.mean_recurrence)
     if c.recurrence_curriculum:
         mean = 1 + (mean - 1) * min(1.0, 4 * t.plan.progress(t.progress.step))
-    return draw(c.seed, t.progress.step, c.recurrence_groups, mean, model.max_recurrence)
+    return draw(c.seed, t.progress.position, c.recurrence_groups, mean, model.max_recurrence)
 
 
 def note_best(progress: Progress, row: dict[str, float]) -> bool:
@@ -187,7 +230,7 @@ def take_sample(t: Training) -> str:
         return ""
     tokenizer = t.corpus.tokenizer()
     t.model.eval()
-    with _averaged(t), t.sharding.gathered():
+    with _averaged(t), t.sharding.gathered(), t.watch.elsewhere(EASY):
         made = generate(
             t.model, [tokenizer.prompt_ids("")], max_tokens=SAMPLE_TOKENS, temperature=0.8,
             top_p=0.95, seed=t.config.seed, stop=lambda row, ids: ids[-1] == tokenizer.bos_id,
@@ -199,67 +242,3 @@ def take_sample(t: Training) -> str:
     with (t.run / "samples.txt").open("a", encoding="utf-8") as file:
         file.write(f"=== step {t.progress.step}\n{text}\n")
     return text
-
-
-def announce(
-    t: Training, batches: Batches, step_s: float, why_threads: str, device: torch.device
-) -> list[str]:
-    """Lines to print before the first step: what is trained, on what, and how long it takes."""
-    c, model, plan = t.config, t.model.config, t.plan
-    left = plan.steps - t.progress.step
-    seconds = left * step_s
-    if c.time_limit is not None:
-        seconds = min(seconds, c.time_limit - t.progress.trained_s)
-    step_tokens = c.batch_size * model.seq_len
-    judged = c.final_eval_batches * step_tokens or t.corpus.tokens["val"]
-    judge_s = min(judged, t.corpus.tokens["val"]) / step_tokens * step_s / 3  # forward only
-    warnings = warnings_for(t.corpus.tokens["train"], plan.steps * step_tokens, model.n_parameters)
-    if plan.warmup > plan.steps / 2:
-        warnings.append(f"--warmup {plan.warmup} is most of the {plan.steps} steps")
-    return [
-        f"run       {t.run}" + (f" from step {t.progress.step}" if t.progress.step else ""),
-        f"text      {t.corpus.bytes['train']:,} + {t.corpus.bytes['val']:,} bytes, "
-        f"{t.corpus.tokens['train']:,} + {t.corpus.tokens['val']:,} tokens (train + validation)",
-        f"model     {model.n_parameters:,} parameters, {_layers(model)} layers of {model.d_model}, "
-        f"context {model.seq_len}, vocabulary {model.vocab_size}",
-        f"machine   {device}, {t.fixed['dtype']}{_tf32(device)}, {t.model.ops.name} kernels "
-        f"({t.model.ops.why}), {t.fixed['threads']} threads ({why_threads})",
-        *_ranks(t),
-        f"training  {left:,} steps of {c.batch_size} x {model.seq_len} tokens, "
-        f"{t.micro} sequences at a time, {batches.epochs(plan.steps):.2f} "
-        f"epochs; about {duration(seconds)}, then {duration(judge_s)} to evaluate",
-        *(f"warning   {warning}" for warning in warnings),
-    ]
-
-
-def _tf32(device: torch.device) -> str:
-    """What products of fp32 matrices are computed in on a GPU."""
-    if device.type != "cuda":
-        return ""
-    return " (TF32 on)" if torch.backends.cuda.matmul.allow_tf32 else " (TF32 off)"
-
-
-def _ranks(t: Training) -> list[str]:
-    c = t.config
-    if t.ranks.size == 1 and not c.zero:
-        return []
-    width = {"fp32": 4}.get(t.fixed["dtype"], 2)
-    job = Job(t.model.config, t.ranks.size, c.batch_size, None, width, c.optimizer,
-                   bool(c.ema), c.offload)  # fmt: skip
-    kinds = {kind: n for kind, n in memory(job, c.zero).items() if n}
-    told = ", ".join(f"{kind} {n / 2**20:,.1f}" for kind, n in kinds.items())
-    return [f"ranks     {t.ranks.size}, --zero {c.zero}; MiB of each: {told}, and activations"]
-
-
-def _layers(model: ModelConfig) -> str:
-    if model.recurrent is None:
-        return str(model.n_layer)
-    prelude, core, coda = model.depths
-    return f"{prelude} + {core} x {model.mean_recurrence} (up to {model.max_recurrence}) + {coda}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words: 45 s, 12 min, 3.5 h."""
-    if seconds < 90:
-        return f"{max(0, seconds):.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -256,6 +256,13 @@ class ZeroOptimizer:
         for work in works:
             work.wait()
 
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """(parameter, this rank's elements of its gradient), before the step."""
+        self._settle()
+        for bucket in (bucket for bucket in self.buckets if bucket.shard is not None):
+            for part in bucket.parts:
+                yield part.name, bucket.shard[part.at : part.at + part.master.numel()]
+
     def pieces(self) -> Iterator[Piece]:
         """What this rank has of each parameter; over the ranks, every element once."""
         return pieces_of(self.buckets, self.inner)

@@ -12,13 +12,13 @@ import pytest
 FLOORS = {
     0: "__init__ errors presets schedule cache meter positions kernels offload scripts "
     "kernels/reference_optim kernels/reference_sampling kernels/eager_optim kernels/eager_sampling "
-    "kernels/_interpreter kernels/_tanh",
+    "kernels/_interpreter kernels/_tanh guard",
     1: "kernels/reference kernels/_launch cli world bpe storage documents setting",
     2: "precision ranks shape tensorfiles "
     "kernels/eager kernels/adamw kernels/newton_schulz kernels/swiglu kernels/_rows "
     "kernels/linear_cross_entropy kernels/sample "
     "kernels/_rope_kernels kernels/_attention_blocks",
-    3: "links agreement statetensors kernels/sandwich_norm kernels/rope_cache "
+    3: "links agreement watch statetensors kernels/sandwich_norm kernels/rope_cache "
     "kernels/_attention_forward "
     "kernels/_attention_backward kernels/decode_attention",
     4: "kernels/rms_norm kernels/rope kernels/attention",
@@ -33,7 +33,7 @@ FLOORS = {
     11: "sharding speculate profiling/workloads profiling/audit profiling/ranks",
     12: "microbatch gradients profiling/precision profiling/sizes profiling/page",
     13: "training profiling/implementations profiling/report",
-    14: "plan_text profiling/interpreted",
+    14: "plan_text announce mishaps profiling/interpreted",
     15: "profiling/operations",
     16: "profiling/steps profiling/decoding profiling/tune",
     17: "profiling/suites profiling/trace",

@@ -100,7 +100,7 @@ def test_the_curriculum_takes_a_quarter(monkeypatch):
     def mean_at(step: int, curriculum: bool) -> float:
         return training.recurrences(SimpleNamespace(
             config=TrainConfig(recurrence_curriculum=curriculum),
-            model=SimpleNamespace(config=shape), progress=SimpleNamespace(step=step),
+            model=SimpleNamespace(config=shape), progress=training.Progress(step),
             plan=SimpleNamespace(progress=lambda step: step / 100),
         ))  # fmt: skip
 

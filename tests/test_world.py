@@ -190,8 +190,8 @@ def test_memory_and_peak_are_plausible():
 )
 def test_one_of_several_ranks_leaves_without_pythons_own_end(ranks, seen):
     script = (
-        "import atexit; from minillm.ranks import leave; print('the output');"
-        'atexit.register(print, "Python\'s own end"); leave(6)'
+        "import atexit; from minillm.ranks import leave; import sys; print('the output');"
+        'atexit.register(print, "Python\'s own end"); sys.exit(leave(6))'
     )
     place = {
         "RANK": "0",

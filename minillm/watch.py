@@ -1,0 +1,128 @@
+"""What a long run must not miss: signals to end it, and its own standing still.
+
+    SIGTERM, SIGINT    the first is noted, for the loop to save and end; the second ends the process
+                       at once, code 128 + signal, whatever it is busy with
+    no sign of life    the stacks of all threads, and code 7
+
+One thread sees to both. It counts its own ticks and no clock, so that a process that was stopped
+(Ctrl-Z, a sleeping laptop) and goes on has not stood still.
+"""
+
+import faulthandler
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from minillm.ranks import Ranks
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+TICK_S = 1.0
+LEAST_S, TIMES = 60.0, 5  # of silence: so long at least, and so many of the longest steps
+START, EASY = 5, 10  # the first steps may take so many times longer: kernels are compiled
+SAVING = 30  # and writing a checkpoint: disks may be slow
+
+
+class Stopped(Exception):  # noqa: N818 - no error: somebody wanted it
+    """The run was asked to end. signal: by which."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.signal = number
+
+
+class Watch:
+    """Inside `with`, in the main thread, signals are noted and silence is not suffered.
+
+    limit_s: seconds without a sign of life; None: as the steps are long.
+    """
+
+    def __init__(self, limit_s: float | None = None) -> None:
+        self.limit_s, self.signal = limit_s, 0
+        self._silent, self._steps, self._longest, self._patience = 0.0, 0, 0.0, 1
+        self._since: float | None = None
+
+    def __enter__(self) -> "Watch":
+        self._ear, self._mouth = socket.socketpair()
+        self._mouth.setblocking(False)
+        self._before = {n: signal.signal(n, _leave_it_to_the_thread) for n in SIGNALS}
+        self._fd = signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *what: object) -> None:
+        signal.set_wakeup_fd(self._fd)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._mouth.send(b"\0")  # no signal: the thread ends
+        self._thread.join()
+        self._ear.close()
+        self._mouth.close()
+
+    def alive(self) -> None:
+        """A sign of life."""
+        self._silent = 0.0
+
+    def step(self) -> None:
+        """A sign of life: a step is done."""
+        now = time.monotonic()
+        if self._since is not None and self._steps > 1:  # the first pays for what happens once
+            self._longest = max(self._longest, now - self._since)
+        self._since, self._steps = now, self._steps + 1
+        self.alive()
+
+    @contextmanager
+    def elsewhere(self, patience: int = 1) -> Iterator[None]:
+        """What is done inside is no part of a step; it may be `patience` times as silent."""
+        self.alive()
+        self._patience = patience
+        try:
+            yield
+        finally:
+            self._patience, self._since = 1, None
+            self.alive()
+
+    def asked(self, ranks: Ranks) -> int:
+        """The signal by which any rank was asked to end, on all ranks at once; 0: none was."""
+        return -int(ranks.least(-self.signal))
+
+    @property
+    def limit(self) -> float:
+        """Seconds of silence that are suffered now."""
+        early = EASY if self._steps < START else 1
+        return (self.limit_s or max(LEAST_S, TIMES * self._longest) * early) * self._patience
+
+    def _look(self) -> None:
+        while True:
+            heard, _, _ = select.select([self._ear], [], [], min(TICK_S, self.limit / 4))
+            if heard:
+                for number in self._ear.recv(64):
+                    if number == 0:
+                        return
+                    if number in SIGNALS and self.signal:
+                        os._exit(128 + number)
+                    self.signal = number if number in SIGNALS else self.signal
+                continue
+            self._silent += min(TICK_S, self.limit / 4)
+            if self._silent > self.limit:
+                _give_up(self._silent)
+
+
+def _leave_it_to_the_thread(number: int, frame: object) -> None:
+    """The thread has read of the signal already, even where Python is too busy to come here."""
+
+
+def _give_up(silent_s: float) -> None:
+    print(
+        f"train.py: error: no sign of life for {silent_s:.0f} s (--hang-timeout); the stacks of "
+        "all threads follow; go on with --resume",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
+    faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+    os._exit(7)
