@@ -19,6 +19,7 @@ import torch
 from minillm import checkpoint, errors, runs, startup, world
 from minillm.agreement import agree, in_turn
 from minillm.config import ModelConfig
+from minillm.configure import as_of
 from minillm.data import Batches
 from minillm.gradients import accumulate, clip_factor, compiled, mean_flops, refuse_non_finite
 from minillm.meter import Meter
@@ -33,11 +34,11 @@ from minillm.recurrence import state_keys
 from minillm.settings import Settings
 from minillm.sharding import shard
 from minillm.training import (
-    Progress,
     Training,
     announce,
     judge,
     note_best,
+    progress_of,
     recurrences,
     restore,
     save,
@@ -65,8 +66,11 @@ def main(argv: Sequence[str]) -> None:
 def train(settings: Settings, run: Path | None, ranks: Ranks) -> None:
     """The run from its first step, or from the last checkpoint of `run`, to its end."""
     # On which data.
-    config, device = settings.train, ranks.device
+    device = ranks.device
     past = checkpoint.open_checkpoint(run, ranks=ranks) if run else None
+    progress = progress_of(past)
+    settings = as_of(settings, past) if past else settings
+    config = settings.train
     corpus = in_turn(ranks, "corpus", lambda: startup.find_corpus(settings, run, ranks.say))
     startup.refuse_differences(ranks, corpus, settings, run)
     shape = startup.fit_to_corpus(settings, corpus)
@@ -116,7 +120,6 @@ def train(settings: Settings, run: Path | None, ranks: Ranks) -> None:
 
     # From where, and for how long.
     step_s = ranks.share(seconds_per_step(sharding, rows, micro, device))
-    progress = Progress(**past.state["progress"]) if past else Progress()
     pacer = Pacer(config, wished_steps(config, batches), progress.trained_s, step_s)
     scale = start_scale(dtype)
     t = Training(
@@ -136,6 +139,8 @@ def train(settings: Settings, run: Path | None, ranks: Ranks) -> None:
     t.run = Path(ranks.share(str(t.run)))
     agree(ranks, lambda: runs.require_shared(t.run))
     lock = agree(ranks, lambda: runs.lock(t.run) if ranks.rank == 0 else None)
+    if past:  # what it was opened in place of
+        agree(ranks, lambda: ranks.rank or checkpoint.set_aside(t.run, progress.step))
     for line in announce(t, batches, step_s, why, device):
         ranks.say(line)
 

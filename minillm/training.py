@@ -7,14 +7,16 @@ from pathlib import Path
 import torch
 
 from minillm import checkpoint, ladder
+from minillm.agreement import agree
 from minillm.checkpoint import Checkpoint
 from minillm.config import ModelConfig, TrainConfig
 from minillm.configure import RESUMABLE
 from minillm.data import Batches, evaluation_windows, warnings_for
+from minillm.errors import CorruptError
 from minillm.evaluate import evaluate
 from minillm.generate import generate
 from minillm.model import GPT
-from minillm.optim import Average
+from minillm.optim import Average, state_kinds
 from minillm.pace import Pacer
 from minillm.plan import Job, memory
 from minillm.precision import LossScale
@@ -23,6 +25,7 @@ from minillm.recurrence import draw
 from minillm.schedule import Schedule
 from minillm.sharding import Sharding
 from minillm.shards import Corpus
+from minillm.state import RESUMED, check_state
 from minillm.statetensors import load_into, sharded_tensors
 
 SAMPLE_TOKENS = 200
@@ -98,6 +101,9 @@ def restore(t: Training, past: Checkpoint, pacer: Pacer, given: frozenset[str]) 
     given: settings that the user changed. With a new length the schedule is that of a run which
     was meant to be so long from the start: the rate may go up again.
     """
+    own = dict(t.model.named_parameters())
+    kinds = state_kinds(t.config.optimizer, own, t.model.matrices())
+    agree(t.ranks, lambda: _check_fit(t, past, own, kinds))  # headers alone, before a tensor
     t.sharding.load(past)
     if t.scale and past.state.get("scale"):
         t.scale = LossScale(**past.state["scale"])
@@ -108,6 +114,26 @@ def restore(t: Training, past: Checkpoint, pacer: Pacer, given: frozenset[str]) 
         t.plan = pacer.schedule(past.step)
     else:
         t.plan = replace(t.plan, pace=tuple(map(tuple, past.state["pace"])))
+
+
+def _check_fit(t: Training, past: Checkpoint, own: dict, kinds: dict) -> None:
+    past.check_fit("model", own)
+    past.check_optimizer(kinds)
+    if t.config.ema:
+        past.check_fit("ema", own)
+
+
+def progress_of(past: Checkpoint | None) -> Progress:
+    """How far the run had come by then; None: it is at its start."""
+    if past is None:
+        return Progress()
+    check_state(past.folder / "state.json", past.state, RESUMED)
+    try:
+        if past.state.get("scale"):
+            LossScale(**past.state["scale"])
+        return Progress(**past.state["progress"])
+    except TypeError as error:
+        raise CorruptError(f"{past.folder}/state.json: {error}") from None
 
 
 def share_plan(t: Training) -> None:

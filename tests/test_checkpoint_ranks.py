@@ -74,7 +74,7 @@ def test_what_all_ranks_have_alike_is_shared_out(tmp_path):
     """training.save of three ranks, and training.restore of one and of two."""
     shape = ModelConfig(vocab_size=11, seq_len=8, n_layer=1, n_head=2, d_model=16)
     plan = Schedule("constant", 0.01, 0.0, 0, 0.0, ((0, 0.0), (9, 1.0)))
-    config = TrainConfig(ema=0.5, keep_last=1)
+    config = TrainConfig(optimizer="muon", ema=0.5, keep_last=1)
 
     def trained(ranks, steps: int, seed: int = 0) -> Training:
         model = GPT(shape, EAGER, generator=torch.Generator().manual_seed(seed))
