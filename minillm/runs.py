@@ -161,20 +161,20 @@ def require_run(run: Path) -> Path:
 def read_config(run: Path) -> tuple[ModelConfig, dict[str, Any]]:
     """The model's configuration and the training settings that config.json states."""
     body = read_json(require_run(run) / "config.json")
+    for part, what in (("model", "no model"), ("train", "no settings of training")):
+        if not isinstance(body.get(part), dict):
+            raise CorruptError(f"{run}/config.json: states {what}")
+    unknown = body["model"].keys() - {f.name for f in fields(ModelConfig)}
+    if unknown:
+        raise CorruptError(f"{run}/config.json: unknown model setting {sorted(unknown)[0]!r}")
+    if body["model"].get("vocab_size") is None:
+        raise CorruptError(f"{run}/config.json: the model has no vocab_size")
     try:
-        names = {f.name for f in fields(ModelConfig)}
-        unknown = set(body["model"]) - names
-        if unknown:
-            raise CorruptError(f"{run}/config.json: unknown model setting {sorted(unknown)[0]!r}")
-        if body["model"].get("vocab_size") is None:
-            raise CorruptError(f"{run}/config.json: the model has no vocab_size")
         model = ModelConfig(**body["model"])
-    except (KeyError, TypeError, AttributeError, UsageError) as error:
+    except UsageError as error:
         raise CorruptError(f"{run}/config.json: {error}") from None
     if model.bos_id is not None and model.bos_id not in range(model.vocab_size):
         raise CorruptError(f"{run}/config.json: bos_id is {model.bos_id!r}")
-    if not isinstance(body.get("train"), dict):
-        raise CorruptError(f"{run}/config.json: states no settings of training")
     return model, body["train"]
 
 
