@@ -107,7 +107,7 @@ def train(settings: Settings, run: Path | None, ranks: Ranks) -> None:
         fixed["micro_batch_size"] = int(ranks.least(int(found)))
     fixed["ranks"], micro = ranks.size, gcd(rows, fixed["micro_batch_size"])
     if config.init_from and not past:
-        checkpoint.open_checkpoint(Path(config.init_from)).load_into(model)
+        checkpoint.open_checkpoint(Path(config.init_from), ranks=ranks).load_into(model)
     parameters = dict(model.named_parameters())
     wanted = recipes(
         config.optimizer, parameters, model.matrices(), EAGER if config.offload else ops,

@@ -11,6 +11,7 @@ KIND-0000R-of-0000N of what it has, and any number of ranks reads it, each what 
 import errno
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -224,7 +225,7 @@ def load_run(
     run = Path(run)
     config, _ = read_config(run)
     found = open_checkpoint(run, checkpoint) if isinstance(checkpoint, str) else checkpoint
-    _refuse_giant(run, config, found)
+    check_model(run, config, found)
     ops = select(
         kernels, device,
         d_model=config.d_model, d_head=config.d_head, vocab_size=config.vocab_size,
@@ -240,9 +241,17 @@ def load_run(
     return model, tokenizer, config
 
 
-def _refuse_giant(run: Path, config: ModelConfig, found: Checkpoint) -> None:
-    """Raise CorruptError, before any memory is taken, if the checkpoint cannot be that large."""
-    held = found.n_elements("model")
+def check_model(run: Path, config: ModelConfig, found: Checkpoint) -> None:
+    """Raise CorruptError, before any memory is taken, unless the run's configuration is that of the
+    checkpoint: another run's may have the same names and shapes, and be another model.
+    """
+    own, held = asdict(config), found.n_elements("model")
+    for name, value in found.state.get("model", {}).items():
+        if value != own.get(name):
+            raise CorruptError(
+                f"{run}/config.json: states {name} {own.get(name)!r}, step {found.step} was "
+                f"trained with {value!r}; is it another run's?"
+            )
     if config.n_parameters > 2 * held + SMALL:
         raise CorruptError(
             f"{run}/config.json: states {config.n_parameters:,} parameters, {found.folder} holds "

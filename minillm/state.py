@@ -46,6 +46,7 @@ def _is_dict(x: Any) -> bool:
 FIELDS: dict[str, Callable[[Any], bool]] = {
     "step": _is_count,
     "shapes": _is_shapes,
+    "model": _is_dict,
     "settings": _is_dict,
     "pace": _is_pace,
     "scale": _or_none(_is_dict),

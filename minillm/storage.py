@@ -7,6 +7,8 @@ import errno
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,8 @@ def read_json(path: Path, hint: str = "") -> dict[str, Any]:
     if path.stat().st_size > MAX_JSON:
         raise CorruptError(f"{path}: larger than {MAX_JSON >> 20} MiB{hint}")
     try:
-        raw = path.read_bytes()
+        with naming(path):
+            raw = path.read_bytes()
         content = json.loads(raw)
         ours = raw == _text(content)
         stated = content.pop("sha256")
@@ -73,9 +76,19 @@ def bytes_digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError inside the `with` names the file; one of reading an open file would not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

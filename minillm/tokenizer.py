@@ -17,6 +17,7 @@ from minillm.bpe import lines, train_bpe
 from minillm.errors import CorruptError, UsageError
 from minillm.foreign import try_model
 from minillm.pickles import refuse_pickle
+from minillm.storage import naming
 
 MAX_BYTES = 64 << 20  # of a tokenizer's file
 KINDS = ("bpe", "char", "byte")
@@ -232,7 +233,8 @@ def load_tokenizer(path: str | Path, foreign: bool = False) -> Tokenizer:
     refuse_pickle(path, expected)
     if path.stat().st_size > MAX_BYTES:
         raise CorruptError(f"{path}: larger than {MAX_BYTES >> 20} MiB; no tokenizer is")
-    data = path.read_bytes()
+    with naming(path):
+        data = path.read_bytes()
     if path.suffix == ".json" or data.lstrip()[:1] == b"{":
         return _from_json(path, data)
     if foreign:

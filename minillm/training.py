@@ -81,6 +81,7 @@ def save(t: Training) -> None:
     if t.average:
         tensors["ema"] = {name: t.average.weights[name] for name in t.ranks.share_of(shapes)}
     state = {
+        "model": asdict(t.model.config),
         "progress": asdict(t.progress),
         "settings": {name: getattr(t.config, name) for name in sorted(RESUMABLE)},
         "pace": t.plan.pace,
@@ -117,6 +118,7 @@ def restore(t: Training, past: Checkpoint, pacer: Pacer, given: frozenset[str]) 
 
 
 def _check_fit(t: Training, past: Checkpoint, own: dict, kinds: dict) -> None:
+    checkpoint.check_model(t.run, t.model.config, past)
     past.check_fit("model", own)
     past.check_optimizer(kinds)
     if t.config.ema:

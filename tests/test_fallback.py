@@ -189,6 +189,23 @@ def test_settings_are_those_of_the_checkpoint_that_is_taken(run, train, capsys):
     assert state["settings"]["keep_last"] == 2  # as step 8 had it
 
 
+def test_the_configuration_of_another_run(run, train, capsys):
+    """The same names and shapes, another model: as many heads, of the same width, were swapped."""
+    config = storage.read_json(run / "config.json")["model"]
+    assert (config["n_head"], config["rope_base"]) == (2, 10000.0)
+    for changes, words in (
+        ({"model.n_head": 1, "model.n_kv_head": 1, "model.d_head": 16}, "n_head 1, step 8 was"),
+        ({"model.rope_base": 500.0}, "rope_base 500.0, step 8 was trained with 10000.0"),
+    ):
+        other = shutil.copytree(run, run.with_name("other"))
+        rewrite(other / "config.json", changes)
+        with pytest.raises(CorruptError, match=f"other/config.json: states {words}"):
+            load_run(other)
+        assert train("--resume", other, "--steps", "9") == 3
+        assert f"config.json: states {words}" in capsys.readouterr().err
+        shutil.rmtree(other)
+
+
 def test_setting_aside(tmp_path):
     (tmp_path / "config.json").touch()
     for step in (1, 2, 3):
@@ -246,3 +263,18 @@ def test_a_state_that_training_cannot_go_on_from(run, train, changes, capsys):
     line = capsys.readouterr().err
     assert line.startswith("train.py: error: ") and line.count("\n") == 1 and str(run) in line
     assert open_checkpoint(run, say=pytest.fail).step == 8
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_failing_medium_without_a_way_out(run, monkeypatch, capsys, name):
+    """The system does not say which file it is, when one that is open cannot be read."""
+    real = Path.read_bytes
+
+    def fail(path):
+        if path == run / name:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    assert errors.run("sample.py", sample.main, [str(run)]) == 5
+    assert capsys.readouterr().err == f"sample.py: error: {run / name}: Input/output error\n"

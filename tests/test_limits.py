@@ -111,6 +111,8 @@ CONFIGS = {
 @pytest.mark.parametrize("changes, message", CONFIGS.values(), ids=CONFIGS)
 def test_configurations(run, changes, message):
     rewrite(run / "config.json", changes)
+    rewrite(run / LAST / "state.json", {"model": {}})  # else it would tell that this is another one
+    reseal(run / LAST)
     start = time.monotonic()
     with pytest.raises(CorruptError, match=f"config.json.*{message}"):
         load_run(run)
