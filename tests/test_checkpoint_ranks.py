@@ -61,7 +61,8 @@ def test_two_processes(tmp_path):
         assert found["model"] and found["state"] and found["step"] == 3.0
         # The file of rank 1 did not fit: nothing of checkpoint 2 is left, 1 stands.
         assert found["after a full disk"] == ["step-00000001"]
-        assert found["again"] == 1.0
+        assert found["again"] == 1.0 and found["passed over"] == 1
+        assert found["asked for"][0] == "CorruptError" and "good: 1" in found["asked for"][1]
     assert second["full"][0] == "OSError" and "File too large" in second["full"][1]
     kind, text = first["full"]
     assert kind == "UnavailableError" and text.startswith("rank 1 failed: OSError: ")

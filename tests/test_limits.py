@@ -130,11 +130,12 @@ def test_facts_of_a_run(run, train, capsys, name, value):
     assert line.count("\n") == 1 and "config.json" in line
 
 
+ENTRY = {"bytes": 1, "sha256": "0"}
 MANIFESTS = {
     "no files": {"files": {}},
     "a list": {"files": [1]},
-    "a name that leads out": {"files": {"state.json": {}, "../../config.json": {}}},
-    "another name": {"files": {"state.json": {}, "x.safetensors": {}}},
+    "a name that leads out": {"files": {"state.json": ENTRY, "../../config.json": ENTRY}},
+    "another name": {"files": {"state.json": ENTRY, "x.safetensors": ENTRY}},
     "no entry": {"files": {"state.json": 1}},
     "a size of text": {"files": {"state.json": {"bytes": "1", "sha256": ""}}},
     "no digest": {"files": {"state.json": {"bytes": 1, "sha256": None}}},

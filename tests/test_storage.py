@@ -36,6 +36,16 @@ def test_every_changed_byte_is_noticed(tmp_path_factory, data):
     assert read_json(path) == good
 
 
+def test_white_space_counts(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, CONTENT)
+    raw = path.read_bytes()
+    for other in (raw[:-1], raw + b"\n", raw.replace(b": ", b":\t"), raw.replace(b"\n", b"\r\n")):
+        path.write_bytes(other)
+        with pytest.raises(CorruptError, match="does not match its own sha256"):
+            read_json(path)
+
+
 @pytest.mark.parametrize(
     "raw, message",
     [
