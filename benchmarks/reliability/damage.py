@@ -31,7 +31,7 @@ from minillm import errors  # noqa: E402
 from minillm.checkpoint import load_run, open_checkpoint  # noqa: E402
 from minillm.corpus import prepare  # noqa: E402
 from minillm.data import Tokens  # noqa: E402
-from minillm.runs import load_run_tokenizer, newest_settings, read_config, read_facts  # noqa: E402
+from minillm.runs import newest_settings, read_config, read_facts  # noqa: E402
 from minillm.scripts import train as train_script  # noqa: E402
 from minillm.shards import open_corpus  # noqa: E402
 
@@ -98,8 +98,7 @@ def read_run(run: Path, say: Callable[[str], None]) -> str:
         for name, t in sorted(past.tensors(kind).items()):
             digest.update(repr((kind, name, t.dtype, t.shape)).encode() + t.numpy().tobytes())
     model, tokenizer, _ = load_run(run, checkpoint=past)
-    digest.update(b"".join(p.numpy().tobytes() for p in model.parameters()))
-    digest.update(load_run_tokenizer(run, model.config).to_bytes() + tokenizer.to_bytes())
+    digest.update(b"".join(p.numpy().tobytes() for p in model.parameters()) + tokenizer.to_bytes())
     return digest.hexdigest()
 
 
