@@ -148,7 +148,7 @@ def _checked(folder: Path, step: int, ranks: Ranks) -> Checkpoint:
         if path.name not in files:
             raise CorruptError(f"{path}: is not in the manifest")
     state = read_state(folder)
-    if state["step"] != step or state.get("progress", state)["step"] != step:
+    if state["step"] != step or state.get("progress", {}).get("step", step) != step:
         raise CorruptError(f"{folder}: holds step {state['step']}")
     return Checkpoint(folder, step, state, files_by_kind(folder, files))
 

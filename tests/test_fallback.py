@@ -249,7 +249,8 @@ def test_a_state_that_is_whole_and_cannot_be(run, train, changes, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-LACKING = [{"progress.tokens": ...}, {"pace": ...}, {"fixed.dtype": ...}, {"settings": ...},
+LACKING = [{"progress.step": ...},
+           {"progress.tokens": ...}, {"pace": ...}, {"fixed.dtype": ...}, {"settings": ...},
            {"progress.more": 1}, {"scale": {"more": 1}}, {"settings.seed": 1},
            {"settings.steps": "9"}, {"settings.steps": True}]  # fmt: skip
 
