@@ -40,17 +40,17 @@ def main(argv: Sequence[str]) -> None:
     device = world.pick_device(args.device)
     # One token at a time is bound by memory: on a CPU bf16 is slower there than fp32.
     name = "fp32" if args.dtype == "auto" and device.type == "cpu" else args.dtype
+    found = checkpoint.open_checkpoint(run, args.checkpoint)
     model, tokenizer, config = checkpoint.load_run(
         run,
-        checkpoint=args.checkpoint,
+        checkpoint=found,
         device=device,
         dtype=world.pick_dtype(name, device, 0),
         kernels=args.kernels,
     )
     small = config.n_parameters < ONE_THREAD_BELOW
     threads, _ = world.set_threads(1 if args.threads == "auto" and small else args.threads)
-    step = checkpoint.find_step(run, args.checkpoint)
-    note(f"{run}, step {step}, {device}, {model.ops.name} kernels ({model.ops.why}), "
+    note(f"{run}, step {found.step}, {device}, {model.ops.name} kernels ({model.ops.why}), "
          f"{threads} thread{'s' * (threads > 1)}, seed {args.seed}")  # fmt: skip
     for prompt in prompts(args):
         try:

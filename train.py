@@ -20,6 +20,7 @@ import torch
 from minillm import checkpoint, errors, runs, startup, world
 from minillm.agreement import agree, in_turn
 from minillm.announce import announce, farewell
+from minillm.configure import as_of
 from minillm.data import Batches
 from minillm.gradients import accumulate, clip_factor, compiled, mean_flops
 from minillm.meter import Meter
@@ -35,11 +36,11 @@ from minillm.recurrence import state_keys
 from minillm.settings import Settings
 from minillm.sharding import shard
 from minillm.training import (
-    Progress,
     Training,
     heed,
     judge,
     note_best,
+    progress_of,
     recurrences,
     restore,
     share_plan,
@@ -101,9 +102,14 @@ def train(settings: Settings, run: Path | None, ranks: Ranks) -> None:
 def set_up(settings: Settings, run: Path | None, ranks: Ranks) -> Training:
     """All that a run works with, as its last checkpoint has it or as it begins."""
     # On which data.
-    config, device = settings.train, ranks.device
-    begun = run is not None and ranks.share(bool(runs.checkpoints_of(run)))
+    device = ranks.device
+    begun = run is not None and ranks.share(bool(runs.step_folders(run)))
     past = checkpoint.open_checkpoint(run, ranks=ranks) if begun else None
+    if past:  # what it was opened in place of
+        agree(ranks, lambda: ranks.rank or checkpoint.set_aside(run, past.step))
+    progress = progress_of(past)
+    settings = as_of(settings, past) if past else settings
+    config = settings.train
     corpus = in_turn(ranks, "corpus", lambda: startup.find_corpus(settings, run, ranks.say))
     startup.refuse_differences(ranks, corpus, settings, run)
     shape = startup.fit_to_corpus(settings, corpus)
@@ -140,7 +146,7 @@ def set_up(settings: Settings, run: Path | None, ranks: Ranks) -> Training:
         fixed["micro_batch_size"] = int(ranks.least(int(found)))
     fixed["ranks"], micro = ranks.size, gcd(rows, fixed["micro_batch_size"])
     if config.init_from and not past:
-        checkpoint.open_checkpoint(Path(config.init_from)).load_into(model)
+        checkpoint.open_checkpoint(Path(config.init_from), ranks=ranks).load_into(model)
     parameters = dict(model.named_parameters())
     wanted = recipes(
         config.optimizer, parameters, model.matrices(), EAGER if config.offload else ops,
@@ -153,7 +159,6 @@ def set_up(settings: Settings, run: Path | None, ranks: Ranks) -> Training:
 
     # From where, and for how long.
     step_s = ranks.share(seconds_per_step(sharding, rows, micro, device))
-    progress = Progress(**past.state["progress"]) if past else Progress()
     pacer = Pacer(config, wished_steps(config, batches), progress.trained_s, step_s)
     t = Training(
         run, config, corpus, batches, sharding, progress, pacer, pacer.schedule(), fixed, micro,

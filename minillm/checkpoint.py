@@ -10,7 +10,8 @@ KIND-0000R-of-0000N of what it has, and any number of ranks reads it, each what 
 
 import errno
 import shutil
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,104 +22,25 @@ from torch import Tensor
 
 from minillm.agreement import agree, gather
 from minillm.config import ModelConfig
-from minillm.errors import CorruptError, UsageError
+from minillm.errors import CorruptError, UsageError, one_line
 from minillm.model import GPT
 from minillm.ops import select
 from minillm.ranks import Ranks
-from minillm.runs import checkpoints_of, load_run_tokenizer, read_config, require_run
-from minillm.statetensors import load_into, refuse_misfit, refuse_values
-from minillm.storage import file_digest, read_json, sync_file, sync_folder, write_json
-from minillm.tensorfiles import TensorFiles, file_name, files_by_kind, range_of
+from minillm.reading import Checkpoint, read_state, shape_of, verified
+from minillm.runs import (
+    checkpoints_of,
+    folder_of,
+    load_run_tokenizer,
+    read_config,
+    require_run,
+    step_folders,
+)
+from minillm.storage import file_digest, sync_file, sync_folder, write_json
+from minillm.tensorfiles import file_name, files_by_kind, range_of
 from minillm.tokenizer import Tokenizer
 
 ALONE = Ranks()
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """One verified checkpoint; tensors are read when asked for, onto the CPU.
-
-    files: kind ("model", "optimizer", "ema") -> its files, a rank each.
-    Tensors of "optimizer" are called STATE.PARAMETER: "exp_avg.norm.weight".
-    Every method raises CorruptError if what it reads is damaged or not there.
-    """
-
-    folder: Path
-    step: int
-    state: dict[str, Any]
-    files: dict[str, list[Path]]
-    _opened: dict[str, TensorFiles] = field(default_factory=dict, repr=False, compare=False)
-
-    @property
-    def kinds(self) -> frozenset[str]:
-        """The kinds of tensors that there are."""
-        return frozenset(self.files)
-
-    def names(self, kind: str) -> list[str]:
-        """The names of the tensors of one kind."""
-        return sorted(self._of(kind).tensors)
-
-    def keys(self, kind: str) -> list[str]:
-        """What the files hold: NAME of a whole tensor, NAME[start:stop] of a part."""
-        return self._of(kind).keys()
-
-    def read(self, kind: str, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Elements [start, stop) of a tensor, row by row: (stop - start,); no other is read."""
-        files = self._of(kind)
-        if name not in files.tensors:
-            raise CorruptError(f"{self.folder}: lacks {name} of the {kind}")
-        return files.read(name, start, stop)
-
-    def piece(self, kind: str, name: str, start: int, stop: int) -> Tensor | None:
-        """Elements [start, stop) of parameter `name`, for one who keeps only these.
-
-        kind: "model", "ema" or a state of the optimiser ("exp_avg"), of which there may be none:
-        None. Of a state that is one number for the whole parameter ("step"), this: ().
-        """
-        if kind in ("model", "ema"):
-            values = self.read(kind, name, start, stop)
-            refuse_values(self.folder, name, values)
-            return values
-        files, key = self._of("optimizer"), f"{kind}.{name}"
-        if key not in files.tensors:
-            return None
-        shape, parameter = files.tensors[key].shape, self._of("model").tensors.get(name)
-        if shape and (parameter is None or shape != parameter.shape):
-            raise CorruptError(f"{self.folder}: {key} is {list(shape)}, unlike its parameter")
-        return files.read(key, start, stop) if shape else files.whole(key)
-
-    def tensors(self, kind: str) -> dict[str, Tensor]:
-        """All tensors of one kind by name, in their shapes."""
-        files = self._of(kind)
-        return {name: files.whole(name) for name in files.tensors}
-
-    def check_fit(self, kind: str, own: dict[str, Tensor]) -> None:
-        """Raise CorruptError unless "model" or "ema" has tensors of these names and shapes."""
-        refuse_misfit(self.folder, own, self._of(kind).tensors)
-
-    def load_into(self, model: GPT) -> None:
-        """Give `model` these weights, the averaged ones where there are any."""
-        kind = "ema" if "ema" in self.kinds else "model"
-        own = dict(model.named_parameters())
-        self.check_fit(kind, own)
-        for name, p in own.items():  # one at a time: together they may be as large as the model
-            load_into({name: p}, {name: self._of(kind).whole(name)}, self.folder)
-
-    def _of(self, kind: str) -> TensorFiles:
-        if kind not in self.files:
-            raise CorruptError(f"{self.folder}: has no {kind}-00001-of-*.safetensors")
-        if kind not in self._opened:
-            self._opened[kind] = TensorFiles(
-                self.files[kind],
-                lambda name: _shape_of(self.state, kind, name),
-                numbers=kind == "optimizer",
-            )
-        return self._opened[kind]
-
-
-def _shape_of(state: dict, kind: str, name: str) -> list[int] | None:
-    """The shape that state.json states for a tensor, that of its parameter."""
-    return state.get("shapes", {}).get(name.partition(".")[2] if kind == "optimizer" else name)
+SMALL = 10_000_000  # parameters that are no danger to anybody's memory
 
 
 def save(
@@ -162,7 +84,7 @@ def _write_own(folder: Path, tensors: dict, state: dict, ranks: Ranks) -> dict[s
         for key, t in named.items():
             if span := range_of(key):
                 name, start, stop = span
-                if t.shape != (stop - start,) or _shape_of(state, kind, name) is None:
+                if t.shape != (stop - start,) or shape_of(state, kind, name) is None:
                     raise ValueError(f"{kind} {key} is {list(t.shape)}, or of unknown shape")
         named = {name: t.detach().cpu().contiguous() for name, t in named.items()}
         path = folder / file_name(kind, ranks.rank, ranks.size)
@@ -208,76 +130,109 @@ def discard_after(run: Path, step: int) -> None:
             shutil.rmtree(folder)
 
 
-def open_checkpoint(run: Path, which: str = "last", ranks: Ranks = ALONE) -> Checkpoint:
+def open_checkpoint(
+    run: Path, which: str = "last", ranks: Ranks = ALONE, say: Callable[[str], None] | None = None
+) -> Checkpoint:
     """The checkpoint "last", "best" or of a step number, every file checked against its hash.
 
+    Where the last one is damaged, the newest good one before it is opened, and `say` (default: a
+    line on standard error) is given a warning for each that was passed over. One that was asked for
+    by its step, or as the best, is no other's place: the good steps are named.
     Every rank calls it, hashes its share of the files and learns what the others found.
-    Raises UsageError if there is no such run or checkpoint, CorruptError if it is damaged; the
-    same on all ranks.
+    Raises UsageError if there is no such run or checkpoint, CorruptError if it is damaged or none
+    is good; the same on all ranks.
     """
-    step = gather(ranks, agree(ranks, lambda: find_step(run, which)))[0]
-    return _verified(run / "checkpoints" / f"step-{step:08d}", step, ranks)
+    steps = gather(ranks, agree(ranks, lambda: _all_steps(run)))[0]
+    if which != "last":
+        return _asked_for(run, which, steps, ranks)
+    found, damages = _newest_good(run, steps, ranks)
+    if found is None:
+        raise CorruptError(f"{damages[0]}; no other checkpoint of the run is good")
+    for damage in damages:
+        (say or ranks.say)(one_line(f"warning: {damage}; going on from step {found.step}"))
+    return found
 
 
-def find_step(run: Path, which: str = "last") -> int:
-    """The step of the checkpoint "last", "best" or of a number; raises as open_checkpoint."""
-    steps = checkpoints_of(require_run(run))
+def _all_steps(run: Path) -> list[int]:
+    """The steps of all checkpoints, damaged ones among them, the newest first."""
+    steps = sorted(step_folders(require_run(run)), reverse=True)
     if not steps:
         raise UsageError(
             f"{run} holds no checkpoint; train it anew: python train.py --out {run} --overwrite"
         )
-    step = max(steps)
+    return steps
+
+
+def _newest_good(
+    run: Path, steps: list[int], ranks: Ranks
+) -> tuple[Checkpoint | None, list[CorruptError]]:
+    """The first of these checkpoints that is whole, if any, and what those before it are."""
+    damages = []
+    for step in steps:
+        try:
+            return verified(folder_of(run, step), step, ranks), damages
+        except CorruptError as damage:
+            damages.append(damage)
+    return None, damages
+
+
+def _asked_for(run: Path, which: str, steps: list[int], ranks: Ranks) -> Checkpoint:
+    """The checkpoint "best" or of a step number, and no other."""
+    try:
+        step = gather(ranks, agree(ranks, lambda: _step_of(run, which, steps)))[0]
+        return verified(folder_of(run, step), step, ranks)
+    except CorruptError as damage:
+        good = [s for s in reversed(steps) if _newest_good(run, [s], ranks)[0]]
+        known = f"good: {', '.join(map(str, good))}" if good else "no other is good"
+        raise CorruptError(f"{damage}; --checkpoint {which} is refused; {known}") from None
+
+
+def _step_of(run: Path, which: str, steps: list[int]) -> int:
+    step = int(which) if which.isdecimal() and len(which) <= 8 else -1
     if which == "best":
-        best = read_json(steps[step] / "state.json")["progress"]["best_step"]
-        step = step if best is None else best
-    elif which != "last":
-        step = int(which) if which.isdecimal() and len(which) <= 8 else -1
+        best = read_state(folder_of(run, steps[0])).get("progress", {}).get("best_step")
+        step = steps[0] if best is None else best
     if step not in steps:
         known = ", ".join(map(str, sorted(steps)))
         raise UsageError(f"--checkpoint {which}: {run} holds steps {known}; or last, best")
     return step
 
 
-def _verified(folder: Path, step: int, ranks: Ranks = ALONE) -> Checkpoint:
-    return agree(ranks, lambda: _checked(folder, step, ranks))
+def set_aside(run: Path, step: int) -> list[Path]:
+    """Rename all checkpoints after `step`, which a run that goes on from there has passed over as
+    damaged: none of them shall be the last one again, or keep a good one from being kept.
 
-
-def _checked(folder: Path, step: int, ranks: Ranks) -> Checkpoint:
-    """The checkpoint in `folder`, this rank's share of its files being hashed."""
-    files = read_json(folder / "manifest.json")["files"]
-    # Whole rounds from the largest down give each rank about as many bytes.
-    by_size = sorted(files, key=lambda name: (-files[name]["bytes"], name))
-    for name in by_size[ranks.rank :: ranks.size]:
-        path, stated = folder / name, files[name]
-        if not path.is_file() or path.stat().st_size != stated["bytes"]:
-            raise CorruptError(f"{path}: missing or not {stated['bytes']} bytes long")
-        if file_digest(path) != stated["sha256"]:
-            raise CorruptError(f"{path}: damaged, its SHA-256 is not the manifest's")
-    for path in sorted(folder.glob("*.safetensors")):
-        if path.name not in files:
-            raise CorruptError(f"{path}: is not in the manifest")
-    state = read_json(folder / "state.json")
-    if state["step"] != step:
-        raise CorruptError(f"{folder}: holds step {state['step']}")
-    return Checkpoint(folder, step, state, files_by_kind(folder, files))
+    Returns where they are now: checkpoints/damaged-step-00000200.
+    """
+    moved = []
+    for later, folder in sorted(step_folders(run).items()):
+        if later > step:
+            place = folder.with_name(f"damaged-{folder.name}")
+            shutil.rmtree(place, ignore_errors=True)
+            moved.append(folder.rename(place))
+    if moved:
+        sync_folder(moved[0].parent)
+    return moved
 
 
 def load_run(
     run: str | Path,
     *,
-    checkpoint: str = "last",
+    checkpoint: str | Checkpoint = "last",
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     kernels: str = "auto",
 ) -> tuple[GPT, Tokenizer, ModelConfig]:
     """The model of a run, ready to generate, its tokenizer and its configuration.
 
+    checkpoint: "last", "best", a step, or one that open_checkpoint has opened.
     dtype: of the weights and the computation. The averaged weights are taken where there are any.
     Raises UsageError if there is no such run, CorruptError if a file is damaged.
     """
     run = Path(run)
     config, _ = read_config(run)
-    found = open_checkpoint(run, checkpoint)
+    found = open_checkpoint(run, checkpoint) if isinstance(checkpoint, str) else checkpoint
+    check_model(run, config, found)
     ops = select(
         kernels, device,
         d_model=config.d_model, d_head=config.d_head, vocab_size=config.vocab_size,
@@ -291,6 +246,24 @@ def load_run(
     if model.head.weight.device.type == "cpu":
         _store_by_columns(model)
     return model, tokenizer, config
+
+
+def check_model(run: Path, config: ModelConfig, found: Checkpoint) -> None:
+    """Raise CorruptError, before any memory is taken, unless the run's configuration is that of the
+    checkpoint: another run's may have the same names and shapes, and be another model.
+    """
+    own, held = asdict(config), found.n_elements("model")
+    for name, value in found.state.get("model", {}).items():
+        if value != own.get(name):
+            raise CorruptError(
+                f"{run}/config.json: states {name} {own.get(name)!r}, step {found.step} was "
+                f"trained with {value!r}; is it another run's?"
+            )
+    if config.n_parameters > 2 * held + SMALL:
+        raise CorruptError(
+            f"{run}/config.json: states {config.n_parameters:,} parameters, {found.folder} holds "
+            f"{held:,}"
+        )
 
 
 def _store_by_columns(model: GPT) -> None:

@@ -3,13 +3,14 @@
 import json
 import tomllib
 from argparse import ArgumentTypeError
-from dataclasses import Field, fields, replace
+from dataclasses import Field, asdict, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from minillm.config import PRESETS, ModelConfig, TrainConfig
-from minillm.errors import UsageError
+from minillm.errors import CorruptError, UsageError
+from minillm.reading import Checkpoint
 from minillm.settings import ALIASES, Settings, all_flags, kind_of, parser_of
 
 # What may change when a run is resumed: how it runs and reports, and how long, but not what it is.
@@ -129,6 +130,28 @@ def changed(model: ModelConfig, train: TrainConfig, settings: Settings) -> Setti
     if wishes.keys() & {"steps", "epochs", "time_limit"}:
         wishes = {"steps": None, "epochs": None, "time_limit": None, **wishes}
     return Settings(model, replace(train, **wishes), settings.given)
+
+
+def as_train_config(run: Path, train: dict) -> TrainConfig:
+    """The settings of training that a run's files state; CorruptError if they cannot be."""
+    try:
+        return TrainConfig(**train)
+    except (TypeError, UsageError) as error:
+        raise CorruptError(f"{run}: config.json, or state.json of a checkpoint: {error}") from None
+
+
+def as_of(settings: Settings, past: Checkpoint) -> Settings:
+    """`settings`, what the user left open being as it was at the checkpoint to go on from.
+
+    That is not always the newest one, by which the command line was read: it may be damaged.
+    """
+    then, length = past.state["settings"], {"steps", "epochs", "time_limit"}
+    kept = settings.given | (length if settings.given & length else set())
+    if unknown := sorted(then.keys() - RESUMABLE):
+        raise CorruptError(f"{past.folder}/state.json: cannot change {unknown[0]!r}")
+    own = {name: value for name, value in then.items() if name not in kept}
+    train = as_train_config(past.folder, asdict(settings.train) | own)
+    return replace(settings, train=train)
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def _given_tokenizer(tokenizer: str, vocab_size: int | None) -> Tokenizer | None
             check_vocab_size(vocab_size)
         return None
     elif os.path.lexists(tokenizer):
-        made = load_tokenizer(tokenizer)
+        made = load_tokenizer(tokenizer, foreign=True)
     else:
         raise UsageError(
             f"--tokenizer {documents.shown(tokenizer)}: no such file; expected bpe, char, byte or "

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from minillm.errors import CorruptError, UsageError
 from minillm.shards import BLOCK, TARGETS, Corpus, Shard
+from minillm.storage import naming
 
 IGNORED = -100  # the target that cross-entropy leaves out
 ROUNDS = 6
@@ -54,7 +55,7 @@ class Tokens:
         begin, end = first * size, (first + count) * size
         blocks = range(begin // BLOCK, (end - 1) // BLOCK + 1)
         try:
-            with shard.path.open("rb", buffering=0) as file:
+            with naming(shard.path), shard.path.open("rb", buffering=0) as file:
                 for block in blocks:
                     if (number, block) not in self._checked:
                         file.seek(block * BLOCK)

@@ -22,6 +22,7 @@ from errno import ELOOP, ENAMETOOLONG
 from pathlib import Path
 
 from minillm.errors import CorruptError, UnavailableError, UsageError
+from minillm.pickles import refuse_pickle
 
 # What counts as text in a folder; a file named one by one may have any ending.
 TEXT_ENDINGS = (
@@ -129,6 +130,7 @@ def _expand(word: str) -> list[Path]:
         return files
     if not stat.S_ISREG(mode):
         raise UsageError(f"{shown(path)}: not a regular file; copy what it holds to a file first")
+    refuse_pickle(path, "text")
     return [path]
 
 

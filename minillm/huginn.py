@@ -28,6 +28,7 @@ from minillm.model import GPT
 from minillm.ops import Ops
 from minillm.positions import rope_tables
 from minillm.shape import ModelConfig
+from minillm.storage import MAX_JSON
 
 # Whole numbers: ours, the lowest, and their names, where the second is an alias.
 SIZES = {
@@ -221,6 +222,8 @@ def _whole(fields: Mapping[str, Any], low: int, *names: str) -> int:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
+        if path.stat().st_size > MAX_JSON:
+            raise CorruptError(f"{path}: larger than {MAX_JSON >> 20} MiB")
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file") from None

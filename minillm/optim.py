@@ -141,6 +141,14 @@ def recipes(
     ]
 
 
+def state_kinds(
+    name: str, parameters: Iterable[str], matrices: Collection[str]
+) -> dict[str, frozenset[str]]:
+    """What the optimisers of `recipes` keep of each parameter once they have stepped."""
+    adamw, muon = frozenset(("step", "exp_avg", "exp_avg_sq")), frozenset(("momentum",))
+    return {n: muon if name == "muon" and n in matrices else adamw for n in parameters}
+
+
 def make_optimizers(
     name: str, parameters: dict[str, nn.Parameter], *args: Any, **options: Any
 ) -> list[Optimizer]:

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 from minillm.config import ModelConfig
 from minillm.errors import CorruptError, UsageError
+from minillm.reading import read_state
 from minillm.storage import file_digest, read_json, write_json
 from minillm.tokenizer import Tokenizer, load_tokenizer
 
@@ -36,7 +37,12 @@ def run_of(launch: str | None, out: str | None) -> Path | None:
 
 def _is_of(run: Path, launch: str | None) -> bool:
     path = run / "config.json"
-    return launch is not None and path.is_file() and read_json(path).get("launch") == launch
+    if launch is None or not path.is_file():
+        return False
+    try:
+        return read_json(path).get("launch") == launch
+    except CorruptError:  # one of many runs, perhaps: it is not for this launch to mind
+        return False
 
 
 def lock(run: Path) -> TextIO | None:
@@ -111,8 +117,18 @@ def _make_next(root: Path, name: str) -> Path:
 
 def checkpoints_of(run: Path) -> dict[int, Path]:
     """The folders of a run's whole checkpoints, by step."""
-    folders = run.glob("checkpoints/step-*/manifest.json")
-    return {int(m[1]): f.parent for f in folders if (m := STEP.fullmatch(f.parent.name))}
+    return {step: f for step, f in step_folders(run).items() if (f / "manifest.json").exists()}
+
+
+def step_folders(run: Path) -> dict[int, Path]:
+    """The folders that were a run's checkpoints, by step, whatever has become of them."""
+    folders = run.glob("checkpoints/step-*")
+    return {int(m[1]): f for f in folders if (m := STEP.fullmatch(f.name)) and f.is_dir()}
+
+
+def folder_of(run: Path, step: int) -> Path:
+    """The folder of the checkpoint of one step."""
+    return run / "checkpoints" / f"step-{step:08d}"
 
 
 def require_shared(run: Path) -> None:
@@ -122,9 +138,13 @@ def require_shared(run: Path) -> None:
 
 
 def newest_settings(run: Path) -> dict[str, Any]:
-    """What a resumed run may change, as its newest checkpoint has it."""
-    steps = checkpoints_of(require_run(run))
-    return read_json(steps[max(steps)] / "state.json")["settings"] if steps else {}
+    """What a resumed run may change, as the newest checkpoint has it whose state can be read."""
+    for _, folder in sorted(step_folders(require_run(run)).items(), reverse=True):
+        try:
+            return read_state(folder).get("settings", {})
+        except CorruptError:
+            continue  # whoever opens the checkpoint says so
+    return {}
 
 
 def require_run(run: Path) -> Path:
@@ -141,16 +161,32 @@ def require_run(run: Path) -> Path:
 def read_config(run: Path) -> tuple[ModelConfig, dict[str, Any]]:
     """The model's configuration and the training settings that config.json states."""
     body = read_json(require_run(run) / "config.json")
+    for part, what in (("model", "no model"), ("train", "no settings of training")):
+        if not isinstance(body.get(part), dict):
+            raise CorruptError(f"{run}/config.json: states {what}")
+    unknown = body["model"].keys() - {f.name for f in fields(ModelConfig)}
+    if unknown:
+        raise CorruptError(f"{run}/config.json: unknown model setting {sorted(unknown)[0]!r}")
+    if body["model"].get("vocab_size") is None:
+        raise CorruptError(f"{run}/config.json: the model has no vocab_size")
     try:
-        names = {f.name for f in fields(ModelConfig)}
-        unknown = set(body["model"]) - names
-        if unknown:
-            raise CorruptError(f"{run}/config.json: unknown model setting {sorted(unknown)[0]!r}")
-        if body["model"].get("vocab_size") is None:
-            raise CorruptError(f"{run}/config.json: the model has no vocab_size")
-        return ModelConfig(**body["model"]), body["train"]
-    except (KeyError, TypeError, UsageError) as error:
+        model = ModelConfig(**body["model"])
+    except UsageError as error:
         raise CorruptError(f"{run}/config.json: {error}") from None
+    if model.bos_id is not None and model.bos_id not in range(model.vocab_size):
+        raise CorruptError(f"{run}/config.json: bos_id is {model.bos_id!r}")
+    return model, body["train"]
+
+
+def read_facts(run: Path) -> dict[str, Any]:
+    """All that config.json says; CorruptError unless it says what a run goes on with."""
+    facts = read_json(require_run(run) / "config.json")
+    for name in ("corpus", "corpus_key", "tokenizer_sha256"):
+        if not isinstance(facts.get(name), str):
+            raise CorruptError(f"{run}/config.json: {name} is {facts.get(name)!r}, not a text")
+    if type(facts.get("asked_vocab_size")) not in (int, type(None)):
+        raise CorruptError(f"{run}/config.json: asked_vocab_size is no number")
+    return facts
 
 
 def fixed_of(run: Path) -> dict[str, Any]:

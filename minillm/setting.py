@@ -1,7 +1,7 @@
 """A field of a configuration that is also a flag: its default, its help, and what it allows."""
 
 from dataclasses import Field, field
-from typing import Any
+from typing import Any, get_args
 
 from minillm.errors import UsageError
 
@@ -12,9 +12,17 @@ def setting(default: Any, help: str, **rules: Any) -> Any:
 
 
 def check_range(f: Field, value: Any) -> None:
-    """Raise UsageError if a field's value is outside what its `setting` allows."""
+    """Raise UsageError if a field's value is not of its type, or outside what its `setting` allows.
+
+    A whole number may stand for a float; True stands for no number.
+    """
     rules, flag = f.metadata, "--" + f.name.replace("_", "-")
-    if value is None or not rules:
+    if not rules:
+        return
+    kinds = get_args(f.type) or (f.type,)
+    if type(value) not in kinds and not (float in kinds and type(value) is int):
+        raise UsageError(f"{flag} {value!r} is a {type(value).__name__}, expected {_named(kinds)}")
+    if value is None:
         return
     if "choices" in rules and value not in rules["choices"]:
         raise UsageError(f"{flag} {value!r} is not one of {', '.join(rules['choices'])}")
@@ -22,3 +30,7 @@ def check_range(f: Field, value: Any) -> None:
     if low is not None and not low <= value <= (high if high is not None else value):
         span = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
         raise UsageError(f"{flag} {value} is out of range; expected {span}")
+
+
+def _named(kinds: tuple[type, ...]) -> str:
+    return " or ".join(kind.__name__ for kind in kinds if kind is not type(None))

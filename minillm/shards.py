@@ -179,33 +179,42 @@ def _from_index(folder: Path, content: dict[str, Any]) -> Corpus:
         name = re.fullmatch(NAME, entry["name"])
         if not name:
             raise ValueError(f"a shard named {entry['name']!r}")
-        sizes = (int(entry[key]) for key in ("bytes", "tokens", "max_id"))
+        sizes = [_count(entry[key]) for key in ("bytes", "tokens", "max_id")]
         kind = targets if name[2] else shards
         kind[name[1]].append(Shard(folder / name[0], *sizes, tuple(entry["sha256"])))
     sequence = content.get("sequence")
+    if sequence is not None and _count(sequence) == 0:
+        raise ValueError(f"sequences of {sequence}")
+    vocab_size = _count(content["vocab_size"])
     for split in SPLITS:
         held, answered = (sum(s.tokens for s in kind[split]) for kind in (shards, targets))
         if (sequence is None and answered) or (sequence and (answered != held or held % sequence)):
             raise ValueError(f"{answered} targets for {held} tokens in sequences of {sequence}")
     if content["tokenizer"] not in ("tokenizer.model", "tokenizer.json"):
         raise ValueError(f"a tokenizer named {content['tokenizer']!r}")
-    if content["dtype"] != dtype_for(content["vocab_size"]):
+    if content["dtype"] != dtype_for(vocab_size):
         raise ValueError(f"dtype {content['dtype']!r}")
     return Corpus(
         folder=folder,
-        vocab_size=int(content["vocab_size"]),
+        vocab_size=vocab_size,
         dtype=content["dtype"],
         tokens={split: sum(shard.tokens for shard in shards[split]) for split in SPLITS},
-        bytes={split: int(content["bytes_per_split"][split]) for split in SPLITS},
-        documents={split: int(content["documents"][split]) for split in SPLITS},
+        bytes={split: _count(content["bytes_per_split"][split]) for split in SPLITS},
+        documents={split: _count(content["documents"][split]) for split in SPLITS},
         shards={split: tuple(shards[split]) for split in SPLITS},
         tokenizer_file=folder / content["tokenizer"],
         source=str(content["source"]),
         key=str(content["key"]),
         settings=dict(content.get("settings", {})),
-        sequence=None if sequence is None else int(sequence),
+        sequence=sequence,
         targets={split: tuple(targets[split]) for split in SPLITS},
     )
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise ValueError(f"{value!r} where a count was expected")
+    return value
 
 
 def _check_shards(corpus: Corpus) -> None:

@@ -14,13 +14,13 @@ import torch
 from minillm import __version__, cli, plan, runs, world
 from minillm.agreement import gather
 from minillm.config import ModelConfig, TrainConfig
-from minillm.configure import changed, meant_for_a_core, read_config, resolve
+from minillm.configure import as_train_config, changed, meant_for_a_core, read_config, resolve
 from minillm.corpus import prepare
-from minillm.errors import CorruptError, UnavailableError, UsageError
+from minillm.errors import UnavailableError, UsageError
 from minillm.ranks import Ranks
 from minillm.settings import ALIASES, Settings, add_flags
 from minillm.shards import Corpus, is_prepared, open_corpus
-from minillm.storage import check_place, file_digest, read_json
+from minillm.storage import check_place, file_digest
 from minillm.tokenizer import KINDS
 from minillm.world import World
 
@@ -64,7 +64,7 @@ def begin(args: Namespace, here: World) -> tuple[Settings, Path | None]:
         run = runs.newest_run() if args.resume is NEWEST else Path(args.resume)
         model, train = runs.read_config(run)
         # What an earlier --resume changed stands in the checkpoint.
-        config = _as_train_config(run, train | runs.newest_settings(run))
+        config = as_train_config(run, train | runs.newest_settings(run))
         wishes = resolve(vars(args), args.config, None, asdict(model) | asdict(config))
         return changed(model, config, wishes), run
     device = args.device
@@ -75,7 +75,7 @@ def begin(args: Namespace, here: World) -> tuple[Settings, Path | None]:
     train = settings.train
     if here.attempt and (run := runs.run_of(here.launch, train.out)) is not None:
         model, past = runs.read_config(run)
-        past = _as_train_config(run, past | runs.newest_settings(run))
+        past = as_train_config(run, past | runs.newest_settings(run))
         return Settings(model, past, frozenset()), run
     if train.init_from:
         settings = _inherit(settings, Path(train.init_from))
@@ -84,13 +84,6 @@ def begin(args: Namespace, here: World) -> tuple[Settings, Path | None]:
     for flag, place in (("--out", train.out or "runs"), ("--cache-dir", train.cache_dir)):
         check_place(flag, Path(place))
     return settings, None
-
-
-def _as_train_config(run: Path, train: dict) -> TrainConfig:
-    try:
-        return TrainConfig(**train)
-    except (TypeError, UsageError) as error:
-        raise CorruptError(f"{run}/config.json: {error}") from None
 
 
 def _inherit(settings: Settings, source: Path) -> Settings:
@@ -136,7 +129,7 @@ def find_corpus(settings: Settings, run: Path | None, say: Callable[[str], None]
                 f"--data {train.data} was prepared with another tokenizer than {train.init_from}'s"
             )
         return corpus
-    facts = read_json(run / "config.json")
+    facts = runs.read_facts(run)
     folder = Path(facts["corpus"])
     if folder.is_dir() and "data" not in settings.given:
         corpus = open_corpus(folder)
@@ -154,7 +147,7 @@ def find_corpus(settings: Settings, run: Path | None, say: Callable[[str], None]
 
 def _prepare_again(settings: Settings, run: Path, say: Callable[[str], None]) -> Corpus:
     """As for the run's first step: with the vocabulary size it asked for, and its own tokenizer."""
-    asked = read_json(run / "config.json")["asked_vocab_size"]
+    asked = runs.read_facts(run)["asked_vocab_size"]
     train = settings.train
     if train.tokenizer not in KINDS:
         train = replace(train, tokenizer=str(runs.tokenizer_path(run)))

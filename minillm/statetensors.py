@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from minillm.errors import CorruptError
-from minillm.tensorfiles import key_of
+from minillm.tensorfiles import Stored, key_of
 
 
 def optimizer_tensors(optimizers: list[Optimizer], names: dict[Tensor, str]) -> dict[str, Tensor]:
@@ -97,6 +97,34 @@ def refuse_misfit(source: Path, own: dict[str, Tensor], found: dict) -> None:
         if t.shape != mine.shape or not t.dtype.is_floating_point:
             raise CorruptError(
                 f"{source}: {name} is {t.dtype} {list(t.shape)}, expected {list(mine.shape)}"
+            )
+
+
+def refuse_states(
+    source: Path,
+    found: dict[str, Stored],
+    kinds: dict[str, frozenset[str]],
+    shapes: dict[str, tuple[int, ...]],
+) -> None:
+    """Raise CorruptError unless the optimiser states `found`, KIND.PARAMETER, are what they must.
+
+    source: the file that should have what is missing.    kinds: parameter -> its states, all of
+    which must be there; none at all is the state before the first step.    shapes: of the
+    parameters; a state has that of its own, "step" is one number.
+    """
+    expected = {f"{kind}.{name}" for name, own in kinds.items() for kind in own}
+    missing, extra = sorted(expected - found.keys()), sorted(found.keys() - expected)
+    if extra:
+        path = found[extra[0]].parts[0].path
+        raise CorruptError(f"{path}: holds {extra[0]}, which the run's optimiser does not know")
+    if found and missing:
+        raise CorruptError(f"{source}: lacks {missing[0]}, which the run's optimiser keeps")
+    for key, t in found.items():
+        kind, _, name = key.partition(".")
+        shape = () if kind == "step" else shapes[name]
+        if t.shape != shape or not t.dtype.is_floating_point:
+            raise CorruptError(
+                f"{t.parts[0].path}: {key} is {t.dtype} {list(t.shape)}, expected {list(shape)}"
             )
 
 

@@ -7,12 +7,15 @@ import errno
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from minillm.errors import CorruptError, UsageError
 
 VERSION = 1
+MAX_JSON = 64 << 20  # bytes; the index of a corpus of 1 TB has about as many
 
 
 def write_durably(path: Path, data: bytes) -> None:
@@ -29,26 +32,36 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write `content`, the format's version and the digest of both."""
     content = {"version": VERSION, **content}
     body = {**content, "sha256": json_digest(content)}
-    write_durably(path, (json.dumps(body, indent=1, allow_nan=False) + "\n").encode("ascii"))
+    write_durably(path, _text(body))
+
+
+def _text(body: dict[str, Any]) -> bytes:
+    return (json.dumps(body, indent=1, allow_nan=False) + "\n").encode("ascii")
 
 
 def read_json(path: Path, hint: str = "") -> dict[str, Any]:
     """What write_json wrote, without the digest.
 
-    Raises CorruptError, naming the file and ending with `hint`, if it is that no more.
+    Raises CorruptError, naming the file and ending with `hint`, if it is that no more: not one
+    byte may differ, white space included.
     """
     hint = f"; {hint}" if hint else ""
+    if not path.is_file():
+        raise CorruptError(f"{path}: is missing, or no file{hint}")
+    if path.stat().st_size > MAX_JSON:
+        raise CorruptError(f"{path}: larger than {MAX_JSON >> 20} MiB{hint}")
     try:
-        content = json.loads(path.read_bytes())
+        with naming(path):
+            raw = path.read_bytes()
+        content = json.loads(raw)
+        ours = raw == _text(content)
         stated = content.pop("sha256")
-    except FileNotFoundError:
-        raise CorruptError(f"{path}: is missing{hint}") from None
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         raise CorruptError(f"{path}: damaged, not the JSON that minillm writes{hint}") from None
     if content.get("version") != VERSION:
         found = content.get("version")
         raise CorruptError(f"{path}: has format version {found!r}, expected {VERSION}{hint}")
-    if stated != json_digest(content):
+    if not ours or stated != json_digest(content):
         raise CorruptError(f"{path}: damaged, its content does not match its own sha256{hint}")
     return content
 
@@ -63,9 +76,19 @@ def bytes_digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError inside the `with` names the file; one of reading an open file would not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

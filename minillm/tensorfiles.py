@@ -19,8 +19,12 @@ import torch
 from torch import Tensor
 
 from minillm.errors import CorruptError
+from minillm.pickles import is_pickle
 
-MAX_HEADER = 100_000_000  # bytes; the format's own limit
+MAX_HEADER = 10_000_000  # bytes; the format itself allows ten times as much
+MAX_TENSORS = 100_000  # in one file
+MAX_DIMS = 8
+FILE = re.compile(r"([a-z_]+)-\d{5}-of-\d{5}\.safetensors")  # as file_name makes it
 KEY = re.compile(r"(.*)\[(0|[1-9]\d*):(0|[1-9]\d*)\]", re.DOTALL)
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -214,23 +218,41 @@ def _header(path: Path) -> tuple[dict[str, Any], int, int]:
     try:
         with path.open("rb", buffering=0) as file:
             room = path.stat().st_size - 8
-            length = int.from_bytes(file.read(8), "little")
+            head = file.read(8)
+            length = int.from_bytes(head, "little")
+            if is_pickle(head):
+                raise CorruptError(f"{path}: is a pickle or an archive of one, which is never read")
             if room < 0 or not 0 < length <= min(room, MAX_HEADER):
-                raise CorruptError(f"{path}: damaged, states {length} bytes of header")
-            header = json.loads(file.read(length))
+                raise CorruptError(
+                    f"{path}: damaged, states {length} bytes of header; at most {MAX_HEADER}"
+                )
+            header = json.loads(file.read(length), object_pairs_hook=_refuse_repeats)
     except (ValueError, RecursionError):
-        raise CorruptError(f"{path}: damaged, its header is not JSON") from None
+        raise CorruptError(f"{path}: damaged, its header is not JSON, or repeats a name") from None
     except OSError as error:
         raise CorruptError(f"{path}: {error.strerror or error}") from None
     if not isinstance(header, dict):
         raise CorruptError(f"{path}: damaged, its header is no object")
     header.pop("__metadata__", None)
+    if len(header) > MAX_TENSORS:
+        raise CorruptError(f"{path}: holds {len(header)} tensors; at most {MAX_TENSORS}")
     return header, 8 + length, room - length
+
+
+def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        raise ValueError("a name twice")
+    return table
 
 
 def _is_shape(value: Any) -> bool:
     """Whether it is a list of whole numbers from 0 on, of a tensor that torch can count."""
-    counts = isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+    counts = (
+        isinstance(value, list)
+        and len(value) <= MAX_DIMS
+        and all(type(n) is int and n >= 0 for n in value)
+    )
     return counts and math.prod(max(1, n) for n in value) < 2**63
 
 

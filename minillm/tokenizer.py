@@ -15,7 +15,11 @@ import sentencepiece
 
 from minillm.bpe import lines, train_bpe
 from minillm.errors import CorruptError, UsageError
+from minillm.foreign import try_model
+from minillm.pickles import refuse_pickle
+from minillm.storage import naming
 
+MAX_BYTES = 64 << 20  # of a tokenizer's file
 KINDS = ("bpe", "char", "byte")
 # SentencePiece writes a space as this character and cannot tell the two apart.
 MARK = "\u2581"
@@ -217,14 +221,24 @@ def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int | None = No
     return BpeTokenizer(train_bpe(texts, vocab_size))
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Read tokenizer.model or our own tokenizer.json; UsageError or CorruptError in one line."""
-    path = Path(path)
+def load_tokenizer(path: str | Path, foreign: bool = False) -> Tokenizer:
+    """Read tokenizer.model or our own tokenizer.json; UsageError or CorruptError in one line.
+
+    foreign: nobody vouches for the file by its sha256, so a model is tried in another process
+    first.
+    """
+    path, expected = Path(path), "a tokenizer (.model or .json)"
     if not path.is_file():
-        raise UsageError(f"{path}: no such file; expected a tokenizer (.model or .json)")
-    data = path.read_bytes()
+        raise UsageError(f"{path}: no such file; expected {expected}")
+    refuse_pickle(path, expected)
+    if path.stat().st_size > MAX_BYTES:
+        raise CorruptError(f"{path}: larger than {MAX_BYTES >> 20} MiB; no tokenizer is")
+    with naming(path):
+        data = path.read_bytes()
     if path.suffix == ".json" or data.lstrip()[:1] == b"{":
         return _from_json(path, data)
+    if foreign:
+        try_model(path, data)
     try:
         return BpeTokenizer(data)
     except (RuntimeError, ValueError):  # ValueError: pieces that are no UTF-8

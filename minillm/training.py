@@ -4,21 +4,24 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from math import isfinite
 from pathlib import Path
 
 import torch
 
 from minillm import checkpoint, ladder
+from minillm.agreement import agree
 from minillm.checkpoint import Checkpoint
 from minillm.config import TrainConfig
 from minillm.configure import RESUMABLE
 from minillm.data import Batches, evaluation_windows
+from minillm.errors import CorruptError
 from minillm.evaluate import evaluate
 from minillm.generate import generate
 from minillm.guard import Guard
 from minillm.meter import Meter
 from minillm.model import GPT
-from minillm.optim import Average
+from minillm.optim import Average, state_kinds
 from minillm.pace import Pacer
 from minillm.precision import LossScale
 from minillm.ranks import Ranks
@@ -26,6 +29,7 @@ from minillm.recurrence import draw
 from minillm.schedule import Schedule
 from minillm.sharding import Sharding
 from minillm.shards import Corpus
+from minillm.state import RESUMED, check_state
 from minillm.statetensors import load_into, sharded_tensors
 from minillm.watch import EASY, Stopped, Watch
 
@@ -108,6 +112,7 @@ def save(t: Training) -> None:
     if t.average:
         tensors["ema"] = {name: t.average.weights[name] for name in t.ranks.share_of(shapes)}
     state = {
+        "model": asdict(t.model.config),
         "progress": asdict(t.progress),
         "settings": {name: getattr(t.config, name) for name in sorted(RESUMABLE)},
         "pace": t.plan.pace,
@@ -129,8 +134,11 @@ def restore(t: Training, past: Checkpoint, given: frozenset[str] = frozenset()) 
     given: settings that the user changed. With a new length the schedule is that of a run which
     was meant to be so long from the start: the rate may go up again.
     """
+    own = dict(t.model.named_parameters())
+    kinds = state_kinds(t.config.optimizer, own, t.model.matrices())
+    agree(t.ranks, lambda: _check_fit(t, past, own, kinds))  # headers alone, before a tensor
     t.sharding.load(past)
-    t.progress = Progress(**past.state["progress"])
+    t.progress = progress_of(past)
     t.guard = Guard(**past.state.get("guard", {}))
     if t.scale and past.state.get("scale"):
         t.scale = LossScale(**past.state["scale"])
@@ -141,6 +149,28 @@ def restore(t: Training, past: Checkpoint, given: frozenset[str] = frozenset()) 
         t.plan = t.pacer.schedule(past.step)
     else:
         t.plan = replace(t.plan, pace=tuple(map(tuple, past.state["pace"])))
+
+
+def _check_fit(t: Training, past: Checkpoint, own: dict, kinds: dict) -> None:
+    checkpoint.check_model(t.run, t.model.config, past)
+    past.check_fit("model", own)
+    past.check_optimizer(kinds)
+    if t.config.ema:
+        past.check_fit("ema", own)
+
+
+def progress_of(past: Checkpoint | None) -> Progress:
+    """How far the run had come by then; None: it is at its start."""
+    if past is None:
+        return Progress()
+    check_state(past.folder / "state.json", past.state, RESUMED)
+    try:
+        if past.state.get("scale"):
+            LossScale(**past.state["scale"])
+        Guard(**past.state.get("guard", {}))
+        return Progress(**past.state["progress"])
+    except TypeError as error:
+        raise CorruptError(f"{past.folder}/state.json: {error}") from None
 
 
 def share_plan(t: Training) -> None:
@@ -213,7 +243,7 @@ def note_best(progress: Progress, row: dict[str, float]) -> bool:
     loss = row.get("val_loss")
     if loss is None:
         return False
-    if progress.best_loss is not None and loss >= progress.best_loss:
+    if not (progress.best_loss is None or loss < progress.best_loss) or not isfinite(loss):
         progress.evaluations_without_gain += 1
         return False
     progress.best_loss, progress.best_step = loss, progress.step

@@ -73,6 +73,19 @@ def main(run: Path) -> None:
     found["damaged"] = failure(lambda: checkpoint.open_checkpoint(run, ranks=ranks))
     checkpoint.save(run, 1, own(ranks, plus=1.0), state, ranks)
     found["again"] = float(checkpoint.open_checkpoint(run, "1", ranks).read("model", "w", 0, 1))
+
+    # A newer one is damaged where rank 1 alone looks: both take the older.
+    checkpoint.save(run, 2, own(ranks), state, ranks)
+    path = run / "checkpoints" / "step-00000002" / "model-00002-of-00002.safetensors"
+    if ranks.rank == 1:
+        os.truncate(path, 100)
+    ranks.wait()
+    found["passed over"] = checkpoint.open_checkpoint(run, ranks=ranks).step
+    found["asked for"] = failure(lambda: checkpoint.open_checkpoint(run, "2", ranks))
+    ranks.wait()
+    if ranks.rank == 0:
+        checkpoint.set_aside(run, 1)
+    ranks.wait()
     print(json.dumps(found), flush=True)
 
     # Rank 1 dies when it should write: nothing that looks whole may come of it.

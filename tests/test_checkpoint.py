@@ -9,12 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minillm import checkpoint, errors, runs, statetensors, storage
-from minillm.checkpoint import load_run, open_checkpoint, prune, save
+from minillm.checkpoint import ALONE, load_run, open_checkpoint, prune, save
 from minillm.config import ModelConfig
 from minillm.errors import CorruptError, UsageError
 from minillm.model import GPT
 from minillm.ops import EAGER
 from minillm.optim import Average, make_optimizers, set_learning_rate
+from minillm.reading import verified
 from minillm.scripts import sample
 
 WEIGHTS = "model-00001-of-00001.safetensors"
@@ -55,7 +56,7 @@ def test_weights_optimisers_and_average_come_back_bit_for_bit(tmp_path, name):
     tensors = {"model": parameters, "optimizer": state, "ema": average.weights}
     save(tmp_path, 3, tensors, {"pace": [[0, 0.0], [9, 1.0]]})
 
-    found = checkpoint._verified(tmp_path / "checkpoints" / "step-00000003", 3)
+    found = verified(tmp_path / "checkpoints" / "step-00000003", 3, ALONE)
     assert found.kinds == {"model", "optimizer", "ema"} and found.state["pace"][1] == [9, 1.0]
     for kind, named in tensors.items():
         loaded = found.tensors(kind)
@@ -109,8 +110,7 @@ def test_damage_to_any_file_is_noticed(run, name, what, capsys):
     path.unlink() if what == "gone" else path.write_bytes(changed[what])
     code = errors.run("sample.py", sample.main, [str(run), "--checkpoint", "8"])
     message = capsys.readouterr().err
-    # A folder without config.json is no run; a checkpoint without manifest.json is none.
-    expected = 2 if what == "gone" and name.endswith(("config.json", "manifest.json")) else 3
+    expected = 2 if what == "gone" and name == "config.json" else 3  # without it: no run at all
     assert code == expected, message
     assert message.count("\n") == 1 and str(run) in message
 
@@ -143,12 +143,33 @@ def test_tensors_that_do_not_belong(run, edit, message):
 @pytest.mark.parametrize(
     "kind, edit, message",
     [
-        ("optimizer", lambda t: {**t, "exp_avg.x": torch.ones(1)}, "optimizer state of x"),
+        (
+            "optimizer",
+            lambda t: {**t, "exp_avg.x": torch.ones(1)},
+            "holds exp_avg.x, which the run's",
+        ),
         (
             "optimizer",
             lambda t: {**t, "exp_avg.norm.weight": torch.ones(3)},
-            "exp_avg.norm.weight is [3], expected [16]",
+            "exp_avg.norm.weight is torch.float32 [3], expected [16]",
         ),
+        (
+            "optimizer",
+            lambda t: {k: v for k, v in t.items() if k != "exp_avg_sq.norm.weight"},
+            "lacks exp_avg_sq.norm.weight, which the run's optimiser keeps",
+        ),
+        (
+            "optimizer",
+            lambda t: {**t, "step.norm.weight": torch.ones(16)},
+            "step.norm.weight is torch.float32 [16], expected []",
+        ),
+        (
+            "optimizer",
+            lambda t: {**t, "exp_avg.norm.weight": torch.ones(16).int()},
+            "exp_avg.norm.weight is torch.int32 [16], expected [16]",
+        ),
+        ("optimizer", lambda t: {**t, "momentum.norm.weight": torch.ones(16)}, "holds momentum.no"),
+        ("ema", rename, "lacks norm.weight"),
         ("model", rename, "lacks norm.weight"),
     ],
 )
@@ -241,14 +262,14 @@ def test_a_save_that_fails_midway_leaves_the_old_checkpoint(run, monkeypatch):
 def test_saving_a_step_again_replaces_it(tmp_path):
     for value in (1.0, 2.0):
         save(tmp_path, 5, {"model": {"w": torch.tensor(value)}}, {})
-    found = checkpoint._verified(tmp_path / "checkpoints" / "step-00000005", 5)
+    found = verified(tmp_path / "checkpoints" / "step-00000005", 5, ALONE)
     assert found.tensors("model")["w"] == 2.0
 
 
 def test_a_renamed_checkpoint_is_refused(run):
     last(run).rename(run / "checkpoints" / "step-00000012")
     with pytest.raises(CorruptError, match="holds step 8"):
-        load_run(run)
+        load_run(run, checkpoint="12")
 
 
 def test_other_folders_beside_the_checkpoints_are_ignored(run):

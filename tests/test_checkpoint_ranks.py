@@ -61,7 +61,8 @@ def test_two_processes(tmp_path):
         assert found["model"] and found["state"] and found["step"] == 3.0
         # The file of rank 1 did not fit: nothing of checkpoint 2 is left, 1 stands.
         assert found["after a full disk"] == ["step-00000001"]
-        assert found["again"] == 1.0
+        assert found["again"] == 1.0 and found["passed over"] == 1
+        assert found["asked for"][0] == "CorruptError" and "good: 1" in found["asked for"][1]
     assert second["full"][0] == "OSError" and "File too large" in second["full"][1]
     kind, text = first["full"]
     assert kind == "UnavailableError" and text.startswith("rank 1 failed: OSError: ")
@@ -74,7 +75,7 @@ def test_what_all_ranks_have_alike_is_shared_out(tmp_path):
     """training.save of three ranks, and training.restore of one and of two."""
     shape = ModelConfig(vocab_size=11, seq_len=8, n_layer=1, n_head=2, d_model=16)
     plan = Schedule("constant", 0.01, 0.0, 0, 0.0, ((0, 0.0), (9, 1.0)))
-    config = TrainConfig(ema=0.5, keep_last=1)
+    config = TrainConfig(optimizer="muon", ema=0.5, keep_last=1)
 
     def trained(ranks, steps: int, seed: int = 0) -> Training:
         model = GPT(shape, EAGER, generator=torch.Generator().manual_seed(seed))

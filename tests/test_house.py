@@ -13,15 +13,15 @@ FLOORS = {
     0: "__init__ errors presets schedule cache meter positions kernels offload scripts "
     "kernels/reference_optim kernels/reference_sampling kernels/eager_optim kernels/eager_sampling "
     "kernels/_interpreter kernels/_tanh guard",
-    1: "kernels/reference kernels/_launch cli world bpe storage documents setting",
-    2: "precision ranks shape tensorfiles "
+    1: "kernels/reference kernels/_launch cli world bpe storage setting state pickles foreign",
+    2: "precision ranks shape tensorfiles documents "
     "kernels/eager kernels/adamw kernels/newton_schulz kernels/swiglu kernels/_rows "
     "kernels/linear_cross_entropy kernels/sample "
     "kernels/_rope_kernels kernels/_attention_blocks",
     3: "links agreement watch statetensors kernels/sandwich_norm kernels/rope_cache "
     "kernels/_attention_forward "
     "kernels/_attention_backward kernels/decode_attention",
-    4: "kernels/rms_norm kernels/rope kernels/attention",
+    4: "reading kernels/rms_norm kernels/rope kernels/attention",
     5: "config ops tokenizer split buckets",
     6: "plan start layers runs settings optim shards encoding stream pieces",
     7: "configure data corpus recurrence sequences zero",

@@ -225,8 +225,11 @@ def test_what_is_not_there_is_refused_alike(saved, tmp_path):
     runs = [run, tmp_path / "other"]
     opened = well(together(2, lambda r: open_checkpoint(runs[r.rank], ranks=r)))
     assert [found.step for found in opened] == [5, 5]
-    raised = together(2, lambda r: open_checkpoint(runs[1 - r.rank], ranks=r))
+    raised = together(2, lambda r: open_checkpoint(runs[1 - r.rank], "6", r))
     assert len({str(e) for e in raised}) == 1 and "step-00000006" in str(raised[0])
+    # One that is not seen by all is passed over by all.
+    opened = well(together(2, lambda r: open_checkpoint(runs[1 - r.rank], ranks=r)))
+    assert [found.step for found in opened] == [5, 5]
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path):
