@@ -15,6 +15,7 @@ import sentencepiece
 
 from minillm.bpe import lines, train_bpe
 from minillm.errors import CorruptError, UsageError
+from minillm.storage import write_durably
 
 KINDS = ("bpe", "char", "byte")
 # SentencePiece writes a space as this character and cannot tell the two apart.
@@ -87,7 +88,7 @@ class Tokenizer:
     def save(self, folder: Path) -> Path:
         """Write the tokenizer's file into `folder` and return its path."""
         path = Path(folder, self.file_name)
-        path.write_bytes(self.to_bytes())
+        write_durably(path, self.to_bytes())
         return path
 
 
