@@ -13,6 +13,7 @@ from dataclasses import asdict
 from functools import partial
 from math import gcd
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -66,6 +67,7 @@ def train(settings: Settings, run: Path | None, ranks: Ranks) -> None:
     """The run from its first step, or from the last checkpoint of `run`, to its end."""
     # On which data.
     config, device = settings.train, ranks.device
+    lock = agree(ranks, lambda: take_up(run) if run and ranks.rank == 0 else None)
     past = checkpoint.open_checkpoint(run, ranks=ranks) if run else None
     corpus = in_turn(ranks, "corpus", lambda: startup.find_corpus(settings, run, ranks.say))
     startup.refuse_differences(ranks, corpus, settings, run)
@@ -135,7 +137,7 @@ def train(settings: Settings, run: Path | None, ranks: Ranks) -> None:
         agree(ranks, lambda: begin_run(t, settings, shape) if ranks.rank == 0 else None)
     t.run = Path(ranks.share(str(t.run)))
     agree(ranks, lambda: runs.require_shared(t.run))
-    lock = agree(ranks, lambda: runs.lock(t.run) if ranks.rank == 0 else None)
+    lock = agree(ranks, lambda: lock or runs.lock(t.run) if ranks.rank == 0 else None)
     for line in announce(t, batches, step_s, why, device):
         ranks.say(line)
 
@@ -227,6 +229,13 @@ def begin_run(t: Training, settings: Settings, shape: ModelConfig) -> None:
     facts = startup.facts_of(settings, t.corpus, launch) | t.fixed
     runs.write_config(t.run, shape, asdict(c), facts)
     t.corpus.tokenizer().save(t.run)
+
+
+def take_up(run: Path) -> TextIO | None:
+    """Lock a run that is resumed, and take away what a killed process left in it."""
+    lock = runs.lock(runs.require_run(run))
+    checkpoint.tidy(run)
+    return lock
 
 
 def due(every: int, step: int) -> bool:

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, hashed, never a pickle.
+"""Checkpoints: written whole or not at all (saving.py), hashed, never a pickle.
 
     runs/NAME/checkpoints/step-00001000/{model,optimizer,ema}-00001-of-00001.safetensors,
                                         state.json, manifest.json
@@ -8,15 +8,11 @@ manifest holds the SHA-256 of every file and one of itself. Each of N ranks writ
 KIND-0000R-of-0000N of what it has, and any number of ranks reads it, each what it needs.
 """
 
-import errno
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from minillm.agreement import agree, gather
@@ -26,12 +22,13 @@ from minillm.model import GPT
 from minillm.ops import select
 from minillm.ranks import Ranks
 from minillm.runs import checkpoints_of, load_run_tokenizer, read_config, require_run
+from minillm.saving import ALONE, prune, save, tidy
 from minillm.statetensors import load_into, refuse_misfit, refuse_values
-from minillm.storage import file_digest, read_json, sync_file, sync_folder, write_json
-from minillm.tensorfiles import TensorFiles, file_name, files_by_kind, range_of
+from minillm.storage import file_digest, read_json
+from minillm.tensorfiles import TensorFiles, files_by_kind
 from minillm.tokenizer import Tokenizer
 
-ALONE = Ranks()
+__all__ = ["Checkpoint", "find_step", "load_run", "open_checkpoint", "prune", "save", "tidy"]
 
 
 @dataclass(frozen=True)
@@ -121,86 +118,6 @@ def _shape_of(state: dict, kind: str, name: str) -> list[int] | None:
     return state.get("shapes", {}).get(name.partition(".")[2] if kind == "optimizer" else name)
 
 
-def save(
-    run: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict, ranks: Ranks = ALONE
-) -> Path:
-    """Write checkpoint `step`; afterwards it is whole or absent. Every rank calls it.
-
-    tensors: kind ("model", "optimizer", "ema") -> name -> tensor, this rank's own, the same kinds
-    on each. A part of one, in one dimension, is called tensorfiles.key_of(name, start, stop).
-    state: JSON, rank 0's; with parts its "shapes" says the shape of every parameter, by name.
-    The folder must be the same for all ranks. If one cannot write, it raises its own OSError, the
-    others UnavailableError.
-    """
-    final = run / "checkpoints" / f"step-{step:08d}"
-    temporary = final.with_name(f".{final.name}.tmp")
-    first, state = ranks.rank == 0, {"step": step, **state}
-    try:
-        agree(ranks, lambda: _make_anew(temporary) if first else None)
-        parts = gather(ranks, agree(ranks, lambda: _write_own(temporary, tensors, state, ranks)))
-        # What the ranks have is on the disk; the rest is one rank's work.
-        agree(ranks, lambda: _complete(temporary, final, parts, state) if first else None)
-    except Exception:
-        if first:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return final
-
-
-def _make_anew(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-
-
-def _write_own(folder: Path, tensors: dict, state: dict, ranks: Ranks) -> dict[str, dict]:
-    """Write this rank's files and wait until they are on the disk; their entries in the manifest.
-
-    ValueError if a part is not what its name says.
-    """
-    written = {}
-    for kind, named in tensors.items():
-        for key, t in named.items():
-            if span := range_of(key):
-                name, start, stop = span
-                if t.shape != (stop - start,) or _shape_of(state, kind, name) is None:
-                    raise ValueError(f"{kind} {key} is {list(t.shape)}, or of unknown shape")
-        named = {name: t.detach().cpu().contiguous() for name, t in named.items()}
-        path = folder / file_name(kind, ranks.rank, ranks.size)
-        try:
-            save_file(named, path, {"format": "pt"})
-        except SafetensorError as error:  # which hides the system's own
-            raise OSError(errno.EIO, str(error), str(path)) from None
-        written[path.name] = _durable(path)
-    return written
-
-
-def _durable(path: Path) -> dict[str, Any]:
-    """Wait until a file is on the disk; its entry in the manifest."""
-    sync_file(path)
-    return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
-
-
-def _complete(temporary: Path, final: Path, parts: list[dict], state: dict) -> None:
-    """Write what is left, the manifest last, and give the folder its name."""
-    write_json(temporary / "state.json", state)
-    files = {name: entry for part in parts for name, entry in part.items()}
-    files_by_kind(temporary, files)
-    files["state.json"] = _durable(temporary / "state.json")
-    write_json(temporary / "manifest.json", {"files": dict(sorted(files.items()))})
-    if final.exists():
-        shutil.rmtree(final)
-    temporary.replace(final)
-    sync_folder(final.parent)
-
-
-def prune(run: Path, keep_last: int, best: int | None) -> None:
-    """Delete all checkpoints but the newest `keep_last` and step `best`."""
-    steps = checkpoints_of(run)
-    for step in sorted(steps)[:-keep_last]:
-        if step != best:
-            shutil.rmtree(steps[step])
-
-
 def open_checkpoint(run: Path, which: str = "last", ranks: Ranks = ALONE) -> Checkpoint:
     """The checkpoint "last", "best" or of a step number, every file checked against its hash.
 
@@ -209,7 +126,8 @@ def open_checkpoint(run: Path, which: str = "last", ranks: Ranks = ALONE) -> Che
     same on all ranks.
     """
     step = gather(ranks, agree(ranks, lambda: find_step(run, which)))[0]
-    return _verified(run / "checkpoints" / f"step-{step:08d}", step, ranks)
+    folder = checkpoints_of(run).get(step, run / "checkpoints" / f"step-{step:08d}")
+    return _verified(folder, step, ranks)
 
 
 def find_step(run: Path, which: str = "last") -> int:

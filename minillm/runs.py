@@ -13,10 +13,12 @@ from typing import Any, TextIO
 
 from minillm.config import ModelConfig
 from minillm.errors import CorruptError, UsageError
-from minillm.storage import file_digest, read_json, write_json
+from minillm.storage import file_digest, read_json, sync_folder, write_json
 from minillm.tokenizer import Tokenizer, load_tokenizer
 
 STEP = re.compile(r"step-(\d{8})")
+ASIDE = re.compile(r"\.step-(\d{8})\.old\.tmp")
+BEGUN = {"lock", "config.json.tmp"}  # all that a run without config.json may have
 
 
 def newest_run(root: Path = Path("runs")) -> Path:
@@ -48,7 +50,7 @@ def lock(run: Path) -> TextIO | None:
         import fcntl
     except ImportError:
         return None
-    file = (run / "lock").open("w")
+    file = (run / "lock").open("a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -65,7 +67,7 @@ def check_out(run: Path, overwrite: bool, launch: str | None = None) -> None:
         return
     if not run.is_dir():
         raise UsageError(f"--out {run} is a file; name a folder")
-    if not any(run.iterdir()):
+    if {path.name for path in run.iterdir()} <= BEGUN:
         return
     if not (run / "config.json").is_file():
         raise UsageError(f"--out {run} holds other things than a run; name another folder")
@@ -85,16 +87,29 @@ def make_run(out: str | None, name: str, overwrite: bool, launch: str | None = N
         return _make_next(Path("runs"), name)
     run = Path(out)
     check_out(run, overwrite, launch)
-    if run.exists():
-        held = lock(run)
-        shutil.rmtree(run)
-        if held:
-            held.close()
     try:
-        run.mkdir(parents=True)
+        if run.exists():
+            held = lock(run)
+            _empty(run)
+            if held:
+                held.close()
+        else:
+            run.mkdir(parents=True)
     except FileExistsError:
         raise UsageError(f"--out {run} was taken by another process; name another") from None
+    sync_folder(run.parent)
     return run
+
+
+def _empty(run: Path) -> None:
+    """Delete what a run folder holds; killed on the way, it is still a run or free."""
+    checkpoints, gone = run / "checkpoints", run / "checkpoints.tmp"
+    if checkpoints.exists():  # half of one must not be taken for one
+        shutil.rmtree(gone, ignore_errors=True)
+        checkpoints.rename(gone)
+    last = ("config.json", "lock")
+    for path in sorted(run.iterdir(), key=lambda path: (path.name in last, path.name)):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _make_next(root: Path, name: str) -> Path:
@@ -104,15 +119,21 @@ def _make_next(root: Path, name: str) -> Path:
         try:
             run = root / f"{name}-{n}"
             run.mkdir(parents=True)
+            sync_folder(root)
             return run
         except FileExistsError:
             n += 1
 
 
 def checkpoints_of(run: Path) -> dict[int, Path]:
-    """The folders of a run's whole checkpoints, by step."""
-    folders = run.glob("checkpoints/step-*/manifest.json")
-    return {int(m[1]): f.parent for f in folders if (m := STEP.fullmatch(f.parent.name))}
+    """The folders of a run's whole checkpoints, by step.
+
+    One that is put aside to be replaced counts until the new one has the name.
+    """
+    folders = [f.parent for f in run.glob("checkpoints/*/manifest.json")]
+    return {
+        int(m[1]): f for names in (ASIDE, STEP) for f in folders if (m := names.fullmatch(f.name))
+    }
 
 
 def require_shared(run: Path) -> None:
