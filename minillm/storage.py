@@ -28,11 +28,12 @@ def write_whole(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, A
     digest, size = hashlib.sha256(), 0
     with path.open("wb", buffering=0) as file:
         for piece in pieces:
-            rest = memoryview(piece)
-            digest.update(rest)
-            size += len(rest)
-            while rest:
-                rest = rest[file.write(rest[:PIECE]) :]  # which may write less than it is given
+            for start in range(0, len(piece), PIECE):
+                rest = memoryview(piece)[start : start + PIECE]
+                digest.update(rest)
+                while rest:
+                    rest = rest[file.write(rest) :]  # which may write less than it is given
+            size += len(piece)
         os.fsync(file.fileno())
     return {"bytes": size, "sha256": digest.hexdigest()}
 

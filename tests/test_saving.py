@@ -146,3 +146,21 @@ def test_what_is_put_aside_counts_until_it_is_replaced(run):
     assert open_checkpoint(run).tensors("model")["w"].tolist() == [0, 1, 2, 3, 4, 5]
     tidy(run)
     assert names(run) == ["step-00000001"] and open_checkpoint(run).step == 1
+
+
+def test_a_step_that_cannot_be_replaced_keeps_its_name(run, monkeypatch):
+    rename, past = (
+        Path.rename,
+        (run / "checkpoints" / "step-00000001" / "manifest.json").read_text(),
+    )
+
+    def fail(path, target):
+        if path.name == ".step-00000001.tmp":
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        save(run, 1, {**TENSORS, "model": {"w": torch.zeros(6)}}, {})
+    assert names(run) == ["step-00000001"]
+    assert (run / "checkpoints" / "step-00000001" / "manifest.json").read_text() == past

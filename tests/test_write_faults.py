@@ -71,14 +71,14 @@ def tensors(value: float) -> dict:
 
 
 def value_of(run: Path) -> float | None:
-    """What the last checkpoint holds, every byte of it verified; None if there is no checkpoint."""
-    if not runs.checkpoints_of(run):
-        return None
-    found = open_checkpoint(run)
-    held = {kind: found.tensors(kind) for kind in found.kinds}
-    value = float(held["model"]["b"])
-    for kind, named in tensors(value).items():
-        assert all(torch.equal(held[kind][name], t) for name, t in named.items())
+    """What the last checkpoint holds; None if there is none. Every byte of all is verified."""
+    value = None
+    for step in sorted(runs.checkpoints_of(run)):
+        found = open_checkpoint(run, str(step))
+        held = {kind: found.tensors(kind) for kind in found.kinds}
+        value = float(held["model"]["b"])
+        for kind, named in tensors(value).items():
+            assert all(torch.equal(held[kind][name], t) for name, t in named.items())
     return value
 
 

@@ -13,7 +13,7 @@ import torch
 
 from minillm import corpus, meter
 from minillm.checkpoint import prune, save
-from minillm.storage import write_json
+from minillm.storage import building, write_json, write_whole
 from tests.faults import CHANGES, calls_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,6 +76,15 @@ def test_what_is_prepared_is_on_the_disk_before_it_has_its_name(tmp_path, text_f
     # A folder is asked for that is there already: nothing changes in its parent.
     assert calls[1] == ("mkdir", str(tmp_path))
     assert left_unsynced(calls[2:]) == set()
+
+
+def test_what_is_built_is_on_the_disk_before_it_has_its_name(tmp_path):
+    def build() -> None:
+        with building(tmp_path / "new" / "folder") as temporary:
+            write_whole(temporary / "file", [b"data"])
+
+    calls = calls_of(tmp_path, build)
+    assert left_unsynced(calls) == {str(tmp_path)}  # where "new" is, which may be lost with it
 
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path):
