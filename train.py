@@ -273,18 +273,17 @@ def finish(t: Training) -> None:
 
 def hold(held: ExitStack, run: Path, ranks: Ranks) -> None:
     """Keep others from writing `run` as long as `held`, and clear away what a kill left there."""
-    if lock := agree(ranks, lambda: runs.lock(run) if ranks.rank == 0 else None):
+    if lock := agree(ranks, lambda: checkpoint.take_up(run) if ranks.rank == 0 else None):
         held.enter_context(lock)
-        checkpoint.tidy(run)
 
 
 def begin_run(t: Training, settings: Settings) -> None:
     """Make the run's folder and write what it is."""
     c, launch = t.config, t.ranks.world.launch
     t.run = runs.make_run(c.out, c.preset, c.overwrite, launch)
-    facts = startup.facts_of(settings, t.corpus, launch) | t.fixed
-    runs.write_config(t.run, t.model.config, asdict(c), facts)
     t.corpus.tokenizer().save(t.run)
+    facts = startup.facts_of(settings, t.corpus, launch) | t.fixed
+    runs.write_config(t.run, t.model.config, asdict(c), facts)  # with it, it is a run
 
 
 def due(every: int, step: int) -> bool:

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, hashed, never a pickle.
+"""Checkpoints: written whole or not at all (saving.py), hashed, never a pickle.
 
     runs/NAME/checkpoints/step-00001000/{model,optimizer,ema}-00001-of-00001.safetensors,
                                         state.json, manifest.json
@@ -8,17 +8,11 @@ manifest holds the SHA-256 of every file and one of itself. Each of N ranks writ
 KIND-0000R-of-0000N of what it has, and any number of ranks reads it, each what it needs.
 """
 
-import errno
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 from minillm.agreement import agree, gather
 from minillm.config import ModelConfig
@@ -26,108 +20,22 @@ from minillm.errors import CorruptError, UsageError, one_line
 from minillm.model import GPT
 from minillm.ops import select
 from minillm.ranks import Ranks
-from minillm.reading import Checkpoint, read_state, shape_of, verified
+from minillm.reading import Checkpoint, read_state, verified
 from minillm.runs import (
-    checkpoints_of,
     folder_of,
     load_run_tokenizer,
     read_config,
     require_run,
     step_folders,
 )
-from minillm.storage import file_digest, sync_file, sync_folder, write_json
-from minillm.tensorfiles import file_name, files_by_kind, range_of
+from minillm.saving import ALONE, discard_after, prune, save, set_aside, take_up, tidy
 from minillm.tokenizer import Tokenizer
 
-ALONE = Ranks()
+__all__ = [
+    "Checkpoint", "check_model", "discard_after", "load_run", "open_checkpoint", "prune", "save",
+    "set_aside", "take_up", "tidy",
+]  # fmt: skip
 SMALL = 10_000_000  # parameters that are no danger to anybody's memory
-
-
-def save(
-    run: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict, ranks: Ranks = ALONE
-) -> Path:
-    """Write checkpoint `step`; afterwards it is whole or absent. Every rank calls it.
-
-    tensors: kind ("model", "optimizer", "ema") -> name -> tensor, this rank's own, the same kinds
-    on each. A part of one, in one dimension, is called tensorfiles.key_of(name, start, stop).
-    state: JSON, rank 0's; with parts its "shapes" says the shape of every parameter, by name.
-    The folder must be the same for all ranks. If one cannot write, it raises its own OSError, the
-    others UnavailableError.
-    """
-    final = run / "checkpoints" / f"step-{step:08d}"
-    temporary = final.with_name(f".{final.name}.tmp")
-    first, state = ranks.rank == 0, {"step": step, **state}
-    try:
-        agree(ranks, lambda: _make_anew(temporary) if first else None)
-        parts = gather(ranks, agree(ranks, lambda: _write_own(temporary, tensors, state, ranks)))
-        # What the ranks have is on the disk; the rest is one rank's work.
-        agree(ranks, lambda: _complete(temporary, final, parts, state) if first else None)
-    except Exception:
-        if first:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return final
-
-
-def _make_anew(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-
-
-def _write_own(folder: Path, tensors: dict, state: dict, ranks: Ranks) -> dict[str, dict]:
-    """Write this rank's files and wait until they are on the disk; their entries in the manifest.
-
-    ValueError if a part is not what its name says.
-    """
-    written = {}
-    for kind, named in tensors.items():
-        for key, t in named.items():
-            if span := range_of(key):
-                name, start, stop = span
-                if t.shape != (stop - start,) or shape_of(state, kind, name) is None:
-                    raise ValueError(f"{kind} {key} is {list(t.shape)}, or of unknown shape")
-        named = {name: t.detach().cpu().contiguous() for name, t in named.items()}
-        path = folder / file_name(kind, ranks.rank, ranks.size)
-        try:
-            save_file(named, path, {"format": "pt"})
-        except SafetensorError as error:  # which hides the system's own
-            raise OSError(errno.EIO, str(error), str(path)) from None
-        written[path.name] = _durable(path)
-    return written
-
-
-def _durable(path: Path) -> dict[str, Any]:
-    """Wait until a file is on the disk; its entry in the manifest."""
-    sync_file(path)
-    return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
-
-
-def _complete(temporary: Path, final: Path, parts: list[dict], state: dict) -> None:
-    """Write what is left, the manifest last, and give the folder its name."""
-    write_json(temporary / "state.json", state)
-    files = {name: entry for part in parts for name, entry in part.items()}
-    files_by_kind(temporary, files)
-    files["state.json"] = _durable(temporary / "state.json")
-    write_json(temporary / "manifest.json", {"files": dict(sorted(files.items()))})
-    if final.exists():
-        shutil.rmtree(final)
-    temporary.replace(final)
-    sync_folder(final.parent)
-
-
-def prune(run: Path, keep_last: int, best: int | None) -> None:
-    """Delete all checkpoints but the newest `keep_last` and step `best`."""
-    steps = checkpoints_of(run)
-    for step in sorted(steps)[:-keep_last]:
-        if step != best:
-            shutil.rmtree(steps[step])
-
-
-def discard_after(run: Path, step: int) -> None:
-    """Delete the checkpoints of later steps, which a roll-back has made untrue."""
-    for later, folder in checkpoints_of(run).items():
-        if later > step:
-            shutil.rmtree(folder)
 
 
 def open_checkpoint(
@@ -198,23 +106,6 @@ def _step_of(run: Path, which: str, steps: list[int]) -> int:
     return step
 
 
-def set_aside(run: Path, step: int) -> list[Path]:
-    """Rename all checkpoints after `step`, which a run that goes on from there has passed over as
-    damaged: none of them shall be the last one again, or keep a good one from being kept.
-
-    Returns where they are now: checkpoints/damaged-step-00000200.
-    """
-    moved = []
-    for later, folder in sorted(step_folders(run).items()):
-        if later > step:
-            place = folder.with_name(f"damaged-{folder.name}")
-            shutil.rmtree(place, ignore_errors=True)
-            moved.append(folder.rename(place))
-    if moved:
-        sync_folder(moved[0].parent)
-    return moved
-
-
 def load_run(
     run: str | Path,
     *,
@@ -275,7 +166,3 @@ def _store_by_columns(model: GPT) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
             module.weight.data = module.weight.data.t().contiguous().t()
-
-
-def tidy(run: Path) -> None:
-    """To be replaced."""

@@ -7,8 +7,6 @@ text out (split.py), know the format on disk (shards.py).
 """
 
 import os
-import secrets
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +19,7 @@ from minillm.bpe import check_vocab_size, choose_vocab_size
 from minillm.errors import CorruptError, UsageError
 from minillm.shards import Corpus, open_corpus
 from minillm.split import Split, Text, parts, split, survey
-from minillm.storage import VERSION, json_digest, sync_folder, write_durably
+from minillm.storage import VERSION, building, json_digest, write_durably
 from minillm.tokenizer import KINDS, Tokenizer, load_tokenizer, train_tokenizer
 
 Say = Callable[[str], None]
@@ -161,24 +159,14 @@ def _train(text: Text, plan: Split, kind: str, vocab_size: int | None, say: Say)
 
 @contextmanager
 def _building(folder: Path, key: str) -> Iterator[Path]:
-    """A new folder beside `folder` that takes its name in one step once the body is through."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.parent / f".{folder.name[:64]}.{secrets.token_hex(4)}.tmp"
-    temporary.mkdir()
+    """storage.building of a corpus, which another process may have built meanwhile."""
     try:
-        yield temporary
-        sync_folder(temporary)
-        try:
-            if _is_empty_folder(folder):
-                folder.rmdir()
-            temporary.rename(folder)
-            sync_folder(folder.parent)
-        except OSError:
-            # Another process was first with the same corpus; its work is as good as ours.
-            if not shards.is_prepared(folder) or open_corpus(folder).key != key:
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with building(folder) as temporary:
+            yield temporary
+    except OSError:
+        # Its work is as good as ours.
+        if not shards.is_prepared(folder) or open_corpus(folder).key != key:
+            raise
 
 
 def _write(

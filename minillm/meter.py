@@ -4,11 +4,13 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from minillm.storage import write_durably
 
 
 class Meter:
@@ -23,10 +25,9 @@ class Meter:
         self, path: Path | None, start: int, steps: int, flops_per_token: float, peak_flops: float
     ) -> None:
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
-        self.path, self.file = path, None
+        self.path, self.warned = path, False
         if path is not None:
             _cut_after(path, start)
-            self.file = path.open("a", encoding="utf-8")
         self.bar = tqdm(
             total=steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.1,
             disable=True if path is None else None, file=sys.stderr,
@@ -63,8 +64,9 @@ class Meter:
         """Write one object: `row` with the speed since the last call; print it as a line.
 
         row: at least step, tokens, loss, lr, grad_norm; floats that are not finite become null.
+        A row that cannot be written (a full disk) is left out; the first time a warning says so.
         """
-        if self.file is None:
+        if self.path is None:
             return
         if self.pending_steps:
             seconds = max(1e-9, time.perf_counter() - self.since)
@@ -77,8 +79,12 @@ class Meter:
             }
             self._forget()
             self.since = time.perf_counter()
-        self.file.write(json.dumps({k: jsonable(v) for k, v in row.items()}) + "\n")
-        self.file.flush()
+        try:
+            append(self.path, json.dumps(jsonable(row)) + "\n")
+        except OSError as error:
+            if not self.warned:
+                self.say(f"warning   {self.path}: {error.strerror}; rows are left out meanwhile")
+            self.warned = True
         if self.bar.disable:
             self.say(_line(row, self.bar.total))
         else:
@@ -86,7 +92,7 @@ class Meter:
 
     def say(self, text: str) -> None:
         """Print a line to standard error, above the bar if there is one."""
-        if self.file is None:
+        if self.path is None:
             return
         if self.bar.disable:
             print(text, file=sys.stderr, flush=True)
@@ -97,16 +103,26 @@ class Meter:
         """Forget what was reported of later steps, which come again."""
         self._forget()
         self.bar.n = step
-        if self.file is not None:
-            self.file.close()
+        if self.path is not None:
             _cut_after(self.path, step)
-            self.file = self.path.open("a", encoding="utf-8")
 
     def close(self) -> None:
-        """Finish the bar and the file."""
+        """Finish the bar."""
         self.bar.close()
-        if self.file is not None:
-            self.file.close()
+
+
+def append(path: Path, text: str) -> None:
+    """Add `text` to the end of a file. Raises OSError, having added nothing, if it does not fit."""
+    rest = text.encode("utf-8")
+    with path.open("ab", buffering=0) as file:
+        end = file.seek(0, 2)
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError:
+            with suppress(OSError):  # a torn line would spoil the next one
+                file.truncate(end)
+            raise
 
 
 def _line(row: dict[str, Any], steps: int | None) -> str:
@@ -131,11 +147,13 @@ def _cut_after(path: Path, step: int) -> None:
     """Drop rows of steps beyond `step`, and a last line that a killed process left unfinished."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    kept, text = [], path.read_bytes()
+    for line in text.decode("utf-8", "replace").splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    path.write_text("".join(kept), encoding="utf-8")
+    data = "".join(kept).encode("utf-8")
+    if data != text:
+        write_durably(path, data)

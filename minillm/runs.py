@@ -5,6 +5,7 @@
 What this room does not do: read or write checkpoints (checkpoint.py).
 """
 
+import os
 import re
 import shutil
 from dataclasses import asdict, fields
@@ -14,10 +15,14 @@ from typing import Any, TextIO
 from minillm.config import ModelConfig
 from minillm.errors import CorruptError, UsageError
 from minillm.reading import read_state
-from minillm.storage import file_digest, read_json, write_json
+from minillm.storage import file_digest, read_json, sync_folder, write_json
 from minillm.tokenizer import Tokenizer, load_tokenizer
 
 STEP = re.compile(r"step-(\d{8})")
+ASIDE = re.compile(r"\.step-(\d{8})\.old\.tmp")
+# All that a run without config.json may have: it was killed before its first step.
+BEGUN = {"lock", *(name + end for name in ("config.json", "tokenizer.model", "tokenizer.json")
+                   for end in ("", ".tmp"))} - {"config.json"}  # fmt: skip
 
 
 def newest_run(root: Path = Path("runs")) -> Path:
@@ -54,13 +59,24 @@ def lock(run: Path) -> TextIO | None:
         import fcntl
     except ImportError:
         return None
-    file = (run / "lock").open("w")
+    file = (run / "lock").open("a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
+        by = _holder(file)
         file.close()
-        raise UsageError(f"{run} is being written by another process; name another") from None
+        raise UsageError(f"{run} is being written by {by}; wait, or name another") from None
     return file
+
+
+def _holder(file: TextIO) -> str:
+    """Who has locked a file, as far as the system says."""
+    inode, table = os.fstat(file.fileno()).st_ino, Path("/proc/locks")
+    for line in table.read_text().splitlines() if table.is_file() else ():
+        words = line.split()
+        if words[1] == "FLOCK" and words[5].endswith(f":{inode}") and int(words[4]) > 0:
+            return f"process {words[4]}"
+    return "another process"
 
 
 def check_out(run: Path, overwrite: bool, launch: str | None = None) -> None:
@@ -71,15 +87,14 @@ def check_out(run: Path, overwrite: bool, launch: str | None = None) -> None:
         return
     if not run.is_dir():
         raise UsageError(f"--out {run} is a file; name a folder")
-    if not any(run.iterdir()):
+    if {path.name for path in run.iterdir()} <= BEGUN:
         return
     if not (run / "config.json").is_file():
         raise UsageError(f"--out {run} holds other things than a run; name another folder")
     if not overwrite and (checkpoints_of(run) or not _is_of(run, launch)):
-        more = (
-            f"go on with --resume {run}, or" if checkpoints_of(run) else "it has no checkpoint yet;"
+        raise UsageError(
+            f"--out {run} exists; go on with --resume {run}, or replace it with --overwrite"
         )
-        raise UsageError(f"--out {run} exists; {more} replace it with --overwrite")
 
 
 def make_run(out: str | None, name: str, overwrite: bool, launch: str | None = None) -> Path:
@@ -91,16 +106,29 @@ def make_run(out: str | None, name: str, overwrite: bool, launch: str | None = N
         return _make_next(Path("runs"), name)
     run = Path(out)
     check_out(run, overwrite, launch)
-    if run.exists():
-        held = lock(run)
-        shutil.rmtree(run)
-        if held:
-            held.close()
     try:
-        run.mkdir(parents=True)
+        if run.exists():
+            held = lock(run)
+            _empty(run)
+            if held:
+                held.close()
+        else:
+            run.mkdir(parents=True)
     except FileExistsError:
         raise UsageError(f"--out {run} was taken by another process; name another") from None
+    sync_folder(run.parent)
     return run
+
+
+def _empty(run: Path) -> None:
+    """Delete what a run folder holds; killed on the way, it is still a run or free."""
+    checkpoints, gone = run / "checkpoints", run / "checkpoints.tmp"
+    if checkpoints.exists():  # half of one must not be taken for one
+        shutil.rmtree(gone, ignore_errors=True)
+        checkpoints.rename(gone)
+    last = ("config.json", "lock")
+    for path in sorted(run.iterdir(), key=lambda path: (path.name in last, path.name)):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _make_next(root: Path, name: str) -> Path:
@@ -110,6 +138,7 @@ def _make_next(root: Path, name: str) -> Path:
         try:
             run = root / f"{name}-{n}"
             run.mkdir(parents=True)
+            sync_folder(root)
             return run
         except FileExistsError:
             n += 1
@@ -121,14 +150,19 @@ def checkpoints_of(run: Path) -> dict[int, Path]:
 
 
 def step_folders(run: Path) -> dict[int, Path]:
-    """The folders that were a run's checkpoints, by step, whatever has become of them."""
-    folders = run.glob("checkpoints/step-*")
-    return {int(m[1]): f for f in folders if (m := STEP.fullmatch(f.name)) and f.is_dir()}
+    """The folders that were a run's checkpoints, by step, whatever has become of them.
+
+    One that is put aside to be replaced counts until the new one has the name.
+    """
+    folders = [f for f in run.glob("checkpoints/*") if f.is_dir()]
+    return {
+        int(m[1]): f for names in (ASIDE, STEP) for f in folders if (m := names.fullmatch(f.name))
+    }
 
 
 def folder_of(run: Path, step: int) -> Path:
-    """The folder of the checkpoint of one step."""
-    return run / "checkpoints" / f"step-{step:08d}"
+    """The folder of the checkpoint of one step, as it is or as it will be."""
+    return step_folders(run).get(step, run / "checkpoints" / f"step-{step:08d}")
 
 
 def require_shared(run: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from minillm import shards
 from minillm.errors import UsageError
 from minillm.shards import Corpus, ShardWriter, open_corpus
-from minillm.storage import json_digest
+from minillm.storage import building, json_digest
 from minillm.tokenizer import CharTokenizer
 
 SHARD_TOKENS = 100_000_000
@@ -38,29 +38,29 @@ def write_sequences(
         raise ValueError("alphabet: expected different characters, sorted")
     if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
         raise UsageError(f"--out {folder}: exists and is not empty; choose another place")
-    folder.mkdir(parents=True, exist_ok=True)
     tokenizer, entries = CharTokenizer(alphabet), []
-    tokenizer.save(folder)
-    for split, (tokens, targets) in splits.items():
-        if tokens.shape != targets.shape:
-            raise ValueError(f"{split}: {tokens.shape} tokens, {targets.shape} targets")
-        for part, kind in ((tokens, False), (targets, True)):
-            writer = ShardWriter(folder, split, len(alphabet), SHARD_TOKENS, targets=kind)
-            writer.add(part.reshape(-1))
-            entries += writer.close()
     counts = {split: len(tokens) for split, (tokens, _) in splits.items()}
     sizes = {split: tokens.size for split, (tokens, _) in splits.items()}
-    shards.write_index(folder, {
-        "source": source,
-        "key": json_digest({**settings, "entries": entries}),
-        "settings": settings,
-        "tokenizer": tokenizer.file_name,
-        "tokenizer_sha256": tokenizer.sha256,
-        "vocab_size": len(alphabet),
-        "dtype": shards.dtype_for(len(alphabet)),
-        "bytes_per_split": sizes,
-        "documents": counts,
-        "sequence": splits["train"][0].shape[1],
-        "shards": entries,
-    })  # fmt: skip
+    with building(folder) as temporary:
+        tokenizer.save(temporary)
+        for split, (tokens, targets) in splits.items():
+            if tokens.shape != targets.shape:
+                raise ValueError(f"{split}: {tokens.shape} tokens, {targets.shape} targets")
+            for part, kind in ((tokens, False), (targets, True)):
+                writer = ShardWriter(temporary, split, len(alphabet), SHARD_TOKENS, targets=kind)
+                writer.add(part.reshape(-1))
+                entries += writer.close()
+        shards.write_index(temporary, {
+            "source": source,
+            "key": json_digest({**settings, "entries": entries}),
+            "settings": settings,
+            "tokenizer": tokenizer.file_name,
+            "tokenizer_sha256": tokenizer.sha256,
+            "vocab_size": len(alphabet),
+            "dtype": shards.dtype_for(len(alphabet)),
+            "bytes_per_split": sizes,
+            "documents": counts,
+            "sequence": splits["train"][0].shape[1],
+            "shards": entries,
+        })  # fmt: skip
     return open_corpus(folder)

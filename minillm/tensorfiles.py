@@ -4,13 +4,13 @@ The files are safetensors: 8 bytes of length, a JSON header of that length, the 
 a file holds in part stands there in one dimension, under `NAME[start:stop]`: its elements from
 start to stop, row by row. One that it holds whole stands under its own name, with its shape.
 
-What this room does not do: write; know what the tensors are for (checkpoint.py).
+What this room does not do: know what the tensors are for (checkpoint.py, saving.py).
 """
 
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,26 @@ def files_by_kind(folder: Path, names: Iterable[str]) -> dict[str, list[Path]]:
             if name != (expected := file_name(kind, rank, len(named))):
                 raise CorruptError(f"{folder}: holds {name} where {expected} was expected")
     return {kind: [folder / name for name in named] for kind, named in found.items()}
+
+
+def file_bytes(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """The bytes of a file of these tensors, in pieces; each tensor is fetched when it is due."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    # Wide elements first: each tensor then begins at a multiple of its element's size.
+    order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
+    header, at = {"__metadata__": {"format": "pt"}}, 0
+    for key in order:
+        t, begin = tensors[key], at
+        at += t.numel() * t.element_size()
+        header[key] = {
+            "dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": [begin, at]
+        }  # fmt: skip
+    text = json.dumps(header, separators=(",", ":")).encode("ascii")
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for key in order:
+        values = tensors[key].detach().cpu().contiguous()
+        yield memoryview(values.view(-1).view(torch.uint8).numpy())
 
 
 class TensorFiles:

@@ -17,7 +17,7 @@ from minillm.bpe import lines, train_bpe
 from minillm.errors import CorruptError, UsageError
 from minillm.foreign import try_model
 from minillm.pickles import refuse_pickle
-from minillm.storage import naming
+from minillm.storage import naming, write_durably
 
 MAX_BYTES = 64 << 20  # of a tokenizer's file
 KINDS = ("bpe", "char", "byte")
@@ -91,7 +91,7 @@ class Tokenizer:
     def save(self, folder: Path) -> Path:
         """Write the tokenizer's file into `folder` and return its path."""
         path = Path(folder, self.file_name)
-        path.write_bytes(self.to_bytes())
+        write_durably(path, self.to_bytes())
         return path
 
 

@@ -19,7 +19,7 @@ from minillm.errors import CorruptError
 from minillm.evaluate import evaluate
 from minillm.generate import generate
 from minillm.guard import Guard
-from minillm.meter import Meter
+from minillm.meter import Meter, append
 from minillm.model import GPT
 from minillm.optim import Average, state_kinds
 from minillm.pace import Pacer
@@ -123,9 +123,9 @@ def save(t: Training) -> None:
     if t.ranks.size > 1:
         state["shapes"] = {name: list(shape) for name, shape in shapes.items()}
     checkpoint.save(t.run, t.progress.step, tensors, state, t.ranks)
-    if t.ranks.rank == 0:
-        best = t.progress.best_step if t.config.keep_best else None
-        checkpoint.prune(t.run, t.config.keep_last, best)
+    best = t.progress.best_step if t.config.keep_best else None
+    first, keep = t.ranks.rank == 0, t.config.keep_last
+    agree(t.ranks, lambda: checkpoint.prune(t.run, keep, best) if first else None)
 
 
 def restore(t: Training, past: Checkpoint, given: frozenset[str] = frozenset()) -> None:
@@ -269,6 +269,8 @@ def take_sample(t: Training) -> str:
     t.model.train()
     if t.ranks.rank:
         return ""
-    with (t.run / "samples.txt").open("a", encoding="utf-8") as file:
-        file.write(f"=== step {t.progress.step}\n{text}\n")
+    try:
+        append(t.run / "samples.txt", f"=== step {t.progress.step}\n{text}\n")
+    except OSError as error:
+        t.ranks.say(f"warning   {t.run}/samples.txt: {error.strerror}; this sample is left out")
     return text

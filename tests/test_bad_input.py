@@ -364,7 +364,7 @@ DAMAGE = {
     "a flipped bit": (lambda r, p: weights(r).write_bytes(
         weights(r).read_bytes()[:-1] + b"!"), 3, "damaged, its SHA-256 is not the manifest's"),
     "another architecture": (other_model, 3, "config.json: states d_ff 8, step 8 was trained with"),
-    "a newer format": (newer_format, 3, "has format version 2, expected 1"),
+    "a newer format": (newer_format, 3, "has format version 2, which a newer minillm wrote"),
     "an unknown setting": (edit_config(model={"x": 1}), 3, "unknown model setting 'x'"),
     "no settings": (edit_config(model={}), 3, ""),
     "no configuration": (lambda r, p: (r / "config.json").unlink(), 2, "has no config.json"),

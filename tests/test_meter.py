@@ -2,6 +2,7 @@
 
 import io
 import json
+import signal
 import sys
 import time
 
@@ -60,6 +61,49 @@ def test_a_resume_cuts_what_came_after_and_a_torn_line(tmp_path):
     Meter(path, 2, 9, 1.0, 1.0).close()
     assert [row["step"] for row in rows(path)] == [1, 2, 2]
     assert path.read_bytes().endswith(b"\n")
+
+
+def test_a_log_that_needs_no_cut_is_left_alone(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n')
+    before = path.stat()
+    Meter(path, 2, 9, 1.0, 1.0).close()
+    assert path.stat().st_mtime_ns == before.st_mtime_ns and path.stat().st_ino == before.st_ino
+
+
+@pytest.fixture
+def small_disk():
+    """small_disk(n): from now on the system writes no file beyond n bytes; None: any."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def limit(n_bytes: int | None) -> None:
+        limits = before if n_bytes is None else (n_bytes, before[1])
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    yield limit
+    limit(None)
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+
+
+def test_a_full_disk_costs_rows_not_the_run(tmp_path, capsys, small_disk):
+    path = tmp_path / "metrics.jsonl"
+    meter = Meter(path, 0, 9, 1.0, 1.0)
+    meter.log({**ROW, "step": 1})
+    whole = path.read_bytes()
+    small_disk(len(whole) + 10)
+    for step in (2, 3):
+        meter.log({**ROW, "step": step})
+        assert path.read_bytes() == whole  # nor half a row
+    small_disk(None)
+    meter.log({**ROW, "step": 4})
+    meter.close()
+    assert [row["step"] for row in rows(path)] == [1, 4]
+    lines = capsys.readouterr().err.splitlines()
+    warnings = [line for line in lines if line.startswith("warning")]
+    assert warnings == [f"warning   {path}: File too large; rows are left out meanwhile"]
+    assert sum(line.startswith("step ") for line in lines) == 4
 
 
 def test_a_terminal_gets_a_bar(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from minillm import storage
+from minillm import runs, storage, training
 from minillm.checkpoint import open_checkpoint
 
 MODEL, AVERAGE = "model-00001-of-00001.safetensors", "ema-00001-of-00001.safetensors"
@@ -131,3 +131,28 @@ def test_an_average_starts_from_the_weights_that_were_loaded(train, tmp_path, ti
     assert weights(tmp_path / "run", 3) == source
     average = (tmp_path / "run" / "checkpoints" / "step-00000003" / AVERAGE).read_bytes()
     assert average == source
+
+
+def test_a_resume_tidies_up_under_the_lock(train, tmp_path, tiny_run, capfd):
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    folder = run / "checkpoints"
+    (folder / "step-00000008").rename(folder / ".step-00000008.old.tmp")
+    shutil.copytree(folder / "step-00000004", folder / ".step-00000008.tmp")
+    (run / "metrics.jsonl.tmp").touch()
+    held = runs.lock(run)
+    assert train("--resume", run, "--steps", "9") == 2
+    assert "is being written by another process" in capfd.readouterr().err
+    assert len(list(run.rglob("*.tmp"))) == 3
+    held.close()
+    assert train("--resume", run, "--steps", "9") == 0
+    assert not list(run.rglob("*.tmp")) and runs.checkpoints_of(run).keys() >= {8, 9}
+
+
+def test_samples_that_cannot_be_kept_end_no_training(train, tmp_path, monkeypatch, capfd):
+    def full(path, text):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(training, "append", full)
+    assert train("--out", tmp_path / "run", "--sample-every", "4") == 0
+    said = capfd.readouterr().err
+    assert said.count("samples.txt: No space left on device; this sample is left out") == 2

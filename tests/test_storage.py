@@ -54,7 +54,7 @@ def test_white_space_counts(tmp_path):
         (b"[1, 2]", "damaged, not the JSON"),
         (b'{"a": 1}', "damaged, not the JSON"),
         (b"[" * 100_000, "damaged, not the JSON"),
-        (b'{"version": 2, "sha256": "0"}', "has format version 2, expected 1"),
+        (b'{"version": 2, "sha256": "0"}', "does not match its own sha256"),
         (b'{"version": 1, "sha256": "0"}', "does not match its own sha256"),
         (b'{"version": 1, "sha256": null}', "does not match its own sha256"),
     ],
@@ -85,7 +85,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="No space"):
         write_durably(path, b"new")
-    assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
 def test_digests(tmp_path):
@@ -99,3 +99,48 @@ def test_digests(tmp_path):
     assert storage.json_digest(first) == storage.bytes_digest(b'{"a":1,"b":2}')
     write_json(path, first)
     assert json.loads(path.read_bytes())["sha256"] == storage.json_digest({"version": 1, **first})
+
+
+def test_an_older_version_is_lifted_and_a_newer_one_refused(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    write_json(path, {"steps": 3})
+    with monkeypatch.context() as patch:
+        lifts = {
+            1: lambda name, content: {"n_steps": content["steps"], "from": name},
+            2: lambda name, content: {**content, "more": True},
+        }
+        patch.setattr(storage, "VERSION", 3)
+        patch.setattr(storage, "LIFTS", lifts)
+        lifted = {"version": 3, "n_steps": 3, "from": "a.json", "more": True}
+        assert read_json(path) == lifted
+        write_json(path, {"n_steps": 4})
+        assert read_json(path) == {"version": 3, "n_steps": 4}
+    with pytest.raises(CorruptError, match="has format version 3, which a newer minillm wrote; .*"):
+        read_json(path)
+    for version in (0, None, "1", [1], True, -1):
+        write_json(path, {"version": version})
+        if version is not True:  # which Python takes for 1
+            with pytest.raises(CorruptError, match="has format version .*, expected 1"):
+                read_json(path)
+
+
+def test_a_builder_that_lives_is_left_alone(tmp_path):
+    """Of one that was killed nothing stays; others' files do."""
+    folder, dead = tmp_path / "words", tmp_path / ".words.01234567.tmp"
+    for other in (dead, tmp_path / ".words.mine.tmp", tmp_path / ".word.01234567.tmp"):
+        other.mkdir()
+        (other / "x").touch()
+    with storage.building(folder) as one:
+        assert not dead.exists()
+        (one / "one").touch()
+        with pytest.raises(OSError), storage.building(folder) as failed:
+            assert one.exists()
+            raise OSError(28, "No space left on device")
+        assert one.exists() and not failed.exists() and not folder.exists()
+    assert [p.name for p in folder.iterdir()] == ["one"]
+    with pytest.raises(OSError), storage.building(folder) as two:
+        (two / "two").touch()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        ".word.01234567.tmp", ".words.mine.tmp", "words"
+    ]  # fmt: skip
+    assert [p.name for p in folder.iterdir()] == ["one"]
