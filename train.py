@@ -40,6 +40,7 @@ from minillm.training import (
     heed,
     judge,
     note_best,
+    peak_mib,
     progress_of,
     recurrences,
     restore,
@@ -289,12 +290,6 @@ def begin_run(t: Training, settings: Settings) -> None:
 def due(every: int, step: int) -> bool:
     """Whether something that happens `every` so many steps (0: never) happens after `step`."""
     return every > 0 and step % every == 0
-
-
-def peak_mib(device: torch.device) -> float | None:
-    """Peak memory of this process in MiB, where the system says."""
-    peak = world.peak_memory(device)
-    return None if peak is None else peak / 2**20
 
 
 if __name__ == "__main__":

@@ -65,9 +65,7 @@ def _all_steps(run: Path) -> list[int]:
     """The steps of all checkpoints, damaged ones among them, the newest first."""
     steps = sorted(step_folders(require_run(run)), reverse=True)
     if not steps:
-        raise UsageError(
-            f"{run} holds no checkpoint; train it anew: python train.py --out {run} --overwrite"
-        )
+        raise UsageError(f"{run} holds no checkpoint yet; train on: python train.py --resume {run}")
     return steps
 
 

@@ -25,10 +25,15 @@ BEGUN = {"lock", *(name + end for name in ("config.json", "tokenizer.model", "to
                    for end in ("", ".tmp"))} - {"config.json"}  # fmt: skip
 
 
-def newest_run(root: Path = Path("runs")) -> Path:
-    """The run in `root` whose newest checkpoint is the newest. UsageError if there is none."""
-    found = [(max(c.stat().st_mtime_ns for c in checkpoints_of(run).values()), run)
-             for run in root.glob("*") if checkpoints_of(run)]  # fmt: skip
+def newest_run(root: Path = Path("runs"), begun: bool = False) -> Path:
+    """The run in `root` whose newest checkpoint is the newest; begun: those that have none count
+    from their start. UsageError if there is none.
+    """
+    found = []
+    for run in root.glob("*"):
+        signs = [*checkpoints_of(run).values(), *(run.glob("config.json") if begun else ())]
+        if signs:
+            found.append((max(path.stat().st_mtime_ns for path in signs), run))
     if not found:
         raise UsageError(f"no run with a checkpoint in {root}/; train one with: python train.py")
     return max(found)[1]

@@ -61,7 +61,7 @@ def begin(args: Namespace, here: World) -> tuple[Settings, Path | None]:
             raise UsageError("--resume goes on in its own folder; drop --out, --init-from and such")
         if args.resume == "":
             raise UsageError("--resume is empty; name a run, or give --resume alone for the newest")
-        run = runs.newest_run() if args.resume is NEWEST else Path(args.resume)
+        run = runs.newest_run(begun=True) if args.resume is NEWEST else Path(args.resume)
         model, train = runs.read_config(run)
         # What an earlier --resume changed stands in the checkpoint.
         config = as_train_config(run, train | runs.newest_settings(run))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from minillm import checkpoint, ladder
+from minillm import checkpoint, ladder, world
 from minillm.agreement import agree
 from minillm.checkpoint import Checkpoint
 from minillm.config import TrainConfig
@@ -274,3 +274,9 @@ def take_sample(t: Training) -> str:
     except OSError as error:
         t.ranks.say(f"warning   {t.run}/samples.txt: {error.strerror}; this sample is left out")
     return text
+
+
+def peak_mib(device: torch.device) -> float | None:
+    """Peak memory of this process in MiB, where the system says."""
+    peak = world.peak_memory(device)
+    return None if peak is None else peak / 2**20

@@ -25,6 +25,7 @@ from minillm.sharding import shard
 from minillm.statetensors import optimizer_tensors
 from minillm.tensorfiles import key_of
 from minillm.training import Progress, Training
+from minillm.watch import Watch
 from tests.thread_ranks import together, well
 
 SCRIPT = Path(__file__).with_name("checkpoint_ranks.py")
@@ -76,6 +77,7 @@ def test_what_all_ranks_have_alike_is_shared_out(tmp_path):
     shape = ModelConfig(vocab_size=11, seq_len=8, n_layer=1, n_head=2, d_model=16)
     plan = Schedule("constant", 0.01, 0.0, 0, 0.0, ((0, 0.0), (9, 1.0)))
     config = TrainConfig(optimizer="muon", ema=0.5, keep_last=1)
+    fixed = {"threads": 1, "dtype": "fp32", "micro_batch_size": 2}
 
     def trained(ranks, steps: int, seed: int = 0) -> Training:
         model = GPT(shape, EAGER, generator=torch.Generator().manual_seed(seed))
@@ -91,7 +93,10 @@ def test_what_all_ranks_have_alike_is_shared_out(tmp_path):
             sharding.step(None)
             average.update(1)
         progress = Progress(step=steps)
-        return Training(tmp_path, config, None, sharding, average, progress, plan, {}, 2)
+        return Training(
+            tmp_path, config, None, None, sharding, progress, None, plan, fixed, 2, Watch(), "",
+            average=average,
+        )  # fmt: skip
 
     (tmp_path / "config.json").touch()
     for steps in (1, 2):
@@ -105,7 +110,7 @@ def test_what_all_ranks_have_alike_is_shared_out(tmp_path):
 
     def restored(ranks) -> Training:
         other = trained(ranks, 0, seed=1)
-        training.restore(other, open_checkpoint(tmp_path, ranks=ranks), None, frozenset())
+        training.restore(other, open_checkpoint(tmp_path, ranks=ranks))
         return other
 
     for size in (1, 2):

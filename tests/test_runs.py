@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from minillm import errors, runs
 from minillm.checkpoint import load_run, save
@@ -98,7 +99,7 @@ def test_many_at_once_get_a_folder_each(tmp_path, monkeypatch):
 
 
 def test_a_run_that_ended_before_its_first_checkpoint(train, tmp_path, monkeypatch, capfd):
-    """Nobody is told to go on with it: it is to be replaced, and is never the newest."""
+    """It can be gone on with, from its first step, and is as if nothing had happened."""
     run = tmp_path / "runs" / "early"
     whole, calls = train_script.accumulate, []
 
@@ -117,17 +118,19 @@ def test_a_run_that_ended_before_its_first_checkpoint(train, tmp_path, monkeypat
         return capfd.readouterr().err.splitlines()[-1]
 
     assert train("--out", run) == 2
-    assert said().endswith("exists; it has no checkpoint yet; replace it with --overwrite")
-    anew = f"{run} holds no checkpoint; train it anew: python train.py --out {run} --overwrite"
-    assert train("--resume", run) == 2
-    assert said() == f"train.py: error: {anew}"
+    assert said().endswith(f"exists; go on with --resume {run}, or replace it with --overwrite")
     assert errors.run("sample.py", sample.main, [str(run)]) == 2
-    assert said() == f"sample.py: error: {anew}"
+    assert said() == (
+        f"sample.py: error: {run} holds no checkpoint yet; train on: python train.py --resume {run}"
+    )
     monkeypatch.chdir(tmp_path)
-    assert train("--resume") == 2
-    assert "no run with a checkpoint in runs/" in said()
-    assert train("--out", run, "--overwrite") == 0
-    assert load_run(run) and runs.newest_run() == Path("runs/early")
+    with pytest.raises(UsageError, match="no run with a checkpoint in runs/"):
+        runs.newest_run()
+    assert train("--resume") == 0
+    assert runs.newest_run() == Path("runs/early")
+    assert train("--out", tmp_path / "whole") == 0
+    for a, b in zip(*(load_run(r)[0].parameters() for r in (run, tmp_path / "whole")), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_one_process_writes_a_run_at_a_time(tmp_path):
@@ -135,7 +138,8 @@ def test_one_process_writes_a_run_at_a_time(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     held = runs.lock(run)
-    with pytest.raises(UsageError, match="is being written by another process"):
+    by = os.getpid() if Path("/proc/locks").is_file() else "another process"
+    with pytest.raises(UsageError, match=f"is being written by (process {by}|another process);"):
         runs.lock(run)
     held.close()
     runs.lock(run).close()
