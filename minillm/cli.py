@@ -47,6 +47,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the whole usage and exiting."""
+        message = message.replace("ignored explicit argument", "takes no value; got")
         raise UsageError(f"{message}; see --help")
 
     def _canonical(self, word: str) -> str:

@@ -50,10 +50,13 @@ class PeerLostError(MinillmError):
 
 
 def one_line(text: str, limit: int = 300) -> str:
-    """`text` on one printable line of at most `limit` characters (control characters escaped)."""
+    """`text` on one printable line of at most `limit` characters (control characters escaped).
+
+    What is too long loses its middle: at the end stands what to do.
+    """
     line = " ".join(text.split("\n"))
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
-    return line if len(line) <= limit else line[: limit - 3] + "..."
+    return line if len(line) <= limit else line[: limit // 2 - 3] + "..." + line[-limit // 2 :]
 
 
 def run(
@@ -91,7 +94,7 @@ def run(
         if code == 1 or "--debug" in argv:
             traceback.print_exc()
             return code
-        text = one_line(_text(error))
+        text = one_line(_text(error), 300 - len(f"{name}: error: "))
         if may_say(text):
             print(f"{name}: error: {text}", file=sys.stderr)
         return code

@@ -44,7 +44,7 @@ REFUSED = [
     (["--max-tokens", "0"], "argument --max-tokens: 0 is out of range; expected at least 1"),
     (["--max-tokens", "x"], "argument --max-tokens: 'x' is not a whole number"),
     (["--max-tokens"], "argument --max-tokens: expected one argument"),
-    (["--json=yes"], "argument --json: ignored explicit argument 'yes'"),
+    (["--json=yes"], "argument --json: takes no value; got 'yes'"),
 ]
 
 
