@@ -9,6 +9,7 @@ import difflib
 import math
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from minillm.errors import UsageError
@@ -110,6 +111,13 @@ def real(low: float, high: float | None = None, *, above: bool = False, below: b
         return _bounded(value, low, high)
 
     return parse
+
+
+def path(text: str) -> Path:
+    """A path: neither empty, which would be the folder one stands in, nor with a NUL."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a path")
+    return Path(text)
 
 
 def duration(text: str) -> float:
