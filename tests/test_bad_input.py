@@ -484,4 +484,4 @@ def test_many_ranks(train, tmp_path, monkeypatch, capfd):
 
 
 def test_there_are_enough_cases():
-    assert len(TRAIN) + len(CONFIGS) + len(SAMPLE) + len(DAMAGE) >= 60
+    assert len(TRAIN) + len(CONFIGS) + len(SAMPLE) + len(DAMAGE) >= 150
