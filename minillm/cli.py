@@ -74,9 +74,12 @@ class Parser(argparse.ArgumentParser):
     def _about_unknown(self, word: str) -> str:
         flag = word.partition("=")[0]
         if not flag.startswith("-"):
-            return f"unexpected argument {word!r}; see --help"
-        known = [*self._option_string_actions, *self.aliases]
-        near = difflib.get_close_matches(flag, known, n=1, cutoff=0.5)
+            return f"unexpected argument {word!r}; each value stands behind its flag, see --help"
+        known = [f for f in (*self._option_string_actions, *self.aliases) if f.startswith("--")]
+        if len(flag) == 2:  # -p
+            near = [name for name in known if name.startswith(f"-{flag}")]
+        else:
+            near = difflib.get_close_matches(flag, known, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else "; see --help"
         return f"unknown flag {flag}{hint}"
 

@@ -161,6 +161,8 @@ CONFIGS = [
 # Flags of sample.py after the run, code, a part of the message.
 SAMPLE = [
     (["--promt", "x"], 2, "unknown flag --promt; did you mean --prompt?"),
+    (["-p", "x"], 2, "unknown flag -p; did you mean --prompt?"),
+    (["-?"], 2, "unknown flag -?; see --help"),
     (["--temperature", "-1"], 2, "-1.0 is out of range; expected at least 0"),
     (["--temperature", "nan"], 2, "'nan' is not a finite number"),
     (["--temperature", "hot"], 2, "'hot' is not a number"),

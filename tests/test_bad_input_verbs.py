@@ -39,6 +39,7 @@ CASES = [
     ("plan", ["--print-config"], "--print-config is train.py's; leave it out"),
     ("plan", ["--offload"], "--offload is of --zero 1 or 2"),
     ("plan", ["--data", ""], "--data is empty"),
+    ("plan", ["--data", "none.txt"], "none.txt: no such file or folder"),
     ("profile", ["--threads", "0"], "0 is out of range"),
     ("profile", ["--threads", "9" * 20], "is out of range; expected between 1 and 4096"),
     ("profile", ["--device", "tpu"], "--device 'tpu' is not one of auto, cpu, cuda"),

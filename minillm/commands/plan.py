@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from minillm import activations, links, plan, startup, world
+from minillm import activations, documents, links, plan, startup, world
 from minillm.bpe import choose_vocab_size
 from minillm.cli import Parser, path, real, whole
 from minillm.config import ModelConfig, TrainConfig
@@ -91,6 +91,8 @@ def _vocabulary(settings: Settings, run: Path | None) -> tuple[ModelConfig, Corp
         corpus = startup.find_corpus(settings, run, lambda line: None)
         model = startup.fit_to_corpus(settings, corpus)
         return model, corpus, f"{model.vocab_size:,}, of {train.data}"
+    if train.data:
+        documents.find([train.data])  # refuses what is not there
     if model.vocab_size is not None:
         who = "given" if "vocab_size" in settings.given else "the preset's or the run's"
         return model, None, f"{model.vocab_size:,}, {who}"
