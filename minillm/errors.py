@@ -6,10 +6,11 @@ Code 1 (a bug of ours) is whatever is not named here. What this room does not do
 import errno
 import io
 import os
+import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 HANGUP = 141  # 128 + SIGPIPE: the reader of our standard output went away
@@ -51,6 +52,10 @@ class PeerLostError(MinillmError):
     code = 7
 
 
+class Terminated(BaseException):
+    """SIGTERM has come: no Exception, so that nothing but `run` catches it."""
+
+
 def one_line(text: str, limit: int = 300) -> str:
     """`text` on one printable line of at most `limit` characters (control characters escaped).
 
@@ -75,7 +80,8 @@ def run(
     _mend_streams()
     try:
         try:
-            body(argv)
+            with _terminated_in_order():
+                body(argv)
         finally:
             sys.stdout.flush()  # at exit a reader that went away would be no BrokenPipeError
         return 0
@@ -85,6 +91,9 @@ def run(
     except KeyboardInterrupt:
         _complain(f"\n{name}: interrupted")
         return 130
+    except Terminated:
+        _complain(f"{name}: terminated")
+        return 143
     except BrokenPipeError:
         _give_up_full_streams()
         return HANGUP
@@ -99,6 +108,24 @@ def run(
         if may_say(text):
             _complain(f"{name}: error: {text}")
         return code
+
+
+@contextmanager
+def _terminated_in_order() -> Iterator[None]:
+    """Inside, SIGTERM is an exception as SIGINT is: what is half written is taken away."""
+
+    def stop(number: int, frame: object) -> None:
+        raise Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not in the main thread: nothing is heard here
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _complain(line: str) -> None:
