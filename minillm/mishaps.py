@@ -89,7 +89,7 @@ def roll_back(t: Training) -> str:
     t.progress.skipped = max(bad, t.progress.position + SKIPPED) - t.progress.step
     where = "the weights as they are" if past is None else f"step {past.step}"
     return (
-        f"warning   too many steps were left out: going on from {where}, with the text from batch "
+        f"warning   too many bad steps: going on from {where}, with the text from batch "
         f"{t.progress.position} on (roll-back {t.guard.rollbacks} of {ROLLBACKS})"
     )
 
