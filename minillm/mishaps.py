@@ -125,7 +125,8 @@ def keep(t: Training, final: bool = False) -> None:
         t.unsaved += 1
         if final or t.unsaved >= TRIES:
             raise
-        t.meter.say(f"warning   step {t.progress.step} is not saved: {error}; training goes on")
+        why = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
+        t.meter.say(f"warning   step {t.progress.step} is not saved: {why}; training goes on")
     except DivergedError as error:
         if final:
             raise
