@@ -98,6 +98,11 @@ def test_patience_grows_with_the_steps(monkeypatch):
     with watch.elsewhere(30):
         now[0] += 1000
         assert watch.limit == 30 * TIMES * 20
-    steps(1)
-    assert watch.limit == TIMES * 20  # what happened aside is no step's time
+    steps(25)
+    assert watch.limit == TIMES * 25  # what happened aside is no part of it
+    with watch.elsewhere():
+        now[0] += 1000
+    steps(5)
+    assert watch.limit == TIMES * 25
+    assert Watch(step_s=100.0).limit == EASY * TIMES * 100
     assert Watch(7.0).limit == 7.0
