@@ -23,6 +23,7 @@ from pathlib import Path
 
 from minillm.errors import CorruptError, UnavailableError, UsageError
 from minillm.pickles import refuse_pickle
+from minillm.storage import naming
 
 # What counts as text in a folder; a file named one by one may have any ending.
 TEXT_ENDINGS = (
@@ -134,7 +135,8 @@ def _expand(word: str) -> list[Path]:
         return files
     if not stat.S_ISREG(mode):
         raise UsageError(f"{shown(path)}: not a regular file; copy what it holds to a file first")
-    refuse_pickle(path, "text")
+    with naming(path):
+        refuse_pickle(path, "text")
     return [path]
 
 

@@ -70,6 +70,7 @@ def test_the_last_checkpoint_must_be_saved(train, tmp_path, full_at, capfd):
     assert open_checkpoint(tmp_path / "run").step == 6
 
 
+@pytest.mark.slow
 def test_a_step_that_never_ends(tmp_path, text_file):
     """A process of its own, which ends with 7 and the stacks, and whose run goes on."""
     script = (

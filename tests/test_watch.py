@@ -70,6 +70,7 @@ def test_silence_ends_the_process_with_the_stacks():
     assert busy.wait(30) == 0, busy.stderr.read()
 
 
+@pytest.mark.slow
 def test_who_was_stopped_has_not_been_silent():
     """Ctrl-Z and fg, or a laptop that slept: no time counts in which nothing ran."""
     one = process("for _ in range(15): time.sleep(0.1); watch.alive()", limit=0.5)

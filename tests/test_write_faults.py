@@ -103,7 +103,10 @@ SAVES = {
 }
 
 
-@pytest.mark.parametrize("name", SAVES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n == "the same step again" else pytest.mark.slow) for n in SAVES],
+)
 def test_the_last_good_checkpoint_loads(tmp_path, capsys, name):
     there, work, after, least = SAVES[name]
     past = there[-1][1] if there else None
@@ -201,14 +204,8 @@ def test_the_log_is_cut_back_or_whole(tmp_path, capsys):
     assert inject(tmp_path, before, cut, check, capsys) >= 45
 
 
-@pytest.mark.parametrize(
-    "kind, empty",
-    [
-        ("byte", False),
-        pytest.param("byte", True, marks=pytest.mark.slow),
-        pytest.param("bpe", False, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, empty", [("byte", False), ("byte", True), ("bpe", False)])
 def test_a_corpus_is_whole_or_absent(tmp_path, capsys, text_file, kind, empty):
     """empty: its folder is there, with nothing in it."""
     prepare = partial(
