@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from minillm.training import duration
+from minillm.announce import duration
 
 NAMES = {
     "activations": "activations (estimate)",
