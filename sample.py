@@ -164,7 +164,7 @@ def read_prompt(path: Path) -> str:
     if path.stat().st_size > 100 << 20:
         raise errors.UsageError(f"--prompt-file {path}: larger than 100 MiB; give its end alone")
     try:
-        return path.read_bytes().decode()
+        return path.read_bytes().decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise errors.UsageError(f"--prompt-file {path}: not UTF-8 at byte {error.start}") from None
 

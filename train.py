@@ -76,6 +76,7 @@ def train(settings: Settings, run: Path | None, ranks: Ranks) -> None:
             ranks.say(f"{run} is finished at step {t.progress.step}; "
                       f"go on with --resume {run} --steps N")  # fmt: skip
             return
+        t.progress.ended = False
         if run is None:
             agree(ranks, lambda: begin_run(t, settings) if ranks.rank == 0 else None)
             t.run = Path(ranks.share(str(t.run)))
@@ -163,7 +164,7 @@ def set_up(settings: Settings, run: Path | None, ranks: Ranks) -> Training:
     pacer = Pacer(config, wished_steps(config, batches), progress.trained_s, step_s)
     t = Training(
         run, config, corpus, batches, sharding, progress, pacer, pacer.schedule(), fixed, micro,
-        Watch(config.hang_timeout), why_threads, start_scale(dtype),
+        Watch(config.hang_timeout, step_s), why_threads, start_scale(dtype),
     )  # fmt: skip
     if past:
         restore(t, past, settings.given)
@@ -204,13 +205,13 @@ def learn(t: Training) -> None:
             row["recurrence"] = sum(rounds) / len(rounds)
 
         # The weights move only if that is safe.
-        overflowed = t.scale and isfinite(row["loss"]) and not isfinite(row["grad_norm"])
+        overflowed = bool(t.scale) and isfinite(row["loss"]) and not isfinite(row["grad_norm"])
         if t.scale:
             t.scale.update(overflowed, progress.step)
-        if not overflowed and (why := t.guard.objection(row["loss"], row["grad_norm"])):
+        why = None if overflowed else t.guard.objection(row["loss"], row["grad_norm"])
+        if why:
             t.meter.say(report(t, why, row["loss"], row["grad_norm"]))
-            overflowed = True
-        if overflowed:
+        if why or overflowed:
             sharding.drop()
         else:
             sharding.step(clip_factor(norm, config.grad_clip, factor))

@@ -9,6 +9,7 @@ import difflib
 import math
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from minillm.errors import UsageError
@@ -47,6 +48,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the whole usage and exiting."""
+        message = message.replace("ignored explicit argument", "takes no value; got")
         raise UsageError(f"{message}; see --help")
 
     def _canonical(self, word: str) -> str:
@@ -72,9 +74,12 @@ class Parser(argparse.ArgumentParser):
     def _about_unknown(self, word: str) -> str:
         flag = word.partition("=")[0]
         if not flag.startswith("-"):
-            return f"unexpected argument {word!r}; see --help"
-        known = [*self._option_string_actions, *self.aliases]
-        near = difflib.get_close_matches(flag, known, n=1, cutoff=0.5)
+            return f"unexpected argument {word!r}; each value stands behind its flag, see --help"
+        known = [f for f in (*self._option_string_actions, *self.aliases) if f.startswith("--")]
+        if len(flag) == 2:  # -p
+            near = [name for name in known if name.startswith(f"-{flag}")]
+        else:
+            near = difflib.get_close_matches(flag, known, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else "; see --help"
         return f"unknown flag {flag}{hint}"
 
@@ -109,6 +114,13 @@ def real(low: float, high: float | None = None, *, above: bool = False, below: b
         return _bounded(value, low, high)
 
     return parse
+
+
+def path(text: str) -> Path:
+    """A path: neither empty, which would be the folder one stands in, nor with a NUL."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a path")
+    return Path(text)
 
 
 def duration(text: str) -> float:

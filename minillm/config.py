@@ -11,7 +11,7 @@ from minillm import cli, schedule
 from minillm.errors import UsageError
 from minillm.presets import PRESETS
 from minillm.setting import check_range, setting
-from minillm.shape import ModelConfig
+from minillm.shape import ModelConfig, nearest_divisor
 
 __all__ = ["PRESETS", "ModelConfig", "TrainConfig"]
 
@@ -117,8 +117,9 @@ class TrainConfig:
         for f in fields(self):
             check_range(f, getattr(self, f.name))
         for name in ("data", "out", "init_from", "tokenizer", "cache_dir"):
-            if getattr(self, name) == "":
-                raise UsageError(f"--{name.replace('_', '-')} is empty")
+            if (given := getattr(self, name)) is not None and (not given or "\0" in given):
+                what = "holds a NUL" if given else "is empty"
+                raise UsageError(f"--{name.replace('_', '-')} {what}; leave it out, or name one")
         if self.min_learning_rate > self.learning_rate:
             raise UsageError(
                 f"--min-learning-rate {self.min_learning_rate:g} is above --learning-rate "
@@ -137,8 +138,7 @@ class TrainConfig:
         self._check_sharding()
         micro = _whole_or_auto("--micro-batch-size", self.micro_batch_size, self.batch_size)
         if micro and self.batch_size % micro:
-            divisors = [d for d in range(1, self.batch_size + 1) if self.batch_size % d == 0]
-            near = min(divisors, key=lambda d: abs(d - micro))
+            near = nearest_divisor(micro, self.batch_size)
             raise UsageError(
                 f"--micro-batch-size {micro} does not divide --batch-size {self.batch_size}; "
                 f"nearest: {near}"

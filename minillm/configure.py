@@ -26,6 +26,8 @@ OF_A_CORE = frozenset(
     " recurrence_groups recurrence_curriculum".split()
 )
 
+NAMED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
 
 def resolve(
     flags: dict[str, Any],
@@ -179,7 +181,8 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def _parse_file(path: Path) -> Any:
     if not path.is_file():
-        raise UsageError(f"--config {path}: no such file")
+        what = "not a regular file" if path.exists() else "no such file"
+        raise UsageError(f"--config {path}: {what}; expected a .toml or .json file")
     if path.stat().st_size > 1 << 20:
         raise UsageError(f"--config {path}: larger than 1 MiB; is this a configuration?")
     try:
@@ -193,6 +196,8 @@ def _parse_file(path: Path) -> Any:
     except RecursionError:
         raise UsageError(f"{path}: nested too deeply") from None
     except ValueError as error:
+        if "integer string conversion" in str(error):  # Python's own advice is of no use here
+            raise UsageError(f"{path}: a number has too many digits") from None
         raise UsageError(f"{path}: {error}") from None
     raise UsageError(f"--config {path}: expected a .toml or .json file")
 
@@ -221,7 +226,7 @@ def _typed(path: Path, key: str, value: Any, f: Field) -> Any:
     if not fits:
         raise UsageError(
             f"{path}: {key} = {json.dumps(value, default=str)} is a {type(value).__name__}, "
-            f"expected a {kind.__name__}"
+            f"expected {NAMED[kind]}"
         )
     if kind is str and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
         raise UsageError(f"{path}: {key} holds a NUL or half a character")

@@ -36,6 +36,7 @@ SKIPPED_FOLDERS = frozenset(
     ("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__")
 )
 NOT_TEXT = {
+    b"\xff\xfe\0\0": "UTF-32; convert it to UTF-8, e.g. with iconv -f UTF-32 -t UTF-8",
     b"\xff\xfe": "UTF-16; convert it to UTF-8, e.g. with iconv -f UTF-16 -t UTF-8",
     b"\xfe\xff": "UTF-16; convert it to UTF-8, e.g. with iconv -f UTF-16 -t UTF-8",
     b"\x1f\x8b": "gzip data; unpack it first (only .jsonl.gz is read packed)",
@@ -79,6 +80,9 @@ class Source:
             except UsageError:
                 if not self.lenient:
                     raise
+            except OSError as error:
+                error.filename = error.filename or str(path)  # a failed read names no file
+                raise
 
 
 def find(paths: Sequence[str] | None) -> Source:

@@ -3,11 +3,14 @@
 Code 1 (a bug of ours) is whatever is not named here. What this room does not do: catch bugs.
 """
 
+import errno
 import io
 import os
+import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 HANGUP = 141  # 128 + SIGPIPE: the reader of our standard output went away
@@ -49,11 +52,18 @@ class PeerLostError(MinillmError):
     code = 7
 
 
+class Terminated(BaseException):
+    """SIGTERM has come: no Exception, so that nothing but `run` catches it."""
+
+
 def one_line(text: str, limit: int = 300) -> str:
-    """`text` on one printable line of at most `limit` characters (control characters escaped)."""
+    """`text` on one printable line of at most `limit` characters (control characters escaped).
+
+    What is too long loses its middle: at the end stands what to do.
+    """
     line = " ".join(text.split("\n"))
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
-    return line if len(line) <= limit else line[: limit - 3] + "..."
+    return line if len(line) <= limit else line[: limit // 2 - 3] + "..." + line[-limit // 2 :]
 
 
 def run(
@@ -70,7 +80,8 @@ def run(
     _mend_streams()
     try:
         try:
-            body(argv)
+            with _terminated_in_order():
+                body(argv)
         finally:
             sys.stdout.flush()  # at exit a reader that went away would be no BrokenPipeError
         return 0
@@ -78,23 +89,59 @@ def run(
         code = stop.code or 0
         return code if isinstance(code, int) else 2
     except KeyboardInterrupt:
-        print(f"\n{name}: interrupted", file=sys.stderr)
+        _complain(f"\n{name}: interrupted")
         return 130
+    except Terminated:
+        _complain(f"{name}: terminated")
+        return 143
     except BrokenPipeError:
-        # Python flushes standard output at exit; without this it would complain once more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up_full_streams()
         return HANGUP
     except Exception as error:
         code = _code(error)
         if code == 1:
-            print(f"{name}: this is a bug in minillm; please report what follows", file=sys.stderr)
+            _complain(f"{name}: this is a bug in minillm; please report what follows")
         if code == 1 or "--debug" in argv:
             traceback.print_exc()
             return code
-        text = one_line(_text(error))
+        text = one_line(_text(error), 300 - len(f"{name}: error: "))
         if may_say(text):
-            print(f"{name}: error: {text}", file=sys.stderr)
+            _complain(f"{name}: error: {text}")
         return code
+
+
+@contextmanager
+def _terminated_in_order() -> Iterator[None]:
+    """Inside, SIGTERM is an exception as SIGINT is: what is half written is taken away."""
+
+    def stop(number: int, frame: object) -> None:
+        raise Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not in the main thread: nothing is heard here
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _complain(line: str) -> None:
+    """One line on standard error, as far as that can be written to."""
+    with suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+    _give_up_full_streams()
+
+
+def _give_up_full_streams() -> None:
+    """What cannot be written goes nowhere: Python would try again at exit, and complain itself."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _mend_streams() -> None:
@@ -114,8 +161,8 @@ def _mend_streams() -> None:
 def _code(error: Exception) -> int:
     if isinstance(error, MinillmError):
         return error.code
-    if isinstance(error, OSError):
-        return 5
+    if isinstance(error, OSError):  # a name that none can have is wrong input
+        return 2 if error.errno in (errno.ENAMETOOLONG, errno.ELOOP) else 5
     if isinstance(error, MemoryError) or _is_out_of_memory(error):
         return 4
     return 1
@@ -128,6 +175,8 @@ def _text(error: Exception) -> str:
         name = error.filename  # text or bytes; of a bare file descriptor a number
         name = os.fsdecode(name) if isinstance(name, bytes) else str(name or "")
         name = name if len(name) <= 120 else "..." + name[-117:]
+        if error.errno == errno.ENOENT and not name:  # only the current folder has no name
+            return "the folder that this was started in is gone; change to another"
         return f"{name}: {error.strerror}" if name else error.strerror or str(error)
     return f"out of memory; use a smaller model, --micro-batch-size or --num-samples ({error})"
 

@@ -43,7 +43,7 @@ class Guard:
         self.left_out = [n for n in self.left_out if n > self.seen - RECENT]
         if why:
             self.left_out.append(self.seen)
-        if math.isfinite(norm) and norm <= LARGEST:  # what stays larger is soon no spike any more
+        if math.isfinite(loss) and norm <= LARGEST:  # spikes too: what stays so is soon none
             self.norms = [*self.norms, norm][-WINDOW:]
         return why
 

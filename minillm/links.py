@@ -78,6 +78,9 @@ def read(path: Path, ranks: int) -> Network:
     """
     if ranks == 1:
         return alone()
+    if not path.is_file():
+        what = "not a regular file" if path.exists() else "no such file"
+        raise UsageError(f"--links {path}: {what}; expected what benchmarks/zero/fit.py writes")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         worlds, machine = content["worlds"], str(content["machine"])
@@ -90,12 +93,10 @@ def read(path: Path, ranks: int) -> Network:
         found = worlds[str(ranks)]
         levels = {name: ((ranks, _link(found[name])),) for name in ROUNDS}
         source = f"fitted {found['date']} on {machine}"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, UsageError):
             raise
         raise UsageError(f"--links {path}: not what benchmarks/zero/fit.py writes") from None
-    except FileNotFoundError:
-        raise UsageError(f"--links {path}: no such file") from None
     return Network(ranks, levels, source, measured=True)
 
 

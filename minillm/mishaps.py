@@ -77,19 +77,22 @@ def roll_back(t: Training) -> str:
             f"step {p.step}: diverged again after {ROLLBACKS} roll-backs; the weights of the last "
             "checkpoint are good; start again with a smaller --learning-rate"
         )
-    bad, past, t.pacer.first, t.saved = p.position, _earlier(t), None, None
+    t.pacer.first = t.saved = None
+    with t.watch.elsewhere(SAVING):
+        past = _earlier(t)
+        if past is not None:
+            restore(t, past)
     if past is None:
         t.guard = guard.rolled_back(guard)
     else:
-        restore(t, past)
-        t.guard = guard.rolled_back(t.guard)
+        t.guard, t.progress.ended = guard.rolled_back(t.guard), False
         if t.ranks.rank == 0:
             checkpoint.discard_after(t.run, past.step)
         t.meter.back_to(past.step)
-    t.progress.skipped = max(bad, t.progress.position + SKIPPED) - t.progress.step
+    t.progress.skipped = max(p.position, t.progress.position + SKIPPED) - t.progress.step
     where = "the weights as they are" if past is None else f"step {past.step}"
     return (
-        f"warning   too many steps were left out: going on from {where}, with the text from batch "
+        f"warning   too many bad steps: going on from {where}, with the text from batch "
         f"{t.progress.position} on (roll-back {t.guard.rollbacks} of {ROLLBACKS})"
     )
 
@@ -125,7 +128,8 @@ def keep(t: Training, final: bool = False) -> None:
         t.unsaved += 1
         if final or t.unsaved >= TRIES:
             raise
-        t.meter.say(f"warning   step {t.progress.step} is not saved: {error}; training goes on")
+        why = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
+        t.meter.say(f"warning   step {t.progress.step} is not saved: {why}; training goes on")
     except DivergedError as error:
         if final:
             raise

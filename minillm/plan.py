@@ -45,7 +45,8 @@ class Job:
     def __post_init__(self) -> None:
         if self.batch_size % self.ranks:
             raise UsageError(
-                f"--batch-size {self.batch_size} is not divisible by {self.ranks} ranks"
+                f"--batch-size {self.batch_size} is not divisible by {self.ranks} ranks; "
+                f"nearest: {max(1, round(self.batch_size / self.ranks)) * self.ranks}"
             )
         if self.share % (self.micro_batch or 1):
             raise UsageError(

@@ -5,6 +5,7 @@ Each field is also a flag, see settings.py.
 
 from argparse import ArgumentTypeError
 from dataclasses import dataclass, fields
+from itertools import count
 
 from minillm.errors import UsageError
 from minillm.setting import check_range, setting
@@ -240,6 +241,11 @@ class ModelConfig:
 
 
 def _divisor(flag: str, value: int, whole_flag: str, whole: int) -> str:
-    divisors = [d for d in range(1, whole + 1) if whole % d == 0]
-    nearest = min(divisors, key=lambda d: (abs(d - value), -d))
+    nearest = nearest_divisor(value, whole)
     return f"{flag} {value} does not divide {whole_flag} {whole}; nearest: {nearest}"
+
+
+def nearest_divisor(value: int, whole: int) -> int:
+    """The divisor of `whole` that is closest to `value`, the larger of two that are as close."""
+    near = (d for k in count() for d in (value + k, value - k))
+    return next(d for d in near if 0 < d <= whole and whole % d == 0)

@@ -141,7 +141,8 @@ def sync_folder(folder: Path) -> None:
 
 def check_place(flag: str, path: Path) -> None:
     """Raise before the work, not after it, if nothing can be written to `path`."""
-    there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    places = (path.absolute(), *path.absolute().parents)
+    there = next(p for p in places if p.is_symlink() or p.exists())  # a link to nowhere is there
     if not there.is_dir():
         raise UsageError(f"{flag} {path}: {there} is not a folder; name another place")
     if not os.access(there, os.W_OK):

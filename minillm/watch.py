@@ -37,27 +37,31 @@ class Stopped(Exception):  # noqa: N818 - no error: somebody wanted it
 
 
 class Watch:
-    """Inside `with`, in the main thread, signals are noted and silence is not suffered.
+    """Inside `with` signals are noted, and silence is not suffered.
 
-    limit_s: seconds without a sign of life; None: as the steps are long.
+    limit_s: seconds without a sign of life; None: as steps are long, and step_s is a guess at that.
+    Signals are heard in the main thread alone: elsewhere there are none.
     """
 
-    def __init__(self, limit_s: float | None = None) -> None:
+    def __init__(self, limit_s: float | None = None, step_s: float = 0.0) -> None:
         self.limit_s, self.signal = limit_s, 0
-        self._silent, self._steps, self._longest, self._patience = 0.0, 0, 0.0, 1
+        self._silent, self._steps, self._longest, self._patience = 0.0, 0, step_s, 1
         self._since: float | None = None
 
     def __enter__(self) -> "Watch":
         self._ear, self._mouth = socket.socketpair()
         self._mouth.setblocking(False)
-        self._before = {n: signal.signal(n, _leave_it_to_the_thread) for n in SIGNALS}
-        self._fd = signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
+        heard = SIGNALS if threading.current_thread() is threading.main_thread() else ()
+        self._before = {n: signal.signal(n, self._note) for n in heard}
+        if heard:
+            self._fd = signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
         self._thread.start()
         return self
 
     def __exit__(self, *what: object) -> None:
-        signal.set_wakeup_fd(self._fd)
+        if self._before:
+            signal.set_wakeup_fd(self._fd)
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._mouth.send(b"\0")  # no signal: the thread ends
@@ -81,16 +85,18 @@ class Watch:
     def elsewhere(self, patience: int = 1) -> Iterator[None]:
         """What is done inside is no part of a step; it may be `patience` times as silent."""
         self.alive()
-        self._patience = patience
+        before, self._patience, start = self._patience, patience, time.monotonic()
         try:
             yield
         finally:
-            self._patience, self._since = 1, None
+            self._patience = before
+            if self._since is not None:
+                self._since += time.monotonic() - start
             self.alive()
 
     def asked(self, ranks: Ranks) -> int:
         """The signal by which any rank was asked to end, on all ranks at once; 0: none was."""
-        return -int(ranks.least(-self.signal))
+        return self.signal if ranks.size == 1 else -int(ranks.least(-self.signal))
 
     @property
     def limit(self) -> float:
@@ -98,24 +104,27 @@ class Watch:
         early = EASY if self._steps < START else 1
         return (self.limit_s or max(LEAST_S, TIMES * self._longest) * early) * self._patience
 
+    def _note(self, number: int, frame: object = None) -> None:
+        """The first signal counts. Python comes here when it can, the thread at once."""
+        self.signal = self.signal or number
+
     def _look(self) -> None:
+        signals = 0
         while True:
             heard, _, _ = select.select([self._ear], [], [], min(TICK_S, self.limit / 4))
             if heard:
                 for number in self._ear.recv(64):
                     if number == 0:
                         return
-                    if number in SIGNALS and self.signal:
-                        os._exit(128 + number)
-                    self.signal = number if number in SIGNALS else self.signal
+                    if number in SIGNALS:
+                        signals += 1
+                        if signals > 1:
+                            os._exit(128 + number)
+                        self._note(number)
                 continue
             self._silent += min(TICK_S, self.limit / 4)
             if self._silent > self.limit:
                 _give_up(self._silent)
-
-
-def _leave_it_to_the_thread(number: int, frame: object) -> None:
-    """The thread has read of the signal already, even where Python is too busy to come here."""
 
 
 def _give_up(silent_s: float) -> None:

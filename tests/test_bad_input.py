@@ -6,6 +6,7 @@ import importlib.util
 import os
 import shutil
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -110,7 +111,7 @@ TRAIN = [
     (["--out", "{t}", "--overwrite"], 2, "holds other things than a run"),
     (["--out", "{t}/one.txt"], 2, "one.txt is a file; name a folder"),
     (["--out", "{t}/one.txt/run"], 2, "one.txt is not a folder; name another place"),
-    (["--out", "{t}/" + "x" * 300], 5, "File name too long"),
+    (["--out", "{t}/" + "x" * 300], 2, "File name too long"),
     (["--cache-dir", "{t}/one.txt"], 2, "one.txt is not a folder; name another place"),
     (["--cache-dir", "{t}/one.txt/a/b"], 2, "one.txt is not a folder; name another place"),
     pytest.param(["--out", "/proc/run"], 5, "/proc/run: ", marks=POSIX),
@@ -141,11 +142,11 @@ CONFIGS = [
     ('{"stpes": 1}', "json", "unknown setting 'stpes'; did you mean steps?"),
     ('{"bos_id": 1}', "json", "unknown setting 'bos_id'"),
     ('{"model": {"d_model": 8}}', "json", "unknown setting 'model'"),
-    ('{"steps": true}', "json", "steps = true is a bool, expected a int"),
-    ('{"steps": "12"}', "json", 'steps = "12" is a str, expected a int'),
-    ('{"steps": 1.5}', "json", "steps = 1.5 is a float, expected a int"),
-    ('{"steps": [1]}', "json", "is a list, expected a int"),
-    ('{"bias": 1}', "json", "bias = 1 is a int, expected a bool"),
+    ('{"steps": true}', "json", "steps = true is a bool, expected a whole number"),
+    ('{"steps": "12"}', "json", 'steps = "12" is a str, expected a whole number'),
+    ('{"steps": 1.5}', "json", "steps = 1.5 is a float, expected a whole number"),
+    ('{"steps": [1]}', "json", "is a list, expected a whole number"),
+    ('{"bias": 1}', "json", "bias = 1 is a int, expected true or false"),
     ('{"dropout": NaN}', "json", "NaN is not a finite number"),
     ('{"learning_rate": 1e999}', "json", "not a finite number"),
     ("learning_rate = nan\n", "toml", "not a finite number"),
@@ -160,6 +161,8 @@ CONFIGS = [
 # Flags of sample.py after the run, code, a part of the message.
 SAMPLE = [
     (["--promt", "x"], 2, "unknown flag --promt; did you mean --prompt?"),
+    (["-p", "x"], 2, "unknown flag -p; did you mean --prompt?"),
+    (["-?"], 2, "unknown flag -?; see --help"),
     (["--temperature", "-1"], 2, "-1.0 is out of range; expected at least 0"),
     (["--temperature", "nan"], 2, "'nan' is not a finite number"),
     (["--temperature", "hot"], 2, "'hot' is not a number"),
@@ -208,7 +211,8 @@ def place(tmp_path_factory) -> Path:
     (t / "binary.txt").write_bytes(b"a\0b")
     (t / "empty.model").write_bytes(b"")
     (t / "hf.json").write_text('{"model": {"type": "BPE"}}')
-    torch.save({"w": torch.ones(2)}, t / "model.pt")
+    with zipfile.ZipFile(t / "model.pt", "w") as file:  # as torch.save writes it: a zip of a pickle
+        file.writestr("model/data.pkl", b"\x80\x02}q\x00.")
     if os.name == "posix":
         os.mkfifo(t / "fifo")
         (t / "loop").symlink_to("loop")
@@ -482,4 +486,4 @@ def test_many_ranks(train, tmp_path, monkeypatch, capfd):
 
 
 def test_there_are_enough_cases():
-    assert len(TRAIN) + len(CONFIGS) + len(SAMPLE) + len(DAMAGE) >= 60
+    assert len(TRAIN) + len(CONFIGS) + len(SAMPLE) + len(DAMAGE) >= 150

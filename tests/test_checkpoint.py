@@ -1,6 +1,7 @@
 """Run folders and checkpoints: bit for bit, whole or absent, and every damage noticed."""
 
 import os
+import runpy
 import shutil
 from pathlib import Path
 
@@ -290,7 +291,8 @@ def test_the_lines_of_python_in_the_readme(tiny_run, tmp_path, monkeypatch, caps
     assert "load_run" in lines and "generate(" in lines
     shutil.copytree(tiny_run, tmp_path / "runs" / "nano-1")
     monkeypatch.chdir(tmp_path)
-    exec(lines, {})
+    Path("lines.py").write_text(lines, encoding="utf-8")
+    runpy.run_path("lines.py")
     assert len(capsys.readouterr().out) > 5
 
 

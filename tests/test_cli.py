@@ -38,13 +38,13 @@ REFUSED = [
     (["--strat", "x"], "unknown flag --strat; did you mean --start?"),
     (["--wibble=3"], "unknown flag --wibble; see --help"),
     (["-x"], "unknown flag -x"),
-    (["a", "b"], "unexpected argument 'b'; see --help"),
+    (["a", "b"], "unexpected argument 'b'; each value stands behind its flag, see --help"),
     (["--json", "--json"], "--json is given twice; give it once"),
     (["--prompt", "a", "--start", "b"], "--prompt is given twice"),
     (["--max-tokens", "0"], "argument --max-tokens: 0 is out of range; expected at least 1"),
     (["--max-tokens", "x"], "argument --max-tokens: 'x' is not a whole number"),
     (["--max-tokens"], "argument --max-tokens: expected one argument"),
-    (["--json=yes"], "argument --json: ignored explicit argument 'yes'"),
+    (["--json=yes"], "argument --json: takes no value; got 'yes'"),
 ]
 
 

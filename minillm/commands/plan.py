@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from minillm import activations, links, plan, startup, world
+from minillm import activations, documents, links, plan, startup, world
 from minillm.bpe import choose_vocab_size
-from minillm.cli import Parser, real, whole
+from minillm.cli import Parser, path, real, whole
 from minillm.config import ModelConfig, TrainConfig
 from minillm.data import Batches
 from minillm.errors import UsageError
@@ -91,6 +91,8 @@ def _vocabulary(settings: Settings, run: Path | None) -> tuple[ModelConfig, Corp
         corpus = startup.find_corpus(settings, run, lambda line: None)
         model = startup.fit_to_corpus(settings, corpus)
         return model, corpus, f"{model.vocab_size:,}, of {train.data}"
+    if train.data:
+        documents.find([train.data])  # refuses what is not there
     if model.vocab_size is not None:
         who = "given" if "vocab_size" in settings.given else "the preset's or the run's"
         return model, None, f"{model.vocab_size:,}, {who}"
@@ -253,7 +255,7 @@ def _parser() -> Parser:
     above = {"type": real(0, above=True), "metavar": "X"}
     share = {"type": real(0, 1), "metavar": "X"}
     add("--gpus", type=whole(1, 1_000_000), default=1, metavar="N", help="ranks (default: 1)")
-    add("--links", type=Path, metavar="FILE",
+    add("--links", type=path, metavar="FILE",
         help="links as benchmarks/zero/fit.py found them on this machine")  # fmt: skip
     add("--link-gbs", **above, help=f"GB/s one way in a node (default: {LINK_GBS:g}, NVLink 4)")
     add("--latency-us", type=real(0), metavar="X",

@@ -4,19 +4,26 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from minillm.cli import HelpFormatter, Parser, real, whole
+from minillm.cli import HelpFormatter, Parser, path, real, whole
 from minillm.corpus import prepare
 from minillm.errors import UsageError
 from minillm.shards import is_prepared
+from minillm.storage import check_place
 
 
 def main(argv: Sequence[str]) -> None:
     """Prepare what the command line names; all that is said goes to standard error."""
     args = _parser().parse(argv)
     late = [n for n in ("tokenizer", "val_fraction", "errors") if getattr(args, n) is not None]
-    for path in filter(is_prepared, args.paths):
+    for folder in filter(is_prepared, args.paths):
         if late or len(args.paths) > 1:
-            raise UsageError(f"{path} is prepared already; give the text it was made from")
+            raise UsageError(f"{folder} is prepared already; give the text it was made from")
+    if args.tokenizer == "":
+        raise UsageError("--tokenizer is empty; expected bpe, char, byte or a tokenizer's file")
+    if args.out is None:
+        check_place("--cache-dir", args.cache_dir)
+    else:
+        check_place("--out", args.out.parent)
     prepare(
         args.paths or None,
         tokenizer=args.tokenizer or "bpe",
@@ -44,8 +51,8 @@ def _parser() -> Parser:
         help="a text file, .jsonl, .jsonl.gz or .parquet file with a text column, a folder of them "
         "or a glob pattern; without any, the standard library of this Python",
     )
-    add("--out", type=Path, help="new folder to write (without it: a place below --cache-dir)")
-    add("--cache-dir", type=Path, default=Path("data/prepared"), help="where corpora are kept")
+    add("--out", type=path, help="new folder to write (without it: a place below --cache-dir)")
+    add("--cache-dir", type=path, default=Path("data/prepared"), help="where corpora are kept")
     add("--tokenizer", help="bpe, char, byte, FILE.model or FILE.json (default: bpe)")
     add(
         "--vocab-size",

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from minillm import world
-from minillm.cli import HelpFormatter, Parser, whole
+from minillm.cli import HelpFormatter, Parser, path, whole
 from minillm.errors import UnavailableError, UsageError
 from minillm.profiling import machine, report, sizes, suites, trace, tune
 from minillm.storage import check_place
@@ -78,8 +78,8 @@ def main(argv: Sequence[str]) -> None:
         if name == "audit":
             kept = report.read(folder / report.RESULTS)["suites"][name]
             written[suites.write_audit(folder, kept)] = None
-    for path in written:
-        say(f"wrote {path}")
+    for file in written:
+        say(f"wrote {file}")
     for fault in faults:
         say(f"fault: {fault}")
     if faults:
@@ -167,12 +167,12 @@ def _parser() -> Parser:
     )
     add(
         "--out",
-        type=Path,
+        type=path,
         metavar="DIR",
         help="folder for results.json, a CSV a suite and index.html; suites and operations that it "
         "has of earlier runs stay (without it: benchmarks/DEVICE-DATE)",
     )
-    add("--trace", type=Path, metavar="FILE", help="write a Perfetto trace of training steps")
+    add("--trace", type=path, metavar="FILE", help="write a Perfetto trace of training steps")
     add(
         "--tune",
         nargs="*",
