@@ -376,7 +376,7 @@ DAMAGE = {
     "no tokenizer": (lambda r, p: (r / "tokenizer.json").unlink(), 3, "has no tokenizer"),
     "another tokenizer": (lambda r, p: (r / "tokenizer.json").write_text(
         '{"version": 1, "kind": "char", "characters": "ab"}'), 3, "is not the tokenizer"),
-    "no checkpoint": (no_checkpoint, 2, "holds no checkpoint yet; train on: python train.py --resume "),
+    "no checkpoint": (no_checkpoint, 2, "holds no checkpoint yet; train on: python train.py"),
 }  # fmt: skip
 
 
