@@ -164,7 +164,7 @@ def set_up(settings: Settings, run: Path | None, ranks: Ranks) -> Training:
     pacer = Pacer(config, wished_steps(config, batches), progress.trained_s, step_s)
     t = Training(
         run, config, corpus, batches, sharding, progress, pacer, pacer.schedule(), fixed, micro,
-        Watch(config.hang_timeout, step_s), why_threads, start_scale(dtype),
+        Watch(config.hang_timeout, step_s, ranks.size > 1), why_threads, start_scale(dtype),
     )  # fmt: skip
     if past:
         restore(t, past, settings.given)

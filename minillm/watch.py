@@ -25,6 +25,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 TICK_S = 1.0
 LEAST_S, TIMES = 60.0, 5  # of silence: so long at least, and so many of the longest steps
 START, EASY = 5, 10  # the first steps may take so many times longer: kernels are compiled
+ECHO_S = 2.0  # in which torchrun passes on a signal that the terminal has sent to all already
 SAVING = 30  # and writing a checkpoint: disks may be slow
 
 
@@ -40,11 +41,14 @@ class Watch:
     """Inside `with` signals are noted, and silence is not suffered.
 
     limit_s: seconds without a sign of life; None: as steps are long, and step_s is a guess at that.
+    launched: by torchrun.
     Signals are heard in the main thread alone: elsewhere there are none.
     """
 
-    def __init__(self, limit_s: float | None = None, step_s: float = 0.0) -> None:
-        self.limit_s, self.signal = limit_s, 0
+    def __init__(
+        self, limit_s: float | None = None, step_s: float = 0.0, launched: bool = False
+    ) -> None:
+        self.limit_s, self.signal, self.echo_s = limit_s, 0, ECHO_S if launched else 0.0
         self._silent, self._steps, self._longest, self._patience = 0.0, 0, step_s, 1
         self._since: float | None = None
 
@@ -109,7 +113,7 @@ class Watch:
         self.signal = self.signal or number
 
     def _look(self) -> None:
-        signals = 0
+        first = None
         while True:
             heard, _, _ = select.select([self._ear], [], [], min(TICK_S, self.limit / 4))
             if heard:
@@ -117,8 +121,9 @@ class Watch:
                     if number == 0:
                         return
                     if number in SIGNALS:
-                        signals += 1
-                        if signals > 1:
+                        now = time.monotonic()
+                        first = now if first is None else first
+                        if now > first + self.echo_s:
                             os._exit(128 + number)
                         self._note(number)
                 continue

@@ -39,11 +39,11 @@ def command(ranks: int, *flags, restarts: int = 0) -> list[str]:
     return [*start, str(ROOT / "train.py"), *map(str, flags)]
 
 
-def start(ranks: int, *flags, cwd: Path, restarts: int = 0) -> subprocess.Popen:
+def start(ranks: int, *flags, cwd: Path, restarts: int = 0, **more) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         command(ranks, *flags, restarts=restarts), cwd=cwd, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more,
     )  # fmt: skip
 
 
@@ -147,6 +147,23 @@ def test_a_killed_rank_comes_back_and_one_rank_goes_on(text, tmp_path, dtype, ba
     assert apart(losses(tmp_path / "calm"), losses(folder)) <= bar
     model, _, _ = load_run(folder)
     assert model.config.n_layer == 4
+
+
+@pytest.mark.skipif(os.name != "posix", reason="not on this system")
+def test_ctrl_c_on_torchrun_saves_the_step(text, tmp_path):
+    """All processes of the terminal hear it, and torchrun passes it on to its ranks once more."""
+    flags = ["--data", text, *MODEL, "--zero", 1, "--steps", 5000, "--save-every", 0]
+    process = start(2, *flags, "--out", tmp_path / "run", cwd=text.parent, start_new_session=True)
+    try:
+        until(lambda: reached(tmp_path / "run", 8))
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=150)
+    finally:
+        process.kill()
+    step = open_checkpoint(tmp_path / "run").step
+    assert f"stopped by SIGINT at step {step}, which is saved" in said and step >= 8
+    run(1, "--data", text, "--threads", 1, "--steps", step + 2, "--resume", tmp_path / "run",
+        "--zero", 0)  # fmt: skip
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")

@@ -21,9 +21,9 @@ with Watch({limit}) as watch:
 """
 
 
-def process(body: str, limit: float | None = None) -> subprocess.Popen:
+def process(body: str, limit: float | None = None, more: str = "") -> subprocess.Popen:
     """A process that has come to `body` inside a watch."""
-    code = SLEEPER.format(limit=limit, body=body)
+    code = SLEEPER.format(limit=f"{limit}{more}", body=body)
     made = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -58,6 +58,18 @@ def test_a_second_signal_ends_a_process_that_is_busy_in_c(number):
     assert one.poll() is None
     one.send_signal(signal.SIGTERM)
     assert one.wait(30) == 143
+
+
+@pytest.mark.slow
+def test_what_torchrun_passes_on_is_no_second_signal():
+    one = process("time.sleep(60)", more=", launched=True")
+    for _ in range(2):
+        one.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+    assert one.poll() is None
+    time.sleep(2)
+    one.send_signal(signal.SIGINT)
+    assert one.wait(30) == 130
 
 
 def test_silence_ends_the_process_with_the_stacks():
