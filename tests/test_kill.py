@@ -46,6 +46,7 @@ def test_a_run_goes_on_as_if_nobody_had_killed_it(capsys, kills, of_two):
     assert any(hit["resumed"] for hit in hits)
     if of_two:
         assert {hit["who"] for hit in hits} == {"rank 0", "rank 1", "both ranks"}
+        assert max(hit["survived_s"] for hit in hits) < 10
     else:
         assert BEFORE & set(doing) and {"resuming", "pruning"} <= set(doing)
 

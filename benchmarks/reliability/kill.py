@@ -81,7 +81,7 @@ def main() -> None:
         for size, many, signals in ((1, args.kills, args.stops),
                                     (2, args.kills_of_two, args.stops // 3)):  # fmt: skip
             name = "one process" if size == 1 else "two ranks"
-            wanted = [kind for kind in KINDS[size] if many or signals]
+            wanted = KINDS[size][: max(many, signals)]
             courses = [Course(Path(folder), kind, size) for kind in wanted]
             for part, count, trial in (
                 (kills, many, lambda course: kill_trial(course, draw)),
