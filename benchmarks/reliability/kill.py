@@ -85,7 +85,7 @@ def main() -> None:
             courses = [Course(Path(folder), kind, size) for kind in wanted]
             for part, count, trial in (
                 (kills, many, lambda course: kill_trial(course, draw)),
-                (stops, signals, lambda course: [stop_trial(course, draw)]),
+                (stops, signals, lambda course: stop_trial(course, draw)),
             ):
                 part[name], bad = repeated(courses, lambda f, n=count: len(f) >= n, trial)
                 failed += bad

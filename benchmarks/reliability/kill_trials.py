@@ -215,9 +215,9 @@ def steps_redone(children: list[Child], logged: int, run: Path) -> int:
     return redone
 
 
-def stop_trial(course: Course, draw: random.Random) -> str:
+def stop_trial(course: Course, draw: random.Random) -> list[str]:
     """A run that is asked to end at any moment (of several ranks one is, in its loop), perhaps
-    twice, and gone on with; what it was doing.
+    twice, and gone on with; what it was doing. Nothing if it had ended by itself.
     """
     run, number = course.new_run(), draw.choice([signal.SIGTERM, signal.SIGINT])
     children = course.launch(run)
@@ -230,6 +230,8 @@ def stop_trial(course: Course, draw: random.Random) -> str:
             asked.wait(time.monotonic() + draw.uniform(0, course.life_s / STEPS))
         else:
             asked.wait(asked.start + draw.uniform(0, 0.9 * course.life_s))
+        if asked.code is not None:
+            return []
         doing, step, looped = asked.board.doing, asked.board.step, asked.board.first >= 0
         asked.send(number)
         if twice:
@@ -257,7 +259,7 @@ def stop_trial(course: Course, draw: random.Random) -> str:
         told += f"{newest}, which is saved"
         expect(mine in (0, -number) or told in children[0].said, "it does not say so", run)
     course.go_on(run, also=max(checkpoints_of(run), default=0))
-    return doing + (", twice" if twice else "")
+    return [doing + (", twice" if twice else "")]
 
 
 def impatient_trial(course: Course, number: signal.Signals) -> float:
