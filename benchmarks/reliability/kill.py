@@ -4,10 +4,10 @@
 
 So many kills (SIGKILL) of a single process, of one or both of two ranks, and so many signals to end
 (SIGTERM, SIGINT). A trial is one run: its process is killed again and again, up to four times, and
-gone on with by --resume alone, until it is through. A third of the kills comes at any moment of the
-process's life, by the clock; the others at any of the system's calls, either before the loop or in
-saving and pruning. Then the losses, as they are written, and the bits of all tensors of every
-checkpoint must be those of a run that nobody disturbed. Prints tables.
+gone on with by --resume alone, until it is through. A quarter of the kills are by the clock, at any
+moment of the process's life; the others at one of the system's calls before the loop or in saving
+and pruning. Then the losses, as they are written, and the bits of all tensors of every checkpoint
+must be those of a run that nobody disturbed. Prints tables.
 """
 
 import argparse
