@@ -5,6 +5,7 @@ What this room does not do: gradients, weights (zero.py, sharding.py).
 
 import json
 import os
+import socket
 import sys
 import uuid
 from collections.abc import Iterable, Iterator
@@ -173,13 +174,25 @@ def named(world: World) -> World:
 def first_to_say(text: str) -> bool:
     """Whether no other rank of this launch has said the same yet; it counts as said now."""
     world = launched()
-    if world.size == 1:
+    met = dist.is_initialized()
+    if world.size == 1 or met and not world.has_store and not _answers(world):
         return True
     try:
         store = open_store(world, timedelta(seconds=5))
         return store.add(f"said/{world.attempt}/{text}", 1) == 1
     except RuntimeError:
         return True
+
+
+def _answers(world: World) -> bool:
+    """Whether the store is still there, which without torchrun is rank 0's and ends with it. To
+    open one that has ended is tried again for ten seconds.
+    """
+    try:
+        socket.create_connection((world.address, world.port), timeout=5).close()
+        return True
+    except OSError:
+        return False
 
 
 def leave(code: int) -> int:

@@ -36,7 +36,8 @@ for _, name, _ in pkgutil.iter_modules(minillm.__path__, "minillm."):
 
 PHASES = ("starting", "preparing", "beginning", "resuming", "training", "saving", "pruning",
           "ending", "leaving")  # fmt: skip
-SLOTS = ("phase", "met", "first", "step", "opening", "saving")
+COUNTERS = ("opening", "saving", "pruning")
+SLOTS = ("phase", "met", "first", "step", *COUNTERS)
 # Of the system, when files are written or read. A kill can come before and after each.
 CALLS = {"open", "write", "fsync", "close", "mkdir", "rename", "replace", "unlink", "rmdir",
          "scandir"}  # fmt: skip
@@ -47,8 +48,8 @@ class Board:
     """What a child is doing, in memory that it shares with its parent.
 
     phase: a number of PHASES.    met: it is one of its ranks.    first: the step that its loop
-    began after; -1: it has not.    step: the last one done.    opening, saving: CALLS entered or left
-    so far, before the loop, or in saving and pruning.
+    began after; -1: it has not.    step: the last one done.    opening, saving, pruning: CALLS that
+    it has entered or left, before the loop and in saving and pruning.
     """
 
     def __init__(self) -> None:
@@ -97,6 +98,8 @@ class Child:
             os.environ.update(place or {})
             _watch(self.board, "--resume" in argv, die_at, slow_save_s)
             code = leave(errors.run("train.py", train.main, argv, first_to_say))
+        except KeyboardInterrupt:  # at the very end; Python itself ends so
+            code = 130
         finally:
             os._exit(code)
 
@@ -179,7 +182,7 @@ def _watch(board: Board, resumes: bool, die_at: tuple[str, int], slow_save_s: fl
     mark(train, "learn", "training", before=begun)
     mark(train, "heed", "training", before=done)
     mark(checkpoint, "save", "saving", "saving", lambda run: time.sleep(slow_save_s))
-    mark(checkpoint, "prune", "pruning", "saving")
+    mark(checkpoint, "prune", "pruning", "pruning")
     mark(train, "finish", "ending")
     main = train.main
 
