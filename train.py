@@ -9,10 +9,10 @@ It reads from top to bottom: what to do, on which data, with which model; the lo
 
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from functools import partial
-from math import gcd, isfinite
+from math import gcd
 from pathlib import Path
 
 import torch
@@ -43,6 +43,7 @@ from minillm.training import (
     peak_mib,
     progress_of,
     recurrences,
+    replan,
     restore,
     share_plan,
     take_sample,
@@ -69,8 +70,9 @@ def main(argv: Sequence[str]) -> None:
 def train(settings: Settings, run: Path | None, ranks: Ranks) -> None:
     """The run from its first step, or from the last checkpoint of `run`, to its end."""
     with ExitStack() as held:
-        if run:
-            hold(held, run, ranks)
+        if run:  # nobody else may write it from here on
+            lock = agree(ranks, lambda: checkpoint.take_up(run) if ranks.rank == 0 else None)
+            held.enter_context(lock or nullcontext())
         t = set_up(settings, run, ranks)
         if t.progress.ended and t.progress.step >= t.plan.steps:
             ranks.say(f"{run} is finished at step {t.progress.step}; "
@@ -78,10 +80,9 @@ def train(settings: Settings, run: Path | None, ranks: Ranks) -> None:
             return
         t.progress.ended = False
         if run is None:
-            agree(ranks, lambda: begin_run(t, settings) if ranks.rank == 0 else None)
+            agree(ranks, lambda: begin_run(held, t, settings) if ranks.rank == 0 else None)
             t.run = Path(ranks.share(str(t.run)))
             agree(ranks, lambda: runs.require_shared(t.run))
-            hold(held, t.run, ranks)
         for line in announce(t):
             ranks.say(line)
         shape, peak = t.model.config, world.measured_peak_flops(ranks.device, t.model.dtype)
@@ -164,10 +165,11 @@ def set_up(settings: Settings, run: Path | None, ranks: Ranks) -> Training:
     pacer = Pacer(config, wished_steps(config, batches), progress.trained_s, step_s)
     t = Training(
         run, config, corpus, batches, sharding, progress, pacer, pacer.schedule(), fixed, micro,
-        Watch(config.hang_timeout, step_s, ranks.size > 1), why_threads, start_scale(dtype),
+        Watch(config.hang_timeout, step_s, ranks.say), why_threads, start_scale(dtype),
     )  # fmt: skip
     if past:
-        restore(t, past, settings.given)
+        restore(t, past)
+        replan(t, past, settings.given)
     elif config.ema:
         t.average = Average(parameters, config.ema)
     share_plan(t)
@@ -205,16 +207,17 @@ def learn(t: Training) -> None:
             row["recurrence"] = sum(rounds) / len(rounds)
 
         # The weights move only if that is safe.
-        overflowed = bool(t.scale) and isfinite(row["loss"]) and not isfinite(row["grad_norm"])
-        if t.scale:
-            t.scale.update(overflowed, progress.step)
-        why = None if overflowed else t.guard.objection(row["loss"], row["grad_norm"])
+        signs = row["loss"], row["grad_norm"]
+        overflowed = t.scale is not None and t.scale.is_to_blame(*signs)
+        why = None if overflowed else t.guard.objection(*signs)
         if why:
-            t.meter.say(report(t, why, row["loss"], row["grad_norm"]))
+            t.meter.say(report(t, why, *signs))
         if why or overflowed:
             sharding.drop()
         else:
             sharding.step(clip_factor(norm, config.grad_clip, factor))
+            if t.scale:
+                t.scale.went_well()
             if t.average:
                 t.average.update(progress.step + 1)
         progress.step, progress.tokens = row["step"], row["tokens"]
@@ -273,16 +276,11 @@ def finish(t: Training) -> None:
     t.ranks.say(farewell(t, row))
 
 
-def hold(held: ExitStack, run: Path, ranks: Ranks) -> None:
-    """Keep others from writing `run` as long as `held`, and clear away what a kill left there."""
-    if lock := agree(ranks, lambda: checkpoint.take_up(run) if ranks.rank == 0 else None):
-        held.enter_context(lock)
-
-
-def begin_run(t: Training, settings: Settings) -> None:
-    """Make the run's folder and write what it is."""
+def begin_run(held: ExitStack, t: Training, settings: Settings) -> None:
+    """Make the run's folder, nobody else's as long as `held`, and write what it is."""
     c, launch = t.config, t.ranks.world.launch
-    t.run = runs.make_run(c.out, c.preset, c.overwrite, launch)
+    t.run, lock = runs.make_run(c.out, c.preset, c.overwrite, launch)
+    held.enter_context(lock or nullcontext())
     t.corpus.tokenizer().save(t.run)
     facts = startup.facts_of(settings, t.corpus, launch) | t.fixed
     runs.write_config(t.run, t.model.config, asdict(c), facts)  # with it, it is a run

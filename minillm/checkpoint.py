@@ -33,7 +33,7 @@ from minillm.tokenizer import Tokenizer
 
 __all__ = [
     "Checkpoint", "check_model", "discard_after", "load_run", "open_checkpoint", "prune", "save",
-    "set_aside", "take_up", "tidy",
+    "set_aside", "take_up", "tidy", "verified",
 ]  # fmt: skip
 SMALL = 10_000_000  # parameters that are no danger to anybody's memory
 

@@ -95,6 +95,8 @@ class Full:
         past.check_fit("model", dict(self.model.named_parameters()))
         owner = {p: o for o in self.optimizers for g in o.param_groups for p in g["params"]}
         kinds = {key.partition(".")[0] for key in past.names("optimizer")}
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
         for name, p in self.locals.items():
             span = self._start(name), self._start(name) + p.numel()
             p.copy_(past.piece("model", name, *span).view_as(p))

@@ -49,7 +49,7 @@ class Guard:
 
     def _reason(self, loss: float, norm: float) -> str | None:
         if not math.isfinite(loss):
-            return f"loss {loss:g}"
+            return f"loss {loss:g}, gradient norm {norm:.3g}"
         if not math.isfinite(norm):
             return f"gradient norm {norm:g}"
         if norm > LARGEST:

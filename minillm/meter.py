@@ -103,8 +103,12 @@ class Meter:
         """Forget what was reported of later steps, which come again."""
         self._forget()
         self.bar.n = step
-        if self.path is not None:
+        if self.path is None:
+            return
+        try:
             _cut_after(self.path, step)
+        except OSError as error:
+            self.say(f"warning   {self.path}: {error.strerror}; it holds steps that come again")
 
     def close(self) -> None:
         """Finish the bar."""

@@ -1,7 +1,8 @@
-"""When a step cannot be taken: say which and why, keep its sequences, go back if it goes on.
+"""When a step cannot be taken: say which and why, keep its texts, go back if it goes on; and save,
+as far as that can be done.
 
-The records are in the run's bad-steps.jsonl, an object each: step, position (the number of the
-batch), why, loss, grad_norm, usual_norm, layer, and the texts of the batch.
+The records are in the run's bad-steps.jsonl, an object each: step (as in metrics.jsonl), position
+(the number of the batch), why, loss, grad_norm, usual_norm, layer, and the texts of the batch.
 """
 
 import json
@@ -11,30 +12,33 @@ from pathlib import Path
 import torch
 
 from minillm import checkpoint, runs
+from minillm.agreement import agree
 from minillm.errors import CorruptError, DivergedError, UnavailableError
 from minillm.guard import ROLLBACKS
-from minillm.meter import jsonable
+from minillm.meter import append, jsonable
 from minillm.training import Training, restore, save
 from minillm.watch import SAVING
 
 RECORDS = 100  # in the file; a run that never recovers must not fill the disk
 BACK = 100  # steps before the first bad one, if there is such a checkpoint, ...
-TRIES = 3  # to save, one after the other
 SKIPPED = 200  # ... and so many batches are skipped: Chowdhery et al. 2022, section 5.1
+TRIES = 3  # to save, one after the other
 
 
 def report(t: Training, why: str, loss: float, norm: float) -> str:
-    """One line about the step that is left out. Every rank calls it, its gradients still there."""
-    layer = _first_to_go(t)
+    """One line about the coming step, which is left out. Every rank calls it, before the gradients
+    are dropped.
+    """
+    layer, step = _first_to_go(t), t.progress.step + 1
     usual = "none before it" if t.guard.usual is None else f"usually {t.guard.usual:.3g}"
-    p, path = t.progress, t.run / "bad-steps.jsonl"
+    path = t.run / "bad-steps.jsonl"
     if t.ranks.rank == 0:
-        record = {"step": p.step, "position": p.position, "why": why, "loss": loss,
+        record = {"step": step, "position": t.progress.position, "why": why, "loss": loss,
                   "grad_norm": norm, "usual_norm": t.guard.usual, "layer": layer}  # fmt: skip
         _keep(t, path, record)
     return (
-        f"warning   step {p.step} left out: {why} (gradient norm {norm:.3g}, {usual}); "
-        f"{layer} went first; its sequences are in {path}"
+        f"warning   step {step} left out: {why} ({usual}); {layer} went first; its texts are in "
+        f"{path}"
     )
 
 
@@ -52,44 +56,41 @@ def _first_to_go(t: Training) -> str:
 
 
 def _keep(t: Training, path: Path, record: dict) -> None:
-    """Append the record, with the texts of its batch; a full disk is no reason to end the run."""
+    """Append the record, with the texts of its batch. If that fails, it is no reason to end."""
     try:
         if path.exists() and len(path.read_bytes().splitlines()) >= RECORDS:
             return
         tokenizer = t.corpus.tokenizer()
         shares = (t.batches.batch(t.progress.position, rank)[0] for rank in range(t.ranks.size))
         record["sequences"] = [tokenizer.decode(row) for x in shares for row in x.tolist()]
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(jsonable(record)) + "\n")
-    except OSError as error:
-        t.meter.say(f"warning   {path}: {error.strerror}; not kept")
+        append(path, json.dumps(jsonable(record)) + "\n")
+    except (OSError, CorruptError) as error:
+        t.meter.say(f"warning   {path}: not kept: {_told(error)}")
 
 
 def roll_back(t: Training) -> str:
     """Go on from an earlier checkpoint with other data; one line about it. Every rank calls it.
 
-    Without a checkpoint the weights stay, which no bad step has moved. Raises DivergedError when
-    this has been done ROLLBACKS times.
+    The schedule stays as it is. Without a checkpoint the weights stay, too, which no bad step has
+    moved. Raises DivergedError when this has been done ROLLBACKS times.
     """
-    p, guard = t.progress, t.guard
-    if guard.rollbacks >= ROLLBACKS:
-        raise DivergedError(
-            f"step {p.step}: diverged again after {ROLLBACKS} roll-backs; the weights of the last "
-            "checkpoint are good; start again with a smaller --learning-rate"
-        )
     t.pacer.first = t.saved = None
     with t.watch.elsewhere(SAVING):
-        past = _earlier(t)
-        if past is not None:
+        if t.guard.rollbacks >= ROLLBACKS:
+            raise DivergedError(
+                f"step {t.progress.step}: diverged again after {ROLLBACKS} roll-backs; start again "
+                "with a smaller --learning-rate"
+            )
+        bad, guard, past = t.progress.position, t.guard, _earlier(t)
+        if past is None:
+            _require_finite(t)
+            t.guard = guard.rolled_back(guard)
+        else:
             restore(t, past)
-    if past is None:
-        t.guard = guard.rolled_back(guard)
-    else:
-        t.guard, t.progress.ended = guard.rolled_back(t.guard), False
-        if t.ranks.rank == 0:
-            checkpoint.discard_after(t.run, past.step)
-        t.meter.back_to(past.step)
-    t.progress.skipped = max(p.position, t.progress.position + SKIPPED) - t.progress.step
+            t.guard, t.progress.ended = guard.rolled_back(t.guard), False
+            agree(t.ranks, lambda: t.ranks.rank or checkpoint.discard_after(t.run, past.step))
+            t.meter.back_to(past.step)
+    t.progress.skipped = max(bad, t.progress.position + SKIPPED) - t.progress.step
     where = "the weights as they are" if past is None else f"step {past.step}"
     return (
         f"warning   too many bad steps: going on from {where}, with the text from batch "
@@ -97,14 +98,25 @@ def roll_back(t: Training) -> str:
     )
 
 
+def _require_finite(t: Training) -> None:
+    """Raise DivergedError, on all ranks, if there is nothing to go back to but spoilt weights."""
+    fine = all(bool(p.isfinite().all()) for p in t.model.parameters())
+    if not t.ranks.least(float(fine)):
+        raise DivergedError(
+            f"step {t.progress.step}: weights are not finite, and there is no checkpoint to go "
+            "back to; start again with a smaller --learning-rate, and --save-every"
+        )
+
+
 def _earlier(t: Training) -> checkpoint.Checkpoint | None:
-    """The newest good checkpoint BACK steps or more before the trouble, else the oldest one."""
-    steps = sorted(t.ranks.share(sorted(runs.checkpoints_of(t.run))), reverse=True)
+    """The newest good checkpoint BACK steps or more before the trouble, else the oldest good."""
+    steps = t.ranks.share(sorted(runs.checkpoints_of(t.run), reverse=True))
     first = t.progress.step - t.guard.in_a_row
     early = [step for step in steps if step <= first - BACK]
-    for step in early or steps[-1:]:
+    late = [step for step in steps if step > first - BACK]
+    for step in (*early, *reversed(late)):
         try:
-            return checkpoint.open_checkpoint(t.run, str(step), t.ranks)
+            return checkpoint.verified(runs.folder_of(t.run, step), step, t.ranks)
         except CorruptError as error:
             t.meter.say(f"warning   {error}")
     return None
@@ -117,21 +129,28 @@ def keep(t: Training, final: bool = False) -> None:
     TRIES in a row, or `final`: the error is raised. Weights that are not finite are not saved but
     rolled back.
     """
-    now = (t.progress.step, t.progress.ended)
+    p = t.progress
+    now = (p.step, p.ended)
     if t.saved == now:
         return
     try:
         with t.watch.elsewhere(SAVING):
             save(t)
-        t.saved, t.unsaved = now, 0
+        t.saved, t.unsaved, t.best = now, 0, (p.best_loss, p.best_step)
     except (OSError, UnavailableError) as error:
         t.unsaved += 1
         if final or t.unsaved >= TRIES:
             raise
-        why = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
-        t.meter.say(f"warning   step {t.progress.step} is not saved: {why}; training goes on")
+        if t.config.keep_best:  # the best that is there must not be given up for this one
+            p.best_loss, p.best_step = t.best
+        t.meter.say(f"warning   step {p.step} is not saved: {_told(error)}; training goes on")
     except DivergedError as error:
         if final:
             raise
         t.meter.say(f"warning   {error}")
         t.meter.say(roll_back(t))
+
+
+def _told(error: Exception) -> str:
+    """What went wrong, and where."""
+    return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)

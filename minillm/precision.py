@@ -5,14 +5,13 @@ overflow the step is left out and the scale halved. bf16 has fp32's range and ne
 Source: Micikevicius et al. 2017, arXiv:1710.03740, section 3.2; growth as torch.amp's GradScaler.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 
-from minillm.errors import DivergedError
-
 GROWTH_INTERVAL = 2000  # steps without overflow after which the scale doubles
-LEAST, MOST = 2.0**-14, 2.0**24
+LEAST, MOST = 1.0, 2.0**24  # gradients that overflow unscaled are no matter of the scale
 
 
 @dataclass
@@ -22,19 +21,18 @@ class LossScale:
     value: float = 1.0
     good: int = 0
 
-    def update(self, overflowed: bool, step: int) -> None:
-        """Halve or, after long without overflow, double. Raises DivergedError at the bottom."""
-        if not overflowed:
-            self.good += 1
-            if self.good == GROWTH_INTERVAL and self.value < MOST:
-                self.value, self.good = 2 * self.value, 0
-            return
-        self.value, self.good = self.value / 2, 0
-        if self.value < LEAST:
-            raise DivergedError(
-                f"step {step}: gradients overflow fp16 at any scale; the weights of the last "
-                "checkpoint are good; start again with --dtype bf16 or a smaller --learning-rate"
-            )
+    def is_to_blame(self, loss: float, norm: float) -> bool:
+        """Whether it can be the scale that made the gradients overflow: then it is halved."""
+        blamed = math.isfinite(loss) and not math.isfinite(norm) and self.value > LEAST
+        if blamed:
+            self.value, self.good = self.value / 2, 0
+        return blamed
+
+    def went_well(self) -> None:
+        """A step was taken; after many the scale is doubled."""
+        self.good += 1
+        if self.good == GROWTH_INTERVAL and self.value < MOST:
+            self.value, self.good = 2 * self.value, 0
 
 
 def start_scale(dtype: torch.dtype) -> LossScale | None:

@@ -102,27 +102,30 @@ def check_out(run: Path, overwrite: bool, launch: str | None = None) -> None:
         )
 
 
-def make_run(out: str | None, name: str, overwrite: bool, launch: str | None = None) -> Path:
-    """Make an empty run folder: `out`, in the place of whatever check_out lets go, or runs/name-N.
+def make_run(
+    out: str | None, name: str, overwrite: bool, launch: str | None = None
+) -> tuple[Path, TextIO | None]:
+    """Make an empty run folder and lock it: `out`, in the place of whatever check_out lets go, or
+    runs/name-N.
 
     Of two processes that ask for the same `out` one gets it, the other UsageError.
     """
     if out is None:
-        return _make_next(Path("runs"), name)
+        run = _make_next(Path("runs"), name)
+        return run, lock(run)
     run = Path(out)
     check_out(run, overwrite, launch)
-    try:
-        if run.exists():
-            held = lock(run)
-            _empty(run)
-            if held:
-                held.close()
-        else:
-            run.mkdir(parents=True)
-    except FileExistsError:
-        raise UsageError(f"--out {run} was taken by another process; name another") from None
+    run.mkdir(parents=True, exist_ok=True)
     sync_folder(run.parent)
-    return run
+    held = lock(run)
+    try:
+        check_out(run, overwrite, launch)  # now that nobody else can write it
+        _empty(run)
+    except BaseException:
+        if held:
+            held.close()
+        raise
+    return run, held
 
 
 def _empty(run: Path) -> None:
@@ -131,8 +134,8 @@ def _empty(run: Path) -> None:
     if checkpoints.exists():  # half of one must not be taken for one
         shutil.rmtree(gone, ignore_errors=True)
         checkpoints.rename(gone)
-    last = ("config.json", "lock")
-    for path in sorted(run.iterdir(), key=lambda path: (path.name in last, path.name)):
+    there = (path for path in run.iterdir() if path.name != "lock")
+    for path in sorted(there, key=lambda path: (path.name == "config.json", path.name)):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 

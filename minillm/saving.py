@@ -73,7 +73,7 @@ def _make_anew(folder: Path, n_bytes: int) -> None:
         sync_folder(folder.parent.parent)
     free = shutil.disk_usage(folder.parent).free
     if free < MARGIN * n_bytes:
-        what = f"{free / 2**20:,.0f} MiB are free and a checkpoint takes {n_bytes / 2**20:,.0f}"
+        what = f"{free / 2**20:,.1f} MiB are free and a checkpoint takes {n_bytes / 2**20:,.1f}"
         raise OSError(errno.ENOSPC, f"no room on the disk: {what}", str(folder.parent))
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()

@@ -83,6 +83,8 @@ class Replicated:
     def load(self, past: Checkpoint) -> None:
         """Take all weights and states from a checkpoint."""
         load_weights(self.model, past.tensors("model"), past.folder)
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
         load_optimizer_tensors(self.optimizers, self.parameters, past.tensors("optimizer"))
 
     def bytes(self) -> dict[str, int]:

@@ -27,7 +27,7 @@ PIECE = 1 << 20  # bytes hashed and written at a time: they are still in the cac
 def write_whole(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, Any]:
     """Write a new file and wait until it is on the disk; returns its "bytes" and "sha256"."""
     digest, size = hashlib.sha256(), 0
-    with path.open("wb", buffering=0) as file:
+    with naming(path), path.open("wb", buffering=0) as file:
         for piece in pieces:
             for start in range(0, len(piece), PIECE):
                 rest = memoryview(piece)[start : start + PIECE]

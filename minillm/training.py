@@ -34,6 +34,7 @@ from minillm.statetensors import load_into, sharded_tensors
 from minillm.watch import EASY, Stopped, Watch
 
 SAMPLE_TOKENS = 200
+LENGTHS = frozenset(("steps", "epochs", "time_limit"))
 LADDER_WINDOWS = 64  # that recurrence is judged on, at every evaluation
 
 
@@ -67,6 +68,7 @@ class Training:
     fixed: what was decided once, at its start: threads, dtype, micro-batch.    micro: sequences of
     a micro-batch, as this number of ranks divides them.    meter: there once there is a folder.
     saved: the progress (step, ended) that was saved last.    unsaved: failed attempts since.
+    best: the loss and the step of the best checkpoint that there is.
     """
 
     run: Path | None
@@ -87,6 +89,7 @@ class Training:
     meter: Meter | None = None
     unsaved: int = 0
     saved: tuple[int, bool] | None = None
+    best: tuple[float | None, int | None] = (None, None)
 
     @property
     def model(self) -> GPT:
@@ -101,7 +104,7 @@ class Training:
     @contextmanager
     def aside(self) -> Iterator[None]:
         """What is done inside is no part of a step's time."""
-        with self.meter.paused(), self.watch.elsewhere():
+        with self.meter.paused(), self.watch.elsewhere(EASY):
             yield
 
 
@@ -123,17 +126,16 @@ def save(t: Training) -> None:
     if t.ranks.size > 1:
         state["shapes"] = {name: list(shape) for name, shape in shapes.items()}
     checkpoint.save(t.run, t.progress.step, tensors, state, t.ranks)
-    best = t.progress.best_step if t.config.keep_best else None
-    first, keep = t.ranks.rank == 0, t.config.keep_last
-    agree(t.ranks, lambda: checkpoint.prune(t.run, keep, best) if first else None)
+    if t.ranks.rank == 0:
+        try:
+            best = t.progress.best_step if t.config.keep_best else None
+            checkpoint.prune(t.run, t.config.keep_last, best)
+        except OSError as error:  # what is too many now is deleted the next time
+            t.ranks.say(f"warning   {error.filename}: not deleted: {error.strerror}")
 
 
-def restore(t: Training, past: Checkpoint, given: frozenset[str] = frozenset()) -> None:
-    """Put the weights, the optimisers and the schedule back to where `past` left them.
-
-    given: settings that the user changed. With a new length the schedule is that of a run which
-    was meant to be so long from the start: the rate may go up again.
-    """
+def restore(t: Training, past: Checkpoint) -> None:
+    """Put the weights, the optimisers and the progress back to where `past` left them."""
     own = dict(t.model.named_parameters())
     kinds = state_kinds(t.config.optimizer, own, t.model.matrices())
     agree(t.ranks, lambda: _check_fit(t, past, own, kinds))  # headers alone, before a tensor
@@ -145,10 +147,7 @@ def restore(t: Training, past: Checkpoint, given: frozenset[str] = frozenset()) 
     if t.config.ema:
         t.average = Average(dict(t.model.named_parameters()), t.config.ema)
         load_into(t.average.weights, past.tensors("ema"), past.folder)
-    if given & {"steps", "epochs", "time_limit"}:
-        t.plan = t.pacer.schedule(past.step)
-    else:
-        t.plan = replace(t.plan, pace=tuple(map(tuple, past.state["pace"])))
+    t.best = t.progress.best_loss, t.progress.best_step
 
 
 def _check_fit(t: Training, past: Checkpoint, own: dict, kinds: dict) -> None:
@@ -171,6 +170,18 @@ def progress_of(past: Checkpoint | None) -> Progress:
         return Progress(**past.state["progress"])
     except TypeError as error:
         raise CorruptError(f"{past.folder}/state.json: {error}") from None
+
+
+def replan(t: Training, past: Checkpoint, given: frozenset[str]) -> None:
+    """The schedule of a run that goes on from `past`.
+
+    given: settings that the user changed. With a new length it is that of a run which was meant to
+    be so long from the start: the rate may go up again.
+    """
+    if given & LENGTHS:
+        t.plan = t.pacer.schedule(past.step)
+    else:
+        t.plan = replace(t.plan, pace=tuple(map(tuple, past.state["pace"])))
 
 
 def share_plan(t: Training) -> None:
@@ -260,7 +271,7 @@ def take_sample(t: Training) -> str:
         return ""
     tokenizer = t.corpus.tokenizer()
     t.model.eval()
-    with _averaged(t), t.sharding.gathered(), t.watch.elsewhere(EASY):
+    with _averaged(t), t.sharding.gathered():
         made = generate(
             t.model, [tokenizer.prompt_ids("")], max_tokens=SAMPLE_TOKENS, temperature=0.8,
             top_p=0.95, seed=t.config.seed, stop=lambda row, ids: ids[-1] == tokenizer.bos_id,

@@ -16,8 +16,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 from minillm.ranks import Ranks
 
@@ -25,7 +25,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 TICK_S = 1.0
 LEAST_S, TIMES = 60.0, 5  # of silence: so long at least, and so many of the longest steps
 START, EASY = 5, 10  # the first steps may take so many times longer: kernels are compiled
-ECHO_S = 2.0  # in which torchrun passes on a signal that the terminal has sent to all already
+ECHO_S = 1.0  # in which whoever started us passes on a signal that was sent to all already
 SAVING = 30  # and writing a checkpoint: disks may be slow
 
 
@@ -41,14 +41,17 @@ class Watch:
     """Inside `with` signals are noted, and silence is not suffered.
 
     limit_s: seconds without a sign of life; None: as steps are long, and step_s is a guess at that.
-    launched: by torchrun.
+    say: what tells that a signal is being obeyed.
     Signals are heard in the main thread alone: elsewhere there are none.
     """
 
     def __init__(
-        self, limit_s: float | None = None, step_s: float = 0.0, launched: bool = False
+        self,
+        limit_s: float | None = None,
+        step_s: float = 0.0,
+        say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.limit_s, self.signal, self.echo_s = limit_s, 0, ECHO_S if launched else 0.0
+        self.limit_s, self.signal, self.say = limit_s, 0, say
         self._silent, self._steps, self._longest, self._patience = 0.0, 0, step_s, 1
         self._since: float | None = None
 
@@ -112,6 +115,11 @@ class Watch:
         """The first signal counts. Python comes here when it can, the thread at once."""
         self.signal = self.signal or number
 
+    def _tell(self, number: int) -> None:
+        with suppress(OSError):
+            name = signal.Signals(number).name
+            self.say(f"{name}: saving as soon as the step is done; once more: leaving at once")
+
     def _look(self) -> None:
         first = None
         while True:
@@ -123,9 +131,11 @@ class Watch:
                     if number in SIGNALS:
                         now = time.monotonic()
                         first = now if first is None else first
-                        if now > first + self.echo_s:
+                        if now > first + ECHO_S:
                             os._exit(128 + number)
                         self._note(number)
+                        if now == first:
+                            self._tell(number)
                 continue
             self._silent += min(TICK_S, self.limit / 4)
             if self._silent > self.limit:
@@ -133,10 +143,12 @@ class Watch:
 
 
 def _give_up(silent_s: float) -> None:
-    print(
-        f"train.py: error: no sign of life for {silent_s:.0f} s (--hang-timeout); the stacks of "
-        "all threads follow; go on with --resume",
-        file=sys.stderr, flush=True,
-    )  # fmt: skip
-    faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-    os._exit(7)
+    try:
+        print(
+            f"train.py: error: no sign of life for {silent_s:.0f} s (--hang-timeout); the stacks "
+            "of all threads follow; go on with --resume",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+    finally:  # nobody may be listening
+        os._exit(7)

@@ -26,7 +26,7 @@ def full_at(monkeypatch):
         def full(path, pieces):
             if "optimizer" in path.name and now[0] in steps:
                 path.write_bytes(b"half of it")
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as a write does
             return write(path, pieces)
 
         def noted(t):

@@ -21,8 +21,8 @@ def trained(steps: int, norm: float = 1.0) -> Guard:
 @pytest.mark.parametrize(
     ("loss", "norm", "why"),
     [
-        (math.nan, 1.0, "loss nan"),
-        (math.inf, math.nan, "loss inf"),
+        (math.nan, 1.0, "loss nan, gradient norm 1"),
+        (math.inf, math.nan, "loss inf, gradient norm nan"),
         (2.0, math.nan, "gradient norm nan"),
         (2.0, math.inf, "gradient norm inf"),
         (2.0, 1e30, "gradient norm 1e+30, beyond 1e+18"),

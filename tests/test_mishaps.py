@@ -76,11 +76,12 @@ def test_a_bad_step_moves_nothing_and_is_told(train, tmp_path, monkeypatch, capf
     said = [line for line in capfd.readouterr().err.splitlines() if "left out" in line]
     assert len(said) == len(bad)
     for line, step in zip(said, sorted(bad), strict=True):
-        assert line.startswith(f"warning   step {step} left out: gradient norm ")
+        assert line.startswith(f"warning   step {step + 1} left out: gradient norm ")
         assert f"{LAYER} went first" in line
         assert ("none before it" in line) == (step == 0)
     records = [json.loads(line) for line in (tmp_path / "run/bad-steps.jsonl").open()]
-    assert [r["step"] for r in records] == sorted(bad) and records[0]["layer"] == LAYER
+    assert [r["position"] for r in records] == sorted(bad) and records[0]["layer"] == LAYER
+    assert all(r["step"] == r["position"] + 1 for r in records)  # as in metrics.jsonl
     t = open_checkpoint(tmp_path / "run")
     assert t.state["guard"]["left_out"] == [step + 1 for step in sorted(bad)]
     assert t.state["progress"]["tokens"] == 8 * 4 * 16  # what is left out is consumed
@@ -131,6 +132,7 @@ def test_ten_in_a_row_go_back_and_skip_the_data(train, tmp_path, monkeypatch, ca
     assert [row["step"] for row in metrics(tmp_path / "run")] == list(range(1, 41))
     state = open_checkpoint(tmp_path / "run").state
     assert state["progress"]["skipped"] == 200 and state["guard"]["rollbacks"] == 1
+    assert state["guard"]["seen"] == 40  # the history is that of the checkpoint, and what came
     assert sorted(checkpoints_of(tmp_path / "run")) == [32, 36, 40]
     # Whoever goes on from a checkpoint after it does the same.
     final = weights_of(load_run(tmp_path / "run")[0])

@@ -36,10 +36,10 @@ def test_the_newest_run_has_the_newest_checkpoint(tmp_path):
 
 def test_runs_are_numbered(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert runs.make_run(None, "nano", False) == Path("runs/nano-1")
+    assert runs.make_run(None, "nano", False)[0] == Path("runs/nano-1")
     (tmp_path / "runs" / "nano-2").write_text("")
-    assert runs.make_run(None, "nano", False) == Path("runs/nano-3")
-    assert not any(Path("runs/nano-3").iterdir())
+    assert runs.make_run(None, "nano", False)[0] == Path("runs/nano-3")
+    assert [path.name for path in Path("runs/nano-3").iterdir()] == ["lock"]
 
 
 def test_where_a_run_may_go(tmp_path, run):
@@ -57,7 +57,7 @@ def test_where_a_run_may_go(tmp_path, run):
         with pytest.raises(UsageError, match="is a file; name a folder"):
             runs.check_out(run / "config.json", overwrite)
     runs.make_run(str(run), "nano", True)
-    assert not any(run.iterdir())
+    assert [path.name for path in run.iterdir()] == ["lock"]
 
 
 def overtaken(monkeypatch, name: str) -> None:
@@ -76,13 +76,31 @@ def overtaken(monkeypatch, name: str) -> None:
 def test_who_comes_second_gets_the_next_number(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     overtaken(monkeypatch, "nano-1")
-    assert runs.make_run(None, "nano", False) == Path("runs/nano-2")
+    assert runs.make_run(None, "nano", False)[0] == Path("runs/nano-2")
 
 
-def test_who_comes_second_for_a_name_is_refused(tmp_path, monkeypatch):
-    overtaken(monkeypatch, "mine")
-    with pytest.raises(UsageError, match="mine was taken by another process; name another"):
-        runs.make_run(str(tmp_path / "mine"), "nano", False)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_who_comes_second_for_a_name_is_refused(tmp_path, overwrite):
+    """Also between the first one's making of the folder and its first file."""
+    run, held = runs.make_run(str(tmp_path / "mine"), "nano", False)
+    if held is None:
+        pytest.skip("no locks here")
+    with held, pytest.raises(UsageError, match="mine is being written by "):
+        runs.make_run(str(run), "nano", overwrite)
+
+
+def test_what_another_has_begun_meanwhile_is_seen(tmp_path, monkeypatch):
+    """The first was quicker, and is through, when the second gets the lock."""
+    run, lock = tmp_path / "mine", runs.lock
+
+    def late(path):
+        write_json(path / "config.json", {})
+        return lock(path)
+
+    monkeypatch.setattr(runs, "lock", late)
+    with pytest.raises(UsageError, match="mine exists; go on with --resume"):
+        runs.make_run(str(run), "nano", False)
+    assert (run / "config.json").exists()
 
 
 def test_many_at_once_get_a_folder_each(tmp_path, monkeypatch):
@@ -91,7 +109,7 @@ def test_many_at_once_get_a_folder_each(tmp_path, monkeypatch):
 
     def claim(_):
         together.wait()
-        return runs.make_run(None, "nano", False)
+        return runs.make_run(None, "nano", False)[0]
 
     with ThreadPoolExecutor(16) as pool:
         claimed = sorted(pool.map(claim, range(16)), key=lambda p: int(p.name[5:]))

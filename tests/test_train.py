@@ -404,7 +404,7 @@ def test_a_loss_that_is_not_finite_costs_one_step(train, tmp_path, monkeypatch, 
 
     monkeypatch.setattr(script, "accumulate", spoilt)
     assert train("--out", tmp_path / "run", "--save-every", "5", "--no-keep-best") == 0
-    assert "warning   step 5 left out: loss nan" in capfd.readouterr().err
+    assert "warning   step 6 left out: loss nan" in capfd.readouterr().err
     weights = [
         load_file(f"{tmp_path}/run/checkpoints/step-{step:08d}/model-00001-of-00001.safetensors")
         for step in (5, 8)

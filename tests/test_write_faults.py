@@ -153,7 +153,7 @@ def test_tidying_loses_nothing(tmp_path, capsys):
 
 def begin(root: Path) -> None:
     """What train.py does before the first step."""
-    run = runs.make_run(str(root / "run"), "nano", True)
+    run, _ = runs.make_run(str(root / "run"), "nano", True)
     model = ModelConfig(vocab_size=257, seq_len=8, n_layer=1, n_head=2, d_model=16)
     tokenizer = train_tokenizer("byte", [])
     runs.write_config(run, model, {}, {"tokenizer_sha256": tokenizer.sha256})
