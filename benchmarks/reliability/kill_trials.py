@@ -194,7 +194,7 @@ def kill_trial(course: Course, draw: random.Random) -> list[Kill]:
             other = children[1 - killed[0]]
             good = {7} if other.board.met and dead.met else {4, 7}
             good |= {0} if dead.doing in ("ending", "leaving") else set()
-            expect(other.code in good, f"{who} was killed, the ranks ended with {codes}", run)
+            expect(other.code in good, f"{who} killed in {dead.doing}: {codes}", run)
     children = course.go_on(run)
     redone = steps_redone(children, logged, run)
     if kills:
@@ -230,6 +230,8 @@ def stop_trial(course: Course, draw: random.Random) -> list[str]:
             asked.wait(time.monotonic() + draw.uniform(0, course.life_s / STEPS))
         else:
             asked.wait(asked.start + draw.uniform(0, 0.9 * course.life_s))
+            while not asked.board.begun and asked.code is None:
+                time.sleep(0.001)
         if asked.code is not None:
             return []
         doing, step, looped = asked.board.doing, asked.board.step, asked.board.first >= 0
