@@ -104,7 +104,7 @@ def main() -> None:
             told = ", ".join(f"{n} {doing}" for doing, n in sorted(Counter(found).items()))
             print(f"Asked to end, {name}: {len(found)} times; it was {told}.")
         slow = max((k.survived_s for k in kills["two ranks"]), default=0)
-        print(f"A rank without the other had ended after {slow:.1f} s at most.")
+        print(f"A rank that had met the other had ended without it after {slow:.1f} s at most.")
         print(f"{failed} trials failed; {time.monotonic() - begin:.0f} s.")
     sys.exit(failed > 0)
 

@@ -50,7 +50,8 @@ KINDS = {
 @dataclass
 class Kill:
     """doing: what the process that was hit was doing.    who: "process", "rank 0", "both ranks".
-    redone: steps that had been logged.    survived_s: how long a rank went on without the other.
+    redone: steps that had been logged.    survived_s: how long a rank went on without the other,
+    when they had met.
     """
 
     doing: str
@@ -189,12 +190,13 @@ def kill_trial(course: Course, draw: random.Random) -> list[Kill]:
         who = "process" if course.size == 1 else f"rank {killed[0]}"
         if len(killed) == course.size > 1:
             who = "both ranks"
-        kills.append(Kill(dead.doing, resumed, who, 0, survived_s if who[:4] == "rank" else 0.0))
+        kills.append(Kill(dead.doing, resumed, who))
         if who[:4] == "rank":
-            other = children[1 - killed[0]]
-            good = {7} if other.board.met and dead.met else {4, 7}
+            other, met = children[1 - killed[0]], all(child.board.met for child in children)
+            kills[-1].survived_s = survived_s if met else 0.0
+            good = {7} if met else {4, 7}
             good |= {0} if dead.doing in ("ending", "leaving") else set()
-            expect(other.code in good, f"{who} was killed, the ranks ended with {codes}", run)
+            expect(other.code in good, f"{who} killed in {dead.doing}: {codes}", run)
     children = course.go_on(run)
     redone = steps_redone(children, logged, run)
     if kills:
@@ -230,6 +232,8 @@ def stop_trial(course: Course, draw: random.Random) -> list[str]:
             asked.wait(time.monotonic() + draw.uniform(0, course.life_s / STEPS))
         else:
             asked.wait(asked.start + draw.uniform(0, 0.9 * course.life_s))
+            while not asked.board.begun and asked.code is None:
+                time.sleep(0.001)
         if asked.code is not None:
             return []
         doing, step, looped = asked.board.doing, asked.board.step, asked.board.first >= 0

@@ -37,7 +37,7 @@ for _, name, _ in pkgutil.iter_modules(minillm.__path__, "minillm."):
 PHASES = ("starting", "preparing", "beginning", "resuming", "training", "saving", "pruning",
           "ending", "leaving")  # fmt: skip
 COUNTERS = ("opening", "saving", "pruning")
-SLOTS = ("phase", "met", "first", "step", *COUNTERS)
+SLOTS = ("begun", "phase", "met", "first", "step", *COUNTERS)
 # Of the system, when files are written or read. A kill can come before and after each.
 CALLS = {"open", "write", "fsync", "close", "mkdir", "rename", "replace", "unlink", "rmdir",
          "scandir"}  # fmt: skip
@@ -47,9 +47,10 @@ VOLATILE = {"step_ms", "tokens_per_s", "mfu", "peak_memory_mib", "trained_s", "c
 class Board:
     """What a child is doing, in memory that it shares with its parent.
 
-    phase: a number of PHASES.    met: it is one of its ranks.    first: the step that its loop
-    began after; -1: it has not.    step: the last one done.    opening, saving, pruning: CALLS that
-    it has entered or left, before the loop and in saving and pruning.
+    begun: it has; before that, in a fork, signals are lost.    phase: a number of PHASES.
+    met: it is one of its ranks.    first: the step that its loop began after; -1: it has not.
+    step: the last one done.    opening, saving, pruning: CALLS that it has entered or left, before
+    the loop and in saving and pruning.
     """
 
     def __init__(self) -> None:
@@ -138,9 +139,10 @@ def _watch(board: Board, resumes: bool, die_at: tuple[str, int], slow_save_s: fl
     first = "resuming" if resumes else "starting"
 
     def mark(
-        room: Any, name: str, phase: str, counter: str = "", before: Callable[..., None] = id
-    ) -> None:
-        """Whatever calls room.name is in this phase meanwhile."""
+        room: Any, name: str, phase: str, counter: str = "", before: Callable[..., None] = id,
+        then: str = "",
+    ) -> None:  # fmt: skip
+        """Whatever calls room.name is in this phase meanwhile, and `then` or as before."""
         real = getattr(room, name)
 
         def count(frame: FrameType, event: str, about: Any) -> None:
@@ -159,7 +161,7 @@ def _watch(board: Board, resumes: bool, die_at: tuple[str, int], slow_save_s: fl
                 return real(*args, **options)
             finally:
                 sys.setprofile(counting)
-                board.phase = past
+                board.phase = PHASES.index(then) if then else past
 
         setattr(room, name, marked)
 
@@ -174,7 +176,7 @@ def _watch(board: Board, resumes: bool, die_at: tuple[str, int], slow_save_s: fl
 
     world.measured_peak_flops = lambda device, dtype: 1e10  # timed for 0.2 s, for a column
     board.phase = PHASES.index(first)
-    mark(train, "train", first, before=met)
+    mark(train, "train", first, before=met, then="leaving")
     mark(train, "set_up", first, "opening")
     mark(startup, "prepare", "preparing", "opening")
     mark(train, "begin_run", "beginning", "opening")
@@ -183,14 +185,8 @@ def _watch(board: Board, resumes: bool, die_at: tuple[str, int], slow_save_s: fl
     mark(train, "heed", "training", before=done)
     mark(checkpoint, "save", "saving", "saving", lambda run: time.sleep(slow_save_s))
     mark(checkpoint, "prune", "pruning", "pruning")
-    mark(train, "finish", "ending")
-    main = train.main
-
-    def leaving(argv: list[str]) -> None:
-        main(argv)
-        board.phase = PHASES.index("leaving")
-
-    train.main = leaving
+    mark(train, "finish", "ending", then="leaving")
+    board.begun = 1
 
 
 def place_of(rank: int, size: int, port: int) -> dict[str, str]:
