@@ -180,7 +180,7 @@ def _watch(board: Board, resumes: bool, die_at: tuple[str, int], slow_save_s: fl
     mark(train, "set_up", first, "opening")
     mark(startup, "prepare", "preparing", "opening")
     mark(train, "begin_run", "beginning", "opening")
-    mark(train, "hold", "resuming" if resumes else "beginning", "opening")
+    mark(checkpoint, "take_up", "resuming", "opening")
     mark(train, "learn", "training", before=begun)
     mark(train, "heed", "training", before=done)
     mark(checkpoint, "save", "saving", "saving", lambda run: time.sleep(slow_save_s))
