@@ -5,7 +5,6 @@ What this room does not do: gradients, weights (zero.py, sharding.py).
 
 import json
 import os
-import socket
 import sys
 import uuid
 from collections.abc import Iterable, Iterator
@@ -172,27 +171,19 @@ def named(world: World) -> World:
 
 
 def first_to_say(text: str) -> bool:
-    """Whether no other rank of this launch has said the same yet; it counts as said now."""
+    """Whether no other rank of this launch has said the same yet; it counts as said now.
+
+    Without torchrun the store is rank 0's: where that has ended, to ask would take ten seconds, so
+    once the ranks have met each speaks for itself.
+    """
     world = launched()
-    met = dist.is_initialized()
-    if world.size == 1 or met and not world.has_store and not _answers(world):
+    if world.size == 1 or dist.is_initialized() and not world.has_store:
         return True
     try:
         store = open_store(world, timedelta(seconds=5))
         return store.add(f"said/{world.attempt}/{text}", 1) == 1
     except RuntimeError:
         return True
-
-
-def _answers(world: World) -> bool:
-    """Whether the store is still there, which without torchrun is rank 0's and ends with it. To
-    open one that has ended is tried again for ten seconds.
-    """
-    try:
-        socket.create_connection((world.address, world.port), timeout=5).close()
-        return True
-    except OSError:
-        return False
 
 
 def leave(code: int) -> int:
