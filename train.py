@@ -36,6 +36,7 @@ from minillm.recurrence import state_keys
 from minillm.settings import Settings
 from minillm.sharding import shard
 from minillm.training import (
+    LENGTHS,
     Training,
     heed,
     judge,
@@ -93,6 +94,10 @@ def train(settings: Settings, run: Path | None, ranks: Ranks) -> None:
         held.callback(t.meter.close)
         with t.watch:
             try:
+                if run and settings.given & LENGTHS:
+                    keep(
+                        t
+                    )  # so that, killed before its next checkpoint, it is as long as it is now
                 learn(t)
                 finish(t)
             except Stopped as stop:

@@ -37,6 +37,15 @@ def send(number: int, when: int, whole):
     return sending
 
 
+class Killed(BaseException):
+    """Nothing of ours catches it."""
+
+
+def killed(*args):
+    """In place of a function, in which the process dies."""
+    raise Killed
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("where", ["a step", "an evaluation", "a save", "the last evaluation"])
 def test_a_signal_ends_the_run_with_its_step_saved(
@@ -92,3 +101,16 @@ def test_a_finished_run_that_is_made_longer_is_not_finished(train, tmp_path, mon
     assert train("--resume", tmp_path / "run") == 0
     assert open_checkpoint(tmp_path / "run").state["progress"]["ended"]
     assert 12 in metrics(tmp_path / "run", "val_loss")
+
+
+@pytest.mark.parametrize("longer", [["--steps", "12"], ["--epochs", "0.2"]])
+def test_a_run_made_longer_and_killed_is_as_long(train, tmp_path, monkeypatch, longer):
+    """Though it had come to no checkpoint yet; nobody has to say it twice."""
+    run = tmp_path / "run"
+    assert train("--out", run, *FLAGS) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "accumulate", killed)
+        with pytest.raises(Killed):
+            train("--resume", run, *longer)
+    assert max(checkpoints_of(run)) == 8 and train("--resume", run) == 0
+    assert open_checkpoint(run).step > 8 and open_checkpoint(run).state["progress"]["ended"]
