@@ -94,10 +94,8 @@ def train(settings: Settings, run: Path | None, ranks: Ranks) -> None:
         held.callback(t.meter.close)
         with t.watch:
             try:
-                if run and settings.given & LENGTHS:
-                    keep(
-                        t
-                    )  # so that, killed before its next checkpoint, it is as long as it is now
+                if run and settings.given & LENGTHS:  # remembered, if it is killed at once
+                    keep(t)
                 learn(t)
                 finish(t)
             except Stopped as stop:
