@@ -124,13 +124,13 @@ ITEMS = [
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, forget", ITEMS, ids=lambda x: getattr(x, "__name__", x))
 def test_whatever_is_forgotten_shows(train, tmp_path, whole, monkeypatch, kind, forget):
-    restore = script.restore
+    replan = script.replan
 
-    def forgetful(t, *args):
-        restore(t, *args)
+    def forgetful(t, *args):  # the last that a resumed run takes from its checkpoint
+        replan(t, *args)
         forget(t)
 
-    monkeypatch.setattr(script, "restore", forgetful)
+    monkeypatch.setattr(script, "replan", forgetful)
     run = broken_off(whole(kind), tmp_path / "run")
     assert train("--resume", run) == 0
     assert outcome(run) != outcome(whole(kind))

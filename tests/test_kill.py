@@ -15,6 +15,7 @@ import pytest
 FILE = Path(__file__).resolve().parents[1] / "benchmarks" / "reliability" / "kill.py"
 BEFORE = {"starting", "preparing", "beginning"}
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(not hasattr(os, "fork"), reason="each trial has its own process"),
     pytest.mark.skipif(not FILE.is_file(), reason="the source tree is not here"),
 ]
@@ -31,7 +32,6 @@ def trials(kills: int, kills_of_two: int, stops: int) -> dict:
     return json.loads(done.stdout)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kills, of_two", [(40, 0), (0, 12)], ids=["one process", "two ranks"])
 def test_a_run_goes_on_as_if_nobody_had_killed_it(capsys, kills, of_two):
     found = trials(kills, of_two, 0)
@@ -51,12 +51,7 @@ def test_a_run_goes_on_as_if_nobody_had_killed_it(capsys, kills, of_two):
         assert BEFORE & set(doing) and {"resuming", "pruning"} <= set(doing)
 
 
-@pytest.mark.slow
 def test_a_run_goes_on_as_if_nobody_had_asked_it_to_end():
     found = trials(0, 0, 9)
     assert len(found["stops"]["one process"]) == 9 and len(found["stops"]["two ranks"]) == 3
     assert max(found["impatient_s"]) < 5  # until the second signal had ended it, in a save of 30 s
-
-
-def test_a_killed_run_goes_on():
-    assert len(trials(1, 0, 0)["kills"]["one process"]) >= 1

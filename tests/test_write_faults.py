@@ -129,6 +129,7 @@ def test_the_last_good_checkpoint_loads(tmp_path, capsys, name):
     assert inject(tmp_path, before, work, check, capsys) >= least
 
 
+@pytest.mark.slow
 def test_tidying_loses_nothing(tmp_path, capsys):
     def before(run: Path) -> None:
         """Killed between the two renames of a save; another save had not come so far."""
