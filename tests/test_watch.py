@@ -49,6 +49,7 @@ def test_the_first_signal_is_noted_and_handlers_come_back(number):
     assert signal.getsignal(number) is before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_ends_a_process_that_is_busy_in_c(number):
     """Where Python's own handlers would wait: in one call that never comes back."""

@@ -103,10 +103,8 @@ SAVES = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=() if n == "the same step again" else pytest.mark.slow) for n in SAVES],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SAVES)
 def test_the_last_good_checkpoint_loads(tmp_path, capsys, name):
     there, work, after, least = SAVES[name]
     past = there[-1][1] if there else None

@@ -90,6 +90,7 @@ print(json.dumps([audited, found, absent, delta, len(launched)]))
 """
 
 
+@pytest.mark.slow
 def test_the_bound_is_of_the_kernel_that_took_the_tile(tmp_path):
     """Forward and dq have the same tile here, and bounds of their own."""
     pytest.importorskip("triton")
