@@ -198,7 +198,7 @@ def learn(t: Training) -> None:
         batch = (x.to(device) for x in (tokens, targets, keys))
         factor = t.scale.value / sharding.weight if t.scale else 1.0
         loss = accumulate(sharding, *batch, t.micro, rounds, factor)
-        norm = sharding.squares().sqrt().float() / factor
+        norm = sharding.squares().sqrt().float().to(device) / factor
         row = {
             "step": progress.step + 1, "tokens": progress.tokens + tokens.numel() * ranks.size,
             "loss": float(loss), "lr": rate, "grad_norm": float(norm),

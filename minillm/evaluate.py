@@ -43,7 +43,7 @@ def evaluate(
     device = model.head.weight.device
     training = model.training
     model.eval()
-    total, count = torch.zeros(2, dtype=torch.float64, device=ranks.device)
+    total, count = torch.zeros(2, dtype=torch.float64, device=ranks.sums_on)
     for samples, tokens, targets in batched(windows, batch_size, ranks):
         poll()
         n = int((targets != IGNORED).sum())

@@ -44,8 +44,8 @@ def measure(
     at, training = rungs(mean), model.training
     ranks = ranks or Ranks()
     model.eval()
-    losses, norms = torch.zeros(2, len(at), dtype=torch.float64, device=ranks.device)
-    count, alike, batches = torch.zeros(3, dtype=torch.float64, device=ranks.device)
+    losses, norms = torch.zeros(2, len(at), dtype=torch.float64, device=ranks.sums_on)
+    count, alike, batches = torch.zeros(3, dtype=torch.float64, device=ranks.sums_on)
     for samples, tokens, targets in batched(windows, batch_size, ranks):
         poll()
         n = int((targets >= 0).sum())

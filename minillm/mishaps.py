@@ -49,8 +49,8 @@ def _first_to_go(t: Training) -> str:
     names = list(dict(t.model.named_parameters()))
     found = torch.zeros(len(names), dtype=torch.float64)
     for name, gradient in t.sharding.gradients():
-        found[names.index(name)] += float(gradient.double().square().sum())
-    found = t.ranks.sum(found.to(t.ranks.device)).tolist()
+        found[names.index(name)] += float(gradient.cpu().double().square().sum())  # MPS has no fp64
+    found = t.ranks.sum(found.to(t.ranks.sums_on)).tolist()
     bad = [name for name, x in zip(names, found, strict=True) if not math.isfinite(x)]
     return bad[-1] if bad else names[found.index(max(found))]
 

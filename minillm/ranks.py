@@ -39,6 +39,11 @@ class Ranks:
         self.device, self.store = torch.device(device), store
         self._lanes: list[dist.ProcessGroup | None] = []
 
+    @property
+    def sums_on(self) -> torch.device:
+        """Where fp64 numbers lie that are summed over the ranks; MPS, of one rank, has no fp64."""
+        return torch.device("cpu") if self.device.type == "mps" else self.device
+
     def sum(self, x: Tensor) -> Tensor:
         """x becomes its sum over the ranks, in place; returns it."""
         if self.size > 1:
@@ -47,7 +52,7 @@ class Ranks:
 
     def least(self, value: float) -> float:
         """The smallest of the ranks' values."""
-        x = torch.tensor([value], dtype=torch.float64, device=self.device)
+        x = torch.tensor([value], dtype=torch.float64, device=self.sums_on)
         if self.size > 1:
             dist.all_reduce(x, op=dist.ReduceOp.MIN)
         return float(x)

@@ -205,7 +205,7 @@ class ZeroOptimizer:
         """Sum of the squares of this rank's gradients, () fp64; over the ranks, of the model's."""
         self._settle()
         found = squares([bucket.shard for bucket in self.buckets if bucket.shard is not None])
-        return found.to(self.ranks.device)
+        return found.to(self.ranks.sums_on)
 
     @torch.no_grad()
     def step(self, grad_scale: Tensor | None = None) -> None:

@@ -12,6 +12,7 @@ from minillm.data import Tokens, evaluation_windows
 from minillm.evaluate import Evaluation, evaluate
 from minillm.model import GPT
 from minillm.ops import EAGER
+from minillm.ranks import Ranks
 from minillm.recurrence import state_keys
 
 
@@ -80,3 +81,14 @@ def test_start_states_are_those_of_each_window(corpus):
         assert evaluate(model, windows, batch_size).loss == pytest.approx(told[2], abs=2e-6)
         found = ladder.measure(model, windows, batch_size)["val_loss_at_r"]
         assert found == pytest.approx({str(r): loss for r, loss in told.items()}, abs=2e-6)
+
+
+def test_sums_need_no_fp64_on_mps(corpus):
+    """A device that has none: here not even one that torch can put anything on."""
+    mac = Ranks(device="mps")
+    shape = {"vocab_size": corpus.vocab_size, "seq_len": 16, "n_head": 2, "d_model": 16}
+    model = GPT(ModelConfig(**shape, recurrent="1,1,1", mean_recurrence=2), EAGER)
+    windows = evaluation_windows(corpus, "val", 16, 4)
+    assert mac.least(3.0) == 3.0
+    assert evaluate(model, windows, 2, mac) == evaluate(model, windows, 2)
+    assert ladder.measure(model, windows, 2, mac) == ladder.measure(model, windows, 2)
