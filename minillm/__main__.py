@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from minillm import __version__, errors
+from minillm.launch import answered
 
 VERBS = {
     "train": ("minillm.scripts.train", "train a decoder on text"),
@@ -18,14 +19,18 @@ VERBS = {
 def main() -> int:
     """Run the verb on the command line; returns the exit code."""
     verb, rest = (sys.argv[1:2] or [None])[0], sys.argv[2:]
-    if verb in VERBS:
-        body: Callable[[Sequence[str]], None] = import_module(VERBS[verb][0]).main
-        if verb != "train":
-            return errors.run(f"minillm {verb}", body, rest)
-        from minillm.ranks import first_to_say, leave  # torch, which other verbs do without
+    if verb not in VERBS:
+        return errors.run("minillm", _about, sys.argv[1:])
+    # Help and refusals come first: they need no torch, whose import takes seconds.
+    code = answered(f"minillm {verb}", import_module(f"minillm.flags.{verb}").parse, rest)
+    if code is not None:
+        return code
+    body: Callable[[Sequence[str]], None] = import_module(VERBS[verb][0]).main
+    if verb != "train":
+        return errors.run(f"minillm {verb}", body, rest)
+    from minillm.ranks import first_to_say, leave
 
-        return leave(errors.run("minillm train", body, rest, first_to_say))
-    return errors.run("minillm", _about, sys.argv[1:])
+    return leave(errors.run("minillm train", body, rest, first_to_say))
 
 
 def _about(argv: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from minillm import __version__
 from minillm.errors import UsageError
 
 LONGEST = 1e9  # seconds: 32 years
@@ -36,6 +37,8 @@ class Parser(argparse.ArgumentParser):
         self.aliases = aliases or {}
         super().__init__(*args, allow_abbrev=False, **kwargs)
         self.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+        version = f"minillm {__version__}"
+        self.add_argument("--version", action="version", version=version, help="print the version")
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse `argv`; raise UsageError on anything that is not understood."""
