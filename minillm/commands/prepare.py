@@ -7,7 +7,6 @@ from minillm.corpus import prepare
 from minillm.errors import UsageError
 from minillm.flags import prepare as flags
 from minillm.shards import is_prepared
-from minillm.storage import check_place
 
 
 def main(argv: Sequence[str]) -> None:
@@ -17,10 +16,6 @@ def main(argv: Sequence[str]) -> None:
     for folder in filter(is_prepared, args.paths):
         if late or len(args.paths) > 1:
             raise UsageError(f"{folder} is prepared already; give the text it was made from")
-    if args.out is None:
-        check_place("--cache-dir", args.cache_dir)
-    else:
-        check_place("--out", args.out.parent)
     prepare(
         args.paths or None,
         tokenizer=args.tokenizer or "bpe",

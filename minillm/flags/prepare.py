@@ -7,6 +7,7 @@ from pathlib import Path
 from minillm import documents
 from minillm.cli import HelpFormatter, Parser, path, real, whole
 from minillm.errors import UsageError
+from minillm.storage import check_place
 
 
 def parse(argv: Sequence[str]) -> Namespace:
@@ -14,6 +15,10 @@ def parse(argv: Sequence[str]) -> Namespace:
     args = parser().parse(argv)
     if args.tokenizer == "":
         raise UsageError("--tokenizer is empty; expected bpe, char, byte or a tokenizer's file")
+    if args.out is None:
+        check_place("--cache-dir", args.cache_dir)
+    else:
+        check_place("--out", args.out.parent)
     for place in args.paths:
         if not Path(place).exists():
             documents.find([place])
