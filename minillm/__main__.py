@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from minillm import __version__, errors
+from minillm.cli import nearest
 from minillm.launch import answered
 
 VERBS = {
@@ -41,7 +42,9 @@ def _about(argv: Sequence[str]) -> None:
     elif argv and argv[0] == "--version":
         print(f"minillm {__version__}")
     elif argv:
-        raise errors.UsageError(f"unknown verb {argv[0]!r}; one of: {', '.join(VERBS)}")
+        near = nearest(argv[0], VERBS)
+        hint = f"did you mean {near}?" if near else f"one of: {', '.join(VERBS)}"
+        raise errors.UsageError(f"unknown verb {argv[0]!r}; {hint}")
     else:
         raise errors.UsageError(f"which verb? one of: {', '.join(VERBS)}")
 

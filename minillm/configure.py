@@ -4,10 +4,10 @@ import json
 import tomllib
 from argparse import ArgumentTypeError
 from dataclasses import Field, asdict, fields, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from minillm.cli import nearest
 from minillm.config import PRESETS, ModelConfig, TrainConfig
 from minillm.errors import CorruptError, UsageError
 from minillm.settings import ALIASES, Settings, all_flags, kind_of, parser_of
@@ -170,8 +170,8 @@ def read_config(path: Path) -> dict[str, Any]:
         flag = "--" + key.replace("_", "-")
         name = ALIASES.get(flag, flag)[2:].replace("-", "_")
         if name not in all_flags():
-            near = get_close_matches(name, all_flags(), n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            near = nearest(name, all_flags())
+            hint = f"; did you mean {near}?" if near else ""
             raise UsageError(f"{path}: unknown setting {key!r}{hint}")
         if name in settings:
             raise UsageError(f"{path}: {name} is given twice")

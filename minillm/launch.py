@@ -5,9 +5,12 @@ takes long.
 """
 
 import os
+import shlex
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from minillm import errors
 from minillm.errors import UsageError
@@ -37,6 +40,41 @@ def answered(
     parsed = []
     code = errors.run(name, lambda words: parsed.append(parse(words)), argv)
     return None if parsed else code
+
+
+def shell_command(verb: str, *words: object) -> str:
+    """Return the command that runs `verb` with `words`, to be pasted into the shell.
+
+    It is started as this process was: from a script of the checkout, as `python -m minillm VERB`,
+    or by the console script `minillm VERB`. Of several ranks on one machine it starts all.
+
+    verb: train, sample, prepare, ...
+    words: flags and values; those that the shell would take apart are quoted.
+    """
+    script, root = Path(sys.argv[0]), Path(__file__).resolve().parent.parent
+    python, what = _typed(sys.orig_argv[0] or sys.executable), f"-m minillm {verb}"
+    if script.stem == "minillm":
+        python, what = _typed(str(script)), verb
+    elif script.name in ("train.py", "sample.py"):
+        if (beside := script.parent / f"{verb}.py").is_file():
+            what = shlex.quote(str(beside))
+    elif script.parent.name != "minillm":  # a test, or a program of the user's
+        python = "python"
+        what = f"{verb}.py" if (root / f"{verb}.py").is_file() else what
+    world = launched()
+    if world.size > 1 and verb == "train":
+        python = f"torchrun --standalone --nproc-per-node {world.local_size}"
+        what = "-m minillm train" if what == verb else what
+    return " ".join([python, what, *(shlex.quote(str(word)) for word in words)])
+
+
+def _typed(program: str) -> str:
+    """Return the program as it is typed: by its name alone where the shell finds it so."""
+    name = Path(program).name
+    found = shutil.which(name)
+    if program == name or found and Path(found).absolute() == Path(program).absolute():
+        return name
+    return shlex.quote(program)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minillm.cli import Parser, duration, real, whole
+from minillm.cli import Parser, duration, edits, nearest, real, whole
 from minillm.errors import UsageError, run
 
 
@@ -33,7 +33,7 @@ def test_what_is_understood():
 
 
 REFUSED = [
-    (["--max-tok", "3"], "unknown flag --max-tok; did you mean --max-tokens?"),
+    (["--max-tok", "3"], "unknown flag --max-tok; flags that begin so: --max-tokens"),
     (["--p", "x"], "unknown flag --p"),
     (["--strat", "x"], "unknown flag --strat; did you mean --start?"),
     (["--wibble=3"], "unknown flag --wibble; see --help"),
@@ -57,7 +57,7 @@ def test_what_is_refused(argv, message):
 
 def test_a_refusal_ends_with_two_in_one_line(capsys):
     assert run("x.py", parser().parse, ["--wibble"]) == 2
-    assert capsys.readouterr().err == "x.py: error: unknown flag --wibble; see --help\n"
+    assert capsys.readouterr().err == "x.py: error: unknown flag --wibble; see --help all\n"
 
 
 def test_help_ends_with_zero(capsys):
@@ -117,3 +117,22 @@ def test_duration(text, seconds):
 def test_refused_durations(text):
     with pytest.raises(ArgumentTypeError, match="is not a duration such as 90s, 10m or 2h"):
         duration(text)
+
+
+@pytest.mark.parametrize(
+    "a, b, distance",
+    [("", "", 0), ("seed", "seed", 0), ("sede", "seed", 1), ("seeed", "seed", 1),
+     ("sed", "seed", 1), ("soed", "seed", 1), ("wandb", "window", 3), ("lr", "", 2),
+     ("kitten", "sitting", 3), ("stpes", "steps", 1), ("bacth-szie", "batch-size", 2)],
+)  # fmt: skip
+def test_edits(a, b, distance):
+    assert edits(a, b) == edits(b, a) == distance
+
+
+def test_suggestions_are_at_most_two_edits_away():
+    names = ["window", "seed", "learning-rate", "out", "lr"]
+    near = {
+        "wandb": None, "learn": None, "x": None, "windows-size": None, "sede": "seed",
+        "widnwo": "window", "wndw": "window", "ot": "out", "lerning-rat": "learning-rate",
+    }  # fmt: skip
+    assert {word: nearest(word, names) for word in near} == near

@@ -2,10 +2,12 @@
 
 from argparse import Namespace
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from minillm.cli import HelpFormatter, Parser, path, whole
+from minillm.cli import Parser, path, whole
 from minillm.errors import UsageError
+from minillm.launch import shell_command
 from minillm.storage import check_place
 
 SUITES = ("kernels", "model", "decode", "audit", "roofline")
@@ -53,54 +55,49 @@ def _check(args: Namespace, names: tuple[str, ...]) -> None:
 
 
 def parser() -> Parser:
-    """Return the parser of the command's flags."""
+    """Return the parser of the flags of `minillm profile`."""
+    start = partial(shell_command, "profile")
     p = Parser(
-        prog="minillm profile",
+        prog=start(),
         description="Measure this machine: each operation by PyTorch eagerly, compiled, by the "
-        "vendor's kernels and by ours in Triton, and the model on top of them.",
-        formatter_class=HelpFormatter,
-    )
+        "vendor's kernels and by minillm's kernels in Triton, and whole models.",
+        examples=(
+            (start("--quick"), "measure each operation roughly, in seconds"),
+            (start("--suite", "model"), "measure training steps"),
+            (start("--op", "attention", "--trace", "trace.json"),
+             "measure one operation, and record training steps for ui.perfetto.dev"),
+        ),
+    )  # fmt: skip
     add = p.add_argument
-    add(
-        "--suite",
-        choices=(*SUITES, "all"),
-        help="kernels: each operation; model: a training step; decode: tokens a second; audit: "
-        "machine code, compiled without a GPU; roofline: against what this machine can do (without "
-        "--suite, --tune and --trace: kernels)",
-    )
-    add("--full", action="store_true", help="audit every kernel, size, dtype and feature, not some")
-    add(
-        "--op",
-        action="append",
-        metavar="NAME",
-        help="of kernels, roofline and audit only this operation; may be repeated",
-    )
-    add(
-        "--dtype",
-        choices=DTYPES,
-        help="of the data (without it: bf16 on a GPU, fp32 on a CPU)",
-    )
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add(
-        "--threads",
-        default="auto",
-        type=lambda text: text if text == "auto" else whole(1, 4096)(text),
-        help="of a CPU; auto times a matrix product",
-    )
-    add(
-        "--out",
-        type=path,
-        metavar="DIR",
-        help="folder for results.json, a CSV a suite and index.html; suites and operations that it "
-        "has of earlier runs stay (without it: benchmarks/DEVICE-DATE)",
-    )
-    add("--trace", type=path, metavar="FILE", help="write a Perfetto trace of training steps")
-    add(
-        "--tune",
-        nargs="*",
-        metavar="OP",
-        help="on a GPU: measure tiles around those in kernels/tiles, of all operations or these, "
-        "and rewrite this architecture's tables",
-    )
-    add("--quick", action="store_true", help="seconds, not minutes: small, few runs, not compiled")
+    add("--suite", choices=(*SUITES, "all"), metavar="NAME",
+        help="what to measure. kernels: each operation; model: a training step; decode: tokens a "
+        "second; audit: the machine code, compiled without a GPU; roofline: the operations against "
+        "what this machine can do; all (default: kernels, unless --tune or --trace is "
+        "given)")  # fmt: skip
+    add("--full", action="store_true",
+        help="audit every kernel, size, dtype and feature instead of some")  # fmt: skip
+    add("--op", action="append", metavar="NAME",
+        help="operation to measure in the suites kernels, roofline and audit; may be repeated "
+        "(default: all)")  # fmt: skip
+    add("--dtype", choices=DTYPES,
+        help="number format of the data (default: bf16 on a GPU, fp32 on a CPU)")  # fmt: skip
+    add("--device", default="auto", metavar="NAME",
+        help="device: cpu, cuda or cuda:N (auto: a GPU if there is one)")  # fmt: skip
+    add("--threads", default="auto", type=threads, metavar="N",
+        help="number of processor threads (auto: one or all, whichever is faster now)")  # fmt: skip
+    add("--out", type=path, metavar="DIR",
+        help="folder for results.json, a CSV of each suite and index.html; results of earlier runs "
+        "in it stay (default: benchmarks/DEVICE-DATE)")  # fmt: skip
+    add("--trace", type=path, metavar="FILE",
+        help="Perfetto trace of training steps to write")  # fmt: skip
+    add("--tune", nargs="*", metavar="OP",
+        help="measure tile sizes on a GPU around those in kernels/tiles, of these operations or of "
+        "all, and write the best into this GPU's tables")  # fmt: skip
+    add("--quick", action="store_true",
+        help="measure in seconds: small sizes, few runs, nothing compiled")  # fmt: skip
     return p
+
+
+def threads(text: str) -> str | int:
+    """Parse `auto` or a number of threads."""
+    return text if text == "auto" else whole(1, 4096)(text)

@@ -3,14 +3,24 @@
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from minillm import cli, documents
 from minillm.configure import read_config, resolve
 from minillm.errors import UsageError
-from minillm.settings import ALIASES, Settings, add_flags
+from minillm.launch import shell_command
+from minillm.settings import ALIASES, Settings, add_flags, notes
 
 NEWEST = object()  # --resume without a name
+COMMON = (
+    *("data", "preset", "time_limit", "steps", "out", "resume", "config", "n_layer", "n_head"),
+    *("d_model", "seq_len", "batch_size", "learning_rate", "device", "compile", "help"),
+)
+EPILOG = (
+    "Underscores may stand for dashes. --no-NAME turns a switch off. A flag wins over the same "
+    "setting in --config, and that over --preset."
+)
 # The device files of CUDA's driver, of the same in WSL and on a Jetson, and of ROCm's.
 GPU_FILES = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvhost-gpu", "/dev/nvgpu", "/dev/kfd")
 
@@ -22,26 +32,61 @@ def parse(argv: Sequence[str]) -> Namespace:
     return args
 
 
-def parser(description: str = "Train a decoder on text.") -> cli.Parser:
-    """The parser of train.py's flags."""
-    names = ", ".join(f"{theirs} = {ours}" for theirs, ours in ALIASES.items())
+def parser() -> cli.Parser:
+    """Return the parser of train.py's flags."""
+    start = partial(shell_command, "train")
     p = cli.Parser(
-        prog="train.py",
-        description=description,
-        epilog="The defaults shown hold without a preset; --preset NAME --print-config shows a "
-        "preset's. Switches are turned off with --no-NAME. Underscores may stand for dashes, and "
-        f"nanoGPT's names for ours: {names}.",
+        prog=start(),
+        description="Train a decoder on text.",
+        epilog=EPILOG,
         aliases=ALIASES,
+        common=COMMON,
+        examples=(
+            (start(), "train on the sources of this Python, as a first try"),
+            (start("--data", "my.txt", "--time-limit", "10m"), "train on a text for ten minutes"),
+            (start("--resume"), "continue the newest run"),
+        ),
+        values=values,
     )
-    p.add_argument("--config", metavar="FILE", help="settings from a .toml or .json file")
-    p.add_argument(
-        "--resume", nargs="?", const=NEWEST, metavar="RUN", help="go on with RUN, or the newest run"
-    )
-    p.add_argument(
-        "--print-config", action="store_true", help="print the settings as --config takes them"
-    )
-    add_flags(p)
+    add_to(p)
     return p
+
+
+def add_to(p: cli.Parser) -> None:
+    """Add train.py's flags to a parser."""
+    p.add_argument(
+        "--config", metavar="FILE", help="file with settings, .toml or .json, as --print-config "
+        "prints them",
+    )  # fmt: skip
+    p.add_argument(
+        "--resume", nargs="?", const=NEWEST, metavar="RUN",
+        help="run to continue (without RUN: the newest)",
+    )  # fmt: skip
+    p.add_argument("--print-config", action="store_true", help="print the settings and exit")
+    add_flags(p)
+
+
+def values(args: Namespace | None) -> tuple[str, dict[str, str]]:
+    """Return whose defaults help shows, in a sentence, and the note on each setting's value.
+
+    args: the other flags; None if they are refused, or there are none.
+    """
+    try:
+        preset = default_presets(args)[-1] if args else "nano"
+        settings = resolve(vars(args) if args else {}, args and args.config, preset)
+    except UsageError:
+        preset = "nano"
+        settings = resolve({}, None, preset)
+    taken = settings.train.preset
+    whose = f"The defaults shown are those of --preset {taken}"
+    if "preset" not in settings.given:
+        other = {"nano": "on a CPU (on a GPU: tiny)", "tiny": "on a GPU (on a CPU: nano)"}[taken]
+        whose += f", which is used {other}"
+    if args and args.config:
+        whose += f", and the settings of {args.config}"
+    if args and args.resume is not None:
+        whose += "; a resumed run keeps its own settings"
+    return whose + ".", notes(settings)
 
 
 def check(args: Namespace) -> None:
