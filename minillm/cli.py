@@ -43,7 +43,8 @@ class Parser(argparse.ArgumentParser):
     ) -> None:
         self.aliases, self.common, self.examples = aliases or {}, common, examples
         self.values = values or (lambda namespace: ("", {}))
-        self._words: list[str] = []
+        self._given: list[str] = []  # the command line as it was typed
+        self._words: list[str] = []  # the same words, each known flag as it is declared
         super().__init__(*args, allow_abbrev=False, add_help=False, **kwargs)
         self._negative_number_matcher = NEGATIVE
         self.add_argument("-h", "--help", nargs="?", const="", metavar="all",
@@ -54,6 +55,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse `argv`; raise UsageError on anything that is not understood."""
+        self._given = list(argv)
         words = self._words = self._spelled(argv)
         at = next((i for i, word in enumerate(words) if self._asks_for_help(i, word)), None)
         if at is not None:
@@ -108,8 +110,8 @@ class Parser(argparse.ArgumentParser):
                 yield flag, self._option_string_actions[flag]
 
     def _after(self, flag: str) -> str | None:
-        """Return the word after `flag` if it begins with a dash."""
-        pairs = zip(self._words, self._words[1:], strict=False)
+        """Return the word after `flag`, as it was typed, if it begins with a dash."""
+        pairs = zip(self._words, self._given[1:], strict=False)
         return next((b for a, b in pairs if a == flag and b.startswith("-") and b != "--"), None)
 
     def _asks_for_help(self, at: int, word: str) -> bool:

@@ -32,6 +32,55 @@ def test_what_is_understood():
     assert parser().parse(["--prompt="]).prompt == ""
 
 
+VALUES = [
+    *("-- create_table", "--my_text and more", "--max_tokens 3", "-", "-1", "-5m", "- a_b", "a_b"),
+    *("--seed=3 apples_pears",),
+]
+DASHED = [
+    *(*VALUES, "--my_text", "--max_tokens", "--max_tokens=3", "--prompt=x", "--start", "--stop"),
+    *("--", "-a", "-h", "--help", "--debug", "--no_such=a_b", "---", "--=_"),
+]
+
+
+@pytest.mark.parametrize("text", VALUES)
+def test_a_value_that_looks_like_a_flag_is_left_as_it_is(text):
+    args = parser().parse(["--prompt", text, "--stop", text, "--max_tokens", "4"])
+    assert (args.prompt, args.stop, args.max_tokens) == (text, [text], 4)
+
+
+@pytest.mark.parametrize("text", DASHED)
+def test_a_value_after_an_equals_sign_is_left_as_it_is(text):
+    args = parser().parse([f"--prompt={text}", f"--stop={text}", "--json", f"--stop={text}"])
+    assert (args.prompt, args.stop, args.json) == (text, [text, text], True)
+    assert parser().parse([f"--start={text}"]).prompt == text
+
+
+@pytest.mark.parametrize(
+    "text", ["--my_run", "--prompt", "--max_tokens=3", "--start", "-a", "--help"]
+)
+def test_words_after_two_dashes_are_no_flags(text):
+    assert parser().parse(["--prompt", "x", "--", text]).folder == text
+
+
+@pytest.mark.parametrize("text", [text for text in DASHED if text not in (*VALUES, "--")])
+@pytest.mark.parametrize("flag", ["--prompt", "--stop", "--start"])
+def test_a_value_with_a_dash_gets_a_hint(flag, text):
+    """Also where the text is a flag's name: it is not taken for one that is given twice."""
+    with pytest.raises(UsageError) as refusal:
+        parser().parse([flag, text, "--max-tokens", "3", "--debug"])
+    assert str(refusal.value).endswith(
+        f"a value that begins with a dash is written {flag.replace('start', 'prompt')}={text}"
+    )
+
+
+def test_a_negative_number_is_a_value():
+    for text in ("-1", "-1.5", "-.5", "-1e3", "-1e-3", "-inf"):
+        with pytest.raises(UsageError, match="argument --heat: (.* is out of range|'-inf' is not)"):
+            p = parser()
+            p.add_argument("--heat", type=real(0))
+            p.parse(["--heat", text])
+
+
 REFUSED = [
     (["--max-tok", "3"], "unknown flag --max-tok; flags that begin so: --max-tokens"),
     (["--p", "x"], "unknown flag --p"),

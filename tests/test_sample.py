@@ -203,3 +203,10 @@ def test_help_says_what_recurrent_decoding_costs_and_promises():
         "changes no token (in bf16 up to rounding)",
     ):
         assert words in text, words
+
+
+def test_the_prompt_is_continued_as_it_was_given(sample):
+    """SQL comments and option names look like flags; underscores in them are no dashes."""
+    for prompt in ("-- create_table", "--no_copy --yes"):
+        out, _ = sample("--prompt", prompt, "--stop", "-- a_b", "--max-tokens", "1", "--json")
+        assert json.loads(out)["prompt"] == prompt
