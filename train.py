@@ -15,9 +15,16 @@ from functools import partial
 from math import gcd
 from pathlib import Path
 
+from minillm import errors
+from minillm.flags import train as flags
+from minillm.launch import answer, launched
+
+if __name__ == "__main__":  # help and refusals need no torch, whose import takes seconds
+    answer("train.py", flags.parse, sys.argv[1:])
+
 import torch
 
-from minillm import checkpoint, errors, runs, startup, world
+from minillm import checkpoint, runs, startup, world
 from minillm.agreement import agree, in_turn
 from minillm.announce import announce, farewell
 from minillm.configure import as_of
@@ -29,7 +36,7 @@ from minillm.mishaps import keep, report, roll_back
 from minillm.model import GPT
 from minillm.ops import EAGER, select
 from minillm.optim import Average, recipes, set_learning_rate
-from minillm.pace import Pacer, wished_steps
+from minillm.pace import Pacer, due, wished_steps
 from minillm.precision import start_scale
 from minillm.ranks import Ranks, connected, first_to_say, leave, named
 from minillm.recurrence import state_keys
@@ -55,8 +62,8 @@ from minillm.watch import Stopped, Watch
 
 def main(argv: Sequence[str]) -> None:
     """Train as the command line says, with the other ranks that torchrun has started."""
-    args = startup.command_line(__doc__.split("\n")[0]).parse(argv)
-    here = named(world.launched())
+    args = flags.parse(argv)
+    here = named(launched())
     settings, run = startup.begin(args, here)
     if args.print_config:
         if here.rank == 0:
@@ -114,7 +121,7 @@ def set_up(settings: Settings, run: Path | None, ranks: Ranks) -> Training:
     if past:  # what it was opened in place of
         agree(ranks, lambda: ranks.rank or checkpoint.set_aside(run, past.step))
     progress = progress_of(past)
-    settings = as_of(settings, past) if past else settings
+    settings = as_of(settings, past.state, past.folder) if past else settings
     config = settings.train
     corpus = in_turn(ranks, "corpus", lambda: startup.find_corpus(settings, run, ranks.say))
     startup.refuse_differences(ranks, corpus, settings, run)
@@ -287,11 +294,6 @@ def begin_run(held: ExitStack, t: Training, settings: Settings) -> None:
     t.corpus.tokenizer().save(t.run)
     facts = startup.facts_of(settings, t.corpus, launch) | t.fixed
     runs.write_config(t.run, t.model.config, asdict(c), facts)  # with it, it is a run
-
-
-def due(every: int, step: int) -> bool:
-    """Whether something that happens `every` so many steps (0: never) happens after `step`."""
-    return every > 0 and step % every == 0
 
 
 if __name__ == "__main__":

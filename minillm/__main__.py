@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from minillm import __version__, errors
+from minillm.cli import nearest
+from minillm.launch import answered
 
 VERBS = {
     "train": ("minillm.scripts.train", "train a decoder on text"),
@@ -18,14 +20,18 @@ VERBS = {
 def main() -> int:
     """Run the verb on the command line; returns the exit code."""
     verb, rest = (sys.argv[1:2] or [None])[0], sys.argv[2:]
-    if verb in VERBS:
-        body: Callable[[Sequence[str]], None] = import_module(VERBS[verb][0]).main
-        if verb != "train":
-            return errors.run(f"minillm {verb}", body, rest)
-        from minillm.ranks import first_to_say, leave  # torch, which other verbs do without
+    if verb not in VERBS:
+        return errors.run("minillm", _about, sys.argv[1:])
+    # Help and refusals come first: they need no torch, whose import takes seconds.
+    code = answered(f"minillm {verb}", import_module(f"minillm.flags.{verb}").parse, rest)
+    if code is not None:
+        return code
+    body: Callable[[Sequence[str]], None] = import_module(VERBS[verb][0]).main
+    if verb != "train":
+        return errors.run(f"minillm {verb}", body, rest)
+    from minillm.ranks import first_to_say, leave
 
-        return leave(errors.run("minillm train", body, rest, first_to_say))
-    return errors.run("minillm", _about, sys.argv[1:])
+    return leave(errors.run("minillm train", body, rest, first_to_say))
 
 
 def _about(argv: Sequence[str]) -> None:
@@ -36,7 +42,9 @@ def _about(argv: Sequence[str]) -> None:
     elif argv and argv[0] == "--version":
         print(f"minillm {__version__}")
     elif argv:
-        raise errors.UsageError(f"unknown verb {argv[0]!r}; one of: {', '.join(VERBS)}")
+        near = nearest(argv[0], VERBS)
+        hint = f"did you mean {near}?" if near else f"one of: {', '.join(VERBS)}"
+        raise errors.UsageError(f"unknown verb {argv[0]!r}; {hint}")
     else:
         raise errors.UsageError(f"which verb? one of: {', '.join(VERBS)}")
 

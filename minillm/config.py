@@ -22,96 +22,150 @@ class TrainConfig:
 
     # The first two end the group of flags that the model's shape began.
     recurrence_groups: int = setting(
-        1, "draws of the recurrence a step: so many groups of its sequences", low=1, high=1 << 16
-    )
+        1, "groups of the batch in each step; each group draws its own number of iterations",
+        low=1, high=1 << 16,
+    )  # fmt: skip
     recurrence_curriculum: bool = setting(
-        False, "the mean recurrence grows from 1 over the first quarter of the run"
+        False, "raise the mean number of iterations from 1 over the first quarter of the run"
     )
 
     preset: str | None = setting(
-        None, "named settings to start from; default: nano on a CPU, tiny on a GPU",
-        choices=tuple(PRESETS), group="run",
+        None, "named settings to start from", choices=tuple(PRESETS), group="run",
+        derived="nano on a CPU, tiny on a GPU",
     )  # fmt: skip
     data: str | None = setting(
-        None, "file, folder or glob of text, or a prepared folder; default: the source files of "
-        "this Python's standard library",
+        None, "text file, folder, glob pattern or prepared folder to train on", metavar="PATH",
+        derived="the source files of this Python's standard library",
     )  # fmt: skip
-    out: str | None = setting(None, "run folder; default: runs/PRESET-N")
-    overwrite: bool = setting(False, "replace the run that --out names")
+    out: str | None = setting(None, "run folder to write", metavar="DIR", derived="runs/PRESET-N")
+    overwrite: bool = setting(False, "replace the run in the folder that --out names")
     init_from: str | None = setting(
-        None, "start from this run's weights, with its model's shape and its tokenizer; how often "
-        "a core runs may be set anew",
+        None, "run whose weights to start from, with its model and its tokenizer; only the number "
+        "of iterations of its core may be set again",
+        metavar="RUN",
     )  # fmt: skip
-    seed: int = setting(1337, "of start weights, data order, dropout", low=0, high=2**63 - 1)
-    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
-    threads: str = setting("auto", "processor threads; auto times one against all")
+    seed: int = setting(
+        1337, "random seed for initial weights, data order and dropout", low=0, high=2**63 - 1
+    )
+    device: str = setting(
+        "auto", "device to train on: cpu, cuda, cuda:N or mps (auto: a GPU if there is one)",
+        metavar="NAME",
+    )  # fmt: skip
+    threads: str = setting(
+        "auto", "number of processor threads (auto: one or all, whichever is faster now)",
+        metavar="N",
+    )  # fmt: skip
 
-    tokenizer: str = setting("bpe", "bpe, char, byte, FILE.model or FILE.json", group="data")
-    val_fraction: float = setting(
-        0.05, "share of the text held out: whole documents, of a single one its tail", low=0.0,
-        high=0.5,
+    tokenizer: str = setting(
+        "bpe", "tokenizer: bpe, char, byte, or a file FILE.model or FILE.json", group="data",
+        metavar="NAME",
     )  # fmt: skip
-    errors: str = setting("strict", "bytes that are not UTF-8", choices=("strict", "replace"))
-    cache_dir: str = setting("data/prepared", "where prepared text is kept")
+    val_fraction: float = setting(
+        0.05, "share of the text held out for validation, 0 to 0.5: whole documents, or the end of "
+        "a single one",
+        low=0.0, high=0.5,
+    )  # fmt: skip
+    errors: str = setting(
+        "strict", "what to do with bytes that are not UTF-8: refuse the file, or replace them by "
+        "U+FFFD",
+        choices=("strict", "replace"),
+    )  # fmt: skip
+    cache_dir: str = setting("data/prepared", "folder to keep prepared text in", metavar="DIR")
 
     optimizer: str = setting("adamw", "optimiser", choices=("adamw", "muon"), group="optimiser")
-    learning_rate: float = setting(1e-3, "peak; of the matrices, with muon", low=0.0, high=10.0)
-    min_learning_rate: float = setting(1e-4, "at the end", low=0.0, high=10.0)
-    warmup: int = setting(100, "steps", low=0)
-    schedule: str = setting("cosine", "after the warm-up", choices=schedule.KINDS)
-    decay_fraction: float = setting(0.2, "share of the run that wsd decays", low=1e-3, high=1.0)
-    weight_decay: float = setting(0.1, "of matrices and embeddings", low=0.0, high=10.0)
-    beta1: float = setting(0.9, "AdamW", low=0.0, high=0.9999)
-    beta2: float = setting(0.95, "AdamW", low=0.0, high=0.99999)
-    grad_clip: float = setting(1.0, "largest gradient norm; 0: no clipping", low=0.0)
-    batch_size: int = setting(64, "sequences a step, over all ranks", low=1, high=1 << 24)
-    micro_batch_size: str = setting("auto", "sequences at a time; auto: the most that fit")
-    steps: int | None = setting(None, "optimiser steps; default: one epoch", low=1, high=10**9)
+    learning_rate: float = setting(
+        1e-3, "peak learning rate; with muon, that of the matrices", low=0.0, high=10.0
+    )
+    min_learning_rate: float = setting(
+        1e-4, "learning rate at the end; it follows --learning-rate if only that is given", low=0.0,
+        high=10.0,
+    )  # fmt: skip
+    warmup: int = setting(100, "length of the warm-up in steps (0: none)", low=0)
+    schedule: str = setting(
+        "cosine", "shape of the learning rate after the warm-up", choices=schedule.KINDS
+    )
+    decay_fraction: float = setting(
+        0.2, "share of the run over which the schedule wsd decays the rate", low=1e-3, high=1.0
+    )
+    weight_decay: float = setting(
+        0.1, "weight decay of matrices and embeddings (0: none)", low=0.0, high=10.0
+    )
+    beta1: float = setting(0.9, "AdamW's decay of the mean gradient", low=0.0, high=0.9999)
+    beta2: float = setting(0.95, "AdamW's decay of the mean square", low=0.0, high=0.99999)
+    grad_clip: float = setting(1.0, "largest norm of the gradient (0: no limit)", low=0.0)
+    batch_size: int = setting(
+        64, "sequences in each optimiser step, over all ranks", low=1, high=1 << 24
+    )
+    micro_batch_size: str = setting(
+        "auto", "sequences computed at once on a rank (auto: as many as fit in memory)",
+        metavar="N",
+    )  # fmt: skip
+    steps: int | None = setting(
+        None, "number of optimiser steps", low=1, high=10**9, derived="one pass over the data"
+    )
     epochs: float | None = setting(
-        None, "passes over the data instead of --steps", low=1e-6, high=1e6
+        None, "number of passes over the data, instead of --steps", low=1e-6, high=1e6
     )
     time_limit: float | None = setting(
-        None, "train no longer than this, such as 90s, 10m, 2h; the schedule ends with it",
+        None, "longest training time, such as 90s, 10m or 2h; the schedule ends with it",
         parse=cli.duration,
     )  # fmt: skip
-    ema: float = setting(0.0, "decay of the weights' average; 0: none", low=0.0, high=0.99999)
-    early_stop: int = setting(0, "stop after this many evaluations without gain; 0: never", low=0)
+    ema: float = setting(
+        0.0, "decay of a moving average of the weights, such as 0.999 (0: no average)", low=0.0,
+        high=0.99999,
+    )  # fmt: skip
+    early_stop: int = setting(
+        0, "evaluations without a better validation loss after which to stop (0: never)", low=0
+    )
 
     dtype: str = setting(
-        "auto", "of the computation; fp16 scales the loss",
+        "auto", "number format of the computation (auto: bf16 where the device is fast at it, else "
+        "fp32); fp16 scales the loss",
         choices=("auto", "fp32", "bf16", "fp16"), group="precision and speed",
     )  # fmt: skip
-    kernels: str = setting("auto", "table of operations", choices=("auto", "triton", "eager"))
-    compile: bool = setting(False, "torch.compile the model")
-    activation_checkpointing: bool = setting(
-        False, "compute blocks, or iterations of a core, again in the backward pass: less memory, "
-        "a third more time",
+    kernels: str = setting(
+        "auto", "implementation of the operations (auto: triton on a GPU, else eager)",
+        choices=("auto", "triton", "eager"),
     )  # fmt: skip
+    compile: bool = setting(False, "compile the model with torch.compile, which takes a minute")
+    activation_checkpointing: bool = setting(
+        False, "recompute each block in the backward pass: less memory, a third more time"
+    )
 
     zero: int = setting(
-        0, "of the ranks that torchrun starts each keeps a share: 1 of the optimiser's state, 2 of "
-        "gradients too (sent with every micro-batch, at 1 once a step), 3 of weights too",
-        low=0, high=3, group="distributed",
+        0, "what each rank of torchrun holds only a share of: 1: optimiser state; 2: gradients "
+        "too; 3: weights too (0: nothing). Stage 2 sends with every micro-batch, stage 1 once a "
+        "step",
+        low=0, high=3, group="distributed", metavar="{0,1,2,3}",
     )  # fmt: skip
-    offload: bool = setting(False, "the optimiser's state in the host's memory, at --zero 1 or 2")
-    rank_timeout: float = setting(
-        600.0, "seconds that a rank may keep the others waiting", low=1.0, high=1e6
+    offload: bool = setting(
+        False, "keep the optimiser state in the host's memory; needs --zero 1 or 2"
     )
+    rank_timeout: float = setting(
+        600.0, "seconds that the ranks wait for one another before they give up", low=1.0,
+        high=1e6, metavar="SECONDS",
+    )  # fmt: skip
     hang_timeout: float | None = setting(
-        None, "seconds without a sign of life after which the process shows its stacks and ends; "
-        "default: 60, or five times the longest step", low=1.0, high=1e6,
+        None, "seconds without progress after which the process prints its stacks and ends",
+        derived="60, or five times the longest step", low=1.0, high=1e6, metavar="SECONDS",
     )  # fmt: skip
 
-    log_every: int = setting(10, "steps", low=1, group="reporting")
-    eval_every: int = setting(250, "steps; 0: only at the end", low=0)
-    eval_batches: int = setting(
-        20, "batches of --batch-size windows in an evaluation on the way; 0: the whole split", low=0
+    log_every: int = setting(10, "steps from one logged line to the next", low=1, group="reporting")
+    eval_every: int = setting(
+        250, "steps from one evaluation to the next (0: only at the end)", low=0
     )
-    final_eval_batches: int = setting(0, "the same for the evaluation at the end", low=0)
-    sample_every: int = setting(0, "steps; 0: only at the end", low=0)
-    save_every: int = setting(1000, "steps; 0: only at the end", low=0)
-    keep_last: int = setting(2, "checkpoints to keep", low=1)
-    keep_best: bool = setting(True, "keep the checkpoint of the best validation loss too")
+    eval_batches: int = setting(
+        20, "batches of --batch-size sequences in each evaluation (0: all validation text)", low=0
+    )
+    final_eval_batches: int = setting(
+        0, "batches in the evaluation at the end (0: all validation text)", low=0
+    )
+    sample_every: int = setting(0, "steps from one sample to the next (0: only at the end)", low=0)
+    save_every: int = setting(
+        1000, "steps from one checkpoint to the next (0: only at the end)", low=0
+    )
+    keep_last: int = setting(2, "number of newest checkpoints to keep", low=1)
+    keep_best: bool = setting(True, "also keep the checkpoint with the best validation loss")
 
     def __post_init__(self) -> None:
         for f in fields(self):

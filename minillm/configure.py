@@ -4,13 +4,12 @@ import json
 import tomllib
 from argparse import ArgumentTypeError
 from dataclasses import Field, asdict, fields, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from minillm.cli import nearest
 from minillm.config import PRESETS, ModelConfig, TrainConfig
 from minillm.errors import CorruptError, UsageError
-from minillm.reading import Checkpoint
 from minillm.settings import ALIASES, Settings, all_flags, kind_of, parser_of
 
 # What may change when a run is resumed: how it runs and reports, and how long, but not what it is.
@@ -142,17 +141,19 @@ def as_train_config(run: Path, train: dict) -> TrainConfig:
         raise CorruptError(f"{run}: config.json, or state.json of a checkpoint: {error}") from None
 
 
-def as_of(settings: Settings, past: Checkpoint) -> Settings:
-    """`settings`, what the user left open being as it was at the checkpoint to go on from.
+def as_of(settings: Settings, state: dict[str, Any], folder: Path) -> Settings:
+    """Return the settings to resume with: the user's, all others as a checkpoint has saved them.
 
-    That is not always the newest one, by which the command line was read: it may be damaged.
+    state: the checkpoint's state.json. It is not always the newest checkpoint's, by which the
+    command line was read: the newest may be damaged.
+    folder: the checkpoint, for error messages.
     """
-    then, length = past.state["settings"], {"steps", "epochs", "time_limit"}
+    then, length = state["settings"], {"steps", "epochs", "time_limit"}
     kept = settings.given | (length if settings.given & length else set())
     if unknown := sorted(then.keys() - RESUMABLE):
-        raise CorruptError(f"{past.folder}/state.json: cannot change {unknown[0]!r}")
+        raise CorruptError(f"{folder}/state.json: cannot change {unknown[0]!r}")
     own = {name: value for name, value in then.items() if name not in kept}
-    train = as_train_config(past.folder, asdict(settings.train) | own)
+    train = as_train_config(folder, asdict(settings.train) | own)
     return replace(settings, train=train)
 
 
@@ -169,8 +170,8 @@ def read_config(path: Path) -> dict[str, Any]:
         flag = "--" + key.replace("_", "-")
         name = ALIASES.get(flag, flag)[2:].replace("-", "_")
         if name not in all_flags():
-            near = get_close_matches(name, all_flags(), n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            near = nearest(name, all_flags())
+            hint = f"; did you mean {near}?" if near else ""
             raise UsageError(f"{path}: unknown setting {key!r}{hint}")
         if name in settings:
             raise UsageError(f"{path}: {name} is given twice")

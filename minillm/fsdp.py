@@ -16,7 +16,7 @@ from minillm.agreement import agree
 from minillm.checkpoint import Checkpoint
 from minillm.model import GPT
 from minillm.optim import Recipe, squares
-from minillm.pieces import Piece
+from minillm.pieces import Piece, bytes_of, whole_pieces
 from minillm.ranks import Ranks
 
 
@@ -82,7 +82,7 @@ class Full:
 
     def pieces(self) -> Iterator[Piece]:
         """As sharding.Replicated's: this rank's rows."""
-        for piece in pieces_of(self.locals, self.optimizers):
+        for piece in whole_pieces(self.locals, self.optimizers):
             start = self._start(piece.name)
             yield replace(piece, start=start, stop=start + piece.stop)
 
@@ -126,30 +126,3 @@ class Full:
             yield
         finally:
             self.model.reshard()
-
-
-def pieces_of(
-    parameters: dict[str, Tensor], optimizers: list[torch.optim.Optimizer]
-) -> Iterator[Piece]:
-    """Whole parameters and their optimisers' states."""
-    states = {p: state for optimizer in optimizers for p, state in optimizer.state.items()}
-    for name, p in parameters.items():
-        state = {
-            kind: value.reshape(-1) if value.dim() else value
-            for kind, value in states.get(p, {}).items()
-        }
-        yield Piece(name, 0, p.numel(), p.detach().reshape(-1), state)
-
-
-def bytes_of(
-    parameters: dict[str, Tensor], optimizers: list[torch.optim.Optimizer]
-) -> dict[str, int]:
-    """Bytes of parameters, gradients and the optimisers' states, which are their own masters."""
-    states = [state for optimizer in optimizers for state in optimizer.state.values()]
-    return {
-        "parameters": sum(p.nbytes for p in parameters.values()),
-        "gradients": sum(p.grad.nbytes for p in parameters.values() if p.grad is not None),
-        "masters": 0,
-        "moments": sum(x.nbytes for state in states for x in state.values() if torch.is_tensor(x)),
-        "buffers": 0,
-    }

@@ -78,3 +78,8 @@ class Pacer:
         if abs(steps - plan.steps) <= TOLERANCE * max(1, plan.steps - step):
             return plan
         return plan.repaced(step, steps)
+
+
+def due(every: int, step: int) -> bool:
+    """Return whether an action done every `every` steps (0: never) is due after `step`."""
+    return every > 0 and step % every == 0

@@ -98,3 +98,26 @@ def fill(buckets: list[Bucket], inner: Optimizer, read: Read) -> None:
             start, stop = (piece.start, piece.stop) if x.dim() else (0, 1)
             values = read(kind, piece.name, start, stop)
             x.zero_() if values is None else x.copy_(values.reshape(x.shape))
+
+
+def whole_pieces(parameters: dict[str, Tensor], optimizers: list[Optimizer]) -> Iterator[Piece]:
+    """Whole parameters and their optimisers' states."""
+    states = {p: state for optimizer in optimizers for p, state in optimizer.state.items()}
+    for name, p in parameters.items():
+        state = {
+            kind: value.reshape(-1) if value.dim() else value
+            for kind, value in states.get(p, {}).items()
+        }
+        yield Piece(name, 0, p.numel(), p.detach().reshape(-1), state)
+
+
+def bytes_of(parameters: dict[str, Tensor], optimizers: list[Optimizer]) -> dict[str, int]:
+    """Bytes of parameters, gradients and the optimisers' states, which are their own masters."""
+    states = [state for optimizer in optimizers for state in optimizer.state.values()]
+    return {
+        "parameters": sum(p.nbytes for p in parameters.values()),
+        "gradients": sum(p.grad.nbytes for p in parameters.values() if p.grad is not None),
+        "masters": 0,
+        "moments": sum(x.nbytes for state in states for x in state.values() if torch.is_tensor(x)),
+        "buffers": 0,
+    }

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minillm.errors import PeerLostError, UnavailableError
-from minillm.world import World, launched
+from minillm.launch import World, launched
 
 
 class Ranks:

@@ -8,11 +8,10 @@ import argparse
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Sequence
 from dataclasses import Field, asdict, dataclass, fields
-from difflib import get_close_matches
 from typing import Any
 
 from minillm import cli
-from minillm.config import ModelConfig, TrainConfig
+from minillm.config import PRESETS, ModelConfig, TrainConfig
 
 ALIASES = {
     "--block-size": "--seq-len",
@@ -46,10 +45,7 @@ def add_flags(parser: cli.Parser) -> None:
     for f in all_flags().values():
         if "group" in f.metadata:
             group = parser.add_argument_group(f.metadata["group"])
-        flag = "--" + f.name.replace("_", "-")
-        text = f.metadata["help"]
-        if f.default is not None and "default" not in text:
-            text += f" (default: {_shown(f.default)})"
+        flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
         options = {"dest": f.name, "default": None}
         if kind_of(f) is bool:
             words = {"nargs": "?", "const": True, "type": _boolean, "metavar": "true|false"}
@@ -57,12 +53,37 @@ def add_flags(parser: cli.Parser) -> None:
             opposite = {"action": "store_const", "const": False, "help": argparse.SUPPRESS}
             group.add_argument("--no-" + flag[2:], **opposite, **options)
         else:
-            what = {"type": parser_of(f), "metavar": _metavar(f)}
+            metavar = _metavar(f)
+            if "choices" in f.metadata and not metavar.startswith("{"):
+                text += ": " + ", ".join(f.metadata["choices"])
+            what = {"type": parser_of(f), "metavar": metavar}
             group.add_argument(flag, help=text.replace("%", "%%"), **what, **options)
 
 
-def _shown(default: Any) -> str:
-    return {True: "yes", False: "no"}[default] if isinstance(default, bool) else str(default)
+def notes(settings: Settings) -> dict[str, str]:
+    """Return what help says of each setting's value, by name: whence it is, and which."""
+    flat, chosen = settings.flat(), PRESETS.get(settings.train.preset, {})
+    return {name: text for name, f in all_flags().items()
+            if (text := _note(f, flat[name], name in settings.given, name in chosen))}  # fmt: skip
+
+
+def _note(f: Field, value: Any, is_given: bool, is_chosen: bool) -> str:
+    if is_given:
+        return f"given: {_shown(f, value)}"
+    derived = None if is_chosen else f.metadata.get("derived")
+    if value is None:
+        return f"default: {derived}" if derived else ""
+    if derived and f.name != "preset":
+        return f"default: {derived}; here {_shown(f, value)}"
+    return f"default: {_shown(f, value)}"
+
+
+def _shown(f: Field, value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if f.name == "time_limit":
+        return f"{value:g}s"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def all_flags() -> dict[str, Field]:
@@ -77,10 +98,13 @@ def kind_of(f: Field) -> type:
 
 
 def _metavar(f: Field) -> str:
+    if "metavar" in f.metadata:
+        return f.metadata["metavar"]
     if "choices" in f.metadata:
-        return "{" + ",".join(f.metadata["choices"]) + "}"
+        braces = "{" + ",".join(f.metadata["choices"]) + "}"
+        return braces if len(braces) <= 40 else "NAME"
     if "parse" in f.metadata:
-        return f.metadata.get("metavar", "TIME")
+        return "TIME"
     return {int: "N", float: "X", str: "TEXT"}[kind_of(f)]
 
 
@@ -102,8 +126,8 @@ def _one_of(choices: Sequence[str]) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text in choices:
             return text
-        near = get_close_matches(text, choices, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        near = cli.nearest(text, choices)
+        hint = f"; did you mean {near}?" if near else ""
         raise ArgumentTypeError(f"{text!r} is not one of {', '.join(choices)}{hint}")
 
     return parse

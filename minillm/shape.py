@@ -41,69 +41,82 @@ class ModelConfig:
     """
 
     vocab_size: int | None = setting(
-        None, "tokens in the vocabulary; for bpe chosen from the corpus size if not given",
-        group="model",
-        low=1, high=1 << 24,
+        None, "number of tokens in the vocabulary", group="model", low=1, high=1 << 24,
+        derived="the tokenizer's; for bpe chosen from the amount of text",
     )  # fmt: skip
-    seq_len: int = setting(256, "context, in tokens", low=1, high=1 << 24)
-    n_layer: int = setting(6, "blocks", low=1, high=10000)
-    n_head: int = setting(6, "query heads", low=1, high=10000)
+    seq_len: int = setting(256, "context length in tokens", low=1, high=1 << 24)
+    n_layer: int = setting(6, "number of blocks", low=1, high=10000)
+    n_head: int = setting(6, "number of query heads", low=1, high=10000)
     n_kv_head: int | None = setting(
-        None, "key/value heads: --n-head gives MHA, 1 MQA, between GQA; default: --n-head", low=1,
-        high=10000,
+        None, "number of key/value heads, a divisor of --n-head (1: multi-query attention)", low=1,
+        high=10000, derived="--n-head",
     )  # fmt: skip
     d_model: int = setting(384, "width of the residual stream", low=1, high=1 << 20)
     d_head: int | None = setting(
-        None, "width of a head; default: --d-model / --n-head", low=1, high=1 << 20
+        None, "width of an attention head", low=1, high=1 << 20, derived="--d-model / --n-head"
     )
     d_ff: int | None = setting(
-        None, "width of the MLP; default: 4 x --d-model, gated: 8/3 x, up to a multiple of 64",
-        low=1, high=1 << 24,
+        None, "hidden width of the MLP", low=1, high=1 << 24,
+        derived="4 x --d-model; gated MLPs: 8/3 x, rounded up to a multiple of 64",
     )  # fmt: skip
-    position: str = setting("rope", "how positions enter", choices=POSITIONS)
+    position: str = setting("rope", "position encoding", choices=POSITIONS)
     rope_base: float = setting(10000.0, "base of the rotary frequencies", low=1.0)
-    norm: str = setting("rmsnorm", "normalisation", choices=NORMS)
-    norm_eps: float = setting(1e-6, "added to the variance under the root", low=0.0, high=1.0)
-    mlp: str = setting("swiglu", "MLP", choices=MLPS)
-    bias: bool = setting(False, "biases in linear layers and layer norms")
-    qk_norm: bool = setting(False, "RMSNorm of each query and key head")
-    qk_bias: bool = setting(False, "learned biases of queries and keys, before the rotation")
-    window: int = setting(0, "sliding window, in tokens with the query's own; 0: none", low=0)
-    tie_embeddings: bool = setting(False, "the head shares the embedding's matrix")
-    dropout: float = setting(
-        0.0, "dropout of embeddings, attention and residual branches", low=0.0, high=0.99
+    norm: str = setting("rmsnorm", "normalisation layer", choices=NORMS)
+    norm_eps: float = setting(
+        1e-6, "number added to the variance before the square root", low=0.0, high=1.0
     )
-    logit_softcap: float = setting(0.0, "logits are capped at +-this by tanh; 0: none", low=0.0)
-    init: str | None = setting(
-        None, "start weights: gpt2, zero (output projections and head at 0) or takase (truncated, "
-        "scaled by width and depth); default: gpt2, with --recurrent takase, whatever the preset",
-        choices=INITS,
+    mlp: str = setting(
+        "swiglu", "type of the MLP; swiglu and geglu are gated", choices=MLPS
     )  # fmt: skip
-    document_mask: bool = setting(False, "attention stays within a document (marked by its BOS)")
+    bias: bool = setting(False, "add biases to linear layers and layer norms")
+    qk_norm: bool = setting(False, "normalise each query and key head with RMSNorm")
+    qk_bias: bool = setting(False, "add learned biases to queries and keys, before the rotation")
+    window: int = setting(
+        0, "length of the sliding attention window in tokens (0: the whole context)", low=0
+    )
+    tie_embeddings: bool = setting(False, "use one matrix for the embedding and the output head")
+    dropout: float = setting(
+        0.0, "dropout rate of embeddings, attention and residual branches (0: none)", low=0.0,
+        high=0.99,
+    )  # fmt: skip
+    logit_softcap: float = setting(
+        0.0, "limit to which tanh caps the logits (0: no limit)", low=0.0
+    )
+    init: str | None = setting(
+        None, "initial weights: zero starts output projections and head at 0; takase is truncated "
+        "and scaled by width and depth",
+        choices=INITS, derived="gpt2; with --recurrent takase, whatever the preset",
+    )  # fmt: skip
+    document_mask: bool = setting(
+        False, "attend only within a document, whose beginning its BOS token marks"
+    )
     recurrent: str | None = setting(
-        None, "PRELUDE,CORE,CODA: so many blocks before, in and after a core that runs again and "
-        "again; they are the model's --n-layer",
+        None, "number of blocks before, in and after a core that is run several times, such as "
+        "1,2,1; it replaces --n-layer",
         group="recurrence", parse=depths_text, metavar="P,R,C",
     )  # fmt: skip
     recurrence_style: str = setting(
-        "huginn", "huginn: sandwich norms, concat, start states drawn (Geiping et al. 2025); "
-        "parcae: pre-norm, QK-norm, contractive diagonal injection", choices=STYLES,
+        "huginn", "design of the core. huginn: sandwich norms, concatenated injection, random "
+        "start state (Geiping et al. 2025). parcae: pre-norm, QK-norm, contractive diagonal "
+        "injection", choices=STYLES,
     )  # fmt: skip
     injection: str | None = setting(
-        None, "how the embedded text enters each iteration; default: the style's",
-        choices=INJECTIONS,
+        None, "how the embedded text enters each iteration", choices=INJECTIONS,
+        derived="huginn: concat, parcae: diagonal",
     )  # fmt: skip
     start_state: str | None = setting(
-        None, "of the iteration: noise, which is a function of seed, sample and position, or zero; "
-        "default: huginn noise, parcae zero", choices=STARTS,
+        None, "state before the first iteration; noise depends on seed, sample and position",
+        choices=STARTS, derived="huginn: noise, parcae: zero",
     )  # fmt: skip
-    mean_recurrence: int = setting(8, "iterations of the core, on average", low=1, high=4096)
+    mean_recurrence: int = setting(8, "mean number of iterations of the core", low=1, high=4096)
     max_recurrence: int | None = setting(
-        None, "draws above are cut to this; default: 4 x --mean-recurrence", low=1, high=16384
-    )
+        None, "largest number of iterations; larger draws are cut to it", low=1, high=16384,
+        derived="4 x --mean-recurrence",
+    )  # fmt: skip
     backprop_depth: int | None = setting(
-        None, "iterations, the last of each pass, that gradients go through; default: all if "
-        f"--mean-recurrence is at most {SHALLOW}, else {SHALLOW}", low=1, high=16384,
+        None, "number of last iterations in each pass that gradients flow through", low=1,
+        high=16384,
+        derived=f"all if --mean-recurrence is at most {SHALLOW}, else {SHALLOW}",
     )  # fmt: skip
     bos_id: int | None = None  # the tokenizer's, where documents begin
 

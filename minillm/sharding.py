@@ -12,6 +12,7 @@ Source: Rajbhandari et al. 2020, arXiv:1910.02054, section 5.
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from inspect import signature
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,10 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from minillm.agreement import agree
 from minillm.checkpoint import Checkpoint
-from minillm.fsdp import Full, bytes_of, pieces_of
 from minillm.model import GPT
 from minillm.optim import Recipe, squares
-from minillm.pieces import Piece
+from minillm.pieces import Piece, bytes_of, whole_pieces
 from minillm.ranks import Ranks
 from minillm.statetensors import load_optimizer_tensors, load_weights
 from minillm.zero import ZeroOptimizer
@@ -78,7 +78,7 @@ class Replicated:
     def pieces(self) -> Iterator[Piece]:
         """What this rank has to save: here its share of what all have."""
         mine = self.ranks.share_of(self.parameters)
-        yield from pieces_of({name: self.parameters[name] for name in mine}, self.optimizers)
+        yield from whole_pieces({name: self.parameters[name] for name in mine}, self.optimizers)
 
     def load(self, past: Checkpoint) -> None:
         """Take all weights and states from a checkpoint."""
@@ -172,7 +172,23 @@ class Flat:
         yield
 
 
-Sharding = Replicated | Flat | Full
+class Sharding(Protocol):
+    """What Replicated, Flat and fsdp.Full have in common; Replicated says what each part means."""
+
+    model: GPT
+    ranks: Ranks
+    forward: Callable
+    weight: float
+    optimizers: list
+    synced: Callable[[bool], AbstractContextManager]
+    squares: Callable[[], Tensor]
+    gradients: Callable[[], Iterator[tuple[str, Tensor]]]
+    step: Callable[[Tensor | None], None]
+    drop: Callable[[], None]
+    pieces: Callable[[], Iterator[Piece]]
+    load: Callable[[Checkpoint], None]
+    bytes: Callable[[], dict[str, int]]
+    gathered: Callable[[], AbstractContextManager]
 
 
 def shard(
@@ -198,4 +214,6 @@ def shard(
         return Flat(model, recipes, ranks, forward, stage=stage, dtype=narrow, offload=offload)
     if any(recipe.whole for recipe in recipes):
         raise ValueError("stage 3 cuts the matrices that one of the optimisers needs whole")
+    from minillm.fsdp import Full  # FSDP takes a second to import, and only stage 3 needs it
+
     return Full(model, recipes, ranks, forward, dtype)

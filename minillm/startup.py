@@ -11,43 +11,21 @@ from pathlib import Path
 
 import torch
 
-from minillm import __version__, cli, plan, runs, world
+from minillm import __version__, plan, runs, world
 from minillm.agreement import gather
 from minillm.config import ModelConfig, TrainConfig
 from minillm.configure import as_train_config, changed, meant_for_a_core, read_config, resolve
 from minillm.corpus import prepare
 from minillm.errors import UnavailableError, UsageError
+from minillm.flags.train import NEWEST
+from minillm.launch import World
 from minillm.ranks import Ranks
-from minillm.settings import ALIASES, Settings, add_flags
+from minillm.settings import Settings
 from minillm.shards import Corpus, is_prepared, open_corpus
 from minillm.storage import check_place, file_digest
 from minillm.tokenizer import KINDS
-from minillm.world import World
 
-NEWEST = object()  # --resume without a name
 HELD = ("parameters", "gradients", "masters", "moments")  # by a rank, of plan.memory
-
-
-def command_line(description: str) -> cli.Parser:
-    """The parser of train.py's flags."""
-    names = ", ".join(f"{theirs} = {ours}" for theirs, ours in ALIASES.items())
-    parser = cli.Parser(
-        prog="train.py",
-        description=description,
-        epilog="The defaults shown hold without a preset; --preset NAME --print-config shows a "
-        "preset's. Switches are turned off with --no-NAME. Underscores may stand for dashes, and "
-        f"nanoGPT's names for ours: {names}.",
-        aliases=ALIASES,
-    )
-    parser.add_argument("--config", metavar="FILE", help="settings from a .toml or .json file")
-    parser.add_argument(
-        "--resume", nargs="?", const=NEWEST, metavar="RUN", help="go on with RUN, or the newest run"
-    )
-    parser.add_argument(
-        "--print-config", action="store_true", help="print the settings as --config takes them"
-    )
-    add_flags(parser)
-    return parser
 
 
 def begin(args: Namespace, here: World) -> tuple[Settings, Path | None]:
@@ -57,10 +35,6 @@ def begin(args: Namespace, here: World) -> tuple[Settings, Path | None]:
     Raises UsageError if the flags do not fit together or --out is in use.
     """
     if args.resume is not None:
-        if args.out or args.init_from or args.overwrite:
-            raise UsageError("--resume goes on in its own folder; drop --out, --init-from and such")
-        if args.resume == "":
-            raise UsageError("--resume is empty; name a run, or give --resume alone for the newest")
         run = runs.newest_run(begun=True) if args.resume is NEWEST else Path(args.resume)
         model, train = runs.read_config(run)
         # What an earlier --resume changed stands in the checkpoint.

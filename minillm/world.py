@@ -1,15 +1,16 @@
-"""Where the process runs: device, threads, ranks. The only room that reads the environment."""
+"""Devices, processor threads and memory of the machine that this process runs on."""
 
 import os
 import re
 import statistics
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from minillm.errors import UnavailableError, UsageError
+from minillm.launch import World as World
+from minillm.launch import launched as launched
 
 PRODUCT = 512  # side of the matrix product that is timed: 0.27 GFLOP, a millisecond or two
 
@@ -130,58 +131,6 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
-
-
-@dataclass(frozen=True)
-class World:
-    """What the launcher says of this process and the others.
-
-    rank, size: over all machines.    local_rank, local_size: on this machine, number `node` of
-    `nodes`.    attempt: how often torchrun has restarted the job.    launch: a name of the job, see
-    ranks.named.
-    address, port: of the store; has_store: whether the launcher keeps it, or rank 0 must.
-    """
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    local_size: int = 1
-    node: int = 0
-    nodes: int = 1
-    attempt: int = 0
-    launch: str | None = None
-    address: str = "127.0.0.1"
-    port: int = 29500
-    has_store: bool = False
-
-
-def launched() -> World:
-    """The world as torchrun describes it; one process where nothing does.
-
-    Raises UsageError on descriptions that are none.
-    """
-    said = os.environ
-    size = _number("WORLD_SIZE", 1)
-    if size == 1 and "RANK" not in said:
-        return World()
-    if "RANK" not in said or "MASTER_ADDR" not in said:
-        raise UsageError(
-            f"WORLD_SIZE is {size}, but RANK or MASTER_ADDR is not set; start with "
-            f"torchrun --nproc-per-node {size} train.py"
-        )
-    return World(
-        _number("RANK", 0), size, _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", size),
-        _number("GROUP_RANK", 0), _number("GROUP_WORLD_SIZE", 1),
-        _number("TORCHELASTIC_RESTART_COUNT", 0), None, said["MASTER_ADDR"],
-        _number("MASTER_PORT", 29500), said.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-    )  # fmt: skip
-
-
-def _number(name: str, default: int) -> int:
-    text = os.environ.get(name, str(default))
-    if not text.isdecimal():
-        raise UsageError(f"{name} is {text!r}; expected a whole number")
-    return int(text)
 
 
 def available_memory(device: torch.device) -> int | None:

@@ -117,7 +117,7 @@ def cases(draw: st.DrawFn, parser: argparse.ArgumentParser, config: bool) -> Cas
     config: whether it takes --config, which then is a random file now and then.
     """
     spoilt = draw(st.booleans())
-    skipped = ("help", "debug", "config") if not spoilt else ("debug", "config")
+    skipped = ("help", "debug", "config", argparse.SUPPRESS) if not spoilt else ("debug", "config")
     actions = [a for a in parser._actions if a.option_strings and a.dest not in skipped]
     words: list[str] = []
     for action in draw(st.lists(st.sampled_from(actions), max_size=6, unique_by=_dest)):

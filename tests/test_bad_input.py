@@ -27,7 +27,7 @@ TRAIN = [
     (["--stpes", "3"], 2, "unknown flag --stpes; did you mean --steps?"),
     (["--lrr", "3"], 2, "unknown flag --lrr; did you mean --lr?"),
     (["--lr", "30"], 2, "argument --learning-rate: 30.0 is out of range"),
-    (["--learn", "1"], 2, "unknown flag --learn; did you mean --"),
+    (["--learn", "1"], 2, "unknown flag --learn; flags that begin so: --learning-rate"),
     (["--n_lyaer=3"], 2, "unknown flag --n-lyaer; did you mean --n-layer?"),
     (["words.txt"], 2, "unexpected argument 'words.txt'"),
     (["--seed", "1", "--seed", "2"], 2, "--seed is given twice; give it once"),
@@ -161,7 +161,7 @@ CONFIGS = [
 # Flags of sample.py after the run, code, a part of the message.
 SAMPLE = [
     (["--promt", "x"], 2, "unknown flag --promt; did you mean --prompt?"),
-    (["-p", "x"], 2, "unknown flag -p; did you mean --prompt?"),
+    (["-p", "x"], 2, "unknown flag -p; flags that begin so: --prompt, --prompt-file"),
     (["-?"], 2, "unknown flag -?; see --help"),
     (["--temperature", "-1"], 2, "-1.0 is out of range; expected at least 0"),
     (["--temperature", "nan"], 2, "'nan' is not a finite number"),

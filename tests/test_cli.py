@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minillm.cli import Parser, duration, real, whole
+from minillm.cli import Parser, duration, edits, nearest, real, whole
 from minillm.errors import UsageError, run
 
 
@@ -32,8 +32,57 @@ def test_what_is_understood():
     assert parser().parse(["--prompt="]).prompt == ""
 
 
+VALUES = [
+    *("-- create_table", "--my_text and more", "--max_tokens 3", "-", "-1", "-5m", "- a_b", "a_b"),
+    *("--seed=3 apples_pears",),
+]
+DASHED = [
+    *(*VALUES, "--my_text", "--max_tokens", "--max_tokens=3", "--prompt=x", "--start", "--stop"),
+    *("--", "-a", "-h", "--help", "--debug", "--no_such=a_b", "---", "--=_"),
+]
+
+
+@pytest.mark.parametrize("text", VALUES)
+def test_a_value_that_looks_like_a_flag_is_left_as_it_is(text):
+    args = parser().parse(["--prompt", text, "--stop", text, "--max_tokens", "4"])
+    assert (args.prompt, args.stop, args.max_tokens) == (text, [text], 4)
+
+
+@pytest.mark.parametrize("text", DASHED)
+def test_a_value_after_an_equals_sign_is_left_as_it_is(text):
+    args = parser().parse([f"--prompt={text}", f"--stop={text}", "--json", f"--stop={text}"])
+    assert (args.prompt, args.stop, args.json) == (text, [text, text], True)
+    assert parser().parse([f"--start={text}"]).prompt == text
+
+
+@pytest.mark.parametrize(
+    "text", ["--my_run", "--prompt", "--max_tokens=3", "--start", "-a", "--help"]
+)
+def test_words_after_two_dashes_are_no_flags(text):
+    assert parser().parse(["--prompt", "x", "--", text]).folder == text
+
+
+@pytest.mark.parametrize("text", [text for text in DASHED if text not in (*VALUES, "--")])
+@pytest.mark.parametrize("flag", ["--prompt", "--stop", "--start"])
+def test_a_value_with_a_dash_gets_a_hint(flag, text):
+    """Also where the text is a flag's name: it is not taken for one that is given twice."""
+    with pytest.raises(UsageError) as refusal:
+        parser().parse([flag, text, "--max-tokens", "3", "--debug"])
+    assert str(refusal.value).endswith(
+        f"a value that begins with a dash is written {flag.replace('start', 'prompt')}={text}"
+    )
+
+
+def test_a_negative_number_is_a_value():
+    for text in ("-1", "-1.5", "-.5", "-1e3", "-1e-3", "-inf"):
+        with pytest.raises(UsageError, match="argument --heat: (.* is out of range|'-inf' is not)"):
+            p = parser()
+            p.add_argument("--heat", type=real(0))
+            p.parse(["--heat", text])
+
+
 REFUSED = [
-    (["--max-tok", "3"], "unknown flag --max-tok; did you mean --max-tokens?"),
+    (["--max-tok", "3"], "unknown flag --max-tok; flags that begin so: --max-tokens"),
     (["--p", "x"], "unknown flag --p"),
     (["--strat", "x"], "unknown flag --strat; did you mean --start?"),
     (["--wibble=3"], "unknown flag --wibble; see --help"),
@@ -57,7 +106,7 @@ def test_what_is_refused(argv, message):
 
 def test_a_refusal_ends_with_two_in_one_line(capsys):
     assert run("x.py", parser().parse, ["--wibble"]) == 2
-    assert capsys.readouterr().err == "x.py: error: unknown flag --wibble; see --help\n"
+    assert capsys.readouterr().err == "x.py: error: unknown flag --wibble; see --help all\n"
 
 
 def test_help_ends_with_zero(capsys):
@@ -117,3 +166,22 @@ def test_duration(text, seconds):
 def test_refused_durations(text):
     with pytest.raises(ArgumentTypeError, match="is not a duration such as 90s, 10m or 2h"):
         duration(text)
+
+
+@pytest.mark.parametrize(
+    "a, b, distance",
+    [("", "", 0), ("seed", "seed", 0), ("sede", "seed", 1), ("seeed", "seed", 1),
+     ("sed", "seed", 1), ("soed", "seed", 1), ("wandb", "window", 3), ("lr", "", 2),
+     ("kitten", "sitting", 3), ("stpes", "steps", 1), ("bacth-szie", "batch-size", 2)],
+)  # fmt: skip
+def test_edits(a, b, distance):
+    assert edits(a, b) == edits(b, a) == distance
+
+
+def test_suggestions_are_at_most_two_edits_away():
+    names = ["window", "seed", "learning-rate", "out", "lr"]
+    near = {
+        "wandb": None, "learn": None, "x": None, "windows-size": None, "sede": "seed",
+        "widnwo": "window", "wndw": "window", "ot": "out", "lerning-rat": "learning-rate",
+    }  # fmt: skip
+    assert {word: nearest(word, names) for word in near} == near

@@ -5,7 +5,8 @@ import torch
 
 from minillm.config import ModelConfig
 from minillm.errors import UsageError
-from minillm.exits import DEFAULTS, ExitRule, exit_rule, read, read_next
+from minillm.exit_rules import DEFAULTS, ExitRule, exit_rule
+from minillm.exits import read, read_next
 from minillm.generate import generate
 from minillm.model import GPT
 from minillm.ops import EAGER

@@ -18,8 +18,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from minillm import errors, startup
+from minillm import errors
 from minillm.commands import plan, prepare, profile
+from minillm.flags import plan as plan_flags
+from minillm.flags import prepare as prepare_flags
+from minillm.flags import profile as profile_flags
+from minillm.flags import sample as sample_flags
+from minillm.flags import train as train_flags
 from minillm.requests import check_sampling
 from minillm.scripts import sample
 from minillm.scripts import train as train_script
@@ -44,7 +49,7 @@ def sample_main(argv: Sequence[str]) -> None:
     try:
         sample.main(argv)
     except Reached:
-        args = sample.command_line().parse(argv)
+        args = sample_flags.parser().parse(argv)
         for prompt in sample.prompts(args):
             assert isinstance(prompt, str)
         sample.exit_rule(args.exit_by, args.exit_threshold, args.exit_patience)
@@ -56,11 +61,11 @@ def sample_main(argv: Sequence[str]) -> None:
 
 
 MAINS: dict[str, tuple[Callable, Callable]] = {
-    "train.py": (train_script.main, lambda: startup.command_line("train")),
-    "sample.py": (sample_main, sample.command_line),
-    "minillm plan": (plan.main, plan._parser),
-    "minillm prepare": (prepare.main, prepare._parser),
-    "minillm profile": (profile.main, profile._parser),
+    "train.py": (train_script.main, train_flags.parser),
+    "sample.py": (sample_main, sample_flags.parser),
+    "minillm plan": (plan.main, plan_flags.parser),
+    "minillm prepare": (prepare.main, prepare_flags.parser),
+    "minillm profile": (profile.main, profile_flags.parser),
 }
 
 

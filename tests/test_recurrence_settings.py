@@ -8,12 +8,13 @@ import pytest
 
 from minillm.configure import meant_for_a_core, resolve
 from minillm.errors import UsageError
-from minillm.startup import begin, command_line
+from minillm.flags.train import parser
+from minillm.startup import begin
 from minillm.world import World
 
 
 def parse(*argv):
-    return command_line("train").parse([str(word) for word in argv])
+    return parser().parse([str(word) for word in argv])
 
 
 def settle(*argv, file=None, preset="nano"):

@@ -9,6 +9,7 @@ import pytest
 
 from minillm import errors
 from minillm.checkpoint import load_run
+from minillm.flags import sample as flags
 from minillm.generate import generate
 from minillm.scripts import sample as script
 
@@ -194,7 +195,7 @@ def test_a_prompt_that_needs_no_healing_may_go_on_anyhow(bpe_run, capsys):
 
 
 def test_help_says_what_recurrent_decoding_costs_and_promises():
-    text = " ".join(script.command_line().format_help().split())
+    text = " ".join(flags.parser().format_help().split())
     for words in (
         "prompts are read at the full recurrence",
         "both cost the coda and the head in every iteration",
@@ -202,3 +203,10 @@ def test_help_says_what_recurrent_decoding_costs_and_promises():
         "changes no token (in bf16 up to rounding)",
     ):
         assert words in text, words
+
+
+def test_the_prompt_is_continued_as_it_was_given(sample):
+    """SQL comments and option names look like flags; underscores in them are no dashes."""
+    for prompt in ("-- create_table", "--no_copy --yes"):
+        out, _ = sample("--prompt", prompt, "--stop", "-- a_b", "--max-tokens", "1", "--json")
+        assert json.loads(out)["prompt"] == prompt

@@ -5,7 +5,7 @@ import torch
 
 from minillm.config import ModelConfig
 from minillm.errors import UsageError
-from minillm.exits import ExitRule
+from minillm.exit_rules import ExitRule
 from minillm.generate import generate
 from minillm.model import GPT
 from minillm.ops import EAGER

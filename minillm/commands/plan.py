@@ -10,10 +10,20 @@ import torch
 
 from minillm import activations, documents, links, plan, startup, world
 from minillm.bpe import choose_vocab_size
-from minillm.cli import Parser, path, real, whole
 from minillm.config import ModelConfig, TrainConfig
 from minillm.data import Batches
 from minillm.errors import UsageError
+from minillm.flags import plan as flags
+from minillm.flags.plan import (
+    HOST_GBS,
+    LATENCY_US,
+    LINK_GBS,
+    MFU,
+    NODE_GPUS,
+    NODE_LINK_GBS,
+    OVERLAP,
+)
+from minillm.launch import World
 from minillm.links import Link, Network
 from minillm.pace import wished_steps
 from minillm.plan_text import shown
@@ -24,17 +34,12 @@ from minillm.tokenizer import load_tokenizer
 
 DEFAULT_TEXT = 11_000_000  # bytes of the default corpus, about
 CHARACTERS = 65  # of tiny shakespeare
-MFU, OVERLAP = 0.4, 0.7
-# One way, in GB/s: the nominal figures of NVLink 4 (H100, H200), and of 400 Gbit/s a GPU.
-LINK_GBS, NODE_LINK_GBS = 450.0, 50.0
-LATENCY_US, NODE_GPUS, HOST_GBS = 5.0, 8, 25.0
 
 
 def main(argv: Sequence[str]) -> None:
     """Plan the training that train.py's flags describe; the tables go to standard output."""
-    args = _parser().parse(argv)
-    _check(args)
-    settings, run = startup.begin(args, world.World())
+    args = flags.parse(argv)
+    settings, run = startup.begin(args, World())
     model, corpus, vocabulary = _vocabulary(settings, run)
     train = settings.train
     device = world.pick_device(train.device)
@@ -73,15 +78,6 @@ def main(argv: Sequence[str]) -> None:
     kept = f"activations: what eager operations keep on {'a GPU' if fused else 'a CPU'}{deep}"
     found["figures"] = [f"dtype {str(dtype).removeprefix('torch.')}", micro, kept, *said]
     print(json.dumps(found) if args.json else shown(found))
-
-
-def _check(args: Namespace) -> None:
-    """Raise UsageError on flags that exclude each other."""
-    given = (args.link_gbs, args.latency_us, args.node_gpus, args.node_link_gbs)
-    if args.links and any(value is not None for value in given):
-        raise UsageError("--links and --link-gbs, --latency-us, --node-... exclude each other")
-    if args.print_config:
-        raise UsageError("--print-config is train.py's; leave it out")
 
 
 def _vocabulary(settings: Settings, run: Path | None) -> tuple[ModelConfig, Corpus | None, str]:
@@ -243,34 +239,3 @@ def _times(job: plan.Job, network: Network, speeds: Speeds, steps: int | None) -
             "run_s": None if steps is None else steps * time.total_s,
         }
     return found
-
-
-def _parser() -> Parser:
-    parser = startup.command_line(
-        "What a training takes, before it runs: parameters, FLOPs, memory of a rank, time of a "
-        "step. Takes train.py's flags; nothing is trained, written or sent."
-    )
-    parser.prog = "minillm plan"
-    add = parser.add_argument_group("plan").add_argument
-    above = {"type": real(0, above=True), "metavar": "X"}
-    share = {"type": real(0, 1), "metavar": "X"}
-    add("--gpus", type=whole(1, 1_000_000), default=1, metavar="N", help="ranks (default: 1)")
-    add("--links", type=path, metavar="FILE",
-        help="links as benchmarks/zero/fit.py found them on this machine")  # fmt: skip
-    add("--link-gbs", **above, help=f"GB/s one way in a node (default: {LINK_GBS:g}, NVLink 4)")
-    add("--latency-us", type=real(0), metavar="X",
-        help=f"microseconds of a message (default: {LATENCY_US:g})")  # fmt: skip
-    add("--node-gpus", type=whole(1, 1_000_000), metavar="N",
-        help=f"ranks of a node (default: {NODE_GPUS})")  # fmt: skip
-    add("--node-link-gbs", **above,
-        help=f"GB/s one way between nodes, of each rank (default: {NODE_LINK_GBS:g})")  # fmt: skip
-    add("--flops", **above, help="a rank's peak, FLOP/s, such as 990e12 (default: measured here)")
-    add("--mfu", type=real(0, 1, above=True), metavar="X",
-        help=f"share of the peak that training reaches (default: {MFU:g})")  # fmt: skip
-    add("--memory-gbs", **above, help="GB/s of a rank's memory (default: measured here)")
-    add("--host-gbs", **above,
-        help=f"GB/s to the host's memory, with --offload (default: {HOST_GBS:g})")  # fmt: skip
-    add("--overlap", **share, help="share of the communication that runs beside computation, where "
-        f"it can (default: {OVERLAP:g}; 0 with --links)")  # fmt: skip
-    add("--json", action="store_true", help="one JSON object instead of tables")
-    return parser

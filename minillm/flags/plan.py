@@ -1,0 +1,93 @@
+"""The command line of `minillm plan`: train.py's flags, and those of the cluster to plan for."""
+
+from argparse import Namespace
+from collections.abc import Sequence
+from functools import partial
+
+from minillm.cli import Parser, path, real, whole
+from minillm.errors import UsageError
+from minillm.flags import train
+from minillm.launch import shell_command
+from minillm.settings import ALIASES
+
+MFU, OVERLAP = 0.4, 0.7
+# One way, in GB/s: the nominal figures of NVLink 4 (H100, H200), and of 400 Gbit/s a GPU.
+LINK_GBS, NODE_LINK_GBS = 450.0, 50.0
+LATENCY_US, NODE_GPUS, HOST_GBS = 5.0, 8, 25.0
+
+
+COMMON = (
+    *("gpus", "flops", "memory_gbs", "preset", "zero", "n_layer", "n_head", "d_model", "seq_len"),
+    *("batch_size", "micro_batch_size", "activation_checkpointing", "json", "help"),
+)
+
+
+def parse(argv: Sequence[str]) -> Namespace:
+    """Parse the flags of `minillm plan`; raise UsageError on flags that do not fit together."""
+    args = parser().parse(argv)
+    _check(args)
+    train.check(args)
+    return args
+
+
+def _check(args: Namespace) -> None:
+    """Raise UsageError on flags that exclude each other."""
+    given = (args.link_gbs, args.latency_us, args.node_gpus, args.node_link_gbs)
+    if args.links and any(value is not None for value in given):
+        raise UsageError("--links and --link-gbs, --latency-us, --node-... exclude each other")
+    if args.print_config:
+        raise UsageError("--print-config is train.py's; leave it out")
+
+
+def parser() -> Parser:
+    """Return the parser of the flags of `minillm plan`."""
+    start = partial(shell_command, "plan")
+    p = Parser(
+        prog=start(),
+        description="Estimate what a training takes, before it runs: parameters, FLOPs, memory of "
+        "each rank and time of a step. It takes train.py's flags. Nothing is trained or written.",
+        epilog=train.EPILOG,
+        aliases=ALIASES,
+        common=COMMON,
+        examples=(
+            (start(), "what plain train.py takes on this machine"),
+            (start("--preset", "small", "--gpus", 8), "the same of a preset on 8 GPUs"),
+            (start("--preset", "large", "--gpus", 64, "--zero", 2, "--flops", "990e12"),
+             "on 64 GPUs of 990 TFLOP/s each, with gradients sharded"),
+        ),
+        values=train.values,
+    )  # fmt: skip
+    _add_to(p)
+    train.add_to(p)
+    return p
+
+
+def _add_to(p: Parser) -> None:
+    add = p.add_argument_group("plan").add_argument
+    above = {"type": real(0, above=True), "metavar": "X"}
+    add("--gpus", type=whole(1, 1_000_000), default=1, metavar="N", help="number of ranks")
+    add("--links", type=path, metavar="FILE",
+        help="measured links of this machine, as benchmarks/zero/fit.py writes them")  # fmt: skip
+    add("--link-gbs", **above,
+        help="one-way bandwidth of a rank's link within a node, in GB/s "
+        f"(default: {LINK_GBS:g}, NVLink 4)")  # fmt: skip
+    add("--latency-us", type=real(0), metavar="X",
+        help=f"latency of a message in microseconds (default: {LATENCY_US:g})")  # fmt: skip
+    add("--node-gpus", type=whole(1, 1_000_000), metavar="N",
+        help=f"number of ranks in each node (default: {NODE_GPUS})")  # fmt: skip
+    add("--node-link-gbs", **above,
+        help="one-way bandwidth of a rank's link to other nodes, in GB/s "
+        f"(default: {NODE_LINK_GBS:g})")  # fmt: skip
+    add("--flops", **above,
+        help="peak speed of a rank in FLOP/s, such as 990e12 (default: measured here)")  # fmt: skip
+    add("--mfu", type=real(0, 1, above=True), metavar="X",
+        help=f"share of the peak that training reaches, 0 to 1 (default: {MFU:g})")  # fmt: skip
+    add("--memory-gbs", **above,
+        help="memory bandwidth of a rank in GB/s (default: measured here)")  # fmt: skip
+    add("--host-gbs", **above,
+        help="bandwidth to the host's memory in GB/s, for --offload "
+        f"(default: {HOST_GBS:g})")  # fmt: skip
+    add("--overlap", type=real(0, 1), metavar="X",
+        help="share of the communication that runs during computation, 0 to 1 "
+        f"(default: {OVERLAP:g}; 0 with --links)")  # fmt: skip
+    add("--json", action="store_true", help="print one JSON object instead of tables")

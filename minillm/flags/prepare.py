@@ -1,0 +1,64 @@
+"""The command line of `minillm prepare`."""
+
+from argparse import Namespace
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from minillm import documents
+from minillm.cli import Parser, path, real, whole
+from minillm.errors import UsageError
+from minillm.launch import shell_command
+from minillm.storage import check_place
+
+
+def parse(argv: Sequence[str]) -> Namespace:
+    """Parse the flags of `minillm prepare`; raise UsageError on paths that are not there."""
+    args = parser().parse(argv)
+    if args.tokenizer == "":
+        raise UsageError("--tokenizer is empty; expected bpe, char, byte or a tokenizer's file")
+    if args.out is None:
+        check_place("--cache-dir", args.cache_dir)
+    else:
+        check_place("--out", args.out.parent)
+    for place in args.paths:
+        if not Path(place).exists():
+            documents.find([place])
+    return args
+
+
+def parser() -> Parser:
+    """Return the parser of the flags of `minillm prepare`."""
+    start = partial(shell_command, "prepare")
+    p = Parser(
+        prog=start(),
+        description="Split text, tokenize it and write token shards that train.py --data reads.",
+        examples=(
+            (start("my.txt", "--out", "corpus"), "prepare one text in a new folder"),
+            (start("texts", "--tokenizer", "char"), "a folder of texts, with a token a character"),
+            (start("rows.jsonl", "--val-fraction", 0.1), "hold a tenth out for validation"),
+        ),
+    )  # fmt: skip
+    add = p.add_argument
+    add("paths", nargs="*", metavar="PATH",
+        help="text file, .jsonl, .jsonl.gz or .parquet file with a text column, folder or glob "
+        "pattern (default: the standard library of this Python)")  # fmt: skip
+    add("--out", type=path, metavar="DIR",
+        help="new folder to write (default: a folder in --cache-dir)")  # fmt: skip
+    add("--cache-dir", type=path, default=Path("data/prepared"), metavar="DIR",
+        help="folder to keep prepared text in")  # fmt: skip
+    add("--tokenizer", metavar="NAME",
+        help="tokenizer: bpe, char, byte, or a file FILE.model or FILE.json "
+        "(default: bpe)")  # fmt: skip
+    add("--vocab-size", type=whole(1, 1_000_000), metavar="N",
+        help="number of tokens in the vocabulary of bpe (default: chosen from the amount of "
+        "text)")  # fmt: skip
+    add("--val-fraction", type=real(0, 0.5), metavar="X",
+        help="share of the bytes held out for validation, 0 to 0.5 (default: 0.05)")  # fmt: skip
+    add("--errors", choices=("strict", "replace"),
+        help="what to do with bytes that are not UTF-8: refuse the file, or replace them by "
+        "U+FFFD (default: strict)")  # fmt: skip
+    add("--workers", type=whole(1, 1024), metavar="N",
+        help="number of processes that encode (default: one for each processor, for texts above "
+        "4 MB)")  # fmt: skip
+    return p

@@ -1,0 +1,126 @@
+"""The command line of train.py."""
+
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from minillm import cli, documents
+from minillm.configure import read_config, resolve
+from minillm.errors import UsageError
+from minillm.launch import shell_command
+from minillm.settings import ALIASES, Settings, add_flags, notes
+
+NEWEST = object()  # --resume without a name
+COMMON = (
+    *("data", "preset", "time_limit", "steps", "out", "resume", "config", "n_layer", "n_head"),
+    *("d_model", "seq_len", "batch_size", "learning_rate", "device", "compile", "help"),
+)
+EPILOG = (
+    "Underscores may stand for dashes. --no-NAME turns a switch off. A flag wins over the same "
+    "setting in --config, and that over --preset."
+)
+# The device files of CUDA's driver, of the same in WSL and on a Jetson, and of ROCm's.
+GPU_FILES = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvhost-gpu", "/dev/nvgpu", "/dev/kfd")
+
+
+def parse(argv: Sequence[str]) -> Namespace:
+    """Parse train.py's flags; raise UsageError on what can be refused without torch."""
+    args = parser().parse(argv)
+    check(args)
+    return args
+
+
+def parser() -> cli.Parser:
+    """Return the parser of train.py's flags."""
+    start = partial(shell_command, "train")
+    p = cli.Parser(
+        prog=start(),
+        description="Train a decoder on text.",
+        epilog=EPILOG,
+        aliases=ALIASES,
+        common=COMMON,
+        examples=(
+            (start(), "train on the sources of this Python, as a first try"),
+            (start("--data", "my.txt", "--time-limit", "10m"), "train on a text for ten minutes"),
+            (start("--resume"), "continue the newest run"),
+        ),
+        values=values,
+    )
+    add_to(p)
+    return p
+
+
+def add_to(p: cli.Parser) -> None:
+    """Add train.py's flags to a parser."""
+    p.add_argument(
+        "--config", metavar="FILE", help="file with settings, .toml or .json, as --print-config "
+        "prints them",
+    )  # fmt: skip
+    p.add_argument(
+        "--resume", nargs="?", const=NEWEST, metavar="RUN",
+        help="run to continue (without RUN: the newest)",
+    )  # fmt: skip
+    p.add_argument("--print-config", action="store_true", help="print the settings and exit")
+    add_flags(p)
+
+
+def values(args: Namespace | None) -> tuple[str, dict[str, str]]:
+    """Return whose defaults help shows, in a sentence, and the note on each setting's value.
+
+    args: the other flags; None if they are refused, or there are none.
+    """
+    try:
+        preset = default_presets(args)[-1] if args else "nano"
+        settings = resolve(vars(args) if args else {}, args and args.config, preset)
+    except UsageError:
+        preset = "nano"
+        settings = resolve({}, None, preset)
+    taken = settings.train.preset
+    whose = f"The defaults shown are those of --preset {taken}"
+    if "preset" not in settings.given:
+        other = {"nano": "on a CPU (on a GPU: tiny)", "tiny": "on a GPU (on a CPU: nano)"}[taken]
+        whose += f", which is used {other}"
+    if args and args.config:
+        whose += f", and the settings of {args.config}"
+    if args and args.resume is not None:
+        whose += "; a resumed run keeps its own settings"
+    return whose + ".", notes(settings)
+
+
+def check(args: Namespace) -> None:
+    """Raise UsageError if the flags do not fit together, without asking torch for a device."""
+    if args.resume is not None:
+        if args.out or args.init_from or args.overwrite:
+            raise UsageError("--resume goes on in its own folder; drop --out, --init-from and such")
+        if args.resume == "":
+            raise UsageError("--resume is empty; name a run, or give --resume alone for the newest")
+        return
+    found: list[Settings | UsageError] = []
+    for preset in default_presets(args):
+        try:
+            found.append(resolve(vars(args), args.config, preset))
+        except UsageError as error:
+            found.append(error)
+    refusals = [each for each in found if isinstance(each, UsageError)]
+    # Where the preset is not known yet, only what both refuse in the same words is refused here.
+    if len(refusals) == len(found) and len({str(error) for error in refusals}) == 1:
+        raise refusals[0]
+    settings = next((each for each in found if isinstance(each, Settings)), None)
+    if settings is not None and (data := settings.train.data):
+        for place in [data] if isinstance(data, str) else data:
+            if not Path(place).exists():
+                documents.find([place])
+
+
+def default_presets(args: Namespace) -> list[str]:
+    """Return the preset used without --preset: nano on a CPU, tiny on a GPU; both if in doubt."""
+    device = args.device
+    if device is None and args.config is not None:
+        device = read_config(Path(args.config)).get("device")
+    if (device or "auto") != "auto":
+        return ["nano" if device.startswith("cpu") else "tiny"]
+    if sys.platform == "linux" and not any(Path(name).exists() for name in GPU_FILES):
+        return ["nano"]
+    return ["nano", "tiny"]

@@ -1,0 +1,91 @@
+"""What --help prints: the common flags with examples, or all flags."""
+
+import argparse
+import shutil
+import textwrap
+from collections.abc import Iterable
+
+WIDTH = 80
+
+
+class Formatter(argparse.HelpFormatter):
+    """Adds each flag's value to its help, and keeps within 80 columns.
+
+    notes: what is said of a flag's value, by dest; of the others the parser's default is said.
+    """
+
+    def __init__(self, prog: str, notes: dict[str, str]) -> None:
+        width = min(WIDTH, shutil.get_terminal_size().columns)
+        super().__init__(prog, max_help_position=26, width=max(40, width) - 1)
+        self.notes = notes
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text, note = action.help or "", self.notes.get(action.dest, "")
+        silent = action.default in (None, argparse.SUPPRESS) or action.default is False
+        if not note and "default:" not in text and not silent:
+            note = f"default: {action.default}"
+        if note and text.endswith(")"):
+            return f"{text[:-1]}; {note})"
+        return f"{text} ({note})" if note else text
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        # Names of flags and presets stay whole at their dashes.
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        lines = self._split_lines(text, width - len(indent))
+        return "\n".join(indent + line for line in lines)
+
+
+def short(parser: argparse.ArgumentParser, namespace: argparse.Namespace | None) -> str:
+    """Return the help on the parser's common flags, with examples."""
+    known = {action.dest: action for action in parser._actions}
+    common = [known[name] for name in parser.common]
+    shown = [action for action in parser._actions if action.help is not argparse.SUPPRESS]
+    f = _begun(parser, namespace)
+    positional = [action for action in common if not action.option_strings]
+    _section(f, "arguments", positional)
+    _section(f, "common flags", [action for action in common if action.option_strings])
+    _examples(f, parser)
+    flags = sum(bool(action.option_strings) for action in shown)
+    more = "; nanoGPT's names of flags are understood too" if parser.aliases else ""
+    f.add_text(f"--help all shows all {flags} flags{more}.")
+    return f.format_help()
+
+
+def whole(parser: argparse.ArgumentParser, namespace: argparse.Namespace | None) -> str:
+    """Return the help on all flags of the parser, by group."""
+    f = _begun(parser, namespace)
+    for group in parser._action_groups:
+        title = {"positional arguments": "arguments", "options": "flags"}.get(group.title)
+        _section(f, title or group.title, group._group_actions)
+    _examples(f, parser)
+    f.add_text(parser.epilog)
+    if parser.aliases:
+        names = ", ".join(f"{theirs} = {ours}" for theirs, ours in parser.aliases.items())
+        f.add_text(f"nanoGPT's names of flags are understood too: {names}.")
+    return f.format_help()
+
+
+def _begun(parser: argparse.ArgumentParser, namespace: argparse.Namespace | None) -> Formatter:
+    """Return a formatter with the usage, the description and a word on the defaults."""
+    said, notes = parser.values(namespace)
+    f = Formatter(parser.prog, notes)
+    words = [f"[{a.metavar or a.dest}]" + " ..." * (a.nargs in ("*", "+"))
+             for a in parser._actions if not a.option_strings]  # fmt: skip
+    f.add_usage(" ".join([parser.prog, *words, "[flags]"]).replace("%", "%%"), [], [], "usage: ")
+    f.add_text(parser.description)
+    f.add_text(said)
+    return f
+
+
+def _section(f: Formatter, title: str, actions: Iterable[argparse.Action]) -> None:
+    f.start_section(title)
+    f.add_arguments(actions)
+    f.end_section()
+
+
+def _examples(f: Formatter, parser: argparse.ArgumentParser) -> None:
+    lines = [f"  {command}\n      {what}\n" for command, what in parser.examples]
+    if lines:
+        f._add_item(lambda: "examples:\n" + "".join(lines) + "\n", [])
