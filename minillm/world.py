@@ -46,12 +46,14 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
 def pick_dtype(name: str, device: torch.device, width: int) -> torch.dtype:
     """The dtype of the stream; "auto" takes bf16 where it pays.
 
-    On a CPU that is where a bf16 unit (AMX or AVX512-BF16) multiplies several times faster than
+    A GPU without bf16 arithmetic (older than Ampere) only emulates it, slowly, and takes fp16. On a
+    CPU that is where a bf16 unit (AMX or AVX512-BF16) multiplies several times faster than
     fp32 and the model is at least 64 wide: below, conversions eat the gain.
     """
     if name == "auto":
         if device.type == "cuda":
-            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+            return torch.bfloat16 if native else torch.float16
         fast = device.type == "cpu" and cpu_has_bf16()
         return torch.bfloat16 if fast and width >= 64 else torch.float32
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]

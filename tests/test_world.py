@@ -82,8 +82,12 @@ def test_dtypes(monkeypatch):
         assert world.pick_dtype("auto", CPU, width) == expected
     assert world.pick_dtype("bf16", CPU, 8) == torch.bfloat16
     assert world.pick_dtype("fp32", CPU, 4096) == torch.float32
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
-    assert world.pick_dtype("auto", CUDA, 8) == torch.bfloat16
+    for native, expected in ((True, torch.bfloat16), (False, torch.float16)):
+        # What PyTorch emulates on older GPUs counts as supported unless it is asked not to.
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                            lambda including_emulation=True, native=native: native
+                            or including_emulation)  # fmt: skip
+        assert world.pick_dtype("auto", CUDA, 8) == expected
 
 
 def test_what_a_launcher_says(monkeypatch):
