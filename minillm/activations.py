@@ -26,13 +26,29 @@ def activation_bytes(
     again: bool = False,
     fused: bool = False,
 ) -> float | None:
-    """What `rows` sequences keep, at the deepest recurrence that has gradients; None if the blocks
-    around a core are too many to be counted.
+    """Return what `rows` sequences keep for their backward pass, see `activation_line`."""
+    line = activation_line(config, dtype, narrow=narrow, again=again, fused=fused)
+    return None if line is None else line[0] + (rows - 1) * line[1]
 
-    narrow: the parameters too are in `dtype`, else they are fp32, and their copies in `dtype` are
-    kept.    again: activation checkpointing; one block, or an iteration's, are kept on top of what
-    is kept all along.    fused: attention keeps its inputs, its output and a number a row, as on a
-    GPU; else it is PyTorch's on a CPU.
+
+def activation_line(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    *,
+    narrow: bool = False,
+    again: bool = False,
+    fused: bool = False,
+) -> tuple[float, float] | None:
+    """Return the bytes that one sequence keeps, and those that each further one adds.
+
+    They are those at the deepest recurrence that has gradients. Return None if the blocks around a
+    core are too many to be counted.
+
+    narrow: whether the parameters are in `dtype` too; else they are fp32, and their copies in
+    `dtype` are kept
+    again: activation checkpointing; one block, or one iteration's blocks, are kept in addition
+    fused: whether attention keeps only its inputs, its output and one number a row, as on a GPU;
+    else it is PyTorch's on a CPU
     """
     r = min(config.max_recurrence, config.backprop_depth) if config.recurrent else None
     if config.recurrent and config.n_layer > DEEPEST:
@@ -40,7 +56,7 @@ def activation_bytes(
     ops = replace(EAGER, attention=_fused_attention) if fused else EAGER
 
     def both(depth: int, again: bool) -> tuple[float, float]:
-        """Of one and of two sequences: what does not grow with them is there once."""
+        """Return what one and what two sequences keep; copies of weights are in both once."""
         return tuple(_at_depth(config, n, dtype, ops, depth, narrow, again) for n in (1, 2))
 
     one, two = both(r or config.n_layer, again)
@@ -48,7 +64,7 @@ def activation_bytes(
         whole = both(1 if r else config.n_layer, False)
         share = min(config.depths[1] + 1, config.n_layer) / config.n_layer
         one, two = one + whole[0] * share, two + whole[1] * share
-    return one + (rows - 1) * (two - one)
+    return one, two - one
 
 
 def _at_depth(

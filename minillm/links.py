@@ -66,7 +66,10 @@ def nodes(ranks: int, node_gpus: int, inside: Link, between: Link, source: str) 
     Raises UsageError if the last node would not be full.
     """
     if ranks > node_gpus and ranks % node_gpus:
-        raise UsageError(f"--gpus {ranks} does not fill nodes of --node-gpus {node_gpus}")
+        raise UsageError(
+            f"--gpus {ranks} does not fill nodes of --node-gpus {node_gpus}; take a multiple of "
+            f"{node_gpus}, or another --node-gpus"
+        )
     levels = ((min(ranks, node_gpus), inside), (max(1, ranks // node_gpus), between))
     return Network(ranks, dict.fromkeys(ROUNDS, levels), source)
 

@@ -1,7 +1,7 @@
 """What a training takes before it runs: parameters by part, FLOPs, bytes of a rank, seconds a step.
 
 Arithmetic alone: nothing is measured, run or sent. N parameters, W ranks, A micro-batches of a rank
-in a step. What this room does not do: know how fast a machine is (commands/plan.py), or how
+in a step. What this file does not do: know how fast a machine is (hardware.py), or how
 collectives travel (links.py).
 """
 

@@ -28,9 +28,10 @@ from minillm.tokenizer import KINDS
 HELD = ("parameters", "gradients", "masters", "moments")  # by a rank, of plan.memory
 
 
-def begin(args: Namespace, here: World) -> tuple[Settings, Path | None]:
+def begin(args: Namespace, here: World, preset: str | None = None) -> tuple[Settings, Path | None]:
     """The settings and, where a run is resumed, its folder.
 
+    preset: what holds where the user names none; None: the one that fits the device here.
     here: a launch that torchrun has started again goes on with its own run, whatever the flags.
     Raises UsageError if the flags do not fit together or --out is in use.
     """
@@ -41,10 +42,11 @@ def begin(args: Namespace, here: World) -> tuple[Settings, Path | None]:
         config = as_train_config(run, train | runs.newest_settings(run))
         wishes = resolve(vars(args), args.config, None, asdict(model) | asdict(config))
         return changed(model, config, wishes), run
-    device = args.device
-    if device is None and args.config is not None:
-        device = read_config(Path(args.config)).get("device")
-    preset = "nano" if world.pick_device(device or "auto").type == "cpu" else "tiny"
+    if preset is None:
+        device = args.device
+        if device is None and args.config is not None:
+            device = read_config(Path(args.config)).get("device")
+        preset = "nano" if world.pick_device(device or "auto").type == "cpu" else "tiny"
     settings = resolve(vars(args), args.config, preset)
     train = settings.train
     if here.attempt and (run := runs.run_of(here.launch, train.out)) is not None:

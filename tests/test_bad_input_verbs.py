@@ -14,6 +14,7 @@ from tests.refusals import refusal
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 LINKS = ["--gpus", "2", "--links"]
+H100 = ["--gpu", "h100", "--gpus"]
 CASES = [
     # Command, words, a part of the message; the code is 2.
     ("plan", ["--flops", "0"], "0 is not above 0"),
@@ -26,14 +27,14 @@ CASES = [
     ("plan", ["--latency-us", "-1"], "-1.0 is out of range"),
     ("plan", ["--gpus", "0"], "0 is out of range; expected between 1 and"),
     ("plan", ["--gpus", "1.5"], "'1.5' is not a whole number"),
-    ("plan", ["--gpus", "4", "--node-gpus", "3", "--batch-size", "8"], "does not fill nodes of"),
-    ("plan", ["--gpus", "2", "--batch-size", "7"], "not divisible by 2 ranks; nearest: 8"),
+    ("plan", [*H100, "4", "--node-gpus", "3", "--batch-size", "8"], "does not fill nodes of"),
+    ("plan", [*H100, "2", "--batch-size", "7"], "not divisible by 2 ranks; nearest: 8"),
     ("plan", [*LINKS, "torn.json"], "torn.json: not what benchmarks/zero/fit.py writes"),
     ("plan", [*LINKS, "deep.json"], "deep.json: not what benchmarks/zero/fit.py writes"),
     ("plan", [*LINKS, "bytes.toml"], "bytes.toml: not what benchmarks/zero/fit.py writes"),
     ("plan", [*LINKS, "folder"], "folder: not a regular file"),
     ("plan", [*LINKS, "torn.json", "--latency-us", "1"], "exclude each other"),
-    ("plan", ["--gpsu", "2"], "did you mean --gpus?"),
+    ("plan", ["--gpuss", "2"], "did you mean --gpus?"),
     ("plan", ["--json", "--json"], "--json is given twice"),
     ("plan", ["--json=yes"], "--json: takes no value; got 'yes'"),
     ("plan", ["--print-config"], "--print-config is train.py's; leave it out"),

@@ -83,11 +83,13 @@ def place(tiny_run, tmp_path, monkeypatch) -> dict[str, str]:
     monkeypatch.setattr(profile.machine, "about", reach)
     check_names, gpu = profile.tune.check, torch.device("cuda")
     monkeypatch.setattr(profile.tune, "check", lambda names, device: check_names(names, gpu))
-    monkeypatch.setattr(plan.world, "set_threads", lambda wish: (1, ""))
-    monkeypatch.setattr(plan.world, "measured_peak_flops", lambda device, dtype: 1e10)
-    monkeypatch.setattr(plan.machine, "ceilings", lambda *args, **more: {"memory_gbps": 10.0})
+    monkeypatch.setattr(plan.hardware.world, "set_threads", lambda wish: (1, ""))
+    monkeypatch.setattr(plan.hardware.world, "measured_peak_flops", lambda device, dtype: 1e10)
+    monkeypatch.setattr(
+        plan.hardware.machine, "ceilings", lambda *args, **more: {"memory_gbps": 10.0}
+    )
     # It builds a model of shapes alone.
-    monkeypatch.setattr(plan.activations, "activation_bytes", lambda *args, **more: 1e6)
+    monkeypatch.setattr(plan.plan_fit.activations, "activation_line", lambda *_, **more: (1e6, 1e5))
     monkeypatch.setattr("sys.stdin", io.StringIO("a line\n"))
     return {"{t}": str(tmp_path), "{run}": str(tiny_run)}
 

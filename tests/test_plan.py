@@ -7,10 +7,9 @@ import pytest
 
 from minillm import __main__ as verbs
 from minillm import plan, world
-from minillm.commands import plan as command
 from minillm.config import PRESETS, ModelConfig
 from minillm.errors import UsageError
-from minillm.links import Link, alone, nodes
+from minillm.links import ROUNDS, Link, alone, nodes
 from minillm.model import GPT
 from minillm.ops import EAGER
 from minillm.plan import Job
@@ -200,16 +199,20 @@ def planned(monkeypatch, capfd, tmp_path):
 
 
 def test_the_plan_as_text(planned):
-    code, out, err = planned("--preset", "nano", "--gpus", 4, "--zero", 2, "--dtype", "fp32")
+    flags = ["--preset", "nano", "--zero", 2, "--dtype", "fp32"]
+    code, out, err = planned(*flags, "--gpu", "h100", "--gpus", 4)
     assert (code, err) == (0, "")
-    for said in ("4,096, assumed: what bpe takes", "zero 2 *", "activations (estimate)",
-                 "extrapolation", "or 2", "peak 1 TFLOP/s a rank: measured here", "not measured",
-                 "1,836,672"):  # fmt: skip
+    for said in ("4,096, assumed: what bpe takes", "zero 2 *", "activations, estimated",
+                 "fits: ", "of 79.1 GiB per GPU", "4 x H100 SXM 80 GB", "not measured",
+                 "66.9 TFLOP/s in fp32, dense: data sheet", "1,836,672"):  # fmt: skip
         assert said in out, said
+    code, out, err = planned(*flags)
+    assert (code, err) == (0, "")
+    assert "peak 1 TFLOP/s per rank: measured here" in out and "this machine" in out
 
 
 def test_the_plan_as_json(planned, tmp_path):
-    links = {name: {"alpha_s": 1e-3, "beta_bytes_per_s": 1e9} for name in command.links.ROUNDS}
+    links = {name: {"alpha_s": 1e-3, "beta_bytes_per_s": 1e9} for name in ROUNDS}
     path = tmp_path / "links.json"
     path.write_text(json.dumps({"machine": "m", "worlds": {"2": {"date": "d", **links}}}))
     flags = ["--preset", "nano-recurrent", "--optimizer", "adamw", "--vocab-size", 500]
@@ -227,7 +230,7 @@ def test_the_plan_as_json(planned, tmp_path):
 
 
 def test_muon_has_no_stage_3(planned):
-    _, out, _ = planned("--preset", "nano", "--gpus", 2, "--json")
+    _, out, _ = planned("--preset", "nano", "--gpu", "h100", "--gpus", 2, "--json")
     assert json.loads(out)["memory"]["3"] is None and json.loads(out)["time"]["3"] is None
 
 
@@ -237,19 +240,25 @@ def test_the_vocabulary_of_a_corpus(planned, tiny_run):
     found = json.loads(out)
     assert found["parameters"]["vocabulary"].startswith("257, of ") and not err
     assert found["flops"]["steps"] > 1
-    _, out, _ = planned("--resume", tiny_run, "--gpus", 2, "--json")
+    _, out, _ = planned("--resume", tiny_run, "--gpu", "t4", "--gpus", 2, "--json")
     assert json.loads(out)["parameters"]["vocabulary"].startswith("257, ")
 
 
 REFUSED = [
     (["--gpus", "0"], "argument --gpus: 0 is out of range"),
     (["--zero", "4"], "argument --zero: 4 is out of range; expected between 0 and 3"),
-    (["--gpus", "3"], "--batch-size 16 is not divisible by 3 ranks"),
-    (["--gpus", "32"], "--batch-size 16 is not divisible by 32 ranks"),
-    (["--gpus", "4", "--micro-batch-size", "8"], "--micro-batch-size 8 does not divide the 4"),
+    (["--gpu", "h100", "--gpus", "3"], "--batch-size 16 is not divisible by 3 ranks"),
+    (["--gpu", "h100", "--gpus", "32"], "--batch-size 16 is not divisible by 32 ranks"),
+    (
+        ["--gpu", "h100", "--gpus", "4", "--micro-batch-size", "8"],
+        "--micro-batch-size 8 does not divide the 4",
+    ),
     (["--zero", "3"], "--zero 3 cuts the matrices that muon needs whole"),
     (["--offload"], "--offload is of --zero 1 or 2; add one, or drop it"),
-    (["--gpus", "16", "--node-gpus", "3"], "--gpus 16 does not fill nodes of --node-gpus 3"),
+    (
+        ["--gpu", "h100", "--gpus", "16", "--node-gpus", "3"],
+        "--gpus 16 does not fill nodes of --node-gpus 3",
+    ),
     (["--links", "none", "--link-gbs", "3"], "--links and --link-gbs"),
     (["--gpus", "2", "--links", "none"], "--links none: no such file"),
     (["--mfu", "0"], "argument --mfu: 0 is not above 0"),

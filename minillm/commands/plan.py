@@ -3,81 +3,97 @@
 import json
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
-import torch
-
-from minillm import activations, documents, links, plan, startup, world
+from minillm import documents, hardware, plan, plan_fit, startup
 from minillm.bpe import choose_vocab_size
 from minillm.config import ModelConfig, TrainConfig
 from minillm.data import Batches
 from minillm.errors import UsageError
 from minillm.flags import plan as flags
-from minillm.flags.plan import (
-    HOST_GBS,
-    LATENCY_US,
-    LINK_GBS,
-    MFU,
-    NODE_GPUS,
-    NODE_LINK_GBS,
-    OVERLAP,
-)
+from minillm.hardware import Hardware, Speeds
 from minillm.launch import World
-from minillm.links import Link, Network
+from minillm.links import Network
 from minillm.pace import wished_steps
+from minillm.plan_fit import Budget, Verdict
 from minillm.plan_text import shown
-from minillm.profiling import machine
 from minillm.settings import Settings
 from minillm.shards import Corpus, is_prepared
 from minillm.tokenizer import load_tokenizer
 
 DEFAULT_TEXT = 11_000_000  # bytes of the default corpus, about
 CHARACTERS = 65  # of tiny shakespeare
+GPU_PRESET = "tiny"  # what train.py takes on a GPU where no preset is named
 
 
 def main(argv: Sequence[str]) -> None:
     """Plan the training that train.py's flags describe; the tables go to standard output."""
     args = flags.parse(argv)
-    settings, run = startup.begin(args, World())
+    card = hardware.check(args)
+    settings, run = startup.begin(
+        args, World(), GPU_PRESET if hardware.is_described(args) else None
+    )
     model, corpus, vocabulary = _vocabulary(settings, run)
     train = settings.train
-    device = world.pick_device(train.device)
-    dtype = world.pick_dtype(train.dtype, device, model.d_model)
+    asked = _job(args, train, model)  # refused before anything is measured
+    on = hardware.describe(args, train, card, model.d_model)
+    job = replace(asked, width=on.dtype.itemsize)
+    budget = Budget(on.dtype, on.kind == "GPU", on.capacity)
+    if train.micro_batch_size == "auto":  # as training does, which takes the largest that fits
+        rows = budget.largest(job, train.zero)
+        job = replace(job, micro_batch=job.share if rows is None else max(rows, 1))
+    verdict = plan_fit.judge(budget, job, train.zero, card.name if card else None)
+    found = {
+        "ranks": job.ranks,
+        "zero": train.zero,
+        "micro_batches": job.micro_batches,
+        "extrapolation": not (on.measured and on.network.measured),
+        "gpu": hardware.raw(on),
+        "verdict": verdict.raw,
+        "parameters": _parameters(model, vocabulary),
+        "flops": _flops(job, _steps(settings, model, corpus), train.time_limit),
+        "memory": _memory(job, budget),
+    }
+    found["time"] = _times(job, on.network, on.speeds, found["flops"]["steps"])
+    found["figures"] = _figures(job, on, verdict, train)
+    if args.json:
+        print(json.dumps(found))
+    else:
+        print(shown(found, hardware.in_words(on, job.ranks, args.node_gpus)))
+
+
+def _job(args: Namespace, train: TrainConfig, model: ModelConfig) -> plan.Job:
+    """Return what is planned, its dtype left open. Raises UsageError if it cannot run at all."""
     job = plan.Job(
         model,
         args.gpus,
         train.batch_size,
         None if train.micro_batch_size == "auto" else int(train.micro_batch_size),
-        dtype.itemsize,
-        train.optimizer,
-        bool(train.ema),
-        train.offload,
-        train.activation_checkpointing,
+        optimizer=train.optimizer,
+        average=bool(train.ema),
+        offload=train.offload,
+        again=train.activation_checkpointing,
     )
     if reason := plan.refusal(job, train.zero):
         raise UsageError(reason)
-    network = _network(args)
-    here = network.measured and args.flops is None
-    fused = device.type != "cpu" or args.flops is not None
-    found = {
-        "ranks": job.ranks,
-        "zero": train.zero,
-        "micro_batches": job.micro_batches,
-        "extrapolation": not here,
-        "parameters": _parameters(model, vocabulary),
-        "flops": _flops(job, _steps(settings, model, corpus), train.time_limit),
-        "memory": _memory(job, dtype, fused),
-    }
-    speeds, said = _speeds(args, train, device, dtype, network)
-    found["time"] = _times(job, network, speeds, found["flops"]["steps"])
-    micro = f"micro-batches of a rank in a step: {job.micro_batches}"
+    return job
+
+
+def _figures(job: plan.Job, on: Hardware, verdict: Verdict, train: TrainConfig) -> list[str]:
+    """Return sentences that say where the figures are from, and what was assumed."""
+    word = str(on.dtype).removeprefix("torch.")
+    times, rows = job.micro_batches, verdict.micro
+    micro = (
+        f"{word}; {times} micro-batch{'es' * (times > 1)} of {rows} sequence{'s' * (rows > 1)} "
+        "per rank in a step"
+    )
     if train.micro_batch_size == "auto":
-        micro += ", assumed: all its sequences at once; --micro-batch-size says otherwise"
-    deep = ", at the deepest recurrence that has gradients" if model.recurrent else ""
-    kept = f"activations: what eager operations keep on {'a GPU' if fused else 'a CPU'}{deep}"
-    found["figures"] = [f"dtype {str(dtype).removeprefix('torch.')}", micro, kept, *said]
-    print(json.dumps(found) if args.json else shown(found))
+        micro += ": the largest that fits" if verdict.largest else ": assumed"
+    deep = ", at the deepest recurrence that has gradients" if job.model.recurrent else ""
+    kept = f"activations: counted from the shapes that eager operations keep on a {on.kind}{deep}"
+    usable = f"memory of a rank: {hardware.memory_in_words(on.capacity)}; {on.capacity.reason}"
+    return [micro, *([usable] if on.capacity.total else []), kept, *on.notes]
 
 
 def _vocabulary(settings: Settings, run: Path | None) -> tuple[ModelConfig, Corpus | None, str]:
@@ -111,23 +127,6 @@ def _steps(settings: Settings, model: ModelConfig, corpus: Corpus | None) -> int
     return wished_steps(train, batches)
 
 
-def _network(args: Namespace) -> Network:
-    if args.gpus == 1:
-        return links.alone()
-    if args.links:
-        return links.read(args.links, args.gpus)
-    latency_s = (LATENCY_US if args.latency_us is None else args.latency_us) / 1e6
-    inside = Link(latency_s, (args.link_gbs or LINK_GBS) * 1e9)
-    between = Link(latency_s, (args.node_link_gbs or NODE_LINK_GBS) * 1e9)
-    size = args.node_gpus or NODE_GPUS
-    named = "as given" if args.link_gbs else "nominal: NVLink 4 and 400 Gbit/s a GPU, not measured"
-    source = (
-        f"rings of up to {size} ranks at {inside.bytes_per_s / 1e9:g} GB/s, between nodes "
-        f"{between.bytes_per_s / 1e9:g} GB/s a rank, {latency_s * 1e6:g} us a message; {named}"
-    )
-    return links.nodes(args.gpus, size, inside, between, source)
-
-
 def _parameters(model: ModelConfig, vocabulary: str) -> dict:
     parts = {n: {"stored": s, "used": u} for n, (s, u) in plan.parts(model).items()}
     return {"parts": parts, "total": model.n_parameters, "vocabulary": vocabulary}
@@ -138,27 +137,17 @@ def _flops(job: plan.Job, steps: int | None, time_limit_s: float | None) -> dict
     return {
         "token": job.model.flops_per_token(),
         "step": step,
+        "step_tokens": job.tokens,
         "steps": steps,
         "run": None if steps is None else steps * step,
         "time_limit_s": time_limit_s,
     }
 
 
-def _memory(job: plan.Job, dtype: torch.dtype, fused: bool) -> dict[str, dict | None]:
-    rows = job.share // job.micro_batches
-    kept = {
-        narrow: activations.activation_bytes(
-            job.model, rows, dtype, narrow=narrow, again=job.again, fused=fused
-        )
-        for narrow in {False, job.width < plan.WIDE}
-    }
+def _memory(job: plan.Job, budget: Budget) -> dict[str, dict | None]:
+    """Return {stage: bytes of a rank by kind}; None for a stage that the job cannot have."""
     return {
-        str(stage): {
-            **plan.memory(job, stage),
-            "activations": kept[stage > 0 and job.width < plan.WIDE],
-        }
-        if _possible(job, stage)
-        else None
+        str(stage): budget.parts(job, stage) if _possible(job, stage) else None
         for stage in plan.STAGES
     }
 
@@ -166,61 +155,6 @@ def _memory(job: plan.Job, dtype: torch.dtype, fused: bool) -> dict[str, dict | 
 def _possible(job: plan.Job, stage: int) -> bool:
     """Whether a stage has a column; offload changes nothing at stage 0, which is shown without."""
     return plan.refusal(replace(job, offload=False), stage) is None
-
-
-@dataclass(frozen=True)
-class Speeds:
-    """What a rank reaches: FLOP/s in training; bytes/s of its memory and of the link to its host's;
-    overlap: the share of the communication that computation may hide.
-    """
-
-    flops: float
-    memory: float
-    host: float
-    overlap: float
-
-
-def _speeds(
-    args: Namespace, train: TrainConfig, device: torch.device, dtype: torch.dtype, network: Network
-) -> tuple[Speeds, list[str]]:
-    """The speeds, and where each figure is from: given, measured here, or assumed."""
-    together = network.measured and args.gpus > 1  # ranks that share this machine's processors
-    if device.type == "cpu" and (args.flops is None or args.memory_gbs is None):
-        world.set_threads(1 if together else train.threads)
-    name, said = machine.name(device), "as given"
-    peak, memory = args.flops, args.memory_gbs
-    if peak is None:
-        peak, said = world.measured_peak_flops(device, dtype), f"measured here, {name}"
-        if together and device.type == "cpu" and args.gpus > world.available_threads():
-            peak *= world.available_threads() / args.gpus
-            said += f", whose {world.available_threads()} processors {args.gpus} ranks share"
-    lines = [f"peak {peak / 1e12:.4g} TFLOP/s a rank: {said}"]
-    lines.append(f"MFU {_or(args.mfu, MFU):g}: {_whose(args.mfu)}")
-    if memory is None:
-        memory = machine.ceilings(device, (), quick=True)["memory_gbps"]
-    said = f"measured here, {name}" if args.memory_gbs is None else "as given"
-    lines.append(f"memory {memory:.4g} GB/s a rank: {said}")
-    if train.offload:
-        lines.append(f"host's link {_or(args.host_gbs, HOST_GBS):g} GB/s: {_whose(args.host_gbs)}")
-    # Where ranks share processors, those that send are those that compute.
-    overlap = _or(args.overlap, 0.0 if network.measured else OVERLAP)
-    lines.append(f"links: {network.source}")
-    lines.append(f"overlap {overlap:g} of what can run beside computation: {_whose(args.overlap)}")
-    if not network.measured:
-        lines.append(
-            "rings at any size: trees, which take less where latency counts, are not in it"
-        )
-    lines.append("not in it: stragglers, congestion, failures, input, evaluation")
-    flops = peak * _or(args.mfu, MFU)
-    return Speeds(flops, 1e9 * memory, 1e9 * _or(args.host_gbs, HOST_GBS), overlap), lines
-
-
-def _or(value: float | None, default: float) -> float:
-    return default if value is None else value
-
-
-def _whose(value: float | None) -> str:
-    return "assumed, not measured" if value is None else "as given"
 
 
 def _times(job: plan.Job, network: Network, speeds: Speeds, steps: int | None) -> dict:
