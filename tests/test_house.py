@@ -29,10 +29,12 @@ FLOORS = {
     7: "configure data corpus recurrence sequences zero",
     8: "model pace saving flags/train flags/sample flags/prepare flags/profile",
     9: "flags/plan checkpoint evaluate exits requests huginn profiling/__init__ profiling/timing "
-    "profiling/roofline profiling/pivot profiling/style profiling/occupancy profiling/sass "
+    "profiling/pivot profiling/style profiling/occupancy profiling/sass "
     "profiling/ttir profiling/dry profiling/cases activations",
-    10: "plan_fit fsdp startup ladder generate profiling/machine profiling/plot profiling/bound",
-    11: "hardware sharding speculate profiling/workloads profiling/audit profiling/ranks",
+    10: "profiling/columns profiling/tables profiling/roofline plan_fit "
+    "fsdp startup ladder generate profiling/machine profiling/plot profiling/bound",
+    11: "profiling/calls hardware "
+    "sharding speculate profiling/workloads profiling/audit profiling/ranks",
     12: "microbatch gradients profiling/precision profiling/sizes profiling/page",
     13: "training profiling/implementations profiling/report",
     14: "announce mishaps profiling/interpreted",

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minillm.profiling import interpreted, precision, sizes
+from minillm.profiling import interpreted, precision, roofline, sizes
 from minillm.profiling.implementations import Absent, implementations, our_table, said
 from minillm.profiling.pivot import WRONG
 from minillm.profiling.timing import Timing, Trial, on_cpu, on_gpu
@@ -182,7 +182,7 @@ def _row(
 ) -> Row:
     flops, moved = problem.cost(direction)
     compute_s = flops / (roofs[f"{problem.dtype}_tflops"] * 1e12)
-    memory_s = moved / (roofs["memory_gbps"] * 1e9)
+    memory_s = moved / (roofline.bandwidth(roofs, moved)[0] * 1e9)
     seconds = timing.median_us / 1e6 if timing else None
     return {
         "suite": "kernels",

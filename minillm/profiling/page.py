@@ -1,18 +1,16 @@
 """The profile as one HTML page that asks nothing of the network: figures, tables, remarks."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from html import escape
 from math import exp, log
 
-from minillm.profiling import pivot, plot, ranks
+from minillm.profiling import calls, pivot, plot, ranks
+from minillm.profiling.columns import SHOWN
 from minillm.profiling.pivot import RIVALS, Line, Row, number, per_cent, short, size, text, times
 from minillm.profiling.style import SCRIPT, STYLE
-
-MACHINE = ("device", "driver", "torch", "triton", "python", "commit")  # what makes runs one
-
-# A cell: what is shown, what it is sorted by (None: by what is shown), its CSS class.
-Cell = tuple[str, object, str]
+from minillm.profiling.tables import Cell, cell, ratio, speedup, table
 
 
 def render(
@@ -29,12 +27,15 @@ def render(
     other = {name: rows for name, rows in suites.items() if name not in known and rows}
     makers = {"kernels": _kernels, "model": _model, "decode": _decode, "audit": _audit}
     makers["tune"] = _tune
+    # What holds measurements comes first.
+    shown = {name: rows for name, rows in {**known, **other}.items() if rows}
+    shown = dict(sorted(shown.items(), key=lambda item: not pivot.worth_a_line(*item)))
     parts = []
-    for name, rows in {**known, **other}.items():
-        if not rows:
-            continue
-        roofs = earlier.get(name, about).get("ceilings") or about.get("ceilings")
-        made = _roofline(rows, roofs) if name == "roofline" else makers.get(name, _plain)(rows)
+    for name, rows in shown.items():
+        if name == "roofline":
+            made = _roofline(rows, about, earlier)
+        else:
+            made = makers.get(name, _plain)(rows)
         parts.append(_section(name, _origin(name, earlier, about) + made))
     device = text(about.get("device")) or "device unknown"
     head = (
@@ -46,12 +47,11 @@ def render(
         '<link rel="icon" href="data:,">'
         f"<title>minillm profile, {escape(device)}</title><style>{STYLE}</style></head>\n"
     )
-    there = [name for name in (*known, *other) if suites.get(name)]
-    links = "".join(f'<a href="#{_id(name)}">{escape(name)}</a>' for name in there)
+    links = "".join(f'<a href="#{_id(name)}">{escape(name)}</a>' for name in shown)
     return (
         f"{head}<body><header><p>minillm profile</p><h1>{escape(device)}</h1>"
         f'<nav>{links}<a href="#remarks">remarks</a></nav></header>\n<main>'
-        f"{_section('machine', _machine(about))}\n{''.join(parts)}"
+        f"{_section('machine', calls.section(about, shown, earlier))}\n{''.join(parts)}"
         f"{_section('remarks', _remarks({**known, **other}))}</main>\n"
         f"<script>{SCRIPT}</script></body></html>\n"
     )
@@ -66,30 +66,12 @@ def _section(name: str, content: str) -> str:
     return f'<section id="{_id(name)}"><h2>{title}</h2>\n{content}</section>\n'
 
 
-def _flat(value: object) -> str:
-    """A value of `about` in words, a dict's among it."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{k} {_flat(v) or 'not measured'}" for k, v in value.items())
-    return text(value)
-
-
-def _machine(about: dict) -> str:
-    """Everything that the run says of itself, the well-known first."""
-    first = [*MACHINE, "date", "command", "ceilings"]
-    keys = first + [key for key in about if key not in first]
-    pairs = (
-        f"<dt>{escape(str(key))}</dt><dd>{escape(_flat(about.get(key))) or '–'}</dd>"
-        for key in keys
-    )
-    return f"<dl>{''.join(pairs)}</dl>"
-
-
 def _origin(name: str, earlier: Mapping[str, dict], about: dict) -> str:
     """A warning over a suite, or an op's rows, that another machine or commit was measured for."""
     found = ""
     for key, told in earlier.items():
         suite, _, op = key.partition(" ")
-        unlike = [key for key in MACHINE if told.get(key) != about.get(key)]
+        unlike = [key for key in calls.MACHINE if told.get(key) != about.get(key)]
         if suite == name and unlike:
             words = ", ".join(f"{key} {text(told.get(key)) or 'unknown'}" for key in unlike)
             when = f" ({text(told['date'])})" if told.get("date") else ""
@@ -98,78 +80,48 @@ def _origin(name: str, earlier: Mapping[str, dict], about: dict) -> str:
     return found
 
 
-def _cell(shown: str, by: object = None, css: str = "") -> Cell:
-    return ("–" if shown == "-" else shown, by, css)
-
-
-def _table(header: Sequence[str], body: Iterable[Sequence[Cell]], css: str = "") -> str:
-    """A table that the page's script lets a reader sort; it scrolls where the page is narrow."""
-    lines = [*body]
-    right = {i for line in lines for i, cell in enumerate(line) if number(cell[1]) is not None}
-
-    def made(tag: str, i: int, shown: str, kind: str = "", more: str = "") -> str:
-        kinds = f"{kind} n".strip() if i in right else kind
-        return f"<{tag}{f' class={kinds!r}' if kinds else ''}{more}>{escape(shown)}</{tag}>"
-
-    head = "".join(made("th", i, title, more=' scope="col"') for i, title in enumerate(header))
-    rows = []
-    for line in lines:
-        cells = []
-        for i, (shown, by, kind) in enumerate(line):
-            x = number(by)
-            cells.append(made("td", i, shown, kind, f' data-v="{x!r}"' if x is not None else ""))
-        rows.append(f"<tr>{''.join(cells)}</tr>")
-    return (
-        f'<div class="scroll {css}"><table class="sort"><thead><tr>{head}</tr></thead>\n'
-        f"<tbody>{chr(10).join(rows)}</tbody></table></div>\n"
-    )
-
-
-def _ratio(line: Line) -> Cell:
-    """How many times as fast as the best other one, and which that is."""
-    shown, ratio, css = _times(line.ratio)
-    return _cell("-" if ratio is None else f"{shown} {line.best(ours=False)}", ratio, css)
-
-
-def _times(ratio: float | None) -> Cell:
-    return _cell(times(ratio), ratio, "" if ratio is None else "win" if ratio >= 1 else "lose")
-
-
 def _kernels(rows: Sequence[Row]) -> str:
-    """A summary, and for each op its bars and its table."""
+    """Return a summary, and for each op its bars and its table."""
     summary, parts, links = [], [], []
     for op, its in pivot.grouped(rows, "op").items():
         found = pivot.lines(its)
         ratios = sorted(r for line in found if (r := line.ratio) is not None)
-        best = max((number(line.ours.get("percent_of_ceiling")) or 0 for line in found), default=0)
+        shares = (number(line.judged.get("percent_of_ceiling")) or 0 for line in found)
+        best = max(shares, default=0)
         mean = exp(sum(map(log, ratios)) / len(ratios)) if ratios else None
         spread = [ratios[0], mean, ratios[-1]] if ratios else [None] * 3
+        wins = Counter(name for line in found if (name := line.fastest))
         summary.append(
-            [_cell(op), _cell(str(len(found)), len(found)), *(_cell(times(r), r) for r in spread)]
-            + [_cell(per_cent(best or None), best or None)]
+            [cell(op), cell(str(len(found)), len(found))]
+            + [cell(", ".join(f"{name} {n}" for name, n in wins.most_common()))]
+            + [*(cell(times(r), r) for r in spread), cell(per_cent(best or None), best or None)]
         )
         links.append(f'<a href="#{_id("op", op)}">{escape(op)}</a>')
         parts.append(
-            f'<h3 id="{_id("op", op)}">{escape(op)}</h3>{plot.legend(pivot.implementations(its))}'
+            f'<h3 id="{_id("op", op)}">{escape(op)}</h3>{plot.legend(pivot.present(its))}'
             f"{_cases(found)}{_pivoted(found, its)}{_against(found) if op == 'attention' else ''}"
         )
-    header = ["op", "cases", "least", "mean", "most", "best % of ceiling"]
+    header = ["op", "cases", "fastest in", "least", "mean", "most", "best % of ceiling"]
+    ours = (
+        "A ratio says how many times as fast as the best other implementation Triton's kernel is, "
+        "over the cases of an op; the mean is geometric. "
+    ) * any(pivot.is_ours(name) for name in pivot.present(rows))
     return (
-        "<p>Median times on the device. A ratio says how many times as fast as the best other "
-        "implementation Triton's kernel is, over the cases of an op; the mean is geometric.</p>"
-        f"{_table(header, summary)}<nav>{''.join(links)}</nav>{''.join(parts)}"
+        f"<p>Median times on the device. {ours}Speed and share of the ceiling are those of "
+        "Triton's kernel where it was timed, else of the fastest implementation.</p>"
+        f"{table(header, summary)}<nav>{''.join(links)}</nav>{''.join(parts)}"
     )
 
 
 def _against(found: Sequence[Line]) -> str:
     """Ours against each of the vendors', cell by cell; "" where there is nothing to compare."""
     body = [
-        [*map(_cell, line.case[1:]), *(_times(line.over(name)) for name in RIVALS)]
+        [*map(cell, line.case[1:]), *(speedup(line.over(name)) for name in RIVALS)]
         for line in found
         if any(map(line.over, RIVALS))
     ]
-    table = _table(["shape", "dtype", "pass", *RIVALS], body)
-    return f"<p>Times as fast as:</p>{table}" if body else ""
+    made = table(["shape", "dtype", "pass", *RIVALS], body)
+    return f"<p>Times as fast as:</p>{made}" if made else ""
 
 
 def _cases(found: Sequence[Line], shown: int = 6) -> str:
@@ -178,7 +130,7 @@ def _cases(found: Sequence[Line], shown: int = 6) -> str:
     for line in found:
         words = " ".join(w for w in line.case[1:] if w)
         items = []
-        for name in pivot.implementations(line.by.values()):
+        for name in pivot.present(line.by.values()):
             row, value = line.by[name], line.measured(name)
             hint = (
                 f"{name}: {pivot.duration(value)}, spread {pivot.spread(row.get('spread_us'))} us, "
@@ -187,7 +139,8 @@ def _cases(found: Sequence[Line], shown: int = 6) -> str:
             hint += f"peak {size(row.get('peak_bytes'))}"
             failed = pivot.missing(row).replace("-", "not measured")
             items.append((name, value, pivot.duration(value, failed), hint))
-        figures.append(plot.figure(words, plot.bars(f"{line.case[0]} {words}", items)))
+        if items:
+            figures.append(plot.figure(words, plot.bars(f"{line.case[0]} {words}", items)))
     first, rest = "".join(figures[:shown]), "".join(figures[shown:])
     more = f"<summary>{len(figures) - shown} more cases</summary>"
     return f'<div class="figures">{first}</div>' + (
@@ -197,41 +150,46 @@ def _cases(found: Sequence[Line], shown: int = 6) -> str:
 
 def _measured(line: Line, name: str) -> Cell:
     value = line.measured(name)
-    return _cell(short(value, pivot.missing(line.by.get(name, {}))), value)
+    return cell(short(value, pivot.missing(line.by.get(name, {}))), value)
 
 
 def _pivoted(found: Sequence[Line], rows: Sequence[Row]) -> str:
-    names = pivot.implementations(rows)
+    names = pivot.present(rows)
     header = ["shape", "dtype", "pass", *(f"{name} us" for name in names), "vs best"]
     header += ["speed", "% of ceiling", "ceiling", "peak, triton", "peak, least other"]
     header += ["error, triton", "error, eager"]
     body = []
     for line in found:
-        ours = line.ours
-        share, peak = ours.get("percent_of_ceiling"), ours.get("peak_bytes")
+        if not any(name in names for name in pivot.present(line.by.values())):
+            continue  # nothing was measured; the remarks say why
+        ours, judged = line.ours, line.judged
+        share, peak = judged.get("percent_of_ceiling"), ours.get("peak_bytes")
         others = [number(r.get("peak_bytes")) for n, r in line.by.items() if not pivot.is_ours(n)]
         least = min((x for x in others if x is not None), default=None)
-        cells = [_cell(word) for word in line.case[1:]]
+        cells = [cell(word) for word in line.case[1:]]
         cells += [_measured(line, name) for name in names]
-        cells += [_ratio(line), _cell(pivot.speed(ours)), _cell(per_cent(share), share)]
-        cells += [_cell(text(ours.get("ceiling")) or "-")]
-        cells += [_cell(size(peak), peak), _cell(size(least), least)]
+        cells += [ratio(line), cell(pivot.speed(judged)), cell(per_cent(share), share)]
+        cells += [cell("-" if number(share) is None else text(judged.get("ceiling")))]
+        cells += [cell(size(peak), peak), cell(size(least), least)]
         errors = (ours, line.by.get("eager", {}))
-        body.append([*cells, *(_cell(pivot.accuracy(r), r.get("error")) for r in errors)])
-    return _table(header, body)
+        body.append([*cells, *(cell(pivot.accuracy(r), r.get("error")) for r in errors)])
+    return table(header, body)
 
 
 def _plain(rows: Sequence[Row], suite: str = "", css: str = "") -> str:
-    """One line a row: of a known suite the columns a reader wants, of another all of them."""
-    shown = pivot.SHOWN.get(suite) or {key: (str(key), text) for row in rows for key in row}
+    """Return a table with a line for each row that has more than names.
+
+    Of a known suite it has the columns that a reader wants, of another all of them.
+    """
+    shown = SHOWN.get(suite) or {key: (str(key), text) for row in rows for key in row}
     wide = any(pivot.failure(row) for row in rows) and "error" not in shown
     body = []
-    for row in rows:
+    for row in pivot.worth_a_line(suite, rows):
         cells = [
-            _cell(write(row.get(key)) or "-", row.get(key)) for key, (_, write) in shown.items()
+            cell(write(row.get(key)) or "-", row.get(key)) for key, (_, write) in shown.items()
         ]
-        body.append(cells + [_cell(pivot.failure(row), None, "lose")] * wide)
-    return _table([title for title, _ in shown.values()] + ["error"] * wide, body, css)
+        body.append(cells + [cell(pivot.failure(row), None, "lose")] * wide)
+    return table([title for title, _ in shown.values()] + ["error"] * wide, body, css)
 
 
 def _tune(rows: Sequence[Row]) -> str:
@@ -242,13 +200,13 @@ def _tune(rows: Sequence[Row]) -> str:
 
 def _model(rows: Sequence[Row]) -> str:
     items = []
-    for row in rows:
+    for row in pivot.worth_a_line("model", rows):
         value = number(row.get("step_ms"))
         words = f"{short(value)} ms" if value is not None else "not measured"
         name = text(row.get("implementation"))
         hint = f"{name}: {words}, spread {pivot.spread(row.get('spread_ms'))} ms"
         items.append((name, value, words, hint))
-    figure = plot.figure("Time of a step", plot.bars("Time of a step", items))
+    figure = plot.figure("Time of a step", plot.bars("Time of a step", items)) if items else ""
     return (
         "<p>One training step: forward, backward, update.</p>"
         f'<div class="figures">{figure}</div>{_plain(rows, "model")}'
@@ -256,7 +214,7 @@ def _model(rows: Sequence[Row]) -> str:
 
 
 def _decode(rows: Sequence[Row]) -> str:
-    names = pivot.implementations(rows)
+    names = pivot.present(rows, "tokens_per_s")
     figures = (
         plot.figure(f"batch {batch}", svg)
         for batch, its in pivot.grouped(rows, "batch").items()
@@ -265,19 +223,38 @@ def _decode(rows: Sequence[Row]) -> str:
     body = []
     for line in pivot.lines(rows, ("batch", "context"), "tokens_per_s", higher=True):
         row = next(iter(line.by.values()))
-        cells = [_cell(text(row.get(key)) or "-", row.get(key)) for key in ("batch", "context")]
-        body.append([*cells, *(_measured(line, name) for name in names), _ratio(line)])
+        if not any(map(line.measured, line.by)):
+            continue
+        cells = [cell(text(row.get(key)) or "-", row.get(key)) for key in ("batch", "context")]
+        body.append([*cells, *(_measured(line, name) for name in names), ratio(line)])
     header = ["batch", "context", *(f"{name} tokens/s" for name in names), "vs best"]
-    return f'{plot.legend(names)}<div class="figures">{"".join(figures)}</div>' + _table(
+    return f'{plot.legend(names)}<div class="figures">{"".join(figures)}</div>' + table(
         header, body
     )
 
 
-def _roofline(rows: Sequence[Row], ceilings: object) -> str:
-    roofs = ceilings if isinstance(ceilings, Mapping) else {}
-    svg = plot.roofline(rows, dict(roofs))
-    figure = f'<div class="scroll"><div class="wide">{svg}</div></div>' if svg else ""
-    return plot.legend(pivot.implementations(rows)) + figure + _plain(rows, "roofline", "tall")
+def _roofline(rows: Sequence[Row], about: dict, earlier: Mapping[str, dict]) -> str:
+    """Return a figure for each call's ceilings with the dots that it measured, and a table."""
+    groups: list[tuple[dict, list[Row]]] = []
+    for row in rows:
+        call = calls.of_row("roofline", text(row.get("op")), about, earlier)
+        same = (its for one, its in groups if one.get("ceilings") == call.get("ceilings"))
+        its = next(same, None)
+        if its is None:
+            groups.append((call, its := []))
+        its.append(row)
+    figures = ""
+    for call, its in groups:
+        roofs = call.get("ceilings") or about.get("ceilings")
+        if svg := plot.roofline(its, dict(roofs) if isinstance(roofs, Mapping) else {}):
+            title = f"<p>{escape(text(call.get('date')))}:</p>" if len(groups) > 1 else ""
+            figures += f'{title}<div class="scroll"><div class="wide">{svg}</div></div>'
+    words = (
+        "<p>The memory roof of a dot is the bandwidth that was measured with data of its size, "
+        "which may lie in a cache. Attainable is what both roofs allow.</p>"
+    )
+    names = plot.legend(pivot.present(rows, "tflops"))
+    return words + names + figures + _plain(rows, "roofline", "tall")
 
 
 def _audit(rows: Sequence[Row]) -> str:

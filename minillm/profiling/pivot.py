@@ -108,6 +108,11 @@ def exact(value: object) -> str:
     return "-" if x is None else f"{x:.4f}"
 
 
+def brief(direction: object) -> str:
+    """A direction as fwd, bwd or fwd+bwd."""
+    return text(direction).replace("forward", "fwd").replace("backward", "bwd")
+
+
 def spread(value: object) -> str:
     """A spread: one number, or a pair as low..high."""
     if isinstance(value, list | tuple):
@@ -128,6 +133,25 @@ def implementations(rows: Iterable[Row]) -> list[str]:
     return known + strangers + sorted(n for n in names if is_ours(n))
 
 
+def measured(row: Row, value: str) -> float | None:
+    """Return what was measured under the key `value` if it is positive, else None."""
+    x = number(row.get(value))
+    return x if x is not None and x > 0 else None
+
+
+def present(rows: Iterable[Row], value: str = "median_us") -> list[str]:
+    """Return the implementations, in order, of which anything was measured, failed or was wrong."""
+    known = [row for row in rows if measured(row, value) or missing(row) != "-"]
+    return implementations(known)
+
+
+def worth_a_line(suite: str, rows: Iterable[Row]) -> list[Row]:
+    """Return the rows that hold a measurement, or a failure; of an unknown suite all of them."""
+    if suite not in VALUE:
+        return list(rows)
+    return [row for row in rows if number(row.get(VALUE[suite])) is not None or failure(row)]
+
+
 @dataclass(frozen=True)
 class Line:
     """One case: what names it, and its row by each implementation.
@@ -142,8 +166,7 @@ class Line:
 
     def measured(self, implementation: str) -> float | None:
         """The value of one implementation, if it was measured and is positive."""
-        x = number(self.by.get(implementation, {}).get(self.value))
-        return x if x is not None and x > 0 else None
+        return measured(self.by.get(implementation, {}), self.value)
 
     def best(self, ours: bool) -> str | None:
         """The fastest implementation measured, of ours or of the others."""
@@ -156,6 +179,20 @@ class Line:
         """Our row: the fastest of ours, else one that failed, else an empty one."""
         failed = next((n for n in sorted(self.by) if is_ours(n)), "")
         return self.by.get(self.best(ours=True) or failed, {})
+
+    @property
+    def fastest(self) -> str | None:
+        """The fastest implementation measured, ours or another."""
+        names = [name for ours in (True, False) if (name := self.best(ours))]
+        pick = max if self.higher else min
+        return pick(names, key=lambda n: self.measured(n) or 0.0, default=None)
+
+    @property
+    def judged(self) -> Row:
+        """The row whose speed is shown: ours if it was tried, else the fastest other one."""
+        if self.best(ours=True) or missing(self.ours) != "-":
+            return self.ours
+        return self.by.get(self.fastest or "", {})
 
     @property
     def ratio(self) -> float | None:
@@ -249,51 +286,3 @@ def remarks(suite: str, rows: Iterable[Row]) -> list[str]:
         at = f" ({where[0]}{more})" if where[0] else ""
         found.append(f"{subject}{at}: {said}")
     return found
-
-
-# The columns that a reader is shown of the suites that are not pivoted: key -> title, writer.
-SHOWN = {
-    "model": {
-        "implementation": ("implementation", text),
-        "step_ms": ("step ms", short),
-        "spread_ms": ("spread ms", spread),
-        "tokens_per_s": ("tokens/s", short),
-        "mfu": ("MFU %", share),
-        "peak_bytes": ("peak memory", size),
-        "loss": ("loss", exact),
-    },
-    "roofline": {
-        "op": ("op", text),
-        "shape": ("shape", text),
-        "dtype": ("dtype", text),
-        "direction": ("direction", text),
-        "implementation": ("implementation", text),
-        "intensity": ("FLOP/byte", short),
-        "tflops": ("TFLOP/s", short),
-        "attainable_tflops": ("attainable", short),
-        "percent": ("%", per_cent),
-    },
-    "tune": {
-        "op": ("op", text),
-        "kernel": ("kernel", text),
-        "size": ("size", text),
-        "options": ("tile", text),
-        "median_us": ("median us", short),
-        "bound_tflops": ("bound TFLOP/s", short),
-        "bound_gbps": ("bound GB/s", short),
-        "kept": ("kept", lambda kept: "kept" if kept else ""),
-    },
-    "audit": {
-        "kernel": ("kernel", text),
-        "config": ("config", text),
-        "arch": ("arch", text),
-        "registers": ("registers", text),
-        "spill_bytes": ("spill B", text),
-        "shared_bytes": ("shared", size),
-        "occupancy": ("occupancy %", share),
-        "bound_tflops": ("bound TFLOP/s", short),
-        "bound_gbps": ("bound GB/s", short),
-        "limit": ("limit", text),
-        "tensor_core": ("tensor core", text),
-    },
-}

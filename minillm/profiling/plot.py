@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from html import escape
+from itertools import pairwise
 
 from minillm.profiling.pivot import (
     CASE,
@@ -137,9 +138,9 @@ def _dots(rows: Iterable[Row]) -> list[tuple[float, float, Row]]:
 def roofline(rows: Iterable[Row], ceilings: dict[str, object]) -> str:
     """Speed against arithmetic intensity, both logarithmic, under the roofs; "" without a dot.
 
-    The memory roof is min(intensity * bandwidth, compute roof); each NAME_tflops of the ceilings
-    is a compute roof. A dot above its roof is drawn where it was measured: its data did not come
-    from memory, or its FLOPs are counted too high. Williams, Waterman & Patterson 2009, figure 1.
+    A memory roof is min(intensity * bandwidth, compute roof), one for the memory and one for each
+    working set of which a row is drawn; each NAME_tflops of the ceilings is a compute roof. A dot
+    above its roof is drawn where it was measured. Williams, Waterman & Patterson 2009, figure 1.
     """
     dots = _dots(rows)
     if not dots:
@@ -149,23 +150,50 @@ def roofline(rows: Iterable[Row], ceilings: dict[str, object]) -> str:
         for name, value in ceilings.items()
         if name.endswith("_tflops") and (height := _positive(value)) is not None
     }
-    slope = (_positive(ceilings.get("memory_gbps")) or 0) / 1e3  # TFLOP/s at one FLOP a byte
-    ridges = [height / slope for height in roofs.values()] if slope else []
+    slopes = _slopes(rows, ceilings)
+    ridges = [height / slope for height in roofs.values() for slope in slopes.values()]
     x = _Decades([*(d[0] for d in dots), *ridges, *(1.5 * r for r in ridges)], 56, 744)
     y = _Decades([*(d[1] for d in dots), *roofs.values()], 412, 20)
-    parts = [*_grid(x, y), *_roofs(x, y, slope, roofs)]
+    parts = [*_grid(x, y), *_roofs(x, y, slopes, roofs)]
     for intensity, tflops, row in dots:
         name = text(row.get("implementation"))
         hint = (
             f"{' '.join(text(row.get(key)) for key in CASE)}, {name}: {short(tflops)} TFLOP/s at "
             f"{short(intensity)} FLOP/byte, {per_cent(row.get('percent'))} % of "
-            f"{short(row.get('attainable_tflops'))} attainable"
+            f"{short(row.get('attainable_tflops'))} attainable{_named(row)}"
         )
         parts.append(
             f'<g class="dot" transform="translate({x(intensity):.2f} {y(tflops):.2f})">'
             f'<title>{escape(hint)}</title><circle class="target" r="9"/>{_marker(name)}</g>'
         )
     return _svg("roofline", 760, 456, "Roofline: TFLOP/s against FLOP per byte", parts)
+
+
+def _named(row: Row) -> str:
+    """The roof of a row in words, if it is known."""
+    return f" ({text(row['roof'])})" if row.get("roof") else ""
+
+
+def _slopes(rows: Iterable[Row], ceilings: dict[str, object]) -> dict[str, float]:
+    """TFLOP/s at one FLOP a byte, by the name of a memory roof, the slowest first.
+
+    Roofs of working sets are those that the rows are measured against. Of roofs too near to each
+    other to be told apart only the highest is drawn, so that no dot lies over its line for that.
+    """
+    found: dict[str, float] = {}
+    if gbps := _positive(ceilings.get("memory_gbps")):
+        found["memory"] = gbps / 1e3
+    for row in rows:
+        name, top = text(row.get("roof")), _positive(row.get("attainable_tflops"))
+        intensity = _positive(row.get("intensity"))
+        if name not in ("", "compute") and top and intensity:
+            found.setdefault(name, top / intensity)
+    ordered = sorted(found.items(), key=lambda item: item[1])
+    apart = [
+        one for one, higher in pairwise([*ordered, ("", math.inf)])
+        if one[0] == "memory" or higher[1] > 1.6 * one[1]
+    ]  # fmt: skip
+    return dict(apart)
 
 
 def _grid(x: _Decades, y: _Decades) -> list[str]:
@@ -180,20 +208,23 @@ def _grid(x: _Decades, y: _Decades) -> list[str]:
     return [*parts, _text(x.start, y.end - 8, "TFLOP/s", "tick")]
 
 
-def _roofs(x: _Decades, y: _Decades, slope: float, roofs: dict[str, float]) -> list[str]:
+def _roofs(
+    x: _Decades, y: _Decades, slopes: dict[str, float], roofs: dict[str, float]
+) -> list[str]:
     """Lines, with their names along them."""
     parts = []
     right = 10.0**x.last
-    if slope:
+    for name, slope in slopes.items():
         start = max(x.low, y.low / slope)
         end = min(right, max(roofs.values(), default=10.0**y.last) / slope)
         a, b = (x(start), y(start * slope)), (x(end), y(end * slope))
-        parts.append(_roof("memory", a, b))
+        parts.append(_roof(name, a, b))
         angle = math.degrees(math.atan2(b[1] - a[1], b[0] - a[0]))
-        turn = f' transform="rotate({angle:.1f} {a[0]:.1f} {a[1]:.1f}) translate(14 -7)"'
-        parts.append(_text(*a, f"memory, {short(1e3 * slope)} GB/s", "roofname", turn))
+        turn = f' transform="rotate({angle:.1f} {a[0]:.1f} {a[1]:.1f}) translate(14 -5)"'
+        parts.append(_text(*a, f"{name}, {short(1e3 * slope)} GB/s", "roofname", turn))
+    steepest = max(slopes.values(), default=0.0)
     for name, height in roofs.items():
-        start = min(max(height / slope, x.low), right) if slope else x.low
+        start = min(max(height / steepest, x.low), right) if steepest else x.low
         parts.append(_roof(name, (x(start), y(height)), (x(right), y(height))))
         words = f"{name}, {short(height)} TFLOP/s"
         parts.append(_text(x(right), y(height) - 6, words, "roofname end"))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from minillm.profiling import page, pivot, ranks
+from minillm.profiling.columns import SHOWN
 from minillm.profiling.pivot import RIVALS, Line, Row, number, per_cent, short, text, times
 from minillm.storage import write_durably
 
@@ -24,7 +25,7 @@ COLUMNS = {
     "model": "implementation step_ms spread_ms tokens_per_s mfu peak_bytes loss note",
     "decode": "implementation batch context tokens_per_s spread note",
     "roofline": "op shape dtype direction implementation intensity tflops attainable_tflops "
-    "percent",
+    "percent roof",
     "audit": "kernel op config arch registers spill_bytes shared_bytes tensor_core occupancy "
     "ctas_per_sm bound_tflops bound_split_tflops bound_sum_tflops bound_gbps limit num_warps "
     "num_stages serialised loads_128 loads_narrow atomics error",
@@ -186,20 +187,25 @@ def _kernels(rows: Sequence[dict]) -> str:
     units = ("TFLOP/s", "GB/s")
     found = []
     for op, its in pivot.grouped(rows, "op").items():
-        names = pivot.implementations(its)
-        lines, body = pivot.lines(its), []
+        names = pivot.present(its)
+        lines, body = [line for line in pivot.lines(its) if _told(line)], []
         for line in lines:
-            rate, unit = pivot.rate(line.ours)
+            rate, unit = pivot.rate(line.judged)
             cells = [*_case(line), *(_value(line, name) for name in names)]
             cells += [per_cent(_widest(line)), times(line.ratio)]
             cells += [short(rate if unit == one else None) for one in units]
-            cells.append(per_cent(line.ours.get("percent_of_ceiling")))
+            cells.append(per_cent(line.judged.get("percent_of_ceiling")))
             errors = (pivot.accuracy(r) for r in (line.ours, line.by.get("eager", {})))
             body.append([*cells, *errors])
         header = [*CASE, *names, "+-%", "vs best", *units, "%", "error", "eager's"]
         title = "median us; +-%: the widest spread"
         if any(line.best(ours=True) for line in lines):
             title += "; %: ours, of the ceiling"
+        elif any(line.judged for line in lines):
+            title += "; %: fastest, of ceiling"
+        if not lines:
+            found.append(f"{op}: nothing was measured")
+            continue
         found.append(f"{op}, {title}\n{_aligned(header, body, len(CASE))}")
         against = [line for line in lines if op == "attention" and any(map(line.over, RIVALS))]
         if against:
@@ -210,10 +216,15 @@ def _kernels(rows: Sequence[dict]) -> str:
     return "\n\n".join(found)
 
 
+def _told(line: Line) -> bool:
+    """Whether anything on the line was measured, failed or was wrong."""
+    return bool(pivot.present(line.by.values(), line.value))
+
+
 def _case(line: Line) -> list[str]:
     """Shape, dtype and direction, this as fwd, bwd, fwd+bwd."""
     _, shape, dtype, way = line.case
-    return [shape, dtype, way.replace("forward", "fwd").replace("backward", "bwd")]
+    return [shape, dtype, pivot.brief(way)]
 
 
 def _widest(line: Line) -> float | None:
@@ -233,13 +244,22 @@ def _decode(rows: Sequence[dict]) -> str:
     body = [
         [*line.case, *(_value(line, name) for name in names), times(line.ratio)]
         for line in pivot.lines(rows, ("batch", "context"), "tokens_per_s", higher=True)
+        if _told(line)
     ]
+    if not body:
+        return "decode: nothing was measured"
     return "tokens/s\n" + _aligned(["batch", "context", *names, "vs best"], body, 0)
 
 
 def _columns(suite: str, rows: Sequence[dict]) -> str:
-    """One line a row, and of its columns those that a reader wants; all of an unknown suite."""
-    shown = pivot.SHOWN.get(suite) or {key: (key, text) for row in rows for key in row}
+    """Return a line for each row that has a measurement, with the columns that a reader wants.
+
+    Of an unknown suite all rows and columns are shown.
+    """
+    rows = pivot.worth_a_line(suite, rows)
+    if not rows:
+        return f"{suite}: nothing was measured"
+    shown = SHOWN.get(suite) or {key: (key, text) for row in rows for key in row}
     left = next((i for i, k in enumerate(shown) if any(_numeric(r.get(k)) for r in rows)), 9)
     body = [[words(row.get(key)) for key, (_, words) in shown.items()] for row in rows]
     return _aligned([title for title, _ in shown.values()], body, left)

@@ -23,7 +23,7 @@ a { color: inherit; }
 section { margin: 0 0 16px; padding: 16px; background: var(--card);
   border: 1px solid var(--line); border-radius: 8px; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 16px; margin: 0; }
-dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
+dl + dl { margin-top: 12px; } dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 .warn { padding: 6px 12px; background: var(--warn); border-radius: 6px; overflow-wrap: anywhere; }
 .scroll { overflow: auto; margin: 8px 0; } .tall { max-height: 70vh; }
 .wide { min-width: 640px; max-width: 960px; }

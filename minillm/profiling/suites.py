@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,7 +45,7 @@ class Job:
         return Effort(0.02, False) if self.quick else Effort()
 
     @cached_property
-    def roofs(self) -> dict[str, float]:
+    def roofs(self) -> dict[str, Any]:
         """The ceilings of this machine, measured when first asked for."""
         self.say(f"ceilings of {self.about['device']}")
         # Whatever --dtype says, some operations have fp32 data.

@@ -66,7 +66,7 @@ def test_the_kernels_suite(tmp_path, capsys, no_interpreter):
     results = read(tmp_path)
     rows = results["suites"]["kernels"]
     assert {row["op"] for row in rows} == {"rms_norm", "linear_cross_entropy"}
-    assert set(results["about"]["ceilings"]) == {"fp32_tflops", "memory_gbps"}
+    assert set(results["about"]["ceilings"]) == {"fp32_tflops", "memory_gbps", "cached_gbps"}
     for key in ("device", "torch", "python", "date", "command"):
         assert results["about"][key]
     for row in rows:
@@ -425,6 +425,8 @@ def test_compiled_code_is_tried(monkeypatch):
 def test_the_measured_ceilings_are_of_this_machine():
     found = machine.ceilings(CPU, ["fp32"], quick=True)
     assert 1e-4 < found["fp32_tflops"] < 100 and 0.1 < found["memory_gbps"] < 10000
+    assert list(found["cached_gbps"]) == [str(n) for n in machine.WORKING_SETS]
+    assert all(0.01 < gbps < 100000 for gbps in found["cached_gbps"].values())
     assert machine.folder_name(CPU).rsplit("-", 3)[0] == machine.folder_name(CPU)[:-11]
 
 

@@ -465,7 +465,7 @@ def test_the_page_tells_everything(html):
     words = " ".join(Reader(html).words)
     for value in [*ABOUT.values()]:
         assert isinstance(value, dict) or value in words
-    assert "bf16_tflops 600, fp32_tflops 50.0, memory_gbps 4000" in words
+    assert "bf16 600 TFLOP/s, fp32 50.0 TFLOP/s, memory 4000 GB/s" in words
     for wanted in ("Kernels", "Model", "Decode", "Roofline", "Audit", "Remarks", *EAGER_US):
         assert wanted in words
     assert "0.90x cudnn" in words and "RuntimeError: no engine for fp32" in words
