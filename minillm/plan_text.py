@@ -27,6 +27,7 @@ def shown(found: dict, hardware: str) -> str:
         *_field("micro-batch", _micro(found["verdict"], found)),
         *_field("time", _time(found)),
         *_field("hardware", hardware),
+        *_field("model", _model(found["model"], found["parameters"]["total"])),
         "",
         _parameters(found["parameters"]),
         "",
@@ -95,20 +96,34 @@ def _time(found: dict) -> str:
     kind = "estimated from a peak measured here" if found["gpu"]["measured"] else (
         "estimated from data sheets, not measured"
     )  # fmt: skip
+    least = "at least " * found["launches_count"]
     if f["steps"] is None:
         return (
-            f"{span(time['total_s'])} per step, {kind}; the length of the run is unknown: give "
+            f"{least}{span(time['total_s'])} per step, {kind}; the length of the run is unknown: give "
             "--steps, or prepared text as --data"
         )
     limit, steps = f["time_limit_s"], f["steps"]
     if limit is None or time["run_s"] <= limit:
         tokens = count(steps * f["step_tokens"])
-        return f"{span(time['run_s'])} for {steps:,} steps and {tokens} tokens, {kind}"
+        return f"{least}{span(time['run_s'])} for {steps:,} steps and {tokens} tokens, {kind}"
     done = int(limit / time["total_s"])
     tokens = count(done * f["step_tokens"])
     return (
         f"{span(limit)}, as --time-limit ends it after about {done:,} of {steps:,} steps and "
         f"{tokens} tokens, {kind}"
+    )
+
+
+def _model(m: Mapping, total: int) -> str:
+    """Return the shape in words, a core with how often it runs."""
+    layers = " + ".join(map(str, m["depths"]))
+    if m["mean_recurrence"]:
+        prelude, core, coda = m["depths"]
+        layers = f"{prelude} + {core} x {m['mean_recurrence']} + {coda}"
+    preset = f"preset {m['preset']}, " if m["preset"] else ""
+    return (
+        f"{preset}{count(total)} parameters, {layers} layers of {m['d_model']}, context "
+        f"{m['seq_len']:,}; {m['batch_size']:,} sequences in a step"
     )
 
 

@@ -149,6 +149,14 @@ def test_links_are_those_of_the_card(planned):
     assert "NVLink" not in out and "PCIe 4.0 x16" in out
 
 
+def test_a_step_that_is_over_before_its_kernels_are_launched_is_no_estimate(planned):
+    """A small model on a large card: the arithmetic alone is a lower bound of its time."""
+    small = " ".join(planned("--preset", "nano", "--gpu", "h100")[1].split())
+    assert "time at least " in small and "launching its kernels" in small
+    large = " ".join(planned("--preset", "large", "--gpu", "h100")[1].split())
+    assert "at least" not in large and "launching" not in large
+
+
 # Whether it fits
 
 

@@ -21,9 +21,12 @@ from minillm.plan_text import shown
 from minillm.settings import Settings
 from minillm.shards import Corpus, is_prepared
 from minillm.tokenizer import load_tokenizer
+from minillm.units import span
 
 DEFAULT_TEXT = 11_000_000  # bytes of the default corpus, about
 CHARACTERS = 65  # of tiny shakespeare
+# Shorter micro-batches than that on a GPU take about as long as launching their kernels does.
+LAUNCH_S = 0.01
 GPU_PRESET = "tiny"  # what train.py takes on a GPU where no preset is named
 
 
@@ -49,6 +52,7 @@ def main(argv: Sequence[str]) -> None:
         "zero": train.zero,
         "micro_batches": job.micro_batches,
         "extrapolation": not (on.measured and on.network.measured),
+        "model": _model(model, train),
         "gpu": hardware.raw(on),
         "verdict": verdict.raw,
         "parameters": _parameters(model, vocabulary),
@@ -56,7 +60,14 @@ def main(argv: Sequence[str]) -> None:
         "memory": _memory(job, budget),
     }
     found["time"] = _times(job, on.network, on.speeds, found["flops"]["steps"])
+    compute_s = found["time"][str(train.zero)]["compute_s"] / job.micro_batches
+    found["launches_count"] = on.kind == "GPU" and compute_s < LAUNCH_S
     found["figures"] = _figures(job, on, verdict, train)
+    if found["launches_count"]:
+        found["figures"].append(
+            f"a micro-batch computes for less than {span(LAUNCH_S)}: launching its kernels, which "
+            "is left out, may take longer than that"
+        )
     if args.json:
         print(json.dumps(found))
     else:
@@ -125,6 +136,18 @@ def _steps(settings: Settings, model: ModelConfig, corpus: Corpus | None) -> int
         return train.steps
     batches = Batches(corpus, model.seq_len, train.batch_size, train.seed)
     return wished_steps(train, batches)
+
+
+def _model(model: ModelConfig, train: TrainConfig) -> dict:
+    """Return the shape that is planned, and the preset that it began from."""
+    return {
+        "preset": train.preset,
+        "depths": list(model.depths) if model.recurrent else [model.n_layer],
+        "mean_recurrence": model.mean_recurrence if model.recurrent else None,
+        "d_model": model.d_model,
+        "seq_len": model.seq_len,
+        "batch_size": train.batch_size,
+    }
 
 
 def _parameters(model: ModelConfig, vocabulary: str) -> dict:
