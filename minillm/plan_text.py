@@ -99,8 +99,8 @@ def _time(found: dict) -> str:
     least = "at least " * found["launches_count"]
     if f["steps"] is None:
         return (
-            f"{least}{span(time['total_s'])} per step, {kind}; the length of the run is unknown: give "
-            "--steps, or prepared text as --data"
+            f"{least}{span(time['total_s'])} per step, {kind}; the length of the run is unknown: "
+            "give --steps, or prepared text as --data"
         )
     limit, steps = f["time_limit_s"], f["steps"]
     if limit is None or time["run_s"] <= limit:

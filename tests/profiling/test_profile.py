@@ -16,6 +16,7 @@ import torch
 
 from minillm import errors
 from minillm.commands import profile
+from minillm.flags import profile as flags
 from minillm.kernels import eager
 from minillm.profiling import (
     implementations,
@@ -442,9 +443,9 @@ def test_a_fault_of_the_audit_outlives_the_suites_behind_it(tmp_path, capsys, mo
     assert said[-1] == "fault: planted" and (tmp_path / "audit.md").is_file()
     wrote = [line for line in said if line.startswith("wrote ")]
     assert f"wrote {tmp_path / 'audit.md'}" in wrote and len(wrote) == len(set(wrote)) == 8
-    starts = [said.index(f"== {name}") for name in profile.SUITES]
+    starts = [said.index(f"== {name}") for name in flags.SUITES]
     assert starts == sorted(starts)
-    for name, at in zip(profile.SUITES, starts, strict=True):
+    for name, at in zip(flags.SUITES, starts, strict=True):
         assert said[at + 1] == f"{name}: 0 s"
 
 
