@@ -263,3 +263,34 @@ def test_truncated_model_is_refused(tokenizers, tmp_path):
         load_tokenizer(tmp_path / "a.model")
     with pytest.raises(UsageError, match="no such file"):
         load_tokenizer(tmp_path / "b.model")
+
+
+# SentencePiece keeps some of these for itself, or gives them a meaning of their own.
+SPECIAL = [
+    *("\u2585", "\u2581", "\u2584", "\0", "\t", "\r", "\x1b", "\x85", "\u2028", "\u2047", "\ufeff"),
+    *("\ufffd", "\ufffe", "\uffff", "\U0010ffff", "\ue000", "<unk>", "<s>", "</s>", "<0x41>", "   "),
+]
+
+
+@pytest.mark.parametrize("special", SPECIAL, ids=ascii)
+def test_a_special_character_keeps_no_line_out_of_the_tokenizers_training(special):
+    lines = [f"cpu {special} {i}% idle process waiting\n" for i in range(100)]
+    plain = train_tokenizer("bpe", ["".join(lines).replace(special, "X")], 400)
+    made = train_tokenizer("bpe", ["".join(lines)], 400)
+    text = "".join(lines)
+    assert made.decode(made.encode(text)) == text and made.note == "" and made.by_lines
+    words = "idle process waiting\n"
+    assert len(made.encode(words)) == len(plain.encode(words)) <= 5
+
+
+def test_the_reserved_character_is_one_token_and_never_a_word_across():
+    made = train_tokenizer("bpe", ["load \u2585\u2585 high\n" * 50 + "\u2585\n"], 400)
+    assert len(made.encode("\u2585\u2585\u2585")) == 3
+    for text in ("\u2585", "\u2585\n\n\u2585"):
+        alone = train_tokenizer("bpe", [text], 320)
+        assert alone.decode(alone.encode(text + "other words")) == text + "other words"
+
+
+def test_text_that_sentencepiece_cannot_learn_from_is_refused_in_plain_words():
+    with pytest.raises(UsageError, match="^no bpe tokenizer .* this text; use --tokenizer byte$"):
+        train_tokenizer("bpe", ["\0\0"], 400)
