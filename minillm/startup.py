@@ -16,6 +16,7 @@ from minillm.agreement import gather
 from minillm.config import ModelConfig, TrainConfig
 from minillm.configure import as_train_config, changed, meant_for_a_core, read_config, resolve
 from minillm.corpus import prepare
+from minillm.data import ORDER
 from minillm.errors import UnavailableError, UsageError
 from minillm.flags.train import NEWEST
 from minillm.launch import World
@@ -229,6 +230,7 @@ def facts_of(settings: Settings, corpus: Corpus, launch: str | None) -> dict:
         "corpus": str(corpus.folder.resolve()),
         "corpus_key": corpus.key,
         "corpus_settings": corpus.settings,
+        "data_order": ORDER,
         "asked_vocab_size": settings.model.vocab_size,
         "tokenizer_sha256": corpus.tokenizer().sha256,
     }
