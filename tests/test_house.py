@@ -14,17 +14,18 @@ FLOORS = {
     "scripts "
     "kernels/reference_optim kernels/reference_sampling kernels/eager_optim kernels/eager_sampling "
     "kernels/_interpreter kernels/_tanh guard",
-    1: "kernels/reference kernels/_launch cli launch bpe storage setting state pickles foreign",
-    2: "world exit_rules precision ranks shape tensorfiles documents meter "
+    1: "kernels/reference kernels/_launch cli launch bpe storage setting state pickles foreign "
+    "plaintext",
+    2: "world exit_rules precision ranks shape tensorfiles meter rows htmltext "
     "kernels/eager kernels/adamw kernels/newton_schulz kernels/swiglu kernels/_rows "
     "kernels/linear_cross_entropy kernels/sample "
     "kernels/_rope_kernels kernels/_attention_blocks",
-    3: "links agreement watch statetensors kernels/sandwich_norm kernels/rope_cache "
+    3: "links agreement watch statetensors formats kernels/sandwich_norm kernels/rope_cache "
     "kernels/_attention_forward "
     "kernels/_attention_backward kernels/decode_attention",
-    4: "reading kernels/rms_norm kernels/rope kernels/attention",
-    5: "config ops tokenizer split buckets",
-    6: "plan start layers runs settings optim shards encoding stream pieces",
+    4: "reading documents kernels/rms_norm kernels/rope kernels/attention",
+    5: "config ops tokenizer survey buckets",
+    6: "plan start layers runs settings optim shards split encoding stream pieces",
     7: "configure data corpus recurrence sequences zero",
     8: "model pace saving flags/train flags/sample flags/prepare flags/profile",
     9: "flags/plan checkpoint evaluate exits requests huginn profiling/__init__ profiling/timing "
