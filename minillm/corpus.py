@@ -17,6 +17,7 @@ from typing import Any
 from minillm import documents, encoding, shards
 from minillm.bpe import check_vocab_size, choose_vocab_size
 from minillm.errors import CorruptError, UsageError
+from minillm.heldout import about
 from minillm.shards import Corpus, open_corpus
 from minillm.split import Part, Split, parts, split
 from minillm.storage import VERSION, building, json_digest, write_durably
@@ -26,7 +27,6 @@ from minillm.tokenizer import KINDS, Tokenizer, load_tokenizer, train_tokenizer
 Say = Callable[[str], None]
 SHARD_TOKENS = 100_000_000
 NAMES = 3  # of held-out documents that are shown
-FEW_TOKENS = 300  # below which a loss on held-out text says little
 
 
 def prepare(
@@ -95,7 +95,7 @@ def prepare(
         index = _write(text, plan, made, temporary, workers, shard_tokens, say)
         shards.write_index(temporary, {**index, "key": key, "settings": settings})
     corpus = open_corpus(folder)
-    say(_about(corpus, time.monotonic() - started))
+    say(about(corpus, time.monotonic() - started))
     return corpus
 
 
@@ -127,7 +127,7 @@ def _already_prepared(folder: Path, out: Path | None, vocab_size: int | None, sa
         raise UsageError(
             f"--vocab-size {vocab_size}: {folder} was prepared with {corpus.vocab_size} tokens"
         )
-    say(_about(corpus))
+    say(about(corpus))
     return corpus
 
 
@@ -176,7 +176,7 @@ def _found(folder: Path, key: str, is_cache: bool, say: Say) -> Corpus:
     if is_cache or shards.is_prepared(folder):
         corpus = open_corpus(folder)
         if corpus.key == key:
-            say(_about(corpus))
+            say(about(corpus))
             return corpus
     if is_cache:
         raise CorruptError(f"{folder}: not the corpus its name says; delete the folder")
@@ -258,47 +258,3 @@ def _noting(names: list[str], found: Iterator[Part]) -> Iterator[tuple[str, str]
             start, _, path = part.name.rpartition("the end of ")
             names.append(("the end of " if start or part.name != path else "") + Path(path).name)
         yield part.side, part.text
-
-
-def _about(corpus: Corpus, seconds: float | None = None) -> str:
-    """Return lines on a corpus: its size, what is held out, and a warning if that is little."""
-    n_bytes, n_tokens = sum(corpus.bytes.values()), sum(corpus.tokens.values())
-    spent = "found prepared" if seconds is None else f"in {seconds:.1f} s"
-    size = (
-        f"{corpus.folder}: {corpus.documents['train']} documents and {corpus.documents['val']} "
-        f"held out, {n_bytes} bytes, {n_tokens} tokens, vocabulary {corpus.vocab_size}, "
-        f"{n_bytes / n_tokens:.2f} bytes per token, {spent}"
-    )
-    return "\n".join([size, *_about_held_out(corpus), *_warnings(corpus)])
-
-
-def _about_held_out(corpus: Corpus) -> list[str]:
-    held, total = corpus.bytes["val"], sum(corpus.bytes.values())
-    if not held:
-        return []
-    names = list(corpus.held_out)
-    if names and (more := corpus.documents["val"] - len(names)) > 0:
-        names.append(f"{more:,} more")
-    last = f" and {names.pop()}" if len(names) > 1 else ""
-    named = f": {', '.join(names)}{last}" if names else ""
-    return [f"held out  {held:,} of {total:,} bytes ({held / total:.1%}){named}"]
-
-
-def _warnings(corpus: Corpus) -> list[str]:
-    """Warn if what is held out is far from what was asked for, or very little."""
-    share = corpus.bytes["val"] / sum(corpus.bytes.values())
-    asked = corpus.settings.get("val_fraction")
-    if corpus.sequence or asked == 0:
-        return []
-    found = []
-    if asked is not None and not asked / 3 <= share <= 3 * asked:
-        found.append(
-            f"warning   {share:.1%} of the text is held out, {asked:.1%} was asked for: the "
-            "documents are too few or too unequal; name validation text with --val"
-        )
-    if corpus.tokens["val"] < FEW_TOKENS:
-        found.append(
-            f"warning   only {corpus.tokens['val']} tokens are held out, and a loss on so few says "
-            "little; give more text, or name validation text with --val"
-        )
-    return found

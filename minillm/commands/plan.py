@@ -28,6 +28,7 @@ from minillm.links import Link, Network
 from minillm.pace import wished_steps
 from minillm.plan_text import shown
 from minillm.profiling import machine
+from minillm.setting import parts_of
 from minillm.settings import Settings
 from minillm.shards import Corpus, is_prepared
 from minillm.tokenizer import load_tokenizer
@@ -83,12 +84,14 @@ def main(argv: Sequence[str]) -> None:
 def _vocabulary(settings: Settings, run: Path | None) -> tuple[ModelConfig, Corpus | None, str]:
     """The model with a vocabulary, the corpus where it is prepared, and whose vocabulary it is."""
     model, train = settings.model, settings.train
-    if train.data and is_prepared(train.data):
+    paths = parts_of(train.data)
+    if len(paths) == 1 and is_prepared(paths[0]):
         corpus = startup.find_corpus(settings, run, lambda line: None)
         model = startup.fit_to_corpus(settings, corpus)
-        return model, corpus, f"{model.vocab_size:,}, of {train.data}"
-    if train.data:
-        documents.find([train.data])  # refuses what is not there
+        return model, corpus, f"{model.vocab_size:,}, of {paths[0]}"
+    for part in (paths, parts_of(train.val)):
+        if part:
+            documents.find(part, train.encoding, train.text_column)  # refuses what is not there
     if model.vocab_size is not None:
         who = "given" if "vocab_size" in settings.given else "the preset's or the run's"
         return model, None, f"{model.vocab_size:,}, {who}"
