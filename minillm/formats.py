@@ -10,9 +10,9 @@ import logging
 import posixpath
 import re
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from urllib.parse import unquote
 from xml.etree.ElementTree import Element, TreeBuilder
@@ -113,13 +113,14 @@ def _pdf(path: Path, errors: str, encoding: str) -> str:
     except ImportError:
         raise UnavailableError(f"{shown(path)}: {NO_PDF}") from None
     logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # it reports each odd object
+    data = path.read_bytes()
     try:
-        text = "\n".join(page.extract_text() for page in PdfReader(path).pages) + "\n"
-    except OSError:
+        pages = PdfReader(BytesIO(data)).pages
+        text = "\n".join(page.extract_text() for page in pages) + "\n"
+    except MemoryError:
         raise
     except Exception as error:  # damaged files end in errors of every kind
-        why = " ".join(str(error).split()) or type(error).__name__
-        raise UsageError(f"{shown(path)}: a damaged or locked PDF ({why})") from None
+        raise UsageError(f"{shown(path)}: a damaged or locked PDF ({_why(error)})") from None
     return text.encode("utf-8", "replace").decode("utf-8")  # some fonts map to half characters
 
 
@@ -142,30 +143,31 @@ def _archive(path: Path, what: str) -> Iterator[Callable[[str], bytes]]:
     Raises UsageError, which names the file, if it or a member is damaged or too large. The function
     raises KeyError if there is no such member; left alone, that is damage too.
     """
-    left = LIMIT
+    left, data = LIMIT, path.read_bytes()  # in memory, so that no error below is of the disk
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(BytesIO(data)) as archive:
 
             def read(name: str) -> bytes:
                 nonlocal left
                 with archive.open(name) as member:
-                    data = member.read(left + 1)
-                left -= len(data)
+                    content = member.read(left + 1)
+                left -= len(content)
                 if left < 0:
                     raise UsageError(
                         f"{shown(path)}: unpacks to more than {LIMIT >> 20} MiB; give its text"
                     )
-                return data
+                return content
 
             yield read
-    except UsageError:
+    except (UsageError, MemoryError):
         raise
-    except (
-        zipfile.BadZipFile, zlib.error, EOFError, KeyError, RuntimeError, StopIteration,
-        NotImplementedError, AttributeError, TypeError, ValueError, expat.ExpatError,
-    ) as error:  # fmt: skip
-        why = str(error.args[0]) if error.args else type(error).__name__
-        raise UsageError(f"{shown(path)}: {what}, but damaged ({why})") from None
+    except Exception as error:  # damaged archives and their XML end in errors of every kind
+        raise UsageError(f"{shown(path)}: {what}, but damaged ({_why(error)})") from None
+
+
+def _why(error: Exception) -> str:
+    why = " ".join(str(error.args[0] if error.args else "").split()) or type(error).__name__
+    return why if len(why) <= 100 else why[:97] + "..."
 
 
 def _xml(data: bytes) -> Element:
