@@ -22,7 +22,13 @@ from minillm.shards import Corpus, open_corpus
 from minillm.split import Part, Split, parts, split
 from minillm.storage import VERSION, building, json_digest, write_durably
 from minillm.survey import Text, survey
-from minillm.tokenizer import KINDS, Tokenizer, load_tokenizer, train_tokenizer
+from minillm.tokenizer import (
+    KINDS,
+    Tokenizer,
+    UnknownCharacterError,
+    load_tokenizer,
+    train_tokenizer,
+)
 
 Say = Callable[[str], None]
 SHARD_TOKENS = 100_000_000
@@ -231,13 +237,16 @@ def _write(
     said = time.monotonic()
     done = 0
     names: list[str] = []
-    for ids, size in encoding.encode(_noting(names, parts(text, plan)), made, file, workers):
-        for side, side_ids in ids.items():
-            writers[side].add(side_ids)
-        done += size
-        if time.monotonic() - said > 5:
-            said = time.monotonic()
-            say(f"encoded {done / n_bytes:.0%} of {n_bytes / 1e6:.0f} MB")
+    try:
+        for ids, size in encoding.encode(_noting(names, parts(text, plan)), made, file, workers):
+            for side, side_ids in ids.items():
+                writers[side].add(side_ids)
+            done += size
+            if time.monotonic() - said > 5:
+                said = time.monotonic()
+                say(f"encoded {done / n_bytes:.0%} of {n_bytes / 1e6:.0f} MB")
+    except UnknownCharacterError:  # which knows its place in a piece of a document only
+        raise UsageError(_about_unknown(text, made)) from None
     return {
         "source": text.source.description,
         "tokenizer": made.file_name,
@@ -249,6 +258,20 @@ def _write(
         "held_out": names,
         "shards": [entry for side in shards.SPLITS for entry in writers[side].close()],
     }
+
+
+def _about_unknown(text: Text, made: Tokenizer) -> str:
+    """Name the first character of the text that the tokenizer lacks, and where it stands."""
+    found = ((document, made.unknown(document.text)) for document in text.documents())
+    document, at = next((document, at) for document, at in found if at is not None)
+    before, c = document.text[:at], document.text[at]
+    line, column = before.count("\n") + 1, at - before.rfind("\n")
+    byte = "" if document.start is None else f", offset {document.start + len(before.encode())}"
+    return (
+        f"{documents.shown(document.name)}: line {line}, column {column}{byte}: character {c!a} "
+        f"(U+{ord(c):04X}) is not among the {made.vocab_size} characters of the tokenizer; take it "
+        "out of the text, or use --tokenizer byte"
+    )
 
 
 def _noting(names: list[str], found: Iterator[Part]) -> Iterator[tuple[str, str]]:

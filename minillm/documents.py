@@ -24,7 +24,7 @@ from pathlib import Path
 from minillm import formats, rows
 from minillm.errors import UsageError
 from minillm.pickles import refuse_pickle
-from minillm.plaintext import ERRORS, check_encoding, decode, shown
+from minillm.plaintext import ERRORS, check_encoding, decode, is_utf8, shown
 from minillm.storage import naming
 
 # What counts as text in a folder; a file named one by one may have any ending.
@@ -47,10 +47,15 @@ SHOWN_KINDS = 6
 
 @dataclass(frozen=True)
 class Document:
-    """One text, and the name (file, or file:row) to use when something is wrong with it."""
+    """One text.
+
+    name: the file, or file:row, to use when something is wrong with the text.
+    start: bytes of the file before the text; None where the text is not the file's own bytes.
+    """
 
     name: str
     text: str
+    start: int | None = None
 
 
 @dataclass(frozen=True)
@@ -110,8 +115,10 @@ class Source:
         elif ending in formats.READERS:
             found = iter([(str(path), formats.text_of(path, ending, errors, encoding))])
         else:
-            text = decode(rows.read_bytes(path), shown(path), errors, encoding)
-            found = iter([(str(path), text)])
+            data = rows.read_bytes(path)
+            text = decode(data, shown(path), errors, encoding)
+            start = 3 if data.startswith(b"\xef\xbb\xbf") else 0
+            return iter([Document(str(path), text, start if is_utf8(encoding) else None)])
         return (Document(name, text) for name, text in found)
 
 

@@ -44,6 +44,11 @@ def check_encoding(name: str) -> None:
         ) from None
 
 
+def is_utf8(encoding: str) -> bool:
+    """Whether `encoding` is a name of UTF-8."""
+    return encoding.lower().replace("_", "-") in ("utf-8", "utf8", "utf-8-sig")
+
+
 def decode(data: bytes, where: str, errors: str = "strict", encoding: str = "utf-8") -> str:
     """Return the text of `data`, without a byte order mark.
 
@@ -51,28 +56,28 @@ def decode(data: bytes, where: str, errors: str = "strict", encoding: str = "utf
     errors: "strict" raises UsageError naming the byte; "replace" puts U+FFFD in its place.
     encoding: a name that check_encoding lets pass.
     """
-    is_utf8 = encoding.lower().replace("_", "-") in ("utf-8", "utf8", "utf-8-sig")
-    for start, what in {**(ORDER_MARKS if is_utf8 else {}), **NOT_TEXT}.items():
+    utf8 = is_utf8(encoding)
+    for start, what in {**(ORDER_MARKS if utf8 else {}), **NOT_TEXT}.items():
         if data.startswith(start):
             raise UsageError(f"{where}: is {what}")
-    nul = data.find(b"\0") if is_utf8 else -1
+    nul = data.find(b"\0") if utf8 else -1
     if nul >= 0:
         raise UsageError(f"{where}: NUL byte at offset {nul}: binary, not text")
     try:
         text = data.decode(encoding, errors).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise UsageError(f"{where}: {_about(error, data, is_utf8, encoding)}") from None
+        raise UsageError(f"{where}: {_about(error, data, encoding)}") from None
     except UnicodeError as error:  # some codecs do not say where
         raise UsageError(f"{where}: is not {encoding} ({error})") from None
-    if not is_utf8 and "\0" in text:
+    if not utf8 and "\0" in text:
         raise UsageError(f"{where}: holds NUL characters as {encoding}; is that its encoding?")
-    return text if is_utf8 else whole_characters(text, where, errors)
+    return text if utf8 else whole_characters(text, where, errors)
 
 
-def _about(error: UnicodeDecodeError, data: bytes, is_utf8: bool, encoding: str) -> str:
-    byte = data[error.start]
-    what = f"byte 0x{byte:02x} at offset {error.start} is not {'UTF-8' if is_utf8 else encoding}"
-    if not is_utf8:
+def _about(error: UnicodeDecodeError, data: bytes, encoding: str) -> str:
+    byte, utf8 = data[error.start], is_utf8(encoding)
+    what = f"byte 0x{byte:02x} at offset {error.start} is not {'UTF-8' if utf8 else encoding}"
+    if not utf8:
         return f"{what}; name another --encoding or pass --errors replace"
     # The curly quotes and dashes of Windows; no other common encoding has printable text there.
     if 0x91 <= byte <= 0x97:

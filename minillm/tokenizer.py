@@ -25,6 +25,10 @@ KINDS = ("bpe", "char", "byte")
 MARK = "\u2581"
 
 
+class UnknownCharacterError(UsageError):
+    """A character that a tokenizer has no id for."""
+
+
 class Tokenizer:
     """What all kinds share. ids: 0 <= id < vocab_size; bos_id: None where there is none."""
 
@@ -174,11 +178,15 @@ class CharTokenizer(Tokenizer):
         try:
             return [self._id_of[c] for c in text]
         except KeyError:
-            at, c = next((i, c) for i, c in enumerate(text) if c not in self._id_of)
-            raise UsageError(
-                f"character {c!a} at position {at} is not among the {self.vocab_size} characters "
-                "this tokenizer was made from"
+            at = self.unknown(text)
+            raise UnknownCharacterError(
+                f"character {text[at]!a} at position {at} is not among the {self.vocab_size} "
+                "characters this tokenizer was made from"
             ) from None
+
+    def unknown(self, text: str) -> int | None:
+        """Return the position of the first character that has no id; None if all have one."""
+        return next((i for i, c in enumerate(text) if c not in self._id_of), None)
 
     def to_bytes(self) -> bytes:
         """Our own small JSON: version, kind, characters."""
