@@ -97,3 +97,13 @@ def whole_characters(text: str, where: str, errors: str = "strict") -> str:
             f"{where}: half a surrogate pair at character {error.start} of the text; "
             "mend it or pass --errors replace"
         ) from None
+
+
+def refuse_surrogates(text: str) -> None:
+    """Raise UsageError if a text, such as a prompt, holds half a surrogate pair."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"the text is not valid Unicode: half a character at position {error.start}"
+        ) from None

@@ -15,7 +15,7 @@ FLOORS = {
     "kernels/reference_optim kernels/reference_sampling kernels/eager_optim kernels/eager_sampling "
     "kernels/_interpreter kernels/_tanh guard",
     1: "kernels/reference kernels/_launch cli launch bpe storage setting state pickles foreign "
-    "plaintext",
+    "plaintext sentencepieces",
     2: "world exit_rules precision ranks shape tensorfiles meter rows htmltext "
     "kernels/eager kernels/adamw kernels/newton_schulz kernels/swiglu kernels/_rows "
     "kernels/linear_cross_entropy kernels/sample "

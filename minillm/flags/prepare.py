@@ -60,7 +60,8 @@ def parser() -> Parser:
         help="text files, folders or glob patterns to validate on, instead of --val-fraction; text "
         "that is among the other paths too is left out of training")  # fmt: skip
     add("--text-column", metavar="NAME",
-        help="column with the text of .jsonl, .json and .parquet files (default: text)")  # fmt: skip
+        help="column with the text of .jsonl, .json and .parquet files "
+        "(default: text)")  # fmt: skip
     add("--encoding", metavar="NAME",
         help="encoding of the text, such as cp1252 or utf-16 (default: utf-8)")  # fmt: skip
     add("--errors", choices=("strict", "replace"),
