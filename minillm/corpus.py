@@ -19,7 +19,7 @@ from minillm.bpe import check_vocab_size, choose_vocab_size
 from minillm.errors import CorruptError, UsageError
 from minillm.heldout import about
 from minillm.shards import Corpus, open_corpus
-from minillm.split import Part, Split, parts, split
+from minillm.split import NEITHER, Part, Split, parts, split
 from minillm.storage import VERSION, building, json_digest, write_durably
 from minillm.survey import Text, survey
 from minillm.tokenizer import (
@@ -78,6 +78,9 @@ def prepare(
     if line := documents.about_skipped(text.survey.skipped):
         say(line)
     plan = split(text, val_fraction)
+    if n := int((plan.side == NEITHER).sum()):
+        verb = "is validation text too and is" if n == 1 else "are validation text too and are"
+        say(f"{n} of the documents to train on {verb} left out")
     if tokenizer == "bpe" and vocab_size is None:
         vocab_size = choose_vocab_size(plan.bytes["train"])
     settings = {
