@@ -41,7 +41,13 @@ SKIPPED_FOLDERS = frozenset(
     ("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__")
 )
 # What `skipped` counts besides files by their ending.
-HIDDEN, LINK, FOLDER, BLANK, NOT_UTF8 = "hidden", "linked folders", "folders", "blank", "not UTF-8"
+HIDDEN, LINK, FOLDER, BLANK, NOT_UTF8 = (
+    "hidden",
+    "links to folders",
+    "folders",
+    "blank",
+    "not UTF-8",
+)
 SHOWN_KINDS = 6
 
 
@@ -159,7 +165,7 @@ def about_skipped(skipped: Counter[str]) -> str:
     line = f"{files} file{'s' * (files != 1)} ({', '.join(said)})" if files else ""
     more = [f"{skipped[kind]} {kind}" for kind in (HIDDEN, LINK, FOLDER, NOT_UTF8) if skipped[kind]]
     if skipped[BLANK]:
-        more.append(f"{skipped[BLANK]} without text in them")
+        more.append(f"{skipped[BLANK]} blank document{'s' * (skipped[BLANK] != 1)}")
     line = "; ".join([line, *more] if line else more)
     if skipped[".pdf"]:
         line += f"; {formats.NO_PDF}"

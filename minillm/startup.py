@@ -140,7 +140,8 @@ def _prepare(settings: Settings, say: Callable[[str], None]) -> Corpus:
     train = settings.train
     paths = parts_of(train.data)
     late = sorted(settings.given & PREPARED)
-    if late and len(paths) == 1 and is_prepared(paths[0]):
+    prepared = len(paths) == 1 and is_prepared(paths[0])
+    if late and prepared:
         flag = "--" + late[0].replace("_", "-")
         raise UsageError(f"{flag}: {paths[0]} is prepared already; drop {flag}, or prepare anew")
     sized = train.tokenizer == "bpe" or "vocab_size" in settings.given
@@ -149,7 +150,7 @@ def _prepare(settings: Settings, say: Callable[[str], None]) -> Corpus:
         tokenizer=train.tokenizer,
         vocab_size=settings.model.vocab_size if sized and not train.init_from else None,
         val_fraction=train.val_fraction,
-        val=parts_of(train.val) or None,
+        val=None if prepared else parts_of(train.val),
         cache_dir=Path(train.cache_dir),
         errors=train.errors,
         encoding=train.encoding,

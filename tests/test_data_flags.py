@@ -50,7 +50,9 @@ def test_several_paths_and_validation_text_train_and_resume(place, train, capfd)
     assert "say where with --data and --val" in capfd.readouterr().err
     assert train("--resume", "r", "--steps", "3", "--val", "w.txt", "b.txt") == 0
     assert corpus_of(Path("r")).key == corpus.key
-    assert train("--resume", "r", "--steps", "4", "--val", "a.txt") == 2
+    corpus.folder.rename("elsewhere")
+    assert train("--resume", "r", "--steps", "4", "--data", "elsewhere") == 0
+    assert train("--resume", "r", "--steps", "5", "--data", "a.txt", "b.txt", "--val", "a.txt") == 2
 
 
 def test_column_and_encoding_train(place, train, capfd):
