@@ -89,6 +89,8 @@ def prepare(
         "val_fraction": None if val else val_fraction,
         "shard_tokens": shard_tokens,
     }
+    if tokenizer == "bpe" and text.survey.has_reserved:  # lines with it did not count once
+        settings["reserved"] = True
     if plan.rule != "documents":  # which was the only rule once, and has no name in a key
         settings["split"] = plan.rule + text.survey.given_digest
     key = _key(text, settings)

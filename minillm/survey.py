@@ -11,6 +11,7 @@ from itertools import chain
 
 import numpy as np
 
+from minillm.bpe import RESERVED
 from minillm.documents import Document, Source
 from minillm.errors import UsageError
 
@@ -27,6 +28,7 @@ class Survey:
     n_given: how many documents, the last ones, are validation text that is named by itself.
     given_digest: of these.
     skipped: what was passed over, as Source counts it.
+    has_reserved: whether bpe.RESERVED occurs.
     """
 
     hashes: np.ndarray
@@ -37,6 +39,7 @@ class Survey:
     n_given: int = 0
     given_digest: str = ""
     skipped: Counter[str] = field(default_factory=Counter)
+    has_reserved: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def survey(
     Memory: one document, and 24 bytes for each.
     """
     hashes, sizes = bytearray(), bytearray()
-    digests, counts, n_characters = [], [], 0
+    digests, counts, n_characters, has_reserved = [], [], 0, False
     characters: set[str] = set()
     skipped = Counter(source.skipped)
     for part in (source, validation):
@@ -79,6 +82,7 @@ def survey(
             sizes += len(data).to_bytes(8, "little")
             everything.update(short)
             n_characters = len(document.text)
+            has_reserved = has_reserved or RESERVED in document.text
             if want_characters:
                 characters.update(document.text)
         if part is not None and len(sizes) == before:
@@ -94,6 +98,7 @@ def survey(
         n_given=counts[1],
         given_digest=digests[1] if validation else "",
         skipped=skipped,
+        has_reserved=has_reserved,
     )
     return Text(source, errors, found, validation)
 

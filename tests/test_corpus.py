@@ -169,6 +169,15 @@ def test_settings_name_the_cache(source, tmp_path):
     assert all(folder.parent == cache and len(folder.name) == 16 for folder in made)
 
 
+def test_a_tokenizer_that_is_trained_otherwise_has_another_key(source, tmp_path):
+    """Where lines with U+2585 were left out of training, the old corpus must not be found."""
+    plain = make(source, tmp_path / "a", tokenizer="bpe")
+    assert "reserved" not in plain.settings
+    (source / "000.txt").write_text("load \u2585\n" * 50, encoding="utf-8")
+    assert make(source, tmp_path / "b", tokenizer="bpe").settings["reserved"] is True
+    assert "reserved" not in make(source, tmp_path / "c").settings
+
+
 def test_same_out_again_is_opened_and_another_is_refused(source, tmp_path):
     first = make(source, tmp_path / "c")
     assert make(source, tmp_path / "c") == first
