@@ -10,9 +10,9 @@ from minillm.errors import UsageError
 
 ERRORS = ("strict", "replace")
 ORDER_MARKS = {
-    b"\xff\xfe\0\0": "UTF-32; pass --encoding utf-32",
-    b"\xff\xfe": "UTF-16; pass --encoding utf-16",
-    b"\xfe\xff": "UTF-16; pass --encoding utf-16",
+    b"\xff\xfe\0\0": "UTF-32; convert it to UTF-8 or pass --encoding utf-32",
+    b"\xff\xfe": "UTF-16; convert it to UTF-8 or pass --encoding utf-16",
+    b"\xfe\xff": "UTF-16; convert it to UTF-8 or pass --encoding utf-16",
 }
 NOT_TEXT = {
     b"\x1f\x8b": "gzip data; unpack it first, or let its name end in .gz",
