@@ -16,7 +16,7 @@ from minillm.agreement import gather
 from minillm.config import ModelConfig, TrainConfig
 from minillm.configure import as_train_config, changed, meant_for_a_core, read_config, resolve
 from minillm.corpus import prepare
-from minillm.data import ORDER
+from minillm.data import ORDER, Batches
 from minillm.errors import UnavailableError, UsageError
 from minillm.flags.train import NEWEST
 from minillm.heldout import require_validation
@@ -157,6 +157,14 @@ def _prepare(settings: Settings, say: Callable[[str], None]) -> Corpus:
         text_column=train.text_column,
         say=say,
     )
+
+
+def batches_of(
+    run: Path | None, corpus: Corpus, seq_len: int, config: TrainConfig, ranks: int
+) -> Batches:
+    """Return the batches of a new run, or of `run` in the data order that it began with."""
+    order = ORDER if run is None else runs.data_order(run)
+    return Batches(corpus, seq_len, config.batch_size, config.seed, ranks, order)
 
 
 def rows_of_a_rank(config: TrainConfig, size: int) -> int:
