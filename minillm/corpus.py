@@ -80,7 +80,7 @@ def prepare(
     plan = split(text, val_fraction)
     if n := int((plan.side == NEITHER).sum()):
         verb = "is validation text too and is" if n == 1 else "are validation text too and are"
-        say(f"{n} of the documents to train on {verb} left out")
+        say(f"text      {n} of the documents to train on {verb} left out")
     if tokenizer == "bpe" and vocab_size is None:
         vocab_size = choose_vocab_size(plan.bytes["train"])
     settings = {

@@ -169,7 +169,7 @@ def about_skipped(skipped: Counter[str]) -> str:
     line = "; ".join([line, *more] if line else more)
     if skipped[".pdf"]:
         line += f"; {formats.NO_PDF}"
-    return f"skipped   {line}" if line else ""
+    return f"text      skipped {line}" if line else ""
 
 
 def _standard_library() -> Source:
@@ -215,7 +215,7 @@ def _expand(word: str, wanted: Callable[[Path], bool], skipped: Counter[str]) ->
         here: Counter[str] = Counter()
         files = _walk(path, wanted, frozenset(), here)
         if not files:
-            why = about_skipped(here).replace("skipped   ", "; it has ")
+            why = about_skipped(here).replace("text      skipped", "; it has")
             raise UsageError(f"{shown(path)}: no text in this folder; .txt, .md, .docx ...?{why}")
         skipped.update(here)
         return files

@@ -27,7 +27,7 @@ def _about_held_out(corpus: Corpus) -> list[str]:
         names.append(f"{more:,} more")
     last = f" and {names.pop()}" if len(names) > 1 else ""
     named = f": {', '.join(names)}{last}" if names else ""
-    return [f"held out  {held:,} of {total:,} bytes ({held / total:.1%}){named}"]
+    return [f"text      held out {held:,} of {total:,} bytes ({held / total:.1%}){named}"]
 
 
 def _warnings(corpus: Corpus) -> list[str]:

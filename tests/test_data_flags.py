@@ -35,7 +35,7 @@ def test_several_paths_and_validation_text_train_and_resume(place, train, capfd)
     flags = ["--data", "a.txt", "b.txt", "--val", "v.txt", "b.txt", "--steps", "2"]
     assert train(*flags, "--cache-dir", "p", "--out", "r") == 0
     said = capfd.readouterr().err
-    assert "held out  1,920 of 2,880 bytes (66.7%): v.txt and b.txt" in said
+    assert "text      held out 1,920 of 2,880 bytes (66.7%): v.txt and b.txt" in said
     assert "1 of the documents to train on is validation text too and is left out" in said
     corpus = corpus_of(Path("r"))
     assert corpus.documents == {"train": 1, "val": 2}
@@ -130,4 +130,4 @@ def test_what_a_folder_passes_over_is_said_at_the_start(place, train, capfd):
     Path("windows.txt").unlink()
     flags = ["--cache-dir", "p", "--steps", "1"]
     assert train("--data", ".", *flags, "--out", "r") == 0
-    assert "skipped   2 files (1 .csv, 1 .json)\n" in capfd.readouterr().err
+    assert "text      skipped 2 files (1 .csv, 1 .json)\n" in capfd.readouterr().err

@@ -263,8 +263,8 @@ def test_what_a_folder_passes_over_is_counted(tmp_path):
     skipped = source.skipped.copy()
     assert [d.text for d in source.documents("strict", skipped)] == ["a.txt"]
     assert about_skipped(skipped) == (
-        "skipped   7 files (3 .csv, 1 .gz, 1 .json, 1 .png, 1 without an ending); 3 hidden; "
-        "1 links to folders; 1 blank document"
+        "text      skipped 7 files (3 .csv, 1 .gz, 1 .json, 1 .png, 1 without an ending); "
+        "3 hidden; 1 links to folders; 1 blank document"
     )
     assert about_skipped(documents.find([str(tmp_path / "a.txt")]).skipped) == ""
 

@@ -103,9 +103,12 @@ def test_what_is_held_out_is_said_by_name_up_to_three(tmp_path):
     said = []
     settings = {"say": said.append, "cache_dir": tmp_path / "cache"}
     for _ in range(2):  # prepared, and found prepared
-        make(write(tmp_path / f"s{len(said)}", [8000] * 2), None, **settings)
-        assert "held out  800 of" in said[-1] or "bytes (5." in said[-1] or "(4." in said[-1]
-        assert said[-1].splitlines()[1].endswith("the end of 00.txt and the end of 01.txt")
+        corpus = make(write(tmp_path / f"s{len(said)}", [8000] * 2), None, **settings)
+        held, total = corpus.bytes["val"], sum(corpus.bytes.values())
+        assert said[-1].splitlines()[1] == (
+            f"text      held out {held:,} of {total:,} bytes ({held / total:.1%}): "
+            "the end of 00.txt and the end of 01.txt"
+        )
     make(write(tmp_path / "many", [300] * 90), None, **settings)
     line = said[-1].splitlines()[1]
     assert line.count(".txt") == 3 and line.endswith("more") and " and " in line
