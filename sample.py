@@ -121,7 +121,10 @@ def write(model: GPT, tokenizer: Tokenizer, prompt: str, args: Namespace) -> Non
         maker, more = speculate, {"draft_recurrence": args.draft_recurrence}
     # Rows that stay in the core while others leave are copied.
     require_memory(model, args.num_samples, iterations or 1, 2 if rule else 1)
-    streams = [TextStream(tokenizer, args.stop or (), shown) for _ in range(args.num_samples)]
+    streams = [
+        TextStream(tokenizer, args.stop or (), shown, starts=not prompt)
+        for _ in range(args.num_samples)
+    ]
     logprobs: list[list[float]] = [[] for _ in streams]
     rounds: list[list[int]] = [[] for _ in streams]
     start = time.perf_counter()

@@ -10,6 +10,7 @@ from setuptools import setup
 
 TEST = ["pytest>=8", "hypothesis>=6.100", "ruff>=0.8"]
 PARQUET = ["pyarrow>=15"]
+PDF = ["pypdf>=4"]
 
 setup(
     name="minillm",
@@ -36,6 +37,6 @@ setup(
         "tqdm>=4.66",
         "safetensors>=0.5",
     ],
-    extras_require={"test": TEST, "parquet": PARQUET},
+    extras_require={"test": TEST, "parquet": PARQUET, "pdf": PDF},
     entry_points={"console_scripts": ["minillm = minillm.__main__:main"]},
 )

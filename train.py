@@ -28,7 +28,6 @@ from minillm import checkpoint, runs, startup, world
 from minillm.agreement import agree, in_turn
 from minillm.announce import announce, farewell
 from minillm.configure import as_of
-from minillm.data import Batches
 from minillm.gradients import accumulate, clip_factor, compiled, mean_flops
 from minillm.meter import Meter
 from minillm.microbatch import largest_that_fits, seconds_per_step
@@ -128,7 +127,7 @@ def set_up(settings: Settings, run: Path | None, ranks: Ranks) -> Training:
     shape = startup.fit_to_corpus(settings, corpus)
     rows = startup.rows_of_a_rank(config, ranks.size)
     agree(ranks, lambda: startup.require_memory(shape, config, ranks))
-    batches = Batches(corpus, shape.seq_len, config.batch_size, config.seed, ranks.size)
+    batches = startup.batches_of(run, corpus, shape.seq_len, config, ranks.size)
 
     # With which model.
     fixed = dict(past.state["fixed"]) if past else runs.fixed_of(run) if run else {}

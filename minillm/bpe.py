@@ -14,6 +14,8 @@ import sentencepiece
 
 from minillm.errors import UsageError
 
+# SentencePiece writes this character for what it does not know, and skips every line that has it.
+RESERVED = "\u2585"
 # SentencePiece is super-linear in the length of a line; longer ones are cut.
 LINE_LIMIT = 16_384
 SAMPLE_BYTES = 20_000_000
@@ -67,17 +69,30 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> bytes:
     """
     check_vocab_size(vocab_size)
     sample = _sample(texts)
+    symbols = ["\n"]
+    if any(RESERVED in line for line in sample):
+        # As a symbol of its own it is one token. The lines go on without it, cut where it stood.
+        symbols.append(RESERVED)
+        sample = [line.replace(RESERVED, "\n") for line in sample]
+        sample = [line for line in sample if line.strip("\n")] or [" "]
     try:
-        return _train(sample, vocab_size)
+        return _train(sample, vocab_size, symbols)
     except RuntimeError as error:
         if "required_chars" not in str(error):
-            reason = str(error).rpartition(") [")[2]
-            raise UsageError(f"no bpe tokenizer can be trained on this text: {reason}") from None
+            raise _untrainable() from error
+    try:
         # Scripts of thousands of characters: the rare ones are left to their bytes.
-        return _train(_without_rare_characters(sample, vocab_size), vocab_size)
+        return _train(_without_rare_characters(sample, vocab_size), vocab_size, symbols)
+    except RuntimeError as error:
+        raise _untrainable() from error
 
 
-def _train(sample: Sequence[str], vocab_size: int) -> bytes:
+def _untrainable() -> UsageError:
+    # What SentencePiece says names a line of its own source; --debug shows it.
+    return UsageError("no bpe tokenizer can be trained on this text; use --tokenizer byte")
+
+
+def _train(sample: Sequence[str], vocab_size: int, symbols: Sequence[str]) -> bytes:
     model = BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(sample),
@@ -92,7 +107,7 @@ def _train(sample: Sequence[str], vocab_size: int) -> bytes:
         add_dummy_prefix=False,
         remove_extra_whitespaces=False,
         allow_whitespace_only_pieces=True,
-        user_defined_symbols=["\n"],
+        user_defined_symbols=list(symbols),
         # A space, as SentencePiece writes it: to be known even if the text holds none.
         required_chars="\u2581",
         unk_id=0,

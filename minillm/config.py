@@ -9,8 +9,9 @@ from dataclasses import dataclass, fields
 
 from minillm import cli, schedule
 from minillm.errors import UsageError
+from minillm.plaintext import check_encoding
 from minillm.presets import PRESETS
-from minillm.setting import check_range, setting
+from minillm.setting import check_range, parts_of, setting, several
 from minillm.shape import ModelConfig, nearest_divisor
 
 __all__ = ["PRESETS", "ModelConfig", "TrainConfig"]
@@ -33,9 +34,9 @@ class TrainConfig:
         None, "named settings to start from", choices=tuple(PRESETS), group="run",
         derived="nano on a CPU, tiny on a GPU",
     )  # fmt: skip
-    data: str | None = setting(
-        None, "text file, folder, glob pattern or prepared folder to train on", metavar="PATH",
-        derived="the source files of this Python's standard library",
+    data: str | tuple | None = setting(
+        None, "text files, folders or glob patterns, or one prepared folder, to train on",
+        metavar="PATH", many=True, derived="the source files of this Python's standard library",
     )  # fmt: skip
     out: str | None = setting(None, "run folder to write", metavar="DIR", derived="runs/PRESET-N")
     overwrite: bool = setting(False, "replace the run in the folder that --out names")
@@ -61,13 +62,24 @@ class TrainConfig:
         metavar="NAME",
     )  # fmt: skip
     val_fraction: float = setting(
-        0.05, "share of the text held out for validation, 0 to 0.5: whole documents, or the end of "
-        "a single one",
+        0.05, "share of the text held out for validation, 0 to 0.5: whole documents, or the ends "
+        "of large ones",
         low=0.0, high=0.5,
     )  # fmt: skip
+    val: str | tuple | None = setting(
+        None, "text files, folders or glob patterns to validate on, instead of --val-fraction; "
+        "text that is in --data too is left out of training",
+        metavar="PATH", many=True,
+    )  # fmt: skip
+    text_column: str = setting(
+        "text", "column with the text of .jsonl, .json and .parquet files", metavar="NAME"
+    )
+    encoding: str = setting(
+        "utf-8", "encoding of the text, such as cp1252 or utf-16", metavar="NAME"
+    )
     errors: str = setting(
-        "strict", "what to do with bytes that are not UTF-8: refuse the file, or replace them by "
-        "U+FFFD",
+        "strict", "what to do with bytes that are not of the encoding: refuse the file, or replace "
+        "them by U+FFFD",
         choices=("strict", "replace"),
     )  # fmt: skip
     cache_dir: str = setting("data/prepared", "folder to keep prepared text in", metavar="DIR")
@@ -169,11 +181,16 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for f in fields(self):
+            if f.metadata.get("many"):
+                object.__setattr__(self, f.name, several(getattr(self, f.name)))
             check_range(f, getattr(self, f.name))
-        for name in ("data", "out", "init_from", "tokenizer", "cache_dir"):
-            if (given := getattr(self, name)) is not None and (not given or "\0" in given):
-                what = "holds a NUL" if given else "is empty"
-                raise UsageError(f"--{name.replace('_', '-')} {what}; leave it out, or name one")
+        for name in ("data", "val", "out", "init_from", "tokenizer", "cache_dir", "text_column"):
+            for given in parts_of(getattr(self, name)) or ("",) * (getattr(self, name) == ()):
+                if not given or "\0" in given:
+                    what = "holds a NUL" if given else "is empty"
+                    flag = f"--{name.replace('_', '-')}"
+                    raise UsageError(f"{flag} {what}; leave it out, or name one")
+        check_encoding(self.encoding)
         if self.min_learning_rate > self.learning_rate:
             raise UsageError(
                 f"--min-learning-rate {self.min_learning_rate:g} is above --learning-rate "
@@ -181,8 +198,8 @@ class TrainConfig:
             )
         if self.steps is not None and self.epochs is not None:
             raise UsageError("--steps and --epochs exclude each other; give one")
-        if self.early_stop and not (self.eval_every and self.val_fraction):
-            raise UsageError("--early-stop needs --eval-every and --val-fraction above 0")
+        if self.early_stop and not (self.eval_every and (self.val_fraction or self.val)):
+            raise UsageError("--early-stop needs --eval-every and --val-fraction above 0, or --val")
         _whole_or_auto("--threads", self.threads, 4096)
         if self.batch_size % self.recurrence_groups:
             raise UsageError(

@@ -14,7 +14,7 @@ from minillm.settings import ALIASES, Settings, all_flags, kind_of, parser_of
 
 # What may change when a run is resumed: how it runs and reports, and how long, but not what it is.
 RESUMABLE = frozenset(
-    "data cache_dir device threads zero offload rank_timeout hang_timeout kernels compile"
+    "data val cache_dir device threads zero offload rank_timeout hang_timeout kernels compile"
     " activation_checkpointing steps epochs time_limit early_stop log_every eval_every eval_batches"
     " final_eval_batches sample_every save_every keep_last keep_best".split()
 )  # fmt: skip
@@ -218,6 +218,8 @@ def _refuse_nan(text: str) -> None:
 
 def _typed(path: Path, key: str, value: Any, f: Field) -> Any:
     kind = kind_of(f)
+    if f.metadata.get("many") and isinstance(value, list) and value:
+        return tuple(_typed(path, key, part, f) for part in value)
     if f.name in ("threads", "micro_batch_size") and type(value) is int:
         value = str(value)
     if f.name == "time_limit" and type(value) in (int, float):

@@ -17,13 +17,22 @@ from typing import Any
 from minillm import documents, encoding, shards
 from minillm.bpe import check_vocab_size, choose_vocab_size
 from minillm.errors import CorruptError, UsageError
+from minillm.heldout import about
 from minillm.shards import Corpus, open_corpus
-from minillm.split import Split, Text, parts, split, survey
+from minillm.split import NEITHER, Part, Split, parts, split
 from minillm.storage import VERSION, building, json_digest, write_durably
-from minillm.tokenizer import KINDS, Tokenizer, load_tokenizer, train_tokenizer
+from minillm.survey import Text, survey
+from minillm.tokenizer import (
+    KINDS,
+    Tokenizer,
+    UnknownCharacterError,
+    load_tokenizer,
+    train_tokenizer,
+)
 
 Say = Callable[[str], None]
 SHARD_TOKENS = 100_000_000
+NAMES = 3  # of held-out documents that are shown
 
 
 def prepare(
@@ -32,35 +41,58 @@ def prepare(
     tokenizer: str = "bpe",
     vocab_size: int | None = None,
     val_fraction: float = 0.05,
+    val: Sequence[str] | None = None,
     out: Path | None = None,
     cache_dir: Path = Path("data/prepared"),
     errors: str = "strict",
+    encoding: str = "utf-8",
+    text_column: str = "text",
     workers: int | None = None,
     shard_tokens: int = SHARD_TOKENS,
     say: Say = print,
 ) -> Corpus:
     """Prepare the text at `paths` (None: the default corpus), or open it if that was done before.
 
-    tokenizer: bpe, char, byte or a tokenizer's file. vocab_size: for bpe; None chooses it from the
-    amount of text. val_fraction: 0 (nothing is held out) to 0.5 of the bytes. out: where to put it;
-    None is cache_dir/<hash of text and settings>. errors: "strict" or "replace", for bytes that are
-    not UTF-8. workers: processes that encode; None takes the cores, from 4 MB on. A single path
-    that is a prepared folder is opened as it is.
+    A single path that is a prepared folder is opened as it is.
+
+    tokenizer: bpe, char, byte or a tokenizer's file.
+    vocab_size: for bpe; None chooses it from the amount of text.
+    val_fraction: 0 (nothing is held out) to 0.5 of the bytes.
+    val: where the validation text is. Then val_fraction is not used.
+    out: the folder to write; None is cache_dir/<hash of text and settings>.
+    errors: "strict" or "replace", for bytes that are not of the encoding.
+    encoding: of the text.
+    text_column: where rows of .jsonl, .json and .parquet files have their text.
+    workers: processes that encode; None takes the cores, from 4 MB on.
+    say: gets each line to show.
     """
     started = time.monotonic()
-    if paths and len(paths) == 1 and shards.is_prepared(paths[0]):
+    _refuse_prepared(paths or (), val or ())
+    if paths and shards.is_prepared(paths[0]):
         return _already_prepared(Path(paths[0]), out, vocab_size, say)
     made = _given_tokenizer(tokenizer, vocab_size)
-    text = survey(documents.find(paths), errors, tokenizer == "char")
+    text = survey(
+        documents.find(paths, encoding, text_column), errors, tokenizer == "char",
+        documents.find(val, encoding, text_column) if val else None,
+    )  # fmt: skip
+    if line := documents.about_skipped(text.survey.skipped):
+        say(line)
     plan = split(text, val_fraction)
+    if n := int((plan.side == NEITHER).sum()):
+        verb = "is validation text too and is" if n == 1 else "are validation text too and are"
+        say(f"text      {n} of the documents to train on {verb} left out")
     if tokenizer == "bpe" and vocab_size is None:
         vocab_size = choose_vocab_size(plan.bytes["train"])
     settings = {
         "tokenizer": tokenizer if made is None else made.sha256,
         "vocab_size": vocab_size if tokenizer == "bpe" else None,
-        "val_fraction": val_fraction,
+        "val_fraction": None if val else val_fraction,
         "shard_tokens": shard_tokens,
     }
+    if tokenizer == "bpe" and text.survey.has_reserved:  # lines with it did not count once
+        settings["reserved"] = True
+    if plan.rule != "documents":  # which was the only rule once, and has no name in a key
+        settings["split"] = plan.rule + text.survey.given_digest
     key = _key(text, settings)
     folder = Path(cache_dir, key[:16]) if out is None else Path(out)
     if os.path.lexists(folder) and not _is_empty_folder(folder):
@@ -74,8 +106,28 @@ def prepare(
         index = _write(text, plan, made, temporary, workers, shard_tokens, say)
         shards.write_index(temporary, {**index, "key": key, "settings": settings})
     corpus = open_corpus(folder)
-    say(_summary(corpus, time.monotonic() - started))
+    say(about(corpus, time.monotonic() - started))
     return corpus
+
+
+def _refuse_prepared(paths: Sequence[str], val: Sequence[str]) -> None:
+    """Raise UsageError where a prepared folder stands among other text, or is validation text."""
+    for folder in filter(shards.is_prepared, paths):
+        if len(paths) > 1:
+            raise UsageError(
+                f"{documents.shown(folder)} is prepared already and cannot be joined with other "
+                "text; give it alone, or give the text that it was made from"
+            )
+        if val:
+            raise UsageError(
+                f"--val {documents.shown(val[0])}: {documents.shown(folder)} is prepared already "
+                "and has its own validation text; leave --val out"
+            )
+    for folder in filter(shards.is_prepared, val):
+        raise UsageError(
+            f"--val {documents.shown(folder)} is prepared already; "
+            "give the text that it was made from"
+        )
 
 
 def _already_prepared(folder: Path, out: Path | None, vocab_size: int | None, say: Say) -> Corpus:
@@ -86,7 +138,7 @@ def _already_prepared(folder: Path, out: Path | None, vocab_size: int | None, sa
         raise UsageError(
             f"--vocab-size {vocab_size}: {folder} was prepared with {corpus.vocab_size} tokens"
         )
-    say(_summary(corpus, None))
+    say(about(corpus))
     return corpus
 
 
@@ -135,7 +187,7 @@ def _found(folder: Path, key: str, is_cache: bool, say: Say) -> Corpus:
     if is_cache or shards.is_prepared(folder):
         corpus = open_corpus(folder)
         if corpus.key == key:
-            say(_summary(corpus, None))
+            say(about(corpus))
             return corpus
     if is_cache:
         raise CorruptError(f"{folder}: not the corpus its name says; delete the folder")
@@ -150,7 +202,7 @@ def _train(text: Text, plan: Split, kind: str, vocab_size: int | None, say: Say)
         # All of the text, as nanoGPT does: a character of the held-out part must have an id.
         return train_tokenizer("char", [text.survey.characters])
     say(f"training a bpe tokenizer of {vocab_size} tokens")
-    train_texts = (part for side, part in parts(text, plan) if side == "train")
+    train_texts = (part.text for part in parts(text, plan) if part.side == "train")
     made = train_tokenizer(kind, train_texts, vocab_size)
     if made.vocab_size != vocab_size:
         say(f"the text supports {made.vocab_size} tokens, not {vocab_size}")
@@ -189,13 +241,17 @@ def _write(
     }
     said = time.monotonic()
     done = 0
-    for ids, size in encoding.encode(parts(text, plan), made, file, workers):
-        for side, side_ids in ids.items():
-            writers[side].add(side_ids)
-        done += size
-        if time.monotonic() - said > 5:
-            said = time.monotonic()
-            say(f"encoded {done / n_bytes:.0%} of {n_bytes / 1e6:.0f} MB")
+    names: list[str] = []
+    try:
+        for ids, size in encoding.encode(_noting(names, parts(text, plan)), made, file, workers):
+            for side, side_ids in ids.items():
+                writers[side].add(side_ids)
+            done += size
+            if time.monotonic() - said > 5:
+                said = time.monotonic()
+                say(f"encoded {done / n_bytes:.0%} of {n_bytes / 1e6:.0f} MB")
+    except UnknownCharacterError:  # which knows its place in a piece of a document only
+        raise UsageError(_about_unknown(text, made)) from None
     return {
         "source": text.source.description,
         "tokenizer": made.file_name,
@@ -204,15 +260,29 @@ def _write(
         "dtype": shards.dtype_for(made.vocab_size),
         "bytes_per_split": plan.bytes,
         "documents": plan.documents,
+        "held_out": names,
         "shards": [entry for side in shards.SPLITS for entry in writers[side].close()],
     }
 
 
-def _summary(corpus: Corpus, seconds: float | None) -> str:
-    n_bytes, n_tokens = sum(corpus.bytes.values()), sum(corpus.tokens.values())
-    spent = "found prepared" if seconds is None else f"in {seconds:.1f} s"
+def _about_unknown(text: Text, made: Tokenizer) -> str:
+    """Name the first character of the text that the tokenizer lacks, and where it stands."""
+    found = ((document, made.unknown(document.text)) for document in text.documents())
+    document, at = next((document, at) for document, at in found if at is not None)
+    before, c = document.text[:at], document.text[at]
+    line, column = before.count("\n") + 1, at - before.rfind("\n")
+    byte = "" if document.start is None else f", offset {document.start + len(before.encode())}"
     return (
-        f"{corpus.folder}: {corpus.documents['train']} documents and {corpus.documents['val']} "
-        f"held out, {n_bytes} bytes, {n_tokens} tokens, vocabulary {corpus.vocab_size}, "
-        f"{n_bytes / n_tokens:.2f} bytes per token, {spent}"
+        f"{documents.shown(document.name)}: line {line}, column {column}{byte}: character {c!a} "
+        f"(U+{ord(c):04X}) is not among the {made.vocab_size} characters of the tokenizer; take it "
+        "out of the text, or use --tokenizer byte"
     )
+
+
+def _noting(names: list[str], found: Iterator[Part]) -> Iterator[tuple[str, str]]:
+    """Stream (side, text) of the parts; add the names of the first ones held out to `names`."""
+    for part in found:
+        if part.side == "val" and len(names) < NAMES:
+            start, _, path = part.name.rpartition("the end of ")
+            names.append(("the end of " if start or part.name != path else "") + Path(path).name)
+        yield part.side, part.text

@@ -1,9 +1,10 @@
 """Batches and evaluation windows from a prepared corpus, as pure functions of their numbers.
 
 A window is seq_len + 1 tokens; its first seq_len are the inputs, its last seq_len the targets. In
-each epoch every window comes once, in another order and from another offset. Tokens are read when
-they are needed, not mapped: a mapped file that is truncated kills the process. What this room does
-not do: tokenize, move tensors to a device, know ranks beyond the number it is given.
+each epoch every window comes once, in another order and from another offset. Over the epochs every
+token is a target but the first of all, which nothing precedes. Tokens are read when they are
+needed, not mapped: a mapped file that is truncated kills the process. This module does not
+tokenize, move tensors to a device, or know more of ranks than the number it is given.
 """
 
 import hashlib
@@ -19,6 +20,7 @@ from minillm.storage import naming
 
 IGNORED = -100  # the target that cross-entropy leaves out
 ROUNDS = 6
+ORDER = 2  # the order in which new runs read their data
 
 
 class Tokens:
@@ -73,11 +75,21 @@ class Tokens:
 class Batches:
     """Training batches; the same corpus, sizes and seed give the same ones on any machine.
 
-    seq_len, batch_size: of the global batch, in sequences. world_size: ranks that share it.
+    seq_len: tokens of a sequence.
+    batch_size: sequences of the global batch.
+    seed: decides the order.
+    world_size: ranks that share a batch.
+    order: the data order, by its number. Runs that began with order 1 keep it when they resume.
     """
 
     def __init__(
-        self, corpus: Corpus, seq_len: int, batch_size: int, seed: int, world_size: int = 1
+        self,
+        corpus: Corpus,
+        seq_len: int,
+        batch_size: int,
+        seed: int,
+        world_size: int = 1,
+        order: int = ORDER,
     ) -> None:
         if batch_size % world_size:
             raise UsageError(f"--batch-size {batch_size} is not a multiple of {world_size} ranks")
@@ -94,9 +106,12 @@ class Batches:
         if corpus.sequence:  # sequences as they are
             _check_sequence(corpus, seq_len)
             self.n_windows, self._n_offsets = n // seq_len, 1
-        else:  # as many as fit after the largest offset; at least one
+        else:  # as many as fit after any offset below seq_len; at least one
             self.n_windows = max(1, (n - seq_len) // seq_len)
-            self._n_offsets = min(seq_len, n - self.n_windows * seq_len)
+            # With the largest offset the last window ends where the split ends.
+            self._n_offsets = n - self.n_windows * seq_len
+            if order == 1:  # which never came to the last tokens
+                self._n_offsets = min(seq_len, self._n_offsets)
 
     def batch(self, step: int, rank: int = 0) -> tuple[Tensor, Tensor]:
         """The rank's share of the batch of `step`: tokens, targets, (batch_size / ranks, seq_len).

@@ -228,7 +228,14 @@ def read_facts(run: Path) -> dict[str, Any]:
             raise CorruptError(f"{run}/config.json: {name} is {facts.get(name)!r}, not a text")
     if type(facts.get("asked_vocab_size")) not in (int, type(None)):
         raise CorruptError(f"{run}/config.json: asked_vocab_size is no number")
+    if facts.get("data_order", 1) not in (1, 2):
+        raise CorruptError(f"{run}/config.json: data_order is {facts['data_order']!r}, not 1 or 2")
     return facts
+
+
+def data_order(run: Path) -> int:
+    """Return the number of the order in which a run reads its data; older runs state none."""
+    return read_facts(run).get("data_order", 1)
 
 
 def fixed_of(run: Path) -> dict[str, Any]:

@@ -7,8 +7,26 @@ from minillm.errors import UsageError
 
 
 def setting(default: Any, help: str, **rules: Any) -> Any:
-    """A dataclass field that is also a flag: default, help, and `low`, `high` or `choices`."""
+    """A dataclass field that is also a flag: default, help, and `low`, `high` or `choices`.
+
+    many=True: it takes one text or more, see `several`.
+    """
     return field(default=default, metadata={"help": help, **rules})
+
+
+def several(value: Any) -> Any:
+    """Return the value of a setting that is one text or more: a text, or a tuple of them.
+
+    value: a text, or a list as a command line or a file has it. Other values come back as they are.
+    """
+    if not isinstance(value, list | tuple) or not all(isinstance(part, str) for part in value):
+        return value
+    return value[0] if len(value) == 1 else tuple(value)
+
+
+def parts_of(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Return the texts of such a setting; none if it is None."""
+    return value if isinstance(value, tuple) else () if value is None else (value,)
 
 
 def check_range(f: Field, value: Any) -> None:

@@ -57,6 +57,7 @@ def add_flags(parser: cli.Parser) -> None:
             if "choices" in f.metadata and not metavar.startswith("{"):
                 text += ": " + ", ".join(f.metadata["choices"])
             what = {"type": parser_of(f), "metavar": metavar}
+            what |= {"nargs": "+"} if f.metadata.get("many") else {}
             group.add_argument(flag, help=text.replace("%", "%%"), **what, **options)
 
 

@@ -49,6 +49,7 @@ class Corpus:
     and the settings (tokenizer, vocab_size, val_fraction) that it was made from.
     sequence: tokens of each sequence, where they have targets of their own; else None.
     targets: the shards of these, per split.
+    held_out: the names of the first documents that are held out; older corpora have none.
     """
 
     folder: Path
@@ -64,6 +65,7 @@ class Corpus:
     settings: dict[str, Any]
     sequence: int | None
     targets: dict[str, tuple[Shard, ...]]
+    held_out: tuple[str, ...] = ()
 
     def tokenizer(self) -> Tokenizer:
         """Load the tokenizer that made these tokens."""
@@ -208,6 +210,7 @@ def _from_index(folder: Path, content: dict[str, Any]) -> Corpus:
         settings=dict(content.get("settings", {})),
         sequence=sequence,
         targets={split: tuple(targets[split]) for split in SPLITS},
+        held_out=tuple(str(name) for name in content.get("held_out", ())),
     )
 
 

@@ -1,127 +1,125 @@
-"""Which text is for training and which is held out, decided by content alone.
+"""Which text is for training and which is held out, decided by content and settings alone.
 
 Documents are ordered by the hash of their text and held out from the start of that order until
-their share of all bytes is reached; so the split does not depend on names or order, and copies of a
-text fall on one side. A single document gives its tail. What this room does not do: tokenize.
+their share of all bytes is reached. So the split does not depend on names or order, and copies of a
+text fall on one side. Where documents are too few or too unequal for that, each large one gives its
+tail instead. Validation text that is named by itself is held out whole. This module does not
+tokenize.
 """
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from minillm.documents import Source
 from minillm.errors import UsageError
+from minillm.survey import Text, fingerprint, survey
 
+__all__ = ["Part", "Split", "Text", "parts", "split", "survey"]
 
-@dataclass(frozen=True)
-class Survey:
-    """What one pass over N documents found.
-
-    hashes: (N, 2) uint64, 128 bits of each text's sha256. sizes: (N,) UTF-8 bytes. digest: of all
-    texts in their order. characters: those that occur, if they were asked for. n_characters: the
-    length of the last document.
-    """
-
-    hashes: np.ndarray
-    sizes: np.ndarray
-    digest: str
-    characters: str
-    n_characters: int
-
-
-@dataclass(frozen=True)
-class Text:
-    """Documents together with what they were found to hold, so that a change is noticed."""
-
-    source: Source
-    errors: str
-    survey: Survey
+SIDES = ("train", "val")
+TRAIN, VAL, NEITHER = 0, 1, 2
+# Where a tail may begin, the best first.
+BOUNDARIES = ("\n\n", "\n", ". ", " ")
 
 
 @dataclass(frozen=True)
 class Split:
-    """is_val: (N,) bool; cut: where a single document is cut, in characters, or None.
+    """Where each document goes.
 
-    bytes and documents count each side, under "train" and "val".
+    side: (N,) int8, TRAIN, VAL or NEITHER.
+    cuts: for each document that is cut its number and where, in characters.
+    bytes, documents: of each side, under "train" and "val".
+    rule: "documents", "tails" or "given".
     """
 
-    is_val: np.ndarray
-    cut: int | None
+    side: np.ndarray
+    cuts: dict[int, int]
     bytes: dict[str, int]
     documents: dict[str, int]
+    rule: str = "documents"
 
 
-def survey(source: Source, errors: str, want_characters: bool) -> Text:
-    """Read all documents once; UsageError if there is no text in them.
+class Part(NamedTuple):
+    """A text for one side, "train" or "val", and what to call it."""
 
-    Memory: one document, and 24 bytes for each.
-    """
-    hashes, sizes = bytearray(), bytearray()
-    everything = hashlib.sha256()
-    characters: set[str] = set()
-    n_characters = 0
-    for document in source.documents(errors):
-        data = document.text.encode("utf-8")
-        fingerprint = _hash(data)
-        hashes += fingerprint
-        sizes += len(data).to_bytes(8, "little")
-        everything.update(fingerprint)
-        n_characters = len(document.text)
-        if want_characters:
-            characters.update(document.text)
-    if not sizes:
-        raise UsageError(f"{source.description}: no text, only nothing or white space")
-    found = Survey(
-        hashes=np.frombuffer(bytes(hashes), ">u8").reshape(-1, 2),
-        sizes=np.frombuffer(bytes(sizes), "<u8").astype(np.int64),
-        digest=everything.hexdigest(),
-        characters="".join(sorted(characters)),
-        n_characters=n_characters,
-    )
-    return Text(source, errors, found)
+    side: str
+    text: str
+    name: str
 
 
 def split(text: Text, fraction: float) -> Split:
-    """Hold out `fraction` (0 to 0.5) of the bytes of `text`.
+    """Hold out `fraction` (0 to 0.5) of the bytes of `text`, or its validation text.
 
-    A document that would take the held-out share above twice the fraction is passed over, so that
-    chance never holds out the one large document; if all are too large, the smallest is held out.
-    With a fraction above 0 both sides get text. A single document is cut after
-    int(n_characters * (1 - fraction)) characters, as nanoGPT does with 0.1.
+    A document that would take the held-out share above twice the fraction is passed over. Where the
+    others do not reach the fraction, each of the large ones gives its tail. With a fraction above 0
+    both sides get text. A single document is cut after int(n_characters * (1 - fraction))
+    characters, as nanoGPT does with 0.1.
     """
     if not 0 <= fraction <= 0.5:
         raise UsageError(f"--val-fraction {fraction}: expected 0 (nothing held out) to 0.5")
     sizes = text.survey.sizes
-    if len(sizes) == 1 and fraction > 0:
+    if text.validation is not None:
+        return _split_given(text)
+    if fraction == 0:
+        return _split_whole(text, np.zeros(len(sizes), np.int8), "documents")
+    if len(sizes) == 1:
         return _split_single(text, fraction)
-    is_val = _held_out(text, fraction) if fraction > 0 else np.zeros(len(sizes), bool)
-    sides = {"train": ~is_val, "val": is_val}
-    return Split(
-        is_val,
-        None,
-        bytes={name: int(sizes[side].sum()) for name, side in sides.items()},
-        documents={name: int(side.sum()) for name, side in sides.items()},
-    )
+    groups = _groups(text)
+    order, group_of, group_sizes = groups
+    chosen = _chosen(group_sizes, np.arange(len(group_sizes)), fraction)
+    if group_sizes[chosen].sum() < fraction * sizes.sum():
+        return _split_tails(text, fraction, groups)
+    side = np.zeros(len(sizes), np.int8)
+    side[order] = np.isin(group_of, chosen)
+    return _split_whole(text, side, "documents")
 
 
-def parts(text: Text, plan: Split) -> Iterator[tuple[str, str]]:
-    """Stream ("train" or "val", text) in reading order; UsageError if a document has changed."""
+def parts(text: Text, plan: Split) -> Iterator[Part]:
+    """Stream the text of both sides in reading order; UsageError if a document has changed."""
     hashes = text.survey.hashes
     count = 0
-    for document in text.source.documents(text.errors):
+    for document in text.documents():
         is_known = count < len(hashes)
-        if not is_known or _hash(document.text.encode("utf-8")) != hashes[count].tobytes():
+        if not is_known or fingerprint(document.text.encode("utf-8")) != hashes[count].tobytes():
             raise UsageError(f"{document.name}: changed while it was being read; run again")
-        if plan.cut is not None:
-            yield "train", document.text[: plan.cut]
-            yield "val", document.text[plan.cut :]
-        else:
-            yield ("val" if plan.is_val[count] else "train"), document.text
+        if (cut := plan.cuts.get(count)) is not None:
+            yield Part("train", document.text[:cut], document.name)
+            yield Part("val", document.text[cut:], f"the end of {document.name}")
+        elif plan.side[count] != NEITHER:
+            yield Part(SIDES[plan.side[count]], document.text, document.name)
         count += 1
     if count != len(hashes):
         raise UsageError(f"{text.source.description}: lost a document while it was being read")
+
+
+def _split_whole(text: Text, side: np.ndarray, rule: str) -> Split:
+    """Return the split in which no document is cut."""
+    on = {name: side == number for number, name in enumerate(SIDES)}
+    return Split(
+        side,
+        {},
+        bytes={name: int(text.survey.sizes[mask].sum()) for name, mask in on.items()},
+        documents={name: int(mask.sum()) for name, mask in on.items()},
+        rule=rule,
+    )
+
+
+def _split_given(text: Text) -> Split:
+    """Hold out the validation text; leave what is the same text out of training."""
+    found = text.survey
+    first = len(found.sizes) - found.n_given
+    held = {row.tobytes() for row in found.hashes[first:]}
+    side = np.full(len(found.sizes), VAL, np.int8)
+    for number in range(first):
+        side[number] = NEITHER if found.hashes[number].tobytes() in held else TRAIN
+    if not (side == TRAIN).any():
+        raise UsageError(
+            f"--val {text.validation.description}: holds all the text of --data; "
+            "nothing is left to train on"
+        )
+    return _split_whole(text, side, "given")
 
 
 def _split_single(text: Text, fraction: float) -> Split:
@@ -131,14 +129,62 @@ def _split_single(text: Text, fraction: float) -> Split:
             f"{text.source.description}: {text.survey.n_characters} characters are too few to hold "
             f"out {fraction:g} of them; give more text or --val-fraction 0"
         )
-    is_val = np.zeros(1, bool)
-    sizes = {"train": 0, "val": 0}
-    for side, part in parts(text, Split(is_val, cut, {}, {})):
-        sizes[side] += len(part.encode("utf-8"))
-    return Split(is_val, cut, sizes, {"train": 1, "val": 1})
+    return _with_cuts(text, np.zeros(1, np.int8), {0: cut}, "documents")
 
 
-def _held_out(text: Text, fraction: float) -> np.ndarray:
+def _split_tails(
+    text: Text, fraction: float, groups: tuple[np.ndarray, np.ndarray, np.ndarray]
+) -> Split:
+    """Cut the tail of each document that is too large to be held out whole.
+
+    The small ones are held out whole in the same proportion, as far as that is possible.
+    """
+    order, group_of, group_sizes = groups
+    total = int(group_sizes.sum())
+    is_large = group_sizes > _most(fraction, total) - fraction * total
+    chosen = _chosen(group_sizes, np.flatnonzero(~is_large), fraction)
+    side = np.zeros(len(order), np.int8)
+    side[order] = np.isin(group_of, chosen)
+    large = np.zeros(len(order), bool)
+    large[order] = is_large[group_of]
+    documents = enumerate(text.documents())
+    cuts = {n: _tail_start(d.text, fraction) for n, d in documents if n < len(large) and large[n]}
+    cuts = {n: cut for n, cut in cuts.items() if cut}
+    if not cuts and not chosen:  # documents of one character
+        side[order] = group_of == group_sizes.argmin()
+    return _with_cuts(text, side, cuts, "tails")
+
+
+def _with_cuts(text: Text, side: np.ndarray, cuts: dict[int, int], rule: str) -> Split:
+    """Return the split with these cuts; its bytes are counted by reading the text."""
+    sizes, counts = {"train": 0, "val": 0}, {"train": 0, "val": 0}
+    for part in parts(text, Split(side, cuts, {}, {})):
+        sizes[part.side] += len(part.text.encode("utf-8"))
+        counts[part.side] += 1
+    return Split(side, cuts, sizes, counts, rule)
+
+
+def _tail_start(text: str, fraction: float) -> int:
+    """Return where the last `fraction` of a text begins: behind a paragraph, a line, a sentence or
+    a word, if one ends within half the tail's length of the exact place. 0: it cannot be cut.
+    """
+    tail = max(1, round(len(text) * fraction))
+    exact = len(text) - tail
+    low, high = max(0, exact - tail // 2), exact + tail // 2
+    for mark in BOUNDARIES:
+        found = (text.rfind(mark, low, exact), text.find(mark, exact, high))
+        places = [at + len(mark) for at in found if at >= 0 and at + len(mark) < len(text)]
+        if places:
+            return min(places, key=lambda at: abs(at - exact))
+    return exact
+
+
+def _groups(text: Text) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Group the copies of each text.
+
+    Returns the documents by the hash of their text, (N,), the group of each in that order, (N,),
+    and the bytes of each group.
+    """
     hashes, sizes = text.survey.hashes, text.survey.sizes
     order = np.lexsort((hashes[:, 1], hashes[:, 0]))
     differs = np.any(hashes[order][1:] != hashes[order][:-1], axis=1)
@@ -148,24 +194,26 @@ def _held_out(text: Text, fraction: float) -> np.ndarray:
             f"{text.source.description}: all {len(sizes)} documents are the same text; "
             "give it once, or pass --val-fraction 0"
         )
-    # A group holds the copies of one text.
-    group_sizes = np.add.reduceat(sizes[order], starts)
-    total = int(sizes.sum())
-    most = min(2 * fraction, (1 + fraction) / 2) * total
+    group_of = np.concatenate([[0], np.cumsum(differs)])
+    return order, group_of, np.add.reduceat(sizes[order], starts)
+
+
+def _chosen(group_sizes: np.ndarray, among: np.ndarray, fraction: float) -> list[int]:
+    """Return the groups that are held out of those `among`, which are in the order of their hash.
+
+    They hold at least `fraction` of the bytes, unless the others are too large.
+    """
+    total = int(group_sizes[among].sum())
     chosen, taken = [], 0
-    for group, size in enumerate(group_sizes.tolist()):
+    for group in among.tolist():
         if taken >= fraction * total:
             break
-        if taken + size <= most:
+        if taken + int(group_sizes[group]) <= _most(fraction, total):
             chosen.append(group)
-            taken += size
-    if not chosen:
-        chosen = [int(group_sizes.argmin())]
-    group_of = np.concatenate([[0], np.cumsum(differs)])
-    is_val = np.zeros(len(sizes), bool)
-    is_val[order] = np.isin(group_of, chosen)
-    return is_val
+            taken += int(group_sizes[group])
+    return chosen
 
 
-def _hash(data: bytes) -> bytes:
-    return hashlib.sha256(data).digest()[:16]
+def _most(fraction: float, total: int) -> float:
+    """Return the most bytes that whole documents may take for a `fraction` of `total`."""
+    return min(2 * fraction, (1 + fraction) / 2) * total

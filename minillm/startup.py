@@ -16,15 +16,20 @@ from minillm.agreement import gather
 from minillm.config import ModelConfig, TrainConfig
 from minillm.configure import as_train_config, changed, meant_for_a_core, read_config, resolve
 from minillm.corpus import prepare
+from minillm.data import ORDER, Batches
 from minillm.errors import UnavailableError, UsageError
 from minillm.flags.train import NEWEST
+from minillm.heldout import require_validation
 from minillm.launch import World
 from minillm.ranks import Ranks
+from minillm.setting import parts_of
 from minillm.settings import Settings
 from minillm.shards import Corpus, is_prepared, open_corpus
 from minillm.storage import check_place, file_digest
 from minillm.tokenizer import KINDS
 
+# What a prepared folder has decided.
+PREPARED = frozenset("tokenizer val_fraction val errors encoding text_column".split())
 HELD = ("parameters", "gradients", "masters", "moments")  # by a rank, of plan.memory
 
 
@@ -102,23 +107,25 @@ def find_corpus(settings: Settings, run: Path | None, say: Callable[[str], None]
         corpus = _prepare(settings, say)
         if train.init_from and corpus.tokenizer().sha256 != file_digest(Path(train.tokenizer)):
             raise UsageError(
-                f"--data {train.data} was prepared with another tokenizer than {train.init_from}'s"
+                f"--data {' '.join(parts_of(train.data))} was prepared with another tokenizer than "
+                f"{train.init_from}'s"
             )
-        return corpus
+        return require_validation(corpus, train.early_stop)
     facts = runs.read_facts(run)
     folder = Path(facts["corpus"])
-    if folder.is_dir() and "data" not in settings.given:
+    if folder.is_dir() and not {"data", "val"} & settings.given:
         corpus = open_corpus(folder)
     else:
         try:
             corpus = _prepare_again(settings, run, say)
         except UsageError as error:
-            raise UsageError(f"{error}; if the text has moved, say where with --data") from None
+            hint = "say where with --data" + " and --val" * (train.val is not None)
+            raise UsageError(f"{error}; if the text has moved, {hint}") from None
     if corpus.key != facts["corpus_key"]:
         raise UsageError(
             f"the text is not what {run} was trained on; start anew with --init-from {run}"
         )
-    return corpus
+    return require_validation(corpus, train.early_stop)
 
 
 def _prepare_again(settings: Settings, run: Path, say: Callable[[str], None]) -> Corpus:
@@ -133,20 +140,33 @@ def _prepare_again(settings: Settings, run: Path, say: Callable[[str], None]) ->
 
 def _prepare(settings: Settings, say: Callable[[str], None]) -> Corpus:
     train = settings.train
-    late = sorted(settings.given & {"tokenizer", "val_fraction", "errors"})
-    if late and train.data and is_prepared(train.data):
+    paths = parts_of(train.data)
+    late = sorted(settings.given & PREPARED)
+    prepared = len(paths) == 1 and is_prepared(paths[0])
+    if late and prepared:
         flag = "--" + late[0].replace("_", "-")
-        raise UsageError(f"{flag}: {train.data} is prepared already; drop {flag}, or prepare anew")
+        raise UsageError(f"{flag}: {paths[0]} is prepared already; drop {flag}, or prepare anew")
     sized = train.tokenizer == "bpe" or "vocab_size" in settings.given
     return prepare(
-        [train.data] if train.data else None,
+        paths or None,
         tokenizer=train.tokenizer,
         vocab_size=settings.model.vocab_size if sized and not train.init_from else None,
         val_fraction=train.val_fraction,
+        val=None if prepared else parts_of(train.val),
         cache_dir=Path(train.cache_dir),
         errors=train.errors,
+        encoding=train.encoding,
+        text_column=train.text_column,
         say=say,
     )
+
+
+def batches_of(
+    run: Path | None, corpus: Corpus, seq_len: int, config: TrainConfig, ranks: int
+) -> Batches:
+    """Return the batches of a new run, or of `run` in the data order that it began with."""
+    order = ORDER if run is None else runs.data_order(run)
+    return Batches(corpus, seq_len, config.batch_size, config.seed, ranks, order)
 
 
 def rows_of_a_rank(config: TrainConfig, size: int) -> int:
@@ -204,7 +224,8 @@ def room_of_a_rank(ranks: Ranks) -> int | None:
 
 def refuse_differences(ranks: Ranks, corpus: Corpus, settings: Settings, run: Path | None) -> None:
     """Raise UsageError unless all ranks train the same: text, settings, run to resume."""
-    config = {n: x for n, x in settings.flat().items() if n not in ("device", "threads", "data")}
+    own = ("device", "threads", "data", "val")
+    config = {n: x for n, x in settings.flat().items() if n not in own}
     told = {"text": corpus.key, "settings": json.dumps(config, sort_keys=True, default=str),
             "run to resume": str(run)}  # fmt: skip
     every = gather(ranks, told)
@@ -231,6 +252,7 @@ def facts_of(settings: Settings, corpus: Corpus, launch: str | None) -> dict:
         "corpus": str(corpus.folder.resolve()),
         "corpus_key": corpus.key,
         "corpus_settings": corpus.settings,
+        "data_order": ORDER,
         "asked_vocab_size": settings.model.vocab_size,
         "tokenizer_sha256": corpus.tokenizer().sha256,
     }

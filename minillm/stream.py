@@ -12,13 +12,21 @@ class TextStream:
     stops: texts that end the row; neither they nor what follows is given out.
     BOS, the beginning of another document, ends the row too.
     skip: bytes of the first token that the prompt already showed, see Tokenizer.heal.
+    starts: whether the tokens start a text; they do not where they continue a prompt.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), skip: int = 0) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stops: Sequence[str] = (),
+        skip: int = 0,
+        starts: bool = True,
+    ) -> None:
         self.tokenizer, self.stops = tokenizer, [s for s in stops if s]
         # Bytes that are no UTF-8 (a model can write any) become U+FFFD.
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.skip = skip
+        self.starts = starts and not skip
         self.ids: list[int] = []
         self.text = ""
         self.held = ""
@@ -30,7 +38,10 @@ class TextStream:
             self.finish = "document"
             return self.flush()
         self.ids.append(token)
-        data, self.skip = self.tokenizer.decode_bytes([token])[self.skip :], 0
+        if self.starts:
+            data, self.starts = self.tokenizer.at_start(token)
+        else:
+            data, self.skip = self.tokenizer.decode_bytes([token])[self.skip :], 0
         self.held += self.decoder.decode(data)
         found = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
         if found:

@@ -17,12 +17,16 @@ from minillm.bpe import lines, train_bpe
 from minillm.errors import CorruptError, UsageError
 from minillm.foreign import try_model
 from minillm.pickles import refuse_pickle
+from minillm.plaintext import refuse_surrogates
+from minillm.sentencepieces import MARK, bytes_of_pieces, drops_space
 from minillm.storage import naming, write_durably
 
 MAX_BYTES = 64 << 20  # of a tokenizer's file
 KINDS = ("bpe", "char", "byte")
-# SentencePiece writes a space as this character and cannot tell the two apart.
-MARK = "\u2581"
+
+
+class UnknownCharacterError(UsageError):
+    """A character that a tokenizer has no id for."""
 
 
 class Tokenizer:
@@ -75,9 +79,21 @@ class Tokenizer:
             raise UsageError(f"token ids must be 0 to {self.vocab_size - 1}, got {span}")
         return b"".join([self._bytes_of[i] for i in ids])
 
+    def at_start(self, token: int) -> tuple[bytes, bool]:
+        """Return a token's bytes at the start of a text, and whether the next one is there too.
+
+        They differ from decode_bytes where a space was put before the first word.
+        """
+        data = self.decode_bytes([token])
+        return data, not data
+
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", "replace")
+        """The text of `ids`, which start a text; bytes that are no UTF-8 become U+FFFD."""
+        rest, first, starts = list(ids), b"", True
+        while rest and starts:
+            data, starts = self.at_start(rest.pop(0))
+            first += data
+        return (first + self.decode_bytes(rest)).decode("utf-8", "replace")
 
     def to_bytes(self) -> bytes:
         """The content of the tokenizer's file."""
@@ -114,7 +130,8 @@ class BpeTokenizer(Tokenizer):
         self._pieces = pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.vocab_size = pieces.vocab_size()
         self.bos_id = pieces.bos_id() if pieces.bos_id() >= 0 else None
-        self._bytes_of = _bytes_of_pieces(pieces)
+        self._bytes_of = bytes_of_pieces(pieces)
+        self._drops_space = drops_space(pieces)
         self._mark = [pieces.piece_to_id(f"<0x{byte:02X}>") for byte in MARK.encode()]
         probes = (
             "",
@@ -129,6 +146,14 @@ class BpeTokenizer(Tokenizer):
         if any(self.decode(self.encode(probe)) != probe for probe in probes):
             self.note = "this tokenizer is not lossless: decoding does not give the text back"
 
+    def at_start(self, token: int) -> tuple[bytes, bool]:
+        """Return a token's bytes at the start of a text, and whether the next one is there too."""
+        data = self.decode_bytes([token])
+        if not self._drops_space or not self._pieces.id_to_piece(token).startswith(MARK):
+            return data, not data
+        # Where spaces at the start are dropped from texts, it was put before each of them.
+        return data[1:], self._drops_space == "all" and len(data) == 1
+
     def encode(self, text: str) -> list[int]:
         """The ids of `text`; UsageError if it holds half a surrogate pair."""
         try:
@@ -138,7 +163,7 @@ class BpeTokenizer(Tokenizer):
                 return self._encode_marked(lines(text))
             return list(chain.from_iterable(self._pieces.encode(lines(text), num_threads=1)))
         except (RuntimeError, TypeError):
-            _refuse_surrogates(text)
+            refuse_surrogates(text)
             raise
 
     def _encode_marked(self, parts: Sequence[str]) -> list[int]:
@@ -174,11 +199,15 @@ class CharTokenizer(Tokenizer):
         try:
             return [self._id_of[c] for c in text]
         except KeyError:
-            at, c = next((i, c) for i, c in enumerate(text) if c not in self._id_of)
-            raise UsageError(
-                f"character {c!a} at position {at} is not among the {self.vocab_size} characters "
-                "this tokenizer was made from"
+            at = self.unknown(text)
+            raise UnknownCharacterError(
+                f"character {text[at]!a} at position {at} is not among the {self.vocab_size} "
+                "characters this tokenizer was made from"
             ) from None
+
+    def unknown(self, text: str) -> int | None:
+        """Return the position of the first character that has no id; None if all have one."""
+        return next((i for i, c in enumerate(text) if c not in self._id_of), None)
 
     def to_bytes(self) -> bytes:
         """Our own small JSON: version, kind, characters."""
@@ -197,7 +226,7 @@ class ByteTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         """One id a byte; UsageError if the text holds half a surrogate pair."""
-        _refuse_surrogates(text)
+        refuse_surrogates(text)
         return list(text.encode("utf-8"))
 
     def to_bytes(self) -> bytes:
@@ -255,7 +284,7 @@ def _from_json(path: Path, data: bytes) -> Tokenizer:
     if content.get("version") == 1 and kind == "byte":
         return ByteTokenizer()
     if content.get("version") == 1 and kind == "char" and isinstance(characters, str):
-        _refuse_surrogates(characters)
+        refuse_surrogates(characters)
         if characters and characters == "".join(sorted(set(characters))):
             return CharTokenizer(characters)
         raise CorruptError(f"{path}: its characters are not sorted and different")
@@ -263,27 +292,6 @@ def _from_json(path: Path, data: bytes) -> Tokenizer:
         f"{path}: not a tokenizer of minillm (a Hugging Face tokenizer.json is not read); "
         "expected a SentencePiece .model, or our own .json of kind char or byte, version 1"
     )
-
-
-def _bytes_of_pieces(pieces: sentencepiece.SentencePieceProcessor) -> list[bytes]:
-    # Asked for all ids at once: a worker loads the tokenizer for each batch it encodes.
-    ids = list(range(pieces.vocab_size()))
-    table = [p.replace(MARK, " ").encode("utf-8") for p in pieces.id_to_piece(ids)]
-    for i in ids:
-        if pieces.is_control(i) or pieces.is_unknown(i):
-            table[i] = b""
-        elif pieces.is_byte(i):
-            table[i] = bytes([int(pieces.id_to_piece(i)[3:5], 16)])
-    return table
-
-
-def _refuse_surrogates(text: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UsageError(
-            f"the text is not valid Unicode: half a character at position {error.start}"
-        ) from None
 
 
 def _own_json(**content: str) -> bytes:

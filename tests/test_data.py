@@ -163,6 +163,28 @@ def test_smallest_corpora(tmp_path):
         Batches(write_corpus(tmp_path / "few", numbers(8)), 8, 3, seed=0)
 
 
+@pytest.mark.parametrize("n", [9, 10, 15, 16, 17, 23, 24, 25, 31, 40, 1000])
+def test_every_token_is_a_target_in_some_epoch(tmp_path, n):
+    """A target is a token behind the first of a window; the first of all tokens has none before."""
+    seq_len = 8
+    batches = Batches(write_corpus(tmp_path / "c", numbers(n)), seq_len, 1, seed=3)
+    starts = {int(s) for epoch in range(300) for s in window_numbers(batches, epoch)}
+    targets = {start + 1 + i for start in starts for i in range(seq_len)}
+    assert targets == set(range(1, n))
+
+
+def test_a_run_that_began_with_the_old_order_keeps_it(tmp_path):
+    """The old offsets, written out: below seq_len, and none where the last tokens would fit."""
+    corpus = write_corpus(tmp_path / "c", numbers(2303))
+    old = Batches(corpus, 256, 4, seed=7, order=1)
+    new = Batches(corpus, 256, 4, seed=7)
+    assert old.n_windows == new.n_windows == 7
+    for epoch in range(20):
+        key = np.random.SeedSequence([7, epoch]).generate_state(8, np.uint64)[-1]
+        assert window_numbers(old, epoch).min() == int(key) % 256
+        assert window_numbers(new, epoch).min() == int(key) % (2303 - 7 * 256)
+
+
 def test_refusals(corpus):
     with pytest.raises(UsageError, match="--batch-size 4 is not a multiple of 3 ranks"):
         Batches(corpus, 8, 4, seed=0, world_size=3)

@@ -1,11 +1,14 @@
 """Text as it comes: never half a character, nothing of a stop text, and in sum the whole."""
 
+from io import BytesIO
+
 import pytest
+import sentencepiece
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from minillm.stream import TextStream
-from minillm.tokenizer import ByteTokenizer, Tokenizer, train_tokenizer
+from minillm.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer, train_tokenizer
 
 BYTE = ByteTokenizer()
 FAMILY = "\U0001f468\u200d\U0001f469\u200d\U0001f467 \u05e9\u05dc\u05d5\u05dd \u00e9"
@@ -129,3 +132,25 @@ def test_a_healed_prompt_is_not_shown_twice(bpe, prompt):
         return  # another path of tokens; the model could not have taken it
     s = TextStream(bpe, skip=shown)
     assert prompt + "".join(s.feed(t) for t in rest) + s.flush() == prompt + "def f(x):\n"
+
+
+@pytest.fixture(scope="module")
+def foreign() -> Tokenizer:
+    """A SentencePiece model with its default options: a space is put before the first word."""
+    model = BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the cat sat on the mat", "and the dog ran far"] * 20),
+        model_writer=model, vocab_size=100, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    return BpeTokenizer(model.getvalue())
+
+
+@pytest.mark.parametrize("text", ["the cat", "a \u00e9 cat", "\u00e9", "the cat sat on the mat"])
+def test_a_foreign_models_text_streams_as_it_decodes(foreign, text):
+    ids = foreign.encode(text)
+    pieces, s = stream(text, tokenizer=foreign)
+    assert "".join(pieces) == s.text == foreign.decode(ids)
+    for n in range(1, len(ids)):  # behind a prompt of the first n
+        s = TextStream(foreign, starts=False)
+        shown = foreign.decode(ids[:n]) + "".join(map(s.feed, ids[n:])) + s.flush()
+        assert shown == foreign.decode(ids)

@@ -263,3 +263,72 @@ def test_truncated_model_is_refused(tokenizers, tmp_path):
         load_tokenizer(tmp_path / "a.model")
     with pytest.raises(UsageError, match="no such file"):
         load_tokenizer(tmp_path / "b.model")
+
+
+# SentencePiece keeps some of these for itself, or gives them a meaning of their own.
+SPECIAL = [
+    *("\u2585", "\u2581", "\u2584", "\0", "\t", "\r", "\x1b", "\x85", "\u2028", "\u2047"),
+    *("\ufeff", "\ufffd", "\ufffe", "\uffff", "\U0010ffff", "\ue000"),
+    *("<unk>", "<s>", "</s>", "<0x41>", "   "),
+]
+
+
+@pytest.mark.parametrize("special", SPECIAL, ids=ascii)
+def test_a_special_character_keeps_no_line_out_of_the_tokenizers_training(special):
+    lines = [f"cpu {special} {i}% idle process waiting\n" for i in range(100)]
+    plain = train_tokenizer("bpe", ["".join(lines).replace(special, "X")], 400)
+    made = train_tokenizer("bpe", ["".join(lines)], 400)
+    text = "".join(lines)
+    assert made.decode(made.encode(text)) == text and made.note == "" and made.by_lines
+    words = "idle process waiting\n"
+    assert len(made.encode(words)) == len(plain.encode(words)) <= 5
+
+
+def test_the_reserved_character_is_one_token_and_never_a_word_across():
+    made = train_tokenizer("bpe", ["load \u2585\u2585 high\n" * 50 + "\u2585\n"], 400)
+    assert len(made.encode("\u2585\u2585\u2585")) == 3
+    for text in ("\u2585", "\u2585\n\n\u2585"):
+        alone = train_tokenizer("bpe", [text], 320)
+        assert alone.decode(alone.encode(text + "other words")) == text + "other words"
+
+
+def test_text_that_sentencepiece_cannot_learn_from_is_refused_in_plain_words():
+    with pytest.raises(UsageError, match="^no bpe tokenizer .* this text; use --tokenizer byte$"):
+        train_tokenizer("bpe", ["\0\0"], 400)
+
+
+FOREIGN = {
+    "default": {},
+    "bpe": {"model_type": "bpe"},
+    "identity": {
+        "model_type": "bpe", "normalization_rule_name": "identity", "byte_fallback": True,
+        "remove_extra_whitespaces": False,
+    },
+    "no prefix": {"model_type": "bpe", "add_dummy_prefix": False},
+    "surface": {"unk_surface": "??"},
+    "suffix": {"model_type": "bpe", "treat_whitespace_as_suffix": True},
+}  # fmt: skip
+SENTENCES = ["the cat sat on the mat", "and the dog ran far", "hello again and again"] * 20
+PLAIN = ["", "the cat", "the cat sat", " the  cat ", "a", "the \u00e9 cat", "\u00e9 the", "a\nb"]
+
+
+@pytest.mark.parametrize("options", FOREIGN.values(), ids=FOREIGN)
+def test_foreign_models_decode_as_sentencepiece_does(options):
+    tokenizer = foreign(SENTENCES, vocab_size=300, hard_vocab_limit=False, **options)
+    theirs = tokenizer._pieces
+    for text in PLAIN:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == theirs.decode(ids)
+        assert tokenizer.decode([tokenizer.bos_id, *ids]) == theirs.decode(ids)
+    space, word = theirs.piece_to_id("\u2581"), theirs.encode("the")
+    for ids in ([space, space, *word], [space], [1, space, space, *word], [*word, 1, *word]):
+        assert tokenizer.decode(ids) == theirs.decode(ids)
+
+
+def test_foreign_models_give_text_back_where_their_normaliser_allows_it():
+    tokenizer = foreign(SENTENCES, vocab_size=300, hard_vocab_limit=False, **FOREIGN["identity"])
+    assert tokenizer.note == "this tokenizer is not lossless: decoding does not give the text back"
+    for text in (*PLAIN, "  two  spaces  ", "\n", "x\u0301\t", "\U0001f642"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    unknown = foreign(SENTENCES, vocab_size=300, hard_vocab_limit=False)
+    assert unknown.decode(unknown.encode("the \u00e9")) == "the  \u2047 "

@@ -18,6 +18,7 @@ from minillm.links import Network
 from minillm.pace import wished_steps
 from minillm.plan_fit import Budget, Verdict
 from minillm.plan_text import shown
+from minillm.setting import parts_of
 from minillm.settings import Settings
 from minillm.shards import Corpus, is_prepared
 from minillm.tokenizer import load_tokenizer
@@ -110,12 +111,14 @@ def _figures(job: plan.Job, on: Hardware, verdict: Verdict, train: TrainConfig) 
 def _vocabulary(settings: Settings, run: Path | None) -> tuple[ModelConfig, Corpus | None, str]:
     """The model with a vocabulary, the corpus where it is prepared, and whose vocabulary it is."""
     model, train = settings.model, settings.train
-    if train.data and is_prepared(train.data):
+    paths = parts_of(train.data)
+    if len(paths) == 1 and is_prepared(paths[0]):
         corpus = startup.find_corpus(settings, run, lambda line: None)
         model = startup.fit_to_corpus(settings, corpus)
-        return model, corpus, f"{model.vocab_size:,}, of {train.data}"
-    if train.data:
-        documents.find([train.data])  # refuses what is not there
+        return model, corpus, f"{model.vocab_size:,}, of {paths[0]}"
+    for part in (paths, parts_of(train.val)):
+        if part:
+            documents.find(part, train.encoding, train.text_column)  # refuses what is not there
     if model.vocab_size is not None:
         who = "given" if "vocab_size" in settings.given else "the preset's or the run's"
         return model, None, f"{model.vocab_size:,}, {who}"

@@ -12,18 +12,21 @@ from minillm.shards import is_prepared
 def main(argv: Sequence[str]) -> None:
     """Prepare what the command line names; all that is said goes to standard error."""
     args = flags.parse(argv)
-    late = [n for n in ("tokenizer", "val_fraction", "errors") if getattr(args, n) is not None]
+    late = ("tokenizer", "val_fraction", "val", "errors", "encoding", "text_column")
     for folder in filter(is_prepared, args.paths):
-        if late or len(args.paths) > 1:
+        if len(args.paths) > 1 or any(getattr(args, name) is not None for name in late):
             raise UsageError(f"{folder} is prepared already; give the text it was made from")
     prepare(
         args.paths or None,
         tokenizer=args.tokenizer or "bpe",
         vocab_size=args.vocab_size,
         val_fraction=0.05 if args.val_fraction is None else args.val_fraction,
+        val=args.val,
         out=args.out,
         cache_dir=args.cache_dir,
         errors=args.errors or "strict",
+        encoding=args.encoding or "utf-8",
+        text_column=args.text_column or "text",
         workers=args.workers,
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )

@@ -21,7 +21,7 @@ def parse(argv: Sequence[str]) -> Namespace:
         check_place("--cache-dir", args.cache_dir)
     else:
         check_place("--out", args.out.parent)
-    for place in args.paths:
+    for place in (*args.paths, *(args.val or ())):
         if not Path(place).exists():
             documents.find([place])
     return args
@@ -41,8 +41,9 @@ def parser() -> Parser:
     )  # fmt: skip
     add = p.add_argument
     add("paths", nargs="*", metavar="PATH",
-        help="text file, .jsonl, .jsonl.gz or .parquet file with a text column, folder or glob "
-        "pattern (default: the standard library of this Python)")  # fmt: skip
+        help="text file, .docx, .epub, .html, .ipynb or .pdf document, .jsonl, .json or .parquet "
+        "file of rows, folder or glob pattern (default: the standard library of this "
+        "Python)")  # fmt: skip
     add("--out", type=path, metavar="DIR",
         help="new folder to write (default: a folder in --cache-dir)")  # fmt: skip
     add("--cache-dir", type=path, default=Path("data/prepared"), metavar="DIR",
@@ -55,9 +56,17 @@ def parser() -> Parser:
         "text)")  # fmt: skip
     add("--val-fraction", type=real(0, 0.5), metavar="X",
         help="share of the bytes held out for validation, 0 to 0.5 (default: 0.05)")  # fmt: skip
+    add("--val", nargs="+", metavar="PATH",
+        help="text files, folders or glob patterns to validate on, instead of --val-fraction; text "
+        "that is among the other paths too is left out of training")  # fmt: skip
+    add("--text-column", metavar="NAME",
+        help="column with the text of .jsonl, .json and .parquet files "
+        "(default: text)")  # fmt: skip
+    add("--encoding", metavar="NAME",
+        help="encoding of the text, such as cp1252 or utf-16 (default: utf-8)")  # fmt: skip
     add("--errors", choices=("strict", "replace"),
-        help="what to do with bytes that are not UTF-8: refuse the file, or replace them by "
-        "U+FFFD (default: strict)")  # fmt: skip
+        help="what to do with bytes that are not of the encoding: refuse the file, or replace them "
+        "by U+FFFD (default: strict)")  # fmt: skip
     add("--workers", type=whole(1, 1024), metavar="N",
         help="number of processes that encode (default: one for each processor, for texts above "
         "4 MB)")  # fmt: skip
