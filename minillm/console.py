@@ -18,7 +18,8 @@ from tqdm import tqdm
 USUAL_COLUMNS = 80  # of a terminal that does not say how wide it is
 SHORTEST_BAR = 8  # columns; facts beside the bar are left out before it gets shorter
 REDRAW_S = 0.1
-ERASE_BELOW = "\x1b[J"  # from the cursor to the end of the screen; not every Windows console knows
+# To the end of the line, then of the screen: tmux keeps in its history what the second alone erases.
+ERASE = "\x1b[K\x1b[J"  # not every Windows console knows it
 INDENT = 10  # of the second line of a message, below the text after its label
 
 
@@ -74,7 +75,7 @@ class Bar(tqdm):
         def show(line: str) -> None:
             nonlocal before
             # A terminal that has become narrower may show the line before on two: erase all below.
-            rest = " " * (before - len(line)) if os.name == "nt" else ERASE_BELOW
+            rest = " " * (before - len(line)) if os.name == "nt" else ERASE
             file.write(f"\r{line}{rest}\r")
             file.flush()
             before = len(line)

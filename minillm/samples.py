@@ -20,7 +20,8 @@ def take_sample(t: Training) -> str:
     if t.corpus.sequence:
         return ""
     tokenizer, prompt = t.corpus.tokenizer(), t.config.sample_prompt
-    ids, first, shown = tokenizer.heal(tokenizer.prompt_ids(prompt))
+    ids = tokenizer.prompt_ids(prompt, t.model.config.document_mask)
+    ids, first, shown = tokenizer.heal(ids)
     stream = TextStream(tokenizer, skip=shown)
     t.model.eval()
     with averaged(t), t.sharding.gathered(), t.meter.doing("sampling", SAMPLE_TOKENS):

@@ -58,7 +58,7 @@ def test_the_bar_and_the_rows_fit_every_width_from_40_to_200(tmp_path, terminal)
         for what, total in (("evaluating", 12345), ("saving", 0)):
             with meter.doing(what, total):
                 meter.tick()
-        lines = re.split(r"[\r\n]|\x1b\[J", stream.getvalue())
+        lines = re.split(r"[\r\n]|\x1b\[[JK]", stream.getvalue())
         assert max(map(len, lines)) < columns
         bars = {word: [x for x in lines if x.startswith(word)] for word in BARS}
         assert all(bars.values())
@@ -80,11 +80,11 @@ def test_a_bar_shows_how_much_is_done(terminal):
     set_columns(40)
     view = console.View("label", 1, 2, (console.Fact(1, "more"), console.Fact(0, "a fact")))
     bar = console.Bar(lambda: view)
-    drawn = stream.getvalue().strip("\r").removesuffix("\x1b[J")
+    drawn = stream.getvalue().strip("\r").removesuffix("\x1b[K\x1b[J")
     assert re.fullmatch(r"label \|█+ +\| more  a fact", drawn) and len(drawn) == 39
     assert abs(drawn.count("█") - (39 - len("label || more  a fact")) / 2) < 1
     bar.close()
-    assert stream.getvalue().endswith("\r\r\x1b[J\r\r")
+    assert stream.getvalue().endswith("\r\r\x1b[K\x1b[J\r\r")
 
 
 def test_lines_from_another_thread_stand_above_the_bar(terminal):
@@ -96,7 +96,7 @@ def test_lines_from_another_thread_stand_above_the_bar(terminal):
         thread.start()
         thread.join()
     bar.close()
-    bare = re.sub(r"\x1b\[J", "", stream.getvalue())
+    bare = re.sub(r"\x1b\[[JK]", "", stream.getvalue())
     kept = [line.split("\r")[-1] for line in bare.split("\n")]
     assert kept == ["line 0", "line 1", "line 2", ""]
 
@@ -119,7 +119,7 @@ def test_what_takes_a_while_is_named_and_leaves_nothing(terminal, monkeypatch):
     stream, _ = terminal()
     with console.busy("reading"):
         console.write("a line")
-    shown = re.sub(r"\x1b\[J", "", stream.getvalue())
+    shown = re.sub(r"\x1b\[[JK]", "", stream.getvalue())
     assert "reading" in shown and [x.split("\r")[-1] for x in shown.split("\n")] == ["a line", ""]
     monkeypatch.setattr(sys, "stderr", pipe := io.StringIO())
     with console.busy("reading"), console.busy("reading", shown=False):

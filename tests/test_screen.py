@@ -64,11 +64,11 @@ def test_nothing_is_printed_twice_and_the_bar_is_gone_at_the_end(seen, columns):
 @pytest.mark.parametrize("columns", [40, 80, 120])
 def test_the_bar_says_what_is_being_done(seen, columns):
     raw = seen(columns).raw
-    drawn = [line for line in re.split(r"[\r\n]|\x1b\[J", raw) if "|" in line]
+    drawn = [line for line in re.split(r"[\r\n]|\x1b\[[JK]", raw) if "|" in line]
     assert all(len(line) < columns for line in drawn)
     assert any(line.startswith("evaluating |") for line in drawn)
     assert any(line.startswith("sampling |") for line in drawn)
-    assert any("saving" in line for line in re.split(r"[\r\n]|\x1b\[J", raw))
+    assert any("saving" in line for line in re.split(r"[\r\n]|\x1b\[[JK]", raw))
     assert any(re.match(r" *\d+% \|.*\d/8", line) for line in drawn)
 
 

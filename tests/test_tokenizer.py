@@ -268,6 +268,7 @@ def test_truncated_model_is_refused(tokenizers, tmp_path):
 def test_an_empty_prompt_is_the_end_of_a_line_and_the_mark_of_a_document():
     """As in training, where the mark follows the end of another document."""
     assert train_tokenizer("byte", []).prompt_ids("") == [10, 256]
+    assert train_tokenizer("byte", []).prompt_ids("", one_document=True) == [256]
     bpe = train_tokenizer("bpe", ["a line\n" * 200 + "another line of text\n" * 200], 320)
     first, last = bpe.prompt_ids("")
     assert bpe.decode([first]) == "\n" and last == bpe.bos_id
