@@ -1,12 +1,14 @@
 #!/bin/sh
 # Make docs/terminal.txt: what train.py shows on terminals of three widths, and in a pipe.
-# Needs tmux, and the environment's python first on PATH. Takes about ten minutes.
+# Needs tmux, and the environment's python first on PATH. Takes about eight minutes.
 #
 #     sh docs/terminal.sh > docs/terminal.txt
 set -eu
 cd "$(dirname "$0")/.."
 work=$(mktemp -d)
-short="--time-limit 25s --log-every 10 --eval-every 20"
+short="--time-limit 25s --n-layer 2 --d-model 64 --seq-len 64 --vocab-size 1024"
+short="$short --log-every 50 --eval-every 100 --eval-batches 5 --final-eval-batches 20"
+short="$short --sample-prompt def"
 
 heading() { # the command, and where and when it ran
     printf '==== %s | %s | %s | commit %s\n' "$1" "$2" "$(date -u +%Y-%m-%d)" "$(git rev-parse --short HEAD)"

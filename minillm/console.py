@@ -18,7 +18,7 @@ from tqdm import tqdm
 USUAL_COLUMNS = 80  # of a terminal that does not say how wide it is
 SHORTEST_BAR = 8  # columns; facts beside the bar are left out before it gets shorter
 REDRAW_S = 0.1
-# To the end of the line, then of the screen: tmux keeps in its history what the second alone erases.
+# To the end of the line, then of the screen; the second alone puts the line into tmux's history.
 ERASE = "\x1b[K\x1b[J"  # not every Windows console knows it
 INDENT = 10  # of the second line of a message, below the text after its label
 
@@ -119,7 +119,8 @@ def width(stream: TextIO) -> int | None:
 def write(text: str, file: TextIO | None = None) -> None:
     """Print a line that stays, above the bar if there is one.
 
-    text: on a terminal it is wrapped between words.
+    text: on a terminal, lines that begin with a label are wrapped between words. Others may end in
+        a command to copy, which a line break would spoil.
     file: standard error if None.
     """
     file = sys.stderr if file is None else file
@@ -136,7 +137,8 @@ def write_raw(text: str, file: TextIO) -> None:
 
 
 def _wrapped(line: str, columns: int) -> str:
-    if len(line) <= columns:
+    labelled = line[INDENT - 2 : INDENT] == "  " and not line[:1].isspace()
+    if len(line) <= columns or not labelled:
         return line
     return textwrap.fill(
         line, columns - 1, subsequent_indent=" " * INDENT, break_long_words=False,

@@ -26,12 +26,13 @@ class Screen:
         self.wrapped = 0
 
     def feed(self, text: str) -> None:
-        """Show `text`, which may hold \\r, \\n and ESC [ J."""
+        """Show `text`, which may hold \\r, \\n, ESC [ K and ESC [ J."""
         self.raw += text
-        for part in re.findall(r"\x1b\[J|[^\x1b]|\x1b", text):
-            if part == "\x1b[J":
-                del self.lines[self.row + 1 :]
+        for part in re.findall(r"\x1b\[[JK]|[^\x1b]|\x1b", text):
+            if part in ("\x1b[K", "\x1b[J"):
                 del self.lines[self.row][self.column :]
+                if part == "\x1b[J":
+                    del self.lines[self.row + 1 :]
             elif part == "\r":
                 self.column = 0
             elif part == "\n":

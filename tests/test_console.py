@@ -110,6 +110,8 @@ def test_long_lines_are_wrapped_between_words_on_a_terminal_alone(terminal, monk
     assert " ".join(" ".join(lines).split()) == " ".join(text.split())
     assert all(len(line) < 40 for line in lines[:-1]) and lines[1].startswith(" " * 10 + "word")
     assert lines[-1].split() == ["/a/path/that/is/longer/than/the/whole/line/is/wide"]
+    console.write(command := "go on with: " + "word " * 20)  # to be copied in one piece
+    assert stream.getvalue().endswith(command + "\n")
     monkeypatch.setattr(sys, "stderr", pipe := io.StringIO())
     console.write(text)
     assert pipe.getvalue() == text + "\n"
