@@ -19,7 +19,7 @@ def take_sample(t: Training) -> str:
     """
     if t.corpus.sequence:
         return ""
-    tokenizer, prompt = t.corpus.tokenizer(), t.config.sample_prompt
+    tokenizer, prompt = t.corpus.tokenizer(), t.config.sample_prompt or ""
     ids = tokenizer.prompt_ids(prompt, t.model.config.document_mask)
     ids, first, shown = tokenizer.heal(ids)
     stream = TextStream(tokenizer, skip=shown)
@@ -51,6 +51,7 @@ def show_sample(t: Training, text: str, file: TextIO) -> None:
 
 
 def _heading(t: Training) -> str:
-    prompt = json.dumps(t.config.sample_prompt, ensure_ascii=False)
-    after = f", prompt {one_line(prompt, 40)}" if t.config.sample_prompt else ""
+    prompt = t.config.sample_prompt
+    shown = one_line(json.dumps(prompt, ensure_ascii=False), 40)
+    after = f", prompt {shown}" if prompt else ""
     return f"step {t.progress.step}{after}"

@@ -176,7 +176,7 @@ def fit_to_corpus(settings: Settings, corpus: Corpus) -> ModelConfig:
     model, bos = settings.model, corpus.tokenizer().bos_id
     if corpus.sequence and "seq_len" not in settings.given:
         model = replace(model, seq_len=corpus.sequence)
-    _check_sample_prompt(settings.train.sample_prompt, corpus)
+    _check_sample_prompt(settings.train.sample_prompt or "", corpus)
     if model.document_mask and bos is None:
         raise UsageError("--document-mask needs documents marked by BOS; --tokenizer char has none")
     return replace(model, vocab_size=corpus.vocab_size, bos_id=bos)
