@@ -94,7 +94,7 @@ def read_prompt(path: Path) -> str:
 
 def write(model: GPT, tokenizer: Tokenizer, prompt: str, args: Namespace) -> None:
     """Make --num-samples continuations at once; the first streams, the others follow whole."""
-    ids = tokenizer.prompt_ids(prompt)
+    ids = tokenizer.prompt_ids(prompt, model.config.document_mask)
     if len(ids) > model.config.seq_len:
         kept = max(1, model.config.seq_len // 2)
         note(f"the prompt is {len(ids)} tokens long; only its last {kept} are read")

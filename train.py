@@ -24,12 +24,11 @@ if __name__ == "__main__":  # help and refusals need no torch, whose import take
 
 import torch
 
-from minillm import checkpoint, runs, startup, world
+from minillm import checkpoint, console, runs, startup, world
 from minillm.agreement import agree, in_turn
-from minillm.announce import announce, farewell
+from minillm.announce import announce, farewell, meter_of
 from minillm.configure import as_of
 from minillm.gradients import accumulate, clip_factor, compiled, mean_flops
-from minillm.meter import Meter
 from minillm.microbatch import largest_that_fits, seconds_per_step
 from minillm.mishaps import keep, report, roll_back
 from minillm.model import GPT
@@ -39,23 +38,21 @@ from minillm.pace import Pacer, due, wished_steps
 from minillm.precision import start_scale
 from minillm.ranks import Ranks, connected, first_to_say, leave, named
 from minillm.recurrence import state_keys
+from minillm.samples import show_sample, take_sample
 from minillm.settings import Settings
 from minillm.sharding import shard
 from minillm.training import (
     LENGTHS,
     Training,
     heed,
-    judge,
-    note_best,
     peak_mib,
     progress_of,
     recurrences,
     replan,
     restore,
     share_plan,
-    take_sample,
-    worries,
 )
+from minillm.validation import findings, judge, note_best
 from minillm.watch import Stopped, Watch
 
 
@@ -80,7 +77,8 @@ def train(settings: Settings, run: Path | None, ranks: Ranks) -> None:
         if run:  # nobody else may write it from here on
             lock = agree(ranks, lambda: checkpoint.take_up(run) if ranks.rank == 0 else None)
             held.enter_context(lock or nullcontext())
-        t = set_up(settings, run, ranks)
+        with console.busy("reading the text, building the model ...", ranks.rank == 0):
+            t = set_up(settings, run, ranks)
         if t.progress.ended and t.progress.step >= t.plan.steps:
             ranks.say(f"{run} is finished at step {t.progress.step}; "
                       f"go on with --resume {run} --steps N")  # fmt: skip
@@ -92,11 +90,7 @@ def train(settings: Settings, run: Path | None, ranks: Ranks) -> None:
             agree(ranks, lambda: runs.require_shared(t.run))
         for line in announce(t):
             ranks.say(line)
-        shape, peak = t.model.config, world.measured_peak_flops(ranks.device, t.model.dtype)
-        t.meter = Meter(
-            t.run / "metrics.jsonl" if ranks.rank == 0 else None, t.progress.step, t.plan.steps,
-            shape.flops_per_token(), ranks.size * peak,
-        )  # fmt: skip
+        t.meter = meter_of(t)
         held.callback(t.meter.close)
         with t.watch:
             try:
@@ -164,6 +158,8 @@ def set_up(settings: Settings, run: Path | None, ranks: Ranks) -> Training:
         config.optimizer, parameters, model.matrices(), EAGER if config.offload else ops,
         (config.beta1, config.beta2), config.weight_decay, dtype, model.undecayed(),
     )  # fmt: skip
+    if config.compile:
+        ranks.say("compile   the model, which can take minutes; the run begins after that")
     forward = compiled(model, whole=ranks.size == 1) if config.compile else model
     sharding = shard(
         model, wanted, ranks, config.zero, dtype=dtype, offload=config.offload, forward=forward
@@ -237,7 +233,8 @@ def learn(t: Training) -> None:
         t.plan = t.pacer.keep_to_time(t.plan, progress.step)
         if config.time_limit is not None:
             share_plan(t)
-        t.meter.step(tokens.numel() * ranks.size, t.plan.steps, mean_flops(model.config, rounds))
+        flops = mean_flops(model.config, rounds)
+        t.meter.step(tokens.numel() * ranks.size, t.plan.steps, flops, row["loss"])
         t.watch.step()
         if look_around(t, row):
             break
@@ -251,14 +248,14 @@ def look_around(t: Training, row: dict) -> bool:
     if due(config.eval_every, progress.step) and not last:
         with t.aside():
             row |= judge(t, config.eval_batches)
-            for line in worries(t, row):
-                t.meter.say(line)
         improved = note_best(progress, row)
     if due(config.log_every, progress.step) or last or "val_loss" in row:
         t.meter.log(row)
+        for line in findings(t, row):
+            t.meter.say(line)
     with t.aside():
-        if due(config.sample_every, progress.step) and not last and (text := take_sample(t)):
-            t.meter.say(text)
+        if due(config.sample_every, progress.step) and not last:
+            show_sample(t, take_sample(t), sys.stderr)
         if due(config.save_every, progress.step) and not last or improved and config.keep_best:
             keep(t)
     if "val_loss" in row and 0 < config.early_stop <= progress.evaluations_without_gain:
@@ -271,17 +268,20 @@ def finish(t: Training) -> None:
     """The end. Which checkpoint is best is judged on the same part of the split all along."""
     config, progress = t.config, t.progress
     row = {"step": progress.step, "tokens": progress.tokens}
+    t.meter.ending()
     with t.aside():
         row |= judge(t, config.final_eval_batches, to_the_end=False)
-        for line in worries(t, row):
-            t.meter.say(line)
         same = not config.eval_every or config.eval_batches == config.final_eval_batches
         note_best(progress, row if same else judge(t, config.eval_batches, to_the_end=False))
+        t.meter.outlook.final_batches = 0
         t.meter.log(row)
+        for line in findings(t, row):
+            t.meter.say(line)
         progress.ended = True
         keep(t, final=True)
-        if text := take_sample(t):
-            print(text)
+        text = take_sample(t)
+    t.meter.close()
+    show_sample(t, text, sys.stdout)
     t.ranks.say(farewell(t, row))
 
 

@@ -1,9 +1,14 @@
 """What a run says before its first step and after its last."""
 
+from math import ceil
+
 import torch
 
+from minillm import world
 from minillm.config import ModelConfig
 from minillm.data import warnings_for
+from minillm.meter import Meter
+from minillm.outlook import Outlook
 from minillm.plan import Job, memory
 from minillm.training import Training
 
@@ -80,3 +85,32 @@ def farewell(t: Training, row: dict) -> str:
         lines.append(f"validation: {loss:.4f} nats a token, {bpb:.4f} bits a byte")
     lines.append(f"sample it:  python sample.py {t.run}")
     return "\n".join(lines)
+
+
+def meter_of(t: Training) -> Meter:
+    """Return what reports the run from here on; on ranks other than the first it prints nothing."""
+    peak = world.measured_peak_flops(t.ranks.device, t.model.dtype)
+    path = t.run / "metrics.jsonl" if t.ranks.rank == 0 else None
+    flops = t.model.config.flops_per_token()
+    return Meter(path, t.progress.step, t.plan.steps, flops, t.ranks.size * peak, outlook_of(t))
+
+
+def outlook_of(t: Training) -> Outlook:
+    """Return the estimate of the run's remaining time, as it is before its first step."""
+    c, rows = t.config, t.micro * t.ranks.size
+    tokens, seq_len = t.corpus.tokens["val"], t.model.config.seq_len
+    windows = ceil((tokens - 1) / seq_len) if tokens > 1 else 0
+
+    def parts(batches: int) -> int:
+        return ceil(min(windows, batches * c.batch_size or windows) / rows)
+
+    # The best checkpoint is judged on eval_batches, the last one on final_eval_batches.
+    both = bool(c.eval_every) and c.eval_batches != c.final_eval_batches
+    return Outlook(
+        elapsed=lambda: t.pacer.trained_s,
+        limit=c.time_limit,
+        every={"evaluating": c.eval_every, "saving": c.save_every, "sampling": c.sample_every},
+        batches=parts(c.eval_batches),
+        final_batches=parts(c.final_eval_batches) + both * parts(c.eval_batches),
+        parts=c.batch_size // rows,
+    )

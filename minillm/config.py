@@ -173,6 +173,9 @@ class TrainConfig:
         0, "batches in the evaluation at the end (0: all validation text)", low=0
     )
     sample_every: int = setting(0, "steps from one sample to the next (0: only at the end)", low=0)
+    sample_prompt: str | None = setting(
+        None, "text that samples continue", metavar="TEXT", derived="none: they begin a document"
+    )
     save_every: int = setting(
         1000, "steps from one checkpoint to the next (0: only at the end)", low=0
     )

@@ -16,7 +16,7 @@ from minillm.settings import ALIASES, Settings, all_flags, kind_of, parser_of
 RESUMABLE = frozenset(
     "data val cache_dir device threads zero offload rank_timeout hang_timeout kernels compile"
     " activation_checkpointing steps epochs time_limit early_stop log_every eval_every eval_batches"
-    " final_eval_batches sample_every save_every keep_last keep_best".split()
+    " final_eval_batches sample_every sample_prompt save_every keep_last keep_best".split()
 )  # fmt: skip
 
 # What means something only with --recurrent.

@@ -84,22 +84,43 @@ def correlation(s: Tensor) -> float:
     return float(((total - T) / max(1, T * (T - 1))).mean())
 
 
-def alarms(row: dict, mean: int) -> list[str]:
-    """Lines to warn with, of what `measure` found."""
-    found, losses = [], row["val_loss_at_r"]
+def anchored(found: dict, mean: int, loss: float) -> dict:
+    """Return what `measure` found, with its losses moved so that the one at the mean is `loss`.
+
+    loss: at the mean recurrence, on more windows than `measure` had. The differences between the
+    recurrences vary far less from window to window than the losses do: this is the better estimate
+    of each, and one row of metrics.jsonl does not contradict itself.
+    """
+    if not found:
+        return found
+    losses = found["val_loss_at_r"]
+    moved = {r: loss + (x - losses[str(mean)]) for r, x in losses.items()}
+    return {**found, "val_loss_at_r": {**moved, str(mean): loss}}
+
+
+def line(row: dict, mean: int) -> str:
+    """Return the losses by recurrence as one line."""
+    losses = row["val_loss_at_r"].items()
+    told = (f"{r}: {x:.3f}" + " (mean)" * (r == str(mean)) for r, x in losses)
+    return "loss at r " + "  ".join(told)
+
+
+def alarms(row: dict, mean: int) -> dict[str, str]:
+    """Return what `measure` found wrong: kind -> a line to warn with."""
+    found, losses = {}, row["val_loss_at_r"]
     if row["token_correlation"] > COLLAPSED:
-        found.append(
+        found["collapsed"] = (
             f"the states of all tokens are alike (correlation {row['token_correlation']:.2f}): the "
             "recurrence has collapsed; start again with a smaller --learning-rate"
         )
     gain = losses["1"] - losses[str(mean)]
     if mean > 1 and gain < IGNORED:
-        found.append(
+        found["ignored"] = (
             f"{mean} iterations of the core are worth {gain:.3f} nats more than one: the "
             "recurrence is hardly used"
         )
     if row["state_growth"] > GROWING:
-        found.append(
+        found["growing"] = (
             f"the state grows {row['state_growth']:.1f} times from {mean} to {4 * mean} "
             "iterations; more of them will do harm"
         )

@@ -42,6 +42,11 @@ def answered(
     return None if parsed else code
 
 
+def can_redraw_lines() -> bool:
+    """Return whether a terminal can write over a line; one that calls itself dumb cannot."""
+    return os.environ.get("TERM") != "dumb"
+
+
 def shell_command(verb: str, *words: object) -> str:
     """Return the command that runs `verb` with `words`, to be pasted into the shell.
 

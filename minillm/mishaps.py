@@ -134,7 +134,7 @@ def keep(t: Training, final: bool = False) -> None:
     if t.saved == now:
         return
     try:
-        with t.watch.elsewhere(SAVING):
+        with t.watch.elsewhere(SAVING), t.meter.doing("saving"):
             save(t)
         t.saved, t.unsaved, t.best = now, 0, (p.best_loss, p.best_step)
     except (OSError, UnavailableError) as error:

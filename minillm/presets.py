@@ -70,6 +70,7 @@ _PLAIN: dict[str, dict[str, Any]] = {
         "seq_len": 512,
         "batch_size": 64,
         "steps": 2000,
+        "log_every": 100,
     },
     # 124M, after GPT-2 small.
     "small": {
@@ -114,6 +115,7 @@ _PLAIN: dict[str, dict[str, Any]] = {
         "seq_len": 64,
         "batch_size": 12,
         "steps": 2000,
+        "log_every": 100,
         "learning_rate": 1e-3,
         "min_learning_rate": 1e-4,
         "warmup": 100,
@@ -131,6 +133,7 @@ _PLAIN: dict[str, dict[str, Any]] = {
         "batch_size": 64,
         "dropout": 0.2,
         "steps": 5000,
+        "log_every": 250,
         "learning_rate": 1e-3,
         "min_learning_rate": 1e-4,
         "warmup": 100,
@@ -151,6 +154,7 @@ _PLAIN: dict[str, dict[str, Any]] = {
         "min_learning_rate": 6e-5,
         "warmup": 2000,
         "beta2": 0.95,
+        "log_every": 100,
         "eval_every": 1000,
     },
 }

@@ -192,14 +192,29 @@ def fit_to_corpus(settings: Settings, corpus: Corpus) -> ModelConfig:
     """The model with the tokenizer's vocabulary and, where the corpus has sequences with targets of
     their own and --seq-len was not given, their length.
 
-    Raises UsageError if a document mask is asked for and documents have no mark.
+    Raises UsageError if a document mask is asked for and documents have no mark, or if the
+    tokenizer cannot encode --sample-prompt.
     """
     model, bos = settings.model, corpus.tokenizer().bos_id
     if corpus.sequence and "seq_len" not in settings.given:
         model = replace(model, seq_len=corpus.sequence)
+    _check_sample_prompt(settings.train.sample_prompt or "", corpus)
     if model.document_mask and bos is None:
         raise UsageError("--document-mask needs documents marked by BOS; --tokenizer char has none")
     return replace(model, vocab_size=corpus.vocab_size, bos_id=bos)
+
+
+def _check_sample_prompt(prompt: str, corpus: Corpus) -> None:
+    """Raise UsageError now if no sample could continue `prompt` later."""
+    if prompt and corpus.sequence:
+        raise UsageError(
+            f"--sample-prompt: no samples are taken of {corpus.folder}, whose answers are not the "
+            "next tokens; leave it out"
+        )
+    try:
+        corpus.tokenizer().encode(prompt)
+    except UsageError as error:
+        raise UsageError(f"--sample-prompt: {error}") from None
 
 
 def require_memory(model: ModelConfig, config: TrainConfig, ranks: Ranks) -> None:

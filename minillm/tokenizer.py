@@ -46,15 +46,20 @@ class Tokenizer:
         """The ids of `text`, without a beginning-of-document token."""
         raise NotImplementedError
 
-    def prompt_ids(self, prompt: str) -> list[int]:
-        """What a model continues to continue `prompt`: BOS, where there is one, and its ids.
+    def prompt_ids(self, prompt: str, one_document: bool = False) -> list[int]:
+        """Return what a model reads to continue `prompt`: BOS, if there is one, and its ids.
 
-        Without BOS an empty prompt is a line break, or the first token if there is none.
+        one_document: for models with a document mask, which see nothing before BOS.
+
+        An empty prompt is the end of a line and BOS. In training BOS follows the end of another
+        document and almost never begins a window: after BOS alone, a model often begins in the
+        middle of a word. Without BOS it is the end of a line, or the first token.
         """
+        line_break = [self._bytes_of.index(b"\n")] if b"\n" in self._bytes_of else []
         if self.bos_id is not None:
-            return [self.bos_id, *self.encode(prompt)]
-        line_break = self._bytes_of.index(b"\n") if b"\n" in self._bytes_of else 0
-        return self.encode(prompt) or [line_break]
+            before = [] if prompt or one_document else line_break
+            return [*before, self.bos_id, *self.encode(prompt)]
+        return self.encode(prompt) or line_break or [0]
 
     def heal(self, ids: Sequence[int]) -> tuple[list[int], list[int], int]:
         """Give a prompt's last token back to the model, if a longer token begins like it.

@@ -1,25 +1,21 @@
-"""What the loop of train.py works with, and what it does now and then: judge, sample, save."""
+"""What the loop of train.py works with: a run in memory, saved and restored."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
-from math import isfinite
 from pathlib import Path
 
 import torch
 
-from minillm import checkpoint, ladder, world
+from minillm import checkpoint, world
 from minillm.agreement import agree
 from minillm.checkpoint import Checkpoint
 from minillm.config import TrainConfig
 from minillm.configure import RESUMABLE
-from minillm.data import Batches, evaluation_windows
+from minillm.data import Batches
 from minillm.errors import CorruptError
-from minillm.evaluate import evaluate
-from minillm.generate import generate
 from minillm.guard import Guard
-from minillm.meter import Meter, append
+from minillm.meter import Meter
 from minillm.model import GPT
 from minillm.optim import Average, state_kinds
 from minillm.pace import Pacer
@@ -33,9 +29,7 @@ from minillm.state import RESUMED, check_state
 from minillm.statetensors import load_into, sharded_tensors
 from minillm.watch import EASY, Stopped, Watch
 
-SAMPLE_TOKENS = 200
 LENGTHS = frozenset(("steps", "epochs", "time_limit"))
-LADDER_WINDOWS = 64  # that recurrence is judged on, at every evaluation
 
 
 @dataclass
@@ -69,6 +63,7 @@ class Training:
     a micro-batch, as this number of ranks divides them.    meter: there once there is a folder.
     saved: the progress (step, ended) that was saved last.    unsaved: failed attempts since.
     best: the loss and the step of the best checkpoint that there is.
+    warned: the kinds of ladder.alarms that have been printed.
     """
 
     run: Path | None
@@ -90,6 +85,7 @@ class Training:
     unsaved: int = 0
     saved: tuple[int, bool] | None = None
     best: tuple[float | None, int | None] = (None, None)
+    warned: set[str] = field(default_factory=set)
 
     @property
     def model(self) -> GPT:
@@ -190,37 +186,9 @@ def share_plan(t: Training) -> None:
         t.plan = replace(t.plan, pace=tuple(map(tuple, t.ranks.share(t.plan.pace))))
 
 
-def _averaged(t: Training) -> AbstractContextManager[None]:
-    """The model holds what will be sampled from: the averaged weights, if there are any."""
+def averaged(t: Training) -> AbstractContextManager[None]:
+    """Put the averaged weights into the model, if there are any, for the `with` block."""
     return t.average.swapped_in() if t.average else nullcontext()
-
-
-@torch.no_grad()
-def judge(t: Training, batches: int, to_the_end: bool = True) -> dict[str, float]:
-    """Loss on `batches` batches of the validation split, spread evenly; 0: on the whole of it.
-
-    to_the_end: else a signal breaks it off: Stopped.
-
-    Returns val_loss (nats a token), val_bpb (bits a byte of raw text) and val_tokens (how many were
-    predicted); nothing without a split.
-    """
-    if t.corpus.tokens["val"] < 2:
-        return {}
-    limit = batches * t.config.batch_size or None
-    windows = evaluation_windows(t.corpus, "val", t.model.config.seq_len, limit)
-    with _averaged(t):
-        poll = t.watch.alive if to_the_end else partial(heed, t)
-        result = evaluate(t.model, windows, t.micro, t.ranks, poll)
-        found = _judge_recurrence(t) if t.model.config.recurrent else {}
-    bpb = result.bits_per_byte(t.corpus.tokens["val"], t.corpus.bytes["val"])
-    return {"val_loss": result.loss, "val_bpb": bpb, "val_tokens": result.tokens, **found}
-
-
-def _judge_recurrence(t: Training) -> dict:
-    """Loss by recurrence and the signs of its failing, on a small part of the split."""
-    few = evaluation_windows(t.corpus, "val", t.model.config.seq_len, LADDER_WINDOWS)
-    with t.sharding.gathered():
-        return ladder.measure(t.model, few, t.micro, t.ranks, t.watch.alive)
 
 
 def heed(t: Training) -> None:
@@ -228,14 +196,6 @@ def heed(t: Training) -> None:
     t.watch.alive()
     if number := t.watch.asked(t.ranks):
         raise Stopped(number)
-
-
-def worries(t: Training, row: dict) -> list[str]:
-    """Warnings about what an evaluation found of the recurrence; none in the first tenth."""
-    early = t.progress.step < t.plan.steps / 10
-    if early or "val_loss_at_r" not in row:
-        return []
-    return [f"warning   {line}" for line in ladder.alarms(row, t.model.config.mean_recurrence)]
 
 
 def recurrences(t: Training) -> list[int | None]:
@@ -247,44 +207,6 @@ def recurrences(t: Training) -> list[int | None]:
     if c.recurrence_curriculum:
         mean = 1 + (mean - 1) * min(1.0, 4 * t.plan.progress(t.progress.step))
     return draw(c.seed, t.progress.position, c.recurrence_groups, mean, model.max_recurrence)
-
-
-def note_best(progress: Progress, row: dict[str, float]) -> bool:
-    """Note the validation loss in `row`, if any; returns whether it is the best of the run."""
-    loss = row.get("val_loss")
-    if loss is None:
-        return False
-    if not (progress.best_loss is None or loss < progress.best_loss) or not isfinite(loss):
-        progress.evaluations_without_gain += 1
-        return False
-    progress.best_loss, progress.best_step = loss, progress.step
-    progress.evaluations_without_gain = 0
-    return True
-
-
-def take_sample(t: Training) -> str:
-    """What the model writes of itself; kept in samples.txt under the step.
-
-    Nothing where the answers are not the next tokens, and of ranks but the first.
-    """
-    if t.corpus.sequence:
-        return ""
-    tokenizer = t.corpus.tokenizer()
-    t.model.eval()
-    with _averaged(t), t.sharding.gathered():
-        made = generate(
-            t.model, [tokenizer.prompt_ids("")], max_tokens=SAMPLE_TOKENS, temperature=0.8,
-            top_p=0.95, seed=t.config.seed, stop=lambda row, ids: ids[-1] == tokenizer.bos_id,
-        )  # fmt: skip
-        text = tokenizer.decode([token.id for token in made if token.id != tokenizer.bos_id])
-    t.model.train()
-    if t.ranks.rank:
-        return ""
-    try:
-        append(t.run / "samples.txt", f"=== step {t.progress.step}\n{text}\n")
-    except OSError as error:
-        t.ranks.say(f"warning   {t.run}/samples.txt: {error.strerror}; this sample is left out")
-    return text
 
 
 def peak_mib(device: torch.device) -> float | None:

@@ -332,3 +332,13 @@ def test_foreign_models_give_text_back_where_their_normaliser_allows_it():
         assert tokenizer.decode(tokenizer.encode(text)) == text
     unknown = foreign(SENTENCES, vocab_size=300, hard_vocab_limit=False)
     assert unknown.decode(unknown.encode("the \u00e9")) == "the  \u2047 "
+
+
+def test_an_empty_prompt_is_the_end_of_a_line_and_the_mark_of_a_document():
+    """As in training, where the mark follows the end of another document."""
+    assert train_tokenizer("byte", []).prompt_ids("") == [10, 256]
+    assert train_tokenizer("byte", []).prompt_ids("", one_document=True) == [256]
+    bpe = train_tokenizer("bpe", ["a line\n" * 200 + "another line of text\n" * 200], 320)
+    first, last = bpe.prompt_ids("")
+    assert bpe.decode([first]) == "\n" and last == bpe.bos_id
+    assert bpe.prompt_ids("a")[0] == bpe.bos_id

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minillm import training
+from minillm import samples
 from minillm.config import ModelConfig
 from minillm.generate import generate
 from minillm.kernels import reference
@@ -170,7 +170,7 @@ def losses(run: Path) -> list[float]:
 @pytest.mark.slow
 def test_train_to_the_same_losses(triton_ops, train, tmp_path, launches, monkeypatch):
     """`TRITON_INTERPRET=1 python train.py --kernels triton`, a few steps, fp32: within 1e-4."""
-    monkeypatch.setattr(training, "SAMPLE_TOKENS", 5)  # of 200: interpreted, they take a minute
+    monkeypatch.setattr(samples, "SAMPLE_TOKENS", 5)  # of 200: interpreted, they take a minute
     flags = ("--steps", "4", "--eval-every", "0", "--final-eval-batches", "1")
     shape = ("--n-head", "2", "--d-model", "32", "--seq-len", "32", "--optimizer", "adamw")
     for kernels in ("triton", "eager"):
