@@ -7,9 +7,9 @@ interest. The three places where PyTorch's first answer is not its fastest are c
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from minillm.kernels import reference
+from minillm.kernels.eager_loss import linear_cross_entropy
 from minillm.kernels.eager_optim import adamw, newton_schulz
 from minillm.kernels.eager_sampling import uniform
 from minillm.kernels.reference import sample
@@ -225,76 +225,3 @@ def geglu(x: Tensor) -> Tensor:
 def relu2(x: Tensor) -> Tensor:
     """As reference.relu2."""
     return F.relu(x).square()
-
-
-def linear_cross_entropy(
-    x: Tensor,
-    w: Tensor,
-    targets: Tensor,
-    *,
-    softcap: float = 0.0,
-    z_loss: float = 0.0,
-    ignore_index: int = -100,
-) -> Tensor:
-    """As reference.linear_cross_entropy; the logits exist for one chunk of rows at a time."""
-    train = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
-    return _LinearCrossEntropy.apply(x, w, targets, softcap, z_loss, ignore_index, train)
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    """The gradients are made in the forward pass, while a chunk's logits are at hand.
-
-    Memory: one chunk of logits and its gradient, and dx, dw, instead of N V logits twice.
-    Source: Wijmans et al. 2024, arXiv:2411.09009, for the aim; Hsu et al. 2024, arXiv:2410.10989,
-    for gradients made in the forward pass.
-    """
-
-    CHUNK = 1 << 20  # logits alive at a time on a CPU: what its caches hold; see benchmarks/
-    ROWS = 96  # but at least so many rows, or the matrix products turn thin
-
-    @staticmethod
-    def forward(ctx, x, w, targets, softcap, z_loss, ignore_index, train):
-        N, V = x.shape[0], w.shape[0]
-        chunk = _LinearCrossEntropy.CHUNK << (0 if x.device.type == "cpu" else 6)
-        rows = max(_LinearCrossEntropy.ROWS, chunk // V)
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        wx = w.to(x.dtype)
-        dx = torch.empty_like(x) if train else None
-        dw = torch.zeros_like(w, dtype=dtype) if train else None
-        loss = x.new_zeros((), dtype=dtype)
-        count = (targets != ignore_index).sum()
-        for start in range(0, N, rows):
-            part = slice(start, start + rows)
-            logits = F.linear(x[part], wx).to(dtype)  # (rows, V)
-            if softcap:
-                logits = softcap * torch.tanh(logits / softcap)
-            peak = logits.amax(-1, keepdim=True)
-            p = (logits - peak).exp_()
-            mass = p.sum(-1, keepdim=True)
-            lse = peak + mass.log()
-            valid = (targets[part] != ignore_index)[:, None]
-            target = targets[part][:, None].where(valid, 0)
-            each = lse - logits.gather(-1, target) + z_loss * lse.square()
-            loss += torch.where(valid, each, 0).sum()
-            if not train:
-                continue
-            scale = valid.to(dtype) / count  # (rows, 1)
-            dz = p.mul_(scale / mass * (1 + 2 * z_loss * lse))
-            dz.scatter_add_(-1, target, -scale)
-            if softcap:
-                dz *= 1 - (logits / softcap).square()
-            dz = dz.to(x.dtype)
-            torch.mm(dz, wx, out=dx[part])
-            if x.dtype == dtype:
-                dw.addmm_(dz.t(), x[part])
-            else:
-                dw += dz.t() @ x[part]
-        if train:
-            ctx.save_for_backward(dx, dw.to(w.dtype))
-        return loss / count
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        dx, dw = ctx.saved_tensors
-        return dx * dy.to(dx.dtype), dw * dy.to(dw.dtype), None, None, None, None, None

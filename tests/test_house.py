@@ -12,8 +12,9 @@ import pytest
 FLOORS = {
     0: "__init__ errors presets schedule cache positions kernels offload scripts "
     "kernels/reference_optim kernels/reference_sampling kernels/eager_optim kernels/eager_sampling "
-    "kernels/_interpreter kernels/_tanh guard",
-    1: "kernels/reference kernels/_launch cli world bpe storage setting state pickles foreign",
+    "kernels/_interpreter kernels/_tanh kernels/_loss guard",
+    1: "kernels/reference kernels/_launch kernels/eager_loss "
+    "cli world bpe storage setting state pickles foreign",
     2: "precision ranks shape tensorfiles documents meter "
     "kernels/eager kernels/adamw kernels/newton_schulz kernels/swiglu kernels/_rows "
     "kernels/linear_cross_entropy kernels/sample "
