@@ -16,10 +16,10 @@ FLOORS = {
     1: "kernels/reference kernels/_launch kernels/eager_loss "
     "cli world bpe storage setting state pickles foreign",
     2: "precision ranks shape tensorfiles documents meter "
-    "kernels/eager kernels/adamw kernels/newton_schulz kernels/swiglu kernels/_rows "
+    "kernels/eager_attention kernels/adamw kernels/newton_schulz kernels/swiglu kernels/_rows "
     "kernels/linear_cross_entropy kernels/sample "
     "kernels/_rope_kernels kernels/_attention_blocks",
-    3: "links agreement watch statetensors kernels/sandwich_norm kernels/rope_cache "
+    3: "links agreement watch statetensors kernels/eager kernels/sandwich_norm kernels/rope_cache "
     "kernels/_attention_forward "
     "kernels/_attention_backward kernels/decode_attention",
     4: "reading kernels/rms_norm kernels/rope kernels/attention",

@@ -54,9 +54,10 @@ def test_a_loss_scale_multiplies_fp16_gradients_before_they_are_rounded(table):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("table", ["eager", "triton"])
-def test_a_loss_scale_multiplies_fp16_gradients_of_many_rows_and_words(table):
-    gradients_at_every_loss_scale(LOSSES[table], 16384, 8192)
+@pytest.mark.parametrize(("table", "rows"), [("eager", 16384), ("triton", 1024)])
+def test_a_loss_scale_multiplies_fp16_gradients_of_many_rows_and_words(table, rows):
+    """The interpreter needs minutes for 16,384 rows; as they are equal, fewer show the same."""
+    gradients_at_every_loss_scale(LOSSES[table], rows, 8192)
 
 
 @pytest.mark.parametrize("table", LOSSES)
