@@ -9,6 +9,8 @@ the gradient that comes from above (the loss scale is in it), all in fp32, and t
 import torch
 from torch import Tensor
 
+from minillm.kernels._entrance import last
+
 # Of the gradients of the logits, which are between -1 and 1 without a z-loss: 1 / 50000, as of a
 # token among many, becomes a number that fp16 holds in full; only above 1000 would be infinite.
 FP16_GAIN = 64.0
@@ -42,6 +44,9 @@ def _(dx, dw, count, dy, x_dtype, w_dtype):
     return torch.empty_like(dx, dtype=x_dtype), torch.empty_like(dw, dtype=w_dtype)
 
 
+_gradients = last(scaled)
+
+
 def save(ctx, inputs, output) -> None:
     """Keep what `backward` needs; inputs: x, w, targets, softcap, z_loss, ignore_index, and
     whether x and w want a gradient.    output: the loss, dx, dw and the count of rows.
@@ -57,6 +62,6 @@ def backward(ctx, dy, *_):
     """The gradients of all inputs; None where none has come from above."""
     if dy is None:
         return (None,) * 8
-    dx, dw = scaled(*ctx.saved_tensors, dy, *ctx.dtypes)
+    dx, dw = _gradients(*ctx.saved_tensors, dy, *ctx.dtypes)
     dx, dw = dx if ctx.train_x else None, dw if ctx.train_w else None
     return dx, dw, None, None, None, None, None, None

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minillm.kernels._attention_blocks import Rule, bias, load_block, readable
+from minillm.kernels._entrance import entrance
 from minillm.kernels._launch import DTYPES, launch, tile
 from minillm.kernels._tanh import tanh
 
@@ -183,6 +184,7 @@ def _(q, k, v, lengths, slopes, scale, window, softcap):
     return q.new_empty(q.shape)
 
 
+@entrance(narrowed=("q", "k", "v"))
 def decode_attention(
     q: Tensor,
     k: Tensor,

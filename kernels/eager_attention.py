@@ -9,12 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minillm.kernels import reference
+from minillm.kernels._entrance import differentiable, entrance, last
 
 LONGEST = 1024  # positions for which all probabilities are kept for the backward pass
 SCORES = 1 << 19  # scores alive at a time: what a CPU's caches hold
 QUERIES = 128  # queries at a time; keys after the last of them are not multiplied
 
 
+@entrance(narrowed=("q", "k", "v"))
 def attention(
     q: Tensor,
     k: Tensor,
@@ -41,9 +43,7 @@ def attention(
         # bf16 that leave out most of what is masked are three times as fast again.
         plain = documents is None and alibi_slopes is None and not dropout and q.numel() > 0
         if plain and T <= LONGEST and q.shape == k.shape == v.shape:
-            return _bf16_attention(q, k, v, q.shape[3] ** -0.5 if scale is None else scale, window)[
-                0
-            ]
+            return _in_bf16(q, k, v, q.shape[3] ** -0.5 if scale is None else scale, window)[0]
         q, k, v = q.float(), k.float(), v.float()
     elif alibi_slopes is not None:
         q, k, v = _wide(q), _wide(k), _wide(v)
@@ -57,6 +57,7 @@ def attention(
     return _sdpa(q, k, v, mask, mask is None, scale, dropout).to(dtype)
 
 
+@entrance(narrowed=("q", "k", "v"))
 def decode_attention(
     q: Tensor,
     k: Tensor,
@@ -204,6 +205,9 @@ def _(q, k, v, kept, dy, scale, window):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+_gradients = last(_bf16_attention_bwd)
+
+
 def _save(ctx, inputs, output) -> None:
     q, k, v, *ctx.numbers = inputs
     ctx.mark_non_differentiable(output[1])
@@ -214,7 +218,7 @@ def _save(ctx, inputs, output) -> None:
 def _backward(ctx, dy, _):
     if dy is None:
         return (None,) * 5
-    return *_bf16_attention_bwd(*ctx.saved_tensors, dy, *ctx.numbers), None, None
+    return *_gradients(*ctx.saved_tensors, dy, *ctx.numbers), None, None
 
 
-_bf16_attention.register_autograd(_backward, setup_context=_save)
+_in_bf16 = differentiable(_bf16_attention, _save, _backward)

@@ -4,12 +4,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minillm.kernels._entrance import differentiable, entrance, wants_gradient
 from minillm.kernels._loss import backward, gain_of, kept_dtype, save
 
 CHUNK = 1 << 20  # logits alive at a time on a CPU: what its caches hold; see benchmarks/
 ROWS = 96  # but at least this number of rows, or the matrix products turn thin
 
 
+@entrance(narrowed=("x",))
 def linear_cross_entropy(
     x: Tensor,
     w: Tensor,
@@ -27,9 +29,8 @@ def linear_cross_entropy(
     Source: Wijmans et al. 2024, arXiv:2411.09009, for the aim; Hsu et al. 2024, arXiv:2410.10989,
     for gradients made in the forward pass.
     """
-    train = torch.is_grad_enabled()
-    trains = train and x.requires_grad, train and w.requires_grad
-    return _eager_loss(x, w, targets, softcap, z_loss, ignore_index, *trains)[0]
+    trains = wants_gradient(x), wants_gradient(w)
+    return _mean_loss(x, w, targets, softcap, z_loss, ignore_index, *trains)[0]
 
 
 @torch.library.custom_op("minillm::eager_linear_cross_entropy", mutates_args=())
@@ -123,4 +124,4 @@ def _(x, w, targets, softcap, z_loss, ignore_index, train_x, train_w):
     return x.new_empty((), dtype=wide), dx, dw, targets.new_empty((), dtype=torch.int64)
 
 
-_eager_loss.register_autograd(backward, setup_context=save)
+_mean_loss = differentiable(_eager_loss, save, backward)

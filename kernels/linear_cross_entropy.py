@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minillm.kernels._entrance import differentiable, entrance, wants_gradient
 from minillm.kernels._launch import DTYPES, launch, tile
 from minillm.kernels._loss import backward, gain_of, kept_dtype, save
 from minillm.kernels._tanh import tanh
@@ -143,7 +144,7 @@ def _(x, w, targets, softcap, z_loss, ignore_index, train_x, train_w):
     return x.new_empty((), dtype=torch.float32), dx, dw, targets.new_empty((), dtype=torch.int64)
 
 
-_linear_cross_entropy.register_autograd(backward, setup_context=save)
+_mean_loss = differentiable(_linear_cross_entropy, save, backward)
 
 
 def _refuse(x: Tensor, w: Tensor, targets: Tensor) -> None:
@@ -159,6 +160,7 @@ def _refuse(x: Tensor, w: Tensor, targets: Tensor) -> None:
         raise ValueError(f"targets: {came}, expected torch.int64 ({x.shape[0]},)")
 
 
+@entrance(narrowed=("x",))
 def linear_cross_entropy(
     x: Tensor,
     w: Tensor,
@@ -184,6 +186,5 @@ def linear_cross_entropy(
     for gradients made in the forward pass.
     """
     _refuse(x, w, targets)
-    train = torch.is_grad_enabled()
-    trains = train and x.requires_grad, train and w.requires_grad
-    return _linear_cross_entropy(x, w, targets, softcap, z_loss, ignore_index, *trains)[0]
+    trains = wants_gradient(x), wants_gradient(w)
+    return _mean_loss(x, w, targets, softcap, z_loss, ignore_index, *trains)[0]

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from minillm.kernels._entrance import entrance
 from minillm.kernels._launch import DTYPES, has_tma, launch, tile
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # a, b, c
@@ -154,6 +155,7 @@ def _(s, b, c):
     return s.new_empty(s.shape)
 
 
+@entrance()
 @torch.no_grad()
 def newton_schulz(g: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
     """As reference.newton_schulz: push the singular values of each matrix towards 1.
