@@ -79,6 +79,9 @@ def decode_attention(
         # One query at the end of a full cache sees its window's keys and nothing else: no mask.
         keys = slice(max(0, S - window), S) if window else slice(None)
         return _sdpa(q, k[:, keys], v[:, keys], None, False, scale)
+    if lengths is None and window:  # keys before all windows are not read
+        first = max(0, S - T + 1 - window)
+        k, v, S = k[:, first:], v[:, first:], S - first
     if alibi_slopes is not None:
         q, k, v = _wide(q), _wide(k), _wide(v)
     positions = torch.arange(S, device=q.device)
@@ -87,6 +90,13 @@ def decode_attention(
     else:
         queries = lengths[:, None] - T + torch.arange(T, device=q.device)  # (B, T)
         mask = _mask(queries, positions, window, None, q.dtype)[:, None]  # (B, 1, T, S)
+        y = _sdpa(q, k, v, mask, False, scale)
+        # Weights of 0 make nan of nan and of infinities. To put zeros in the place of all entries
+        # that are not seen takes a CPU as long as attention; one look at the result does not.
+        if q.device.type == "cpu" and bool(y.isfinite().all()):
+            return y
+        used = mask.any(2)[:, 0, :, None, None]  # (B, S, 1, 1)
+        k, v = (torch.where(used, x, 0) for x in (k, v))
     return _sdpa(q, k, v, mask, False, scale).to(dtype)
 
 

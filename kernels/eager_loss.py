@@ -56,7 +56,9 @@ def _eager_loss(
         part = slice(start, start + rows)
         valid = counts[part, None]  # (rows, 1)
         target = targets[part, None].where(valid, 0)
-        logits = _logits(x[part], w_logits)  # (rows, V)
+        # Rows that do not count may hold nan, which 0 does not make 0 in the product for dw.
+        xs = x[part].masked_fill(~valid, 0) if factors else x[part]
+        logits = _logits(xs, w_logits)  # (rows, V)
         if softcap:
             logits = softcap * torch.tanh(logits / softcap)
         # One exponential a logit: the largest p is 1 / mass.
@@ -79,7 +81,7 @@ def _eager_loss(
         if train_x:
             dx[part] = _product(dz, wx)
         if train_w:
-            _add_product(dw, dz.t(), x[part])
+            _add_product(dw, dz.t(), xs)
     return loss / count, dx, dw, count
 
 

@@ -36,7 +36,7 @@ def _cap(x, softcap, CAPPED: tl.constexpr):
 @triton.jit
 def _linear_cross_entropy_kernel(
     logits_ptr, dlogits_ptr, targets_ptr, losses_ptr, stride, V, softcap, z_loss, ignore_index,
-    gain, CAPPED: tl.constexpr, TRAIN: tl.constexpr, BLOCK_V: tl.constexpr,
+    gain, CAPPED: tl.constexpr, Z_LOSS: tl.constexpr, TRAIN: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     # Masks end at `stride`, a multiple of 16, so that rows of any V are read 16 bytes at a time;
     # the columns between V and there, which belong to nobody, are replaced once read.
@@ -66,7 +66,9 @@ def _linear_cross_entropy_kernel(
         mass = tl.sum(masses, 0)
         lse = peak + tl.log(mass)
         # Not lse - picked, where digits of a confident row's small loss would cancel.
-        loss = (peak - _cap(picked, softcap, CAPPED)) + tl.log(mass) + z_loss * lse * lse
+        loss = (peak - _cap(picked, softcap, CAPPED)) + tl.log(mass)
+        if Z_LOSS:  # else 0 times infinity, where lse is beyond 1.8e19
+            loss += z_loss * lse * lse
         tl.store(losses_ptr + row, loss)
         if TRAIN:
             scale = tl.where(inside, gain / mass, float("nan"))
@@ -75,7 +77,9 @@ def _linear_cross_entropy_kernel(
                 z = tl.load(logits_ptr + columns, mask=columns < stride, other=0.0)
                 z = _cap(z, softcap, CAPPED)
                 p = tl.exp(z - peak) * scale
-                dz = (p - tl.where(columns == target, gain, 0.0)) + p * (2 * z_loss * lse)
+                dz = p - tl.where(columns == target, gain, 0.0)
+                if Z_LOSS:
+                    dz += p * (2 * z_loss * lse)
                 if CAPPED:
                     dz *= 1 - (z / softcap) * (z / softcap)
                 dz = tl.where(columns < V, dz, 0.0).to(dlogits_ptr.dtype.element_ty)
@@ -120,10 +124,13 @@ def _linear_cross_entropy(
         part = slice(start, min(start + rows, N))
         size = part.stop - start
         z, dz = logits[:size, :V], dlogits[:size, :V]  # (size, V), rows `stride` apart
-        _product(z, x[part], wx.t())
+        # Rows that do not count may hold nan, which 0 does not make 0 in the product for dw.
+        rows_x = x[part].masked_fill((targets[part] == ignore_index)[:, None], 0)
+        _product(z, rows_x, wx.t())
         launch(
             _linear_cross_entropy_kernel, (size,), z, dz, targets[part], losses[part], stride, V,
-            softcap, z_loss, ignore_index, gain_of(x.dtype), CAPPED=softcap != 0, TRAIN=train,
+            softcap, z_loss, ignore_index, gain_of(x.dtype), CAPPED=softcap != 0,
+            Z_LOSS=z_loss != 0, TRAIN=train,
             **tile("linear_cross_entropy", "row", V),
         )  # fmt: skip
         if train_x:
@@ -131,7 +138,7 @@ def _linear_cross_entropy(
             _product(product[:size], dz, wx)
             dx[part].copy_(product[:size])
         if train_w:
-            _product(dw, dz.t(), x[part], beta=1)
+            _product(dw, dz.t(), rows_x, beta=1)
     count = (targets != ignore_index).sum()
     loss = (losses.sum(dtype=torch.float64) / count).float()
     return loss, dx, dw, count

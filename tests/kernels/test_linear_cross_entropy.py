@@ -242,7 +242,7 @@ def test_backward_twice(device):
         ("tl.where(columns == target, gain, 0.0)", "tl.where(columns == target, -gain, 0.0)"),
         ("p * (2 * z_loss * lse)", "p * (z_loss * lse)"),
         ("dz *= 1 - (z / softcap)", "dz *= 1 + (z / softcap)"),
-        ("_product(dw, dz.t(), x[part], beta=1)", "_product(dw, dz.t(), x[part])"),
+        ("_product(dw, dz.t(), rows_x, beta=1)", "_product(dw, dz.t(), rows_x)"),
         ("for start in range(0, N, rows or 1):", "for start in range(0, N - rows, rows or 1):"),
     ],
 )
