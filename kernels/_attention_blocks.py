@@ -14,6 +14,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from minillm.kernels._launch import has_tma, tile
 
 ROWS = 128  # of the largest block, a multiple of every other
+# Where a running maximum begins: below every score, and finite, or exp2(-inf - peak) would be NaN.
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
 @triton.jit

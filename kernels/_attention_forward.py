@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minillm.kernels._attention_blocks import (
+    LOWEST,
     Rule,
     bias,
     descriptor,
@@ -46,7 +47,7 @@ def _attention_fwd_kernel(
     if ALIBI:
         slope = tl.load(slopes_ptr + h) * inverse_scale
     qs = load_block(q, b, h, row, q_stride_b, q_stride_t, q_stride_h, T, BLOCK_T, D, BLOCK_D, TMA)
-    peak = tl.full([BLOCK_T], -1e20, tl.float32)  # finite, or exp2(-inf - peak) would be NaN
+    peak = tl.full([BLOCK_T], LOWEST, tl.float32)
     mass = tl.zeros([BLOCK_T], tl.float32)
     y = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     for column in tl.range(lowest // BLOCK_S * BLOCK_S, tl.minimum(row + BLOCK_T, T), BLOCK_S):

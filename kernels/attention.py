@@ -12,6 +12,7 @@ from torch import Tensor
 from minillm.kernels._attention_backward import backward
 from minillm.kernels._attention_blocks import Rule, padded
 from minillm.kernels._attention_forward import forward
+from minillm.kernels._entrance import differentiable, entrance, last
 from minillm.kernels._launch import DTYPES
 
 WIDEST = 128  # columns of a head: what the tables of tiles end with
@@ -44,6 +45,9 @@ def _(q, k, v, y, lse, dy, starts, slopes, scale, window, softcap):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+_gradients = last(_attention_bwd)
+
+
 def _save(ctx, inputs, output) -> None:
     q, k, v, starts, slopes, *ctx.numbers = inputs
     y, lse = output
@@ -53,13 +57,14 @@ def _save(ctx, inputs, output) -> None:
 
 def _backward(ctx, dy, _):
     q, k, v, y, lse, starts, slopes = ctx.saved_tensors
-    grads = _attention_bwd(q, k, v, y, lse, dy, starts, slopes, *ctx.numbers)
+    grads = _gradients(q, k, v, y, lse, dy, starts, slopes, *ctx.numbers)
     return *grads, None, None, None, None, None
 
 
-_attention.register_autograd(_backward, setup_context=_save)
+_flash = differentiable(_attention, _save, _backward)
 
 
+@entrance(narrowed=("q", "k", "v"))
 def attention(
     q: Tensor,
     k: Tensor,
@@ -97,7 +102,7 @@ def attention(
     if alibi_slopes is not None:
         slopes = alibi_slopes.detach().float().contiguous()
     window = window if window < q.shape[1] else 0
-    return _attention(q, k, v, starts, slopes, scale, window, float(softcap))[0]
+    return _flash(q, k, v, starts, slopes, scale, window, float(softcap))[0]
 
 
 def _checked(q, k, v, scale, window, documents, softcap, alibi_slopes, dropout) -> float:

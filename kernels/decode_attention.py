@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minillm.kernels._attention_blocks import Rule, bias, load_block, readable
+from minillm.kernels._attention_blocks import LOWEST, Rule, bias, load_block, readable
+from minillm.kernels._entrance import entrance
 from minillm.kernels._launch import DTYPES, launch, tile
 from minillm.kernels._tanh import tanh
 
@@ -72,7 +73,7 @@ def _decode_attention_kernel(
     if ALIBI:
         slopes = tl.load(slopes_ptr + heads, mask=mask, other=0.0) * inverse_scale
     last = tl.minimum(queries, end - 1)  # keys beyond the end repeat the one there
-    peak = tl.full([BLOCK_M], -1e20, tl.float32)  # finite, or exp2(-inf - peak) would be NaN
+    peak = tl.full([BLOCK_M], LOWEST, tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
     y = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for column in tl.range(start, end, BLOCK_S):
@@ -119,7 +120,7 @@ def _decode_attention_combine_kernel(
     columns = tl.arange(0, BLOCK_D)
     where = split * tl.full([], N, tl.int64) + row
     lse = tl.load(lse_ptr + where, mask=split < splits, other=float("-inf"))
-    peak = tl.maximum(tl.max(lse, 0), -1e20)  # finite, if no split saw a key
+    peak = tl.maximum(tl.max(lse, 0), LOWEST)  # finite, if no split saw a key
     weight = tl.exp2(lse - peak)
     # What a split without weight has not written is not read.
     mask = (weight > 0)[:, None] & (columns < D)[None, :]
@@ -183,6 +184,7 @@ def _(q, k, v, lengths, slopes, scale, window, softcap):
     return q.new_empty(q.shape)
 
 
+@entrance(narrowed=("q", "k", "v"))
 def decode_attention(
     q: Tensor,
     k: Tensor,
@@ -204,7 +206,7 @@ def decode_attention(
     lengths: (B,) integers, at most S: what row b holds; S if None. Entries beyond are never read.
     scale: above 0.    alibi_slopes: (H,).
     Returns (B, T, H, D) in q's dtype; zeros for a query that sees no key (padding: the first
-    T - lengths[b] of a row that is shorter than T), where the reference's softmax has no value.
+    T - lengths[b] of a row that is shorter than T).
     No gradient: what comes out of leaves that want one raises RuntimeError in backward().
     Sums, scores and softmax are fp32, probabilities enter the second product in q's dtype. In fp16
     and bf16 a capped score errs by up to 2e-7 softcap.

@@ -7,9 +7,9 @@ interest. The three places where PyTorch's first answer is not its fastest are c
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from minillm.kernels import reference
+from minillm.kernels.eager_attention import attention, decode_attention
+from minillm.kernels.eager_loss import linear_cross_entropy
 from minillm.kernels.eager_optim import adamw, newton_schulz
 from minillm.kernels.eager_sampling import uniform
 from minillm.kernels.reference import sample
@@ -102,114 +102,6 @@ def rope_cache(
     return q
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float | None = None,
-    window: int = 0,
-    documents: Tensor | None = None,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    dropout: float = 0.0,
-) -> Tensor:
-    """As reference.attention, through scaled_dot_product_attention unless there is a soft-cap."""
-    T = q.shape[1]
-    if softcap:
-        return reference.attention(
-            q, k, v, scale=scale, window=window, documents=documents, softcap=softcap,
-            alibi_slopes=alibi_slopes, dropout=dropout,
-        )  # fmt: skip
-    window = window if window < T else 0
-    dtype = q.dtype
-    if q.device.type == "cpu" and dtype == torch.bfloat16 and torch.is_grad_enabled():
-        # The backward of bf16 SDPA on a CPU is five times slower than that of fp32; three plain
-        # products in bf16, a few sequences at a time, are twice as fast again where T^2 fits.
-        plain = documents is None and alibi_slopes is None and not dropout
-        if plain and T <= LONGEST_PLAIN and q.shape[2] == k.shape[2]:
-            return _plain_attention(q, k, v, scale, window)
-        q, k, v = q.float(), k.float(), v.float()
-    mask = None
-    if window or documents is not None or alibi_slopes is not None:
-        positions = torch.arange(T, device=q.device)
-        mask = _mask(positions, positions, window, alibi_slopes, q.dtype)  # (1 or H, T, S)
-        if documents is not None:
-            same = documents[:, None, :, None] == documents[:, None, None, :]  # (B, 1, T, S)
-            mask = mask & same if mask.dtype == torch.bool else mask.masked_fill(~same, -torch.inf)
-    return _sdpa(q, k, v, mask, mask is None, scale, dropout).to(dtype)
-
-
-LONGEST_PLAIN = 1024
-PLAIN_SCORES = 1 << 20  # scores alive at a time: what a CPU's caches hold
-
-
-def _plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int) -> Tensor:
-    """softmax(q k^T + mask) v with every factor in q's dtype, some rows of the batch at a time."""
-    T, H, D = q.shape[1:]
-    positions = torch.arange(T, device=q.device)
-    unseen = ~_mask(positions, positions, window, None, q.dtype)
-    mask = torch.zeros(T, T, dtype=q.dtype, device=q.device).masked_fill_(unseen, -torch.inf)
-    q = q * (D**-0.5 if scale is None else scale)
-    rows = max(1, PLAIN_SCORES // (H * T * T))
-    parts = zip(*(x.transpose(1, 2).split(rows) for x in (q, k, v)), strict=True)  # (rows, H, T, D)
-    y = [torch.matmul(a, b.mT).add_(mask).softmax(-1) @ c for a, b, c in parts]
-    return torch.cat(y).transpose(1, 2)  # (B, T, H, D)
-
-
-def decode_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: Tensor | None = None,
-    *,
-    scale: float | None = None,
-    window: int = 0,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-) -> Tensor:
-    """As reference.decode_attention."""
-    T, S = q.shape[1], k.shape[1]
-    if softcap or (lengths is not None and alibi_slopes is not None):
-        return reference.decode_attention(
-            q, k, v, lengths, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes
-        )
-    if lengths is None and T == 1 and alibi_slopes is None:
-        # One query at the end of a full cache sees its window's keys and nothing else: no mask.
-        keys = slice(max(0, S - window), S) if window else slice(None)
-        return _sdpa(q, k[:, keys], v[:, keys], None, False, scale)
-    positions = torch.arange(S, device=q.device)
-    if lengths is None:
-        mask = _mask(positions[S - T :], positions, window, alibi_slopes, q.dtype)
-    else:
-        queries = lengths[:, None] - T + torch.arange(T, device=q.device)  # (B, T)
-        mask = _mask(queries, positions, window, None, q.dtype)[:, None]  # (B, 1, T, S)
-    return _sdpa(q, k, v, mask, False, scale)
-
-
-def _mask(
-    queries: Tensor, keys: Tensor, window: int, alibi_slopes: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """(..., T, S): True where seen; with ALiBi (H, T, S), what is added to the scores."""
-    distance = queries[..., None] - keys
-    seen = distance >= 0
-    if window:
-        seen = seen & (distance < window)
-    if alibi_slopes is None:
-        return seen
-    bias = -alibi_slopes[:, None, None] * distance
-    return bias.masked_fill(~seen, -torch.inf).to(dtype)
-
-
-def _sdpa(q, k, v, mask, causal, scale, dropout=0.0) -> Tensor:
-    grouped = q.shape[2] != k.shape[2]
-    y = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask,
-        dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=grouped,
-    )  # fmt: skip
-    return y.transpose(1, 2)  # (B, T, H, D)
-
-
 def swiglu(x: Tensor) -> Tensor:
     """As reference.swiglu."""
     gate, up = x.chunk(2, dim=-1)
@@ -225,76 +117,3 @@ def geglu(x: Tensor) -> Tensor:
 def relu2(x: Tensor) -> Tensor:
     """As reference.relu2."""
     return F.relu(x).square()
-
-
-def linear_cross_entropy(
-    x: Tensor,
-    w: Tensor,
-    targets: Tensor,
-    *,
-    softcap: float = 0.0,
-    z_loss: float = 0.0,
-    ignore_index: int = -100,
-) -> Tensor:
-    """As reference.linear_cross_entropy; the logits exist for one chunk of rows at a time."""
-    train = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
-    return _LinearCrossEntropy.apply(x, w, targets, softcap, z_loss, ignore_index, train)
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    """The gradients are made in the forward pass, while a chunk's logits are at hand.
-
-    Memory: one chunk of logits and its gradient, and dx, dw, instead of N V logits twice.
-    Source: Wijmans et al. 2024, arXiv:2411.09009, for the aim; Hsu et al. 2024, arXiv:2410.10989,
-    for gradients made in the forward pass.
-    """
-
-    CHUNK = 1 << 20  # logits alive at a time on a CPU: what its caches hold; see benchmarks/
-    ROWS = 96  # but at least so many rows, or the matrix products turn thin
-
-    @staticmethod
-    def forward(ctx, x, w, targets, softcap, z_loss, ignore_index, train):
-        N, V = x.shape[0], w.shape[0]
-        chunk = _LinearCrossEntropy.CHUNK << (0 if x.device.type == "cpu" else 6)
-        rows = max(_LinearCrossEntropy.ROWS, chunk // V)
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        wx = w.to(x.dtype)
-        dx = torch.empty_like(x) if train else None
-        dw = torch.zeros_like(w, dtype=dtype) if train else None
-        loss = x.new_zeros((), dtype=dtype)
-        count = (targets != ignore_index).sum()
-        for start in range(0, N, rows):
-            part = slice(start, start + rows)
-            logits = F.linear(x[part], wx).to(dtype)  # (rows, V)
-            if softcap:
-                logits = softcap * torch.tanh(logits / softcap)
-            peak = logits.amax(-1, keepdim=True)
-            p = (logits - peak).exp_()
-            mass = p.sum(-1, keepdim=True)
-            lse = peak + mass.log()
-            valid = (targets[part] != ignore_index)[:, None]
-            target = targets[part][:, None].where(valid, 0)
-            each = lse - logits.gather(-1, target) + z_loss * lse.square()
-            loss += torch.where(valid, each, 0).sum()
-            if not train:
-                continue
-            scale = valid.to(dtype) / count  # (rows, 1)
-            dz = p.mul_(scale / mass * (1 + 2 * z_loss * lse))
-            dz.scatter_add_(-1, target, -scale)
-            if softcap:
-                dz *= 1 - (logits / softcap).square()
-            dz = dz.to(x.dtype)
-            torch.mm(dz, wx, out=dx[part])
-            if x.dtype == dtype:
-                dw.addmm_(dz.t(), x[part])
-            else:
-                dw += dz.t() @ x[part]
-        if train:
-            ctx.save_for_backward(dx, dw.to(w.dtype))
-        return loss / count
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        dx, dw = ctx.saved_tensors
-        return dx * dy.to(dx.dtype), dw * dy.to(dw.dtype), None, None, None, None, None

@@ -4,11 +4,20 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
+from minillm.kernels._entrance import entrance
 
-def newton_schulz(g: Tensor, steps: int = 5) -> Tensor:
-    """As reference.newton_schulz, but every product in g's dtype, which may be bf16."""
+
+@entrance()
+def newton_schulz(g: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
+    """As reference.newton_schulz, but every product in `dtype`, which may be bf16.
+
+    The norm is computed, and G divided by it, in at least fp32: fp16 holds neither the norm of
+    large gradients nor small gradients themselves.
+    """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = g / (torch.linalg.vector_norm(g, dim=(-2, -1), keepdim=True) + 1e-7)
+    wide = torch.promote_types(g.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(g, dim=(-2, -1), keepdim=True, dtype=wide)
+    x = (g / (norm + 1e-7)).to(dtype or g.dtype)
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     for _ in range(steps):

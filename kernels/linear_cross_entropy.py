@@ -8,7 +8,7 @@ device, and no sum depends on the order in which programs run.
 Precision: logits are kept in fp32. In bf16 they would be half as many bytes, but the loss, itself
 fp32, then errs by 27 to 450 times what the tests allow (dx and dw pass either way). Only the
 gradient of the logits is rounded to x's dtype, in which its products are made. It is kept without
-the factor 1 / rows, so that fp16 holds it; that factor is applied in fp32 at the end.
+the factor 1 / rows, so that fp16 holds it; that factor is applied in fp32 at the end, see _loss.py.
 """
 
 import torch
@@ -16,7 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minillm.kernels._entrance import differentiable, entrance, wants_gradient
 from minillm.kernels._launch import DTYPES, launch, tile
+from minillm.kernels._loss import backward, gain_of, kept_dtype, save
 from minillm.kernels._tanh import tanh
 
 CHUNK = 1 << 27  # logits alive at a time: 512 MiB in fp32, and half of that their bf16 gradients
@@ -34,7 +36,7 @@ def _cap(x, softcap, CAPPED: tl.constexpr):
 @triton.jit
 def _linear_cross_entropy_kernel(
     logits_ptr, dlogits_ptr, targets_ptr, losses_ptr, stride, V, softcap, z_loss, ignore_index,
-    CAPPED: tl.constexpr, TRAIN: tl.constexpr, BLOCK_V: tl.constexpr,
+    gain, CAPPED: tl.constexpr, Z_LOSS: tl.constexpr, TRAIN: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     # Masks end at `stride`, a multiple of 16, so that rows of any V are read 16 bytes at a time;
     # the columns between V and there, which belong to nobody, are replaced once read.
@@ -64,16 +66,20 @@ def _linear_cross_entropy_kernel(
         mass = tl.sum(masses, 0)
         lse = peak + tl.log(mass)
         # Not lse - picked, where digits of a confident row's small loss would cancel.
-        loss = (peak - _cap(picked, softcap, CAPPED)) + tl.log(mass) + z_loss * lse * lse
+        loss = (peak - _cap(picked, softcap, CAPPED)) + tl.log(mass)
+        if Z_LOSS:  # else 0 times infinity, where lse is beyond 1.8e19
+            loss += z_loss * lse * lse
         tl.store(losses_ptr + row, loss)
         if TRAIN:
-            scale = tl.where(inside, 1 / mass, float("nan"))
+            scale = tl.where(inside, gain / mass, float("nan"))
             for start in range(0, V, BLOCK_V):
                 columns = start + block
                 z = tl.load(logits_ptr + columns, mask=columns < stride, other=0.0)
                 z = _cap(z, softcap, CAPPED)
                 p = tl.exp(z - peak) * scale
-                dz = (p - tl.where(columns == target, 1.0, 0.0)) + p * (2 * z_loss * lse)
+                dz = p - tl.where(columns == target, gain, 0.0)
+                if Z_LOSS:
+                    dz += p * (2 * z_loss * lse)
                 if CAPPED:
                     dz *= 1 - (z / softcap) * (z / softcap)
                 dz = tl.where(columns < V, dz, 0.0).to(dlogits_ptr.dtype.element_ty)
@@ -99,7 +105,7 @@ def _linear_cross_entropy(
     x: Tensor, w: Tensor, targets: Tensor, softcap: float, z_loss: float, ignore_index: int,
     train_x: bool, train_w: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The loss; dx and dw before they are divided by the count, empty if not wanted; the count."""
+    """The loss; dx and dw as _loss.py has them, empty if not wanted; the count of rows."""
     (N, C), V, device = x.shape, w.shape[0], x.device
     train = train_x or train_w
     rows = min(N, max(ROWS, CHUNK // max(V, 1) // 128 * 128))
@@ -109,7 +115,7 @@ def _linear_cross_entropy(
     if train and x.dtype != torch.float32:
         dlogits = torch.empty((rows, stride), dtype=x.dtype, device=device)
     product = torch.empty((rows if train_x else 0, C), dtype=torch.float32, device=device)
-    dx = torch.empty((N, C) if train_x else (0,), dtype=x.dtype, device=device)
+    dx = torch.empty((N, C) if train_x else (0,), dtype=kept_dtype(x.dtype), device=device)
     dw = torch.zeros((V, C) if train_w else (0,), dtype=torch.float32, device=device)
     losses = torch.empty(N, dtype=torch.float32, device=device)
     targets = targets.contiguous()
@@ -118,10 +124,13 @@ def _linear_cross_entropy(
         part = slice(start, min(start + rows, N))
         size = part.stop - start
         z, dz = logits[:size, :V], dlogits[:size, :V]  # (size, V), rows `stride` apart
-        _product(z, x[part], wx.t())
+        # Rows that do not count may hold nan, which 0 does not make 0 in the product for dw.
+        rows_x = x[part].masked_fill((targets[part] == ignore_index)[:, None], 0)
+        _product(z, rows_x, wx.t())
         launch(
             _linear_cross_entropy_kernel, (size,), z, dz, targets[part], losses[part], stride, V,
-            softcap, z_loss, ignore_index, CAPPED=softcap != 0, TRAIN=train,
+            softcap, z_loss, ignore_index, gain_of(x.dtype), CAPPED=softcap != 0,
+            Z_LOSS=z_loss != 0, TRAIN=train,
             **tile("linear_cross_entropy", "row", V),
         )  # fmt: skip
         if train_x:
@@ -129,49 +138,20 @@ def _linear_cross_entropy(
             _product(product[:size], dz, wx)
             dx[part].copy_(product[:size])
         if train_w:
-            _product(dw, dz.t(), x[part], beta=1)
+            _product(dw, dz.t(), rows_x, beta=1)
     count = (targets != ignore_index).sum()
     loss = (losses.sum(dtype=torch.float64) / count).float()
-    return loss, dx, dw.to(w.dtype), count
+    return loss, dx, dw, count
 
 
 @_linear_cross_entropy.register_fake
 def _(x, w, targets, softcap, z_loss, ignore_index, train_x, train_w):
-    dx = x.new_empty(x.shape if train_x else (0,))
-    dw = w.new_empty(w.shape if train_w else (0,))
+    dx = x.new_empty(x.shape if train_x else (0,), dtype=kept_dtype(x.dtype))
+    dw = w.new_empty(w.shape if train_w else (0,), dtype=torch.float32)
     return x.new_empty((), dtype=torch.float32), dx, dw, targets.new_empty((), dtype=torch.int64)
 
 
-@torch.library.custom_op("minillm::linear_cross_entropy_bwd", mutates_args=())
-def _linear_cross_entropy_bwd(
-    dx: Tensor, dw: Tensor, count: Tensor, dy: Tensor
-) -> tuple[Tensor, Tensor]:
-    # Where no row counts the gradients are zeros, as the reference's; the loss is nan.
-    # A factor of shape () would be rounded to dx's dtype first; one of shape (1,) is not.
-    scale = (dy / count.clamp(min=1)).view(1)
-    dx, dw = (torch.mul(d, scale, out=torch.empty_like(d)) for d in (dx, dw))
-    return dx, dw
-
-
-@_linear_cross_entropy_bwd.register_fake
-def _(dx, dw, count, dy):
-    return torch.empty_like(dx), torch.empty_like(dw)
-
-
-def _save(ctx, inputs, output) -> None:
-    *_, ctx.train_x, ctx.train_w = inputs
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # or zeros as large as dw would be made
-    ctx.save_for_backward(*output[1:])
-
-
-def _backward(ctx, dy, *_):
-    dx, dw = _linear_cross_entropy_bwd(*ctx.saved_tensors, dy)
-    dx, dw = dx if ctx.train_x else None, dw if ctx.train_w else None
-    return dx, dw, None, None, None, None, None, None
-
-
-_linear_cross_entropy.register_autograd(_backward, setup_context=_save)
+_mean_loss = differentiable(_linear_cross_entropy, save, backward)
 
 
 def _refuse(x: Tensor, w: Tensor, targets: Tensor) -> None:
@@ -187,6 +167,7 @@ def _refuse(x: Tensor, w: Tensor, targets: Tensor) -> None:
         raise ValueError(f"targets: {came}, expected torch.int64 ({x.shape[0]},)")
 
 
+@entrance(narrowed=("x",))
 def linear_cross_entropy(
     x: Tensor,
     w: Tensor,
@@ -212,6 +193,5 @@ def linear_cross_entropy(
     for gradients made in the forward pass.
     """
     _refuse(x, w, targets)
-    train = torch.is_grad_enabled()
-    trains = train and x.requires_grad, train and w.requires_grad
-    return _linear_cross_entropy(x, w, targets, softcap, z_loss, ignore_index, *trains)[0]
+    trains = wants_gradient(x), wants_gradient(w)
+    return _mean_loss(x, w, targets, softcap, z_loss, ignore_index, *trains)[0]

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from minillm.kernels._entrance import entrance
 from minillm.kernels._launch import DTYPES, has_tma, launch, tile
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # a, b, c
@@ -154,25 +155,31 @@ def _(s, b, c):
     return s.new_empty(s.shape)
 
 
+@entrance()
 @torch.no_grad()
-def newton_schulz(g: Tensor, steps: int = 5) -> Tensor:
+def newton_schulz(g: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
     """As reference.newton_schulz: push the singular values of each matrix towards 1.
 
         X <- G / (|G|_F + 1e-7);   repeat: S = X X^T;  P = b S + c S S;  X <- a X + P X
 
-    g: (..., M, N) fp32, fp16 or bf16, any strides.    Returns (..., M, N) in g's dtype, contiguous.
-    Every product is summed in fp32 and rounded to g's dtype; the norm is fp32. No gradient.
+    g: (..., M, N) fp32, fp16 or bf16, any strides.    dtype: of the products, one of these; g's
+    if None. The norm, and the division by it, are fp32.
+    Returns (..., M, N) in that dtype, contiguous. Every product is summed in fp32 and rounded to
+    it. No gradient.
     Tall matrices are served by X^T X on the right, the same numbers, so nothing is transposed.
-    Raises ValueError if g is fp64 or has fewer than two dimensions.
+    Raises ValueError if g or dtype is fp64, or g has fewer than two dimensions.
     Of the 2 M M N + 2 M M M + 2 M M N flops a step (M <= N) the first two are halved.
     Source: Jordan et al. 2024, "Muon", coefficients (3.4445, -4.7750, 2.0315).
     """
     if g.dim() < 2 or g.dtype not in DTYPES:
         raise ValueError(f"g: {tuple(g.shape)} {g.dtype}, expected (..., M, N), one of {DTYPES}")
+    dtype = dtype or g.dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: {dtype}, expected one of {DTYPES}")
     a, b, c = COEFFICIENTS
     x = g.reshape(math.prod(g.shape[:-2]), *g.shape[-2:])
     norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
-    x = torch.div(x, norm + 1e-7, out=g.new_empty(x.shape))
+    x = torch.div(x, norm + 1e-7, out=g.new_empty(x.shape, dtype=dtype))
     tall = x.shape[1] > x.shape[2]
     for _ in range(steps):
         p = symmetric_square(xxt(x.mT if tall else x), b, c)

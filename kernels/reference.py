@@ -188,8 +188,9 @@ def decode_attention(
     """Causal attention of the last T positions over a cache of keys; see `attention` for the rest.
 
     q: (B, T, H, D).    k, v: (B, S, G, D), of which row b holds lengths[b] entries; S if None.
-    Query t of row b stands at position lengths[b] - T + t.
-    Returns (B, T, H, D) in q's dtype.
+    Query t of row b stands at position lengths[b] - T + t. Entries that no query of a row sees do
+    not matter, whatever they are: nan and infinities too.
+    Returns (B, T, H, D) in q's dtype; zeros for a query that sees no key.
     """
     B, T, S = q.shape[0], q.shape[1], k.shape[1]
     if lengths is None:
@@ -197,6 +198,8 @@ def decode_attention(
     queries = lengths[:, None] - T + torch.arange(T, device=q.device)  # (B, T)
     keys = torch.arange(S, device=q.device).expand(B, S)
     seen = _seen(queries, keys, window)
+    used = seen.any(1)[:, :, None, None]  # (B, S, 1, 1)
+    k, v = (torch.where(used, x, 0) for x in (k, v))
     distance = queries[:, :, None] - keys[:, None, :]
     return _attend(q, k, v, seen, distance, scale, softcap, alibi_slopes, 0.0)
 
@@ -217,6 +220,7 @@ def _attend(q, k, v, seen, distance, scale, softcap, alibi_slopes, dropout) -> T
     if alibi_slopes is not None:
         scores = scores - alibi_slopes[:, None, None] * distance[:, None]
     weights = scores.masked_fill(~seen[:, None], -math.inf).softmax(-1)
+    weights = weights.masked_fill(~seen[:, None], 0)  # nan where a query sees no key
     weights = torch.nn.functional.dropout(weights, dropout)
     return torch.einsum("bhts,bshd->bthd", weights, v).to(q.dtype)
 
@@ -266,16 +270,19 @@ def linear_cross_entropy(
 
         z = cap(x w^T);   loss = mean_n [ lse(z_n) - z_n[target_n] + z_loss lse(z_n)^2 ]
 
-    x: (N, C) any float dtype.    w: (V, C).    targets: (N,) int64; ignore_index rows do not count.
+    x: (N, C) any float dtype.    w: (V, C).    targets: (N,) int64; ignore_index rows do not
+    count: they may hold anything, nan too, and their gradient is 0.
     cap as in `attention`.    Returns () fp32 (fp64 for fp64 x); nan if no row counts.
     Source: z-loss: Chowdhery et al. 2022, arXiv:2204.02311, section 5.
     """
-    logits = cap(_wide(x) @ _wide(w).t(), softcap)  # (N, V)
     valid = targets != ignore_index
-    lse = logits.logsumexp(-1)
-    picked = logits.gather(-1, targets.where(valid, 0)[:, None]).squeeze(-1)
-    loss = lse - picked + z_loss * lse.square()
-    return loss[valid].mean()
+    x, targets = x[valid], targets[valid]
+    logits = cap(_wide(x) @ _wide(w).t(), softcap)  # (rows that count, V)
+    # Not lse - picked: where logits are large the logarithm of the mass would be lost in lse.
+    loss = -logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+    if z_loss:
+        loss = loss + z_loss * logits.logsumexp(-1).square()
+    return loss.mean()
 
 
 def cap(logits: Tensor, softcap: float) -> Tensor:

@@ -4,12 +4,14 @@ import torch
 from torch import Tensor
 
 
-def newton_schulz(g: Tensor, steps: int = 5) -> Tensor:
+def newton_schulz(g: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
     """Push the singular values of each matrix towards 1 (about 0.7 to 1.2 after five steps).
 
         X <- G / (|G|_F + 1e-7);   repeat: A = X X^T;  X <- a X + (b A + c A A) X
 
-    g: (..., M, N), any float dtype.    Returns (..., M, N) in g's dtype.
+    g: (..., M, N), any float dtype.    dtype: of the products, into which X is rounded after it
+    is normalised, so that the size of G does not matter; g's if None.
+    Returns (..., M, N) in that dtype.
     Source: Jordan et al. 2024, "Muon", coefficients (3.4445, -4.7750, 2.0315).
     """
     a, b, c = 3.4445, -4.7750, 2.0315
@@ -20,7 +22,7 @@ def newton_schulz(g: Tensor, steps: int = 5) -> Tensor:
     for _ in range(steps):
         s = x @ x.mT
         x = a * x + (b * s + c * (s @ s)) @ x
-    return (x.mT if tall else x).to(g.dtype)
+    return (x.mT if tall else x).to(dtype or g.dtype)
 
 
 def adamw(

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minillm.kernels._entrance import differentiable, entrance, last
 from minillm.kernels._launch import launch, tile
 from minillm.kernels._rows import check_rows, columns_together, load_row, load_tile, share, store
 from minillm.kernels.sandwich_norm import sandwich_norm
@@ -168,6 +169,9 @@ def _(x, w, rstd, dy, ds):
     return x.new_empty(x.shape), w.new_empty(w.shape)
 
 
+_gradients = last(_rms_norm_bwd)
+
+
 def _save(ctx, inputs, output) -> None:
     x, w, _ = inputs
     _, rstd = output
@@ -177,10 +181,10 @@ def _save(ctx, inputs, output) -> None:
 
 def _backward(ctx, dy, _):
     x, w, rstd = ctx.saved_tensors
-    return *_rms_norm_bwd(x, w, rstd, dy, None), None
+    return *_gradients(x, w, rstd, dy, None), None
 
 
-_rms_norm.register_autograd(_backward, setup_context=_save)
+_norm = differentiable(_rms_norm, _save, _backward)
 
 
 def _add_save(ctx, inputs, output) -> None:
@@ -195,13 +199,14 @@ def _add_backward(ctx, dy, ds, _):
     s, w, rstd = ctx.saved_tensors
     if dy is None:  # only s went on
         return ds, ds, None, None
-    dx, dw = _rms_norm_bwd(s, w, rstd, dy, ds)
+    dx, dw = _gradients(s, w, rstd, dy, ds)
     return dx, dx, dw, None
 
 
-_add_rms_norm.register_autograd(_add_backward, setup_context=_add_save)
+_add_norm = differentiable(_add_rms_norm, _add_save, _add_backward)
 
 
+@entrance()
 def rms_norm(x: Tensor, w: Tensor, eps: float = 1e-6) -> Tensor:
     """As reference.rms_norm: y = x / sqrt(mean(x^2, -1) + eps) * w.
 
@@ -214,9 +219,10 @@ def rms_norm(x: Tensor, w: Tensor, eps: float = 1e-6) -> Tensor:
     Source: Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4.
     """
     check_rows(x, {}, {"w": w})
-    return _rms_norm(x.reshape(-1, x.shape[-1]), w.contiguous(), eps)[0].view(x.shape)
+    return _norm(x.reshape(-1, x.shape[-1]), w.contiguous(), eps)[0].view(x.shape)
 
 
+@entrance(alike=("x", "residual"))
 def add_rms_norm(
     x: Tensor, residual: Tensor, w: Tensor, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
@@ -233,5 +239,5 @@ def add_rms_norm(
     """
     check_rows(x, {"residual": residual}, {"w": w})
     rows = (t.reshape(-1, t.shape[-1]) for t in (x, residual))
-    y, s, _ = _add_rms_norm(*rows, w.contiguous(), eps)
+    y, s, _ = _add_norm(*rows, w.contiguous(), eps)
     return y.view(x.shape), s.view(x.shape)

@@ -7,6 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
+from minillm.kernels._entrance import differentiable, entrance, last
 from minillm.kernels._launch import launch
 from minillm.kernels._rope_kernels import (
     _rope_bwd_kernel,
@@ -83,6 +84,9 @@ def _(dq_out, dk_out, q, k, cos, sin, q_weight, k_weight, eps):
     return dq_out.new_empty(dq_out.shape), dk_out.new_empty(dk_out.shape), *weights
 
 
+_gradients = last(_rope_bwd)
+
+
 def _save(ctx, inputs, output) -> None:
     q, k, *rest, ctx.eps = inputs
     norm = rest[-1] is not None  # else rotating back needs the angles alone
@@ -91,14 +95,15 @@ def _save(ctx, inputs, output) -> None:
 
 def _backward(ctx, dq_out, dk_out):
     q, k, cos, sin, q_weight, k_weight = ctx.saved_tensors
-    dq, dk, *weights = _rope_bwd(dq_out, dk_out, q, k, cos, sin, q_weight, k_weight, ctx.eps)
+    dq, dk, *weights = _gradients(dq_out, dk_out, q, k, cos, sin, q_weight, k_weight, ctx.eps)
     weights = (None, None) if q_weight is None else weights
     return dq, dk, None, None, *weights, None
 
 
-_rope.register_autograd(_backward, setup_context=_save)
+_rotate = differentiable(_rope, _save, _backward)
 
 
+@entrance(alike=("q", "k"))
 def rope(
     q: Tensor,
     k: Tensor,
@@ -126,4 +131,4 @@ def rope(
     if cos.shape not in ((T, D // 2), (B, T, D // 2)):
         wanted = f"({T}, {D // 2}) or ({B}, {T}, {D // 2})"
         raise ValueError(f"cos: shape {tuple(cos.shape)}, expected {wanted}")
-    return _rope(q, k, cos, sin, *contiguous(q_weight, k_weight), eps)
+    return _rotate(q, k, cos, sin, *contiguous(q_weight, k_weight), eps)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from minillm.kernels._entrance import entrance
 from minillm.kernels._launch import launch
 from minillm.kernels._rope_kernels import (
     _rope_fwd_kernel,
@@ -42,6 +43,7 @@ def _(q, k, v, cos, sin, cache_k, cache_v, positions, position, q_weight, k_weig
     return q.new_empty(q.shape)
 
 
+@entrance(alike=("q", "k"))
 def rope_cache(
     q: Tensor,
     k: Tensor,

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minillm.kernels._entrance import differentiable, entrance, last, wants_gradient
 from minillm.kernels._launch import launch, tile
 from minillm.kernels._rows import check_rows, columns_together, load_row, load_tile, share, store
 
@@ -180,6 +181,9 @@ def _(s, w_post, w_pre, rstd, dy, dh):
     return s.new_empty(s.shape), w_post.new_empty(w_post.shape), w_pre.new_empty(w_pre.shape)
 
 
+_gradients = last(_sandwich_norm_bwd)
+
+
 def _save(ctx, inputs, output) -> None:
     _, _, w_post, w_pre, _, _ = inputs
     _, _, s, rstd = output
@@ -191,13 +195,14 @@ def _save(ctx, inputs, output) -> None:
 def _backward(ctx, dy, dh, *_):
     s, w_post, w_pre, rstd = ctx.saved_tensors
     dy = torch.zeros_like(s) if dy is None else dy  # only h went on
-    ds, dw_post, dw_pre = _sandwich_norm_bwd(s, w_post, w_pre, rstd, dy, dh)
+    ds, dw_post, dw_pre = _gradients(s, w_post, w_pre, rstd, dy, dh)
     return ds, ds, dw_post, dw_pre, None, None
 
 
-_sandwich_norm.register_autograd(_backward, setup_context=_save)
+_norms = differentiable(_sandwich_norm, _save, _backward)
 
 
+@entrance(alike=("x", "residual"))
 def sandwich_norm(
     x: Tensor, residual: Tensor, w_post: Tensor, w_pre: Tensor, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
@@ -216,7 +221,7 @@ def sandwich_norm(
     check_rows(x, {"residual": residual}, {"w_post": w_post, "w_pre": w_pre})
     w_post, w_pre = w_post.contiguous(), w_pre.contiguous()
     inputs = (x, residual, w_post, w_pre)
-    train = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    train = any(map(wants_gradient, inputs))
     rows = (t.reshape(-1, t.shape[-1]) for t in (x, residual))
-    y, h, _, _ = _sandwich_norm(*rows, w_post, w_pre, eps, train)
+    y, h, _, _ = _norms(*rows, w_post, w_pre, eps, train)
     return y.view(x.shape), h.view(x.shape)

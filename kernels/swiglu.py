@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minillm.kernels._entrance import differentiable, entrance, last
 from minillm.kernels._launch import DTYPES, launch, tile
 
 
@@ -113,16 +114,19 @@ def _(x, dy, activation):
     return x.new_empty(x.shape)
 
 
+_gradients = last(_swiglu_bwd)
+
+
 def _save(ctx, inputs, output) -> None:
     x, ctx.activation = inputs
     ctx.save_for_backward(x)
 
 
 def _backward(ctx, dy):
-    return _swiglu_bwd(*ctx.saved_tensors, dy, ctx.activation), None
+    return _gradients(*ctx.saved_tensors, dy, ctx.activation), None
 
 
-_swiglu.register_autograd(_backward, setup_context=_save)
+_gated = differentiable(_swiglu, _save, _backward)
 
 
 def _width(x: Tensor, activation: str) -> int:
@@ -136,10 +140,11 @@ def _apply(x: Tensor, activation: str) -> Tensor:
     if activation != "relu2" and (x.dim() == 0 or x.shape[-1] % 2):
         raise ValueError(f"x: a tensor of shape {tuple(x.shape)}, expected (..., 2F)")
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1] if x.dim() else 1)
-    y = _swiglu(rows, activation)
+    y = _gated(rows, activation)
     return y.view(*x.shape[:-1], y.shape[1]) if x.dim() else y.view(())
 
 
+@entrance()
 def swiglu(x: Tensor) -> Tensor:
     """As reference.swiglu: y = silu(gate) * up, x = [gate, up].
 
@@ -153,6 +158,7 @@ def swiglu(x: Tensor) -> Tensor:
     return _apply(x, "silu")
 
 
+@entrance()
 def geglu(x: Tensor) -> Tensor:
     """As reference.geglu: y = gelu(gate) * up, x = [gate, up], gelu(z) = z Phi(z); else as swiglu.
 
@@ -161,6 +167,7 @@ def geglu(x: Tensor) -> Tensor:
     return _apply(x, "gelu")
 
 
+@entrance()
 def relu2(x: Tensor) -> Tensor:
     """As reference.relu2: y = max(x, 0)^2, elementwise; gradient 2 max(x, 0) dy; else as swiglu.
 

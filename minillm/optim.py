@@ -25,7 +25,8 @@ class Muon(Optimizer):
 
     params: groups of matrices (rows, columns); group["parts"] lists for each the row counts of the
     independent maps stacked in it (queries, keys, values: each is orthogonalised by itself).
-    dtype: of the products in Newton-Schulz; bf16 is enough.
+    dtype: of the products in Newton-Schulz; bf16 is enough. Updates are normalised before they are
+    rounded to it.
     Matrices of equal shape go through it in one batch.
     Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers"; decay: Liu et al. 2025,
     arXiv:2502.16982, eq. 2.
@@ -56,9 +57,8 @@ class Muon(Optimizer):
                 for piece, update in zip(w.split(parts), u.split(parts), strict=True):
                     updates.setdefault(piece.shape, []).append((piece, update))
             for shape, pairs in updates.items():
-                directions = self.ops.newton_schulz(
-                    torch.stack([u for _, u in pairs]).to(self.dtype)
-                )
+                stacked = torch.stack([u for _, u in pairs])
+                directions = self.ops.newton_schulz(stacked, dtype=self.dtype)
                 rate = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
                 for (piece, _), direction in zip(pairs, directions, strict=True):
                     piece.add_(direction, alpha=-rate)

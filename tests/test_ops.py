@@ -144,7 +144,7 @@ WRONG = {
     "relu2": lambda x: x.square(),
     "linear_cross_entropy": lambda x, w, t, **options: 1.001 * EAGER.linear_cross_entropy(x, w, t),
     "adamw": lambda *args, lr, **options: EAGER.adamw(*args, lr=[2 * r for r in lr], **options),
-    "newton_schulz": lambda g, steps=5: g,
+    "newton_schulz": lambda g, steps=5, dtype=None: g,
     "sample": lambda logits, u, **options: EAGER.sample(-logits, u, **options),
     "uniform": lambda seed, rows, made: EAGER.uniform(seed + 1, rows, made),
 }
