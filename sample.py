@@ -7,7 +7,6 @@
 Text goes to standard output as it is made, everything else to standard error.
 """
 
-import json
 import sys
 import time
 from argparse import Namespace
@@ -25,6 +24,7 @@ from minillm import checkpoint, runs, world
 from minillm.cache import slots
 from minillm.exit_rules import exit_rule
 from minillm.generate import generate
+from minillm.json_text import json_text
 from minillm.model import GPT
 from minillm.requests import check_recurrence
 from minillm.speculate import speculate
@@ -152,9 +152,8 @@ def write(model: GPT, tokenizer: Tokenizer, prompt: str, args: Namespace) -> Non
     for row, stream in enumerate(streams):
         rest = stream.flush()
         if args.json:
-            print(
-                json.dumps(record(prompt, stream, logprobs[row], rounds[row], seconds)), flush=True
-            )
+            found = record(prompt, stream, logprobs[row], rounds[row], seconds)
+            print(json_text(found), flush=True)
         elif row == live:
             show(rest + "\n")
         else:

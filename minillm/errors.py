@@ -41,7 +41,7 @@ class UnavailableError(MinillmError):
 
 
 class DivergedError(MinillmError):
-    """Training went non-finite."""
+    """The numbers of a model, or of its training, went non-finite."""
 
     code = 6
 

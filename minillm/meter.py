@@ -10,6 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from minillm.json_text import json_text
 from minillm.storage import write_durably
 
 
@@ -80,7 +81,7 @@ class Meter:
             self._forget()
             self.since = time.perf_counter()
         try:
-            append(self.path, json.dumps(jsonable(row)) + "\n")
+            append(self.path, json_text(jsonable(row)) + "\n")
         except OSError as error:
             if not self.warned:
                 self.say(f"warning   {self.path}: {error.strerror}; rows are left out meanwhile")
@@ -142,6 +143,8 @@ def jsonable(value: Any) -> Any:
     """`value` with six digits of each number, and null for those that are not finite."""
     if isinstance(value, dict):
         return {k: jsonable(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(v) for v in value]
     if isinstance(value, float):
         return float(f"{value:.6g}") if abs(value) < float("inf") else None
     return value

@@ -18,6 +18,7 @@ from minillm.configure import as_train_config, changed, meant_for_a_core, read_c
 from minillm.corpus import prepare
 from minillm.errors import UnavailableError, UsageError
 from minillm.flags.train import NEWEST
+from minillm.json_text import json_text
 from minillm.launch import World
 from minillm.ranks import Ranks
 from minillm.settings import Settings
@@ -250,4 +251,4 @@ def _commit() -> str | None:
 
 def config_text(settings: Settings) -> str:
     """The settings as JSON that --config takes."""
-    return json.dumps({k: v for k, v in settings.flat().items() if v is not None}, indent=1)
+    return json_text({k: v for k, v in settings.flat().items() if v is not None}, indent=1)

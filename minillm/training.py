@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from math import isfinite
+from math import isfinite, nan
 from pathlib import Path
 
 import torch
@@ -15,8 +15,8 @@ from minillm.checkpoint import Checkpoint
 from minillm.config import TrainConfig
 from minillm.configure import RESUMABLE
 from minillm.data import Batches, evaluation_windows
-from minillm.errors import CorruptError
-from minillm.evaluate import evaluate
+from minillm.errors import CorruptError, DivergedError
+from minillm.evaluate import Evaluation, evaluate
 from minillm.generate import generate
 from minillm.guard import Guard
 from minillm.meter import Meter, append
@@ -200,7 +200,6 @@ def judge(t: Training, batches: int, to_the_end: bool = True) -> dict[str, float
     """Loss on `batches` batches of the validation split, spread evenly; 0: on the whole of it.
 
     to_the_end: else a signal breaks it off: Stopped.
-
     Returns val_loss (nats a token), val_bpb (bits a byte of raw text) and val_tokens (how many were
     predicted); nothing without a split.
     """
@@ -210,7 +209,11 @@ def judge(t: Training, batches: int, to_the_end: bool = True) -> dict[str, float
     windows = evaluation_windows(t.corpus, "val", t.model.config.seq_len, limit)
     with _averaged(t):
         poll = t.watch.alive if to_the_end else partial(heed, t)
-        result = evaluate(t.model, windows, t.micro, t.ranks, poll)
+        try:
+            result = evaluate(t.model, windows, t.micro, t.ranks, poll)
+        except DivergedError as error:  # the row says null; what may be saved is decided elsewhere
+            t.meter.say(f"warning   step {t.progress.step}: {error}")
+            result = Evaluation(nan, 0)
         found = _judge_recurrence(t) if t.model.config.recurrent else {}
     bpb = result.bits_per_byte(t.corpus.tokens["val"], t.corpus.bytes["val"])
     return {"val_loss": result.loss, "val_bpb": bpb, "val_tokens": result.tokens, **found}
@@ -276,9 +279,13 @@ def take_sample(t: Training) -> str:
             t.model, [tokenizer.prompt_ids("")], max_tokens=SAMPLE_TOKENS, temperature=0.8,
             top_p=0.95, seed=t.config.seed, stop=lambda row, ids: ids[-1] == tokenizer.bos_id,
         )  # fmt: skip
-        text = tokenizer.decode([token.id for token in made if token.id != tokenizer.bos_id])
+        try:
+            text = tokenizer.decode([token.id for token in made if token.id != tokenizer.bos_id])
+        except DivergedError as error:  # all ranks compute the same
+            t.ranks.say(f"warning   step {t.progress.step}: no sample: {error}")
+            text = None
     t.model.train()
-    if t.ranks.rank:
+    if t.ranks.rank or text is None:
         return ""
     try:
         append(t.run / "samples.txt", f"=== step {t.progress.step}\n{text}\n")

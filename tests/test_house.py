@@ -13,7 +13,7 @@ FLOORS = {
     0: "__init__ flags/__init__ errors help_text presets schedule cache positions kernels offload "
     "scripts "
     "kernels/reference_optim kernels/reference_sampling kernels/eager_optim kernels/eager_sampling "
-    "kernels/_interpreter kernels/_tanh guard",
+    "kernels/_interpreter kernels/_tanh guard json_text",
     1: "kernels/reference kernels/_launch cli launch bpe storage setting state pickles foreign",
     2: "world exit_rules precision ranks shape tensorfiles documents meter "
     "kernels/eager kernels/adamw kernels/newton_schulz kernels/swiglu kernels/_rows "

@@ -54,7 +54,7 @@ def main() -> None:
     if not corpus.is_dir():
         call(ROOT / "data" / "tasks.py", "register", "--out", corpus, "--train", 30000)
     found = train_arms(args, corpus, ARMS, GRID, SEEDS, STEPS, lambda m: {"accuracy": accuracy(m)})
-    (HERE / "register.json").write_text(json.dumps(found, indent=1) + "\n")
+    (HERE / "register.json").write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
     (HERE / "register.md").write_text(table(found))
     (HERE / "register.svg").write_text(picture(found))
 

@@ -165,7 +165,7 @@ def write(path: Path, size: int, entry: dict) -> None:
         f"{torch.__version__}, gloo over loopback, one thread a rank"
     )
     content["worlds"][str(size)] = entry
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     path.with_suffix(".md").write_text(report(content))
 
 

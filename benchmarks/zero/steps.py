@@ -147,7 +147,7 @@ def write(config: ModelConfig, size: int, args: argparse.Namespace, times: dict)
     print(text)
     (HERE / f"steps-{size}.md").write_text(text)
     (HERE / f"steps-{size}.json").write_text(
-        json.dumps({"times": times, "planned": planned}) + "\n"
+        json.dumps({"times": times, "planned": planned}, allow_nan=False) + "\n"
     )
 
 

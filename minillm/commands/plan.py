@@ -1,6 +1,5 @@
 """`python -m minillm plan`: what a training takes, before anything runs."""
 
-import json
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,6 +22,7 @@ from minillm.flags.plan import (
     NODE_LINK_GBS,
     OVERLAP,
 )
+from minillm.json_text import json_text
 from minillm.launch import World
 from minillm.links import Link, Network
 from minillm.pace import wished_steps
@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> None:
     deep = ", at the deepest recurrence that has gradients" if model.recurrent else ""
     kept = f"activations: what eager operations keep on {'a GPU' if fused else 'a CPU'}{deep}"
     found["figures"] = [f"dtype {str(dtype).removeprefix('torch.')}", micro, kept, *said]
-    print(json.dumps(found) if args.json else shown(found))
+    print(json_text(found) if args.json else shown(found))
 
 
 def _vocabulary(settings: Settings, run: Path | None) -> tuple[ModelConfig, Corpus | None, str]:
