@@ -137,7 +137,8 @@ def save(t: Training) -> None:
 def restore(t: Training, past: Checkpoint) -> None:
     """Put the weights, the optimisers and the progress back to where `past` left them."""
     own = dict(t.model.named_parameters())
-    kinds = state_kinds(t.config.optimizer, own, t.model.matrices())
+    trained = (name for name, p in own.items() if p.requires_grad)
+    kinds = state_kinds(t.config.optimizer, trained, t.model.matrices())
     agree(t.ranks, lambda: _check_fit(t, past, own, kinds))  # headers alone, before a tensor
     t.sharding.load(past)
     t.progress = progress_of(past)
@@ -211,7 +212,7 @@ def judge(t: Training, batches: int, to_the_end: bool = True) -> dict[str, float
         poll = t.watch.alive if to_the_end else partial(heed, t)
         try:
             result = evaluate(t.model, windows, t.micro, t.ranks, poll)
-        except DivergedError as error:  # the row says null; what may be saved is decided elsewhere
+        except DivergedError as error:  # the row says null
             t.meter.say(f"warning   step {t.progress.step}: {error}")
             result = Evaluation(nan, 0)
         found = _judge_recurrence(t) if t.model.config.recurrent else {}
@@ -235,8 +236,7 @@ def heed(t: Training) -> None:
 
 def worries(t: Training, row: dict) -> list[str]:
     """Warnings about what an evaluation found of the recurrence; none in the first tenth."""
-    early = t.progress.step < t.plan.steps / 10
-    if early or "val_loss_at_r" not in row:
+    if t.progress.step < t.plan.steps / 10 or "val_loss_at_r" not in row:
         return []
     return [f"warning   {line}" for line in ladder.alarms(row, t.model.config.mean_recurrence)]
 

@@ -25,8 +25,8 @@ FLOORS = {
     4: "reading kernels/rms_norm kernels/rope kernels/attention",
     5: "config ops tokenizer split buckets",
     6: "plan start layers runs settings optim shards encoding stream pieces",
-    7: "configure data corpus recurrence sequences zero",
-    8: "model pace saving flags/train flags/sample flags/prepare flags/profile",
+    7: "configure data corpus recurrence sequences trained",
+    8: "model pace saving zero flags/train flags/sample flags/prepare flags/profile",
     9: "flags/plan checkpoint evaluate exits requests huginn profiling/__init__ profiling/timing "
     "profiling/roofline profiling/pivot profiling/style profiling/occupancy profiling/sass "
     "profiling/ttir profiling/dry profiling/cases activations",
