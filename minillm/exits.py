@@ -17,7 +17,8 @@ from torch import Tensor
 
 from minillm.cache import KVCache
 from minillm.exit_rules import ExitRule
-from minillm.model import GPT, Place
+from minillm.model import GPT
+from minillm.place import Place
 
 
 class Watch:
@@ -153,6 +154,6 @@ def read_next(
         rows = [rows[n] for n in staying]
         place = Place(place.at, place.rotation, None, work)
     if cache.warm:
-        cache.state = ended
+        cache.state = model.carried(ended)
     cache.advance(1)
     return logits, steps

@@ -7,7 +7,6 @@ Shapes: B batch, T time, C width, G key/value heads, D head width, V vocabulary.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,24 +15,11 @@ from torch.utils.checkpoint import checkpoint
 from minillm.cache import KVCache
 from minillm.layers import Linear, make_block, make_norm
 from minillm.ops import Ops
+from minillm.place import Place
 from minillm.positions import rope_tables, sinusoidal_table, unpadded
 from minillm.recurrence import Injection, start_noise
 from minillm.shape import ModelConfig
 from minillm.start import draw_weights
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where tokens stand, for every block alike.
-
-    at: (T,) or (B, T) int64 positions, or a slice of them.    rotation: cos and sin.    documents:
-    (B, T).    cache: what is before them, and where they go.
-    """
-
-    at: Tensor | slice
-    rotation: tuple[Tensor, Tensor] | None
-    documents: Tensor | None
-    cache: KVCache | None
 
 
 class GPT(nn.Module):
@@ -138,7 +124,7 @@ class GPT(nn.Module):
                 s = self.iterate(s, text, place, i)
             x = self.run(range(prelude + core, prelude + core + coda), self.norm(s), place)
             if cache is not None and cache.warm:
-                cache.state = s[:, -1]
+                cache.state = self.carried(s[:, -1])
         if cache is not None:
             cache.advance(tokens.shape[1])
         return self.norm(x)
@@ -217,6 +203,15 @@ class GPT(nn.Module):
             at = torch.arange(at.start, at.stop, device=like.device)
         return start_noise(keys, at, C, like.dtype)
 
+    def carried(self, s: Tensor) -> Tensor:
+        """What a warm cache hands on to the next token, of the state the core ended in, (B, C).
+
+        Style huginn: the state as the coda reads it, through the last norm, as the published
+        implementation does (generate_minimal with continuous_compute in raven_modeling_minimal.py;
+        source: see huginn.py). Style parcae: the state itself.
+        """
+        return self.norm(s) if self.config.recurrence_style == "huginn" else s
+
     def iterate(self, s: Tensor, text: Tensor, place: Place, i: int) -> Tensor:
         """The state after iteration i (from 0) of the core.    s, text, result: (B, T, C)."""
         prelude, core, _ = self.config.depths
@@ -267,7 +262,7 @@ class GPT(nn.Module):
         """An empty cache for `batch` rows of `capacity` (default seq_len) positions.
 
         recurrence: iterations to keep keys and values of, each its own; default: only the last.
-        warm: the core starts each token where the one before it ended.
+        warm: the core starts each token where the one before it ended, see `carried`.
         """
         c = self.config
         return KVCache(

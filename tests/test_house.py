@@ -23,7 +23,7 @@ FLOORS = {
     "kernels/_attention_forward "
     "kernels/_attention_backward kernels/decode_attention",
     4: "reading kernels/rms_norm kernels/rope kernels/attention",
-    5: "config ops tokenizer split buckets",
+    5: "config ops tokenizer split buckets place",
     6: "plan start layers runs settings optim shards encoding stream pieces",
     7: "configure data corpus recurrence sequences trained",
     8: "model pace saving zero flags/train flags/sample flags/prepare flags/profile",
