@@ -101,10 +101,11 @@ def write(model: GPT, tokenizer: Tokenizer, prompt: str, args: Namespace) -> Non
     ids, beginnings, shown = tokenizer.heal(ids)
     often, iterations = check_recurrence(model, args.recurrence, args.recurrent_cache)
     rule = exit_rule(args.exit_by, args.exit_threshold, args.exit_patience)
-    if often is None and (rule or args.draft_recurrence or args.warm_start):
-        raise errors.UsageError(
-            "--exit-by, --draft-recurrence, --warm-start: this model has no core to run again"
-        )
+    of_a_core = {"--exit-by": rule, "--draft-recurrence": args.draft_recurrence,
+                 "--warm-start": args.warm_start}  # fmt: skip
+    if often is None and any(of_a_core.values()):
+        given = ", ".join(flag for flag, value in of_a_core.items() if value)
+        raise errors.UsageError(f"{given}: this model has no core to run again; leave it out")
     maker, more = generate, {
         "repetition_penalty": args.repetition_penalty,
         "recurrent_cache": args.recurrent_cache,

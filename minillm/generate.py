@@ -70,11 +70,12 @@ def generate(
     starts each new token from the state the one before it ended in, which saves iterations of some
     models and costs others more (benchmarks/recurrence); tokens are then not those of reading the
     text at once.
-    Raises UsageError on an option outside its range, an empty prompt or a token beyond the
-    vocabulary, DivergedError where the logits are no distribution; see `require_choice`.
+    Raises UsageError on an option outside its range or without effect beside the others, an empty
+    prompt or a token beyond the vocabulary; DivergedError where the logits are no distribution, see
+    `require_choice`.
     """
     check_sampling(max_tokens, temperature, top_k, top_p, min_p, repetition_penalty)
-    check_prompts(model, prompts)
+    check_prompts(model, prompts, samples)
     numbers = list(range(len(prompts))) if samples is None else list(samples)
     texts = [list(prompt) for prompt in prompts]
     new: list[list[int]] = [[] for _ in prompts]
@@ -85,6 +86,8 @@ def generate(
     often = check_recurrence(model, recurrence, recurrent_cache)
     if (exit_rule is not None or warm_start) and (often[0] is None or not use_cache):
         raise UsageError("an exit rule and a warm start are of recurrent models, with a cache")
+    if recurrent_cache != "full" and not use_cache:
+        raise UsageError(f"recurrent_cache {recurrent_cache!r} has no effect without use_cache")
     depth = Depth(seed, tuple(numbers), *often, exit_rule, warm_start)
     context = Context(model, texts, use_cache, depth)
     for made in range(max_tokens):

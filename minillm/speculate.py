@@ -58,7 +58,7 @@ def speculate(
     Raises as generate does, and UsageError on a draft that is no shorter.
     """
     check_sampling(max_tokens, temperature, top_k, top_p, min_p, 1.0)
-    check_prompts(model, prompts)
+    check_prompts(model, prompts, samples)
     r, _ = check_recurrence(model, recurrence, "full")
     if r is None:
         raise UsageError("--draft-recurrence: this model has no core to run again; leave it out")
