@@ -20,7 +20,7 @@ from minillm.launch import answer
 if __name__ == "__main__":  # help and refusals need no torch, whose import takes seconds
     answer("sample.py", flags.parse, sys.argv[1:])
 
-from minillm import checkpoint, runs, world
+from minillm import checkpoint, runs, terminal, world
 from minillm.cache import slots
 from minillm.exit_rules import exit_rule
 from minillm.generate import generate
@@ -29,6 +29,7 @@ from minillm.model import GPT
 from minillm.requests import check_recurrence
 from minillm.speculate import speculate
 from minillm.stream import TextStream
+from minillm.terminal import visible
 from minillm.tokenizer import Tokenizer
 
 SEPARATOR = "\n" + "-" * 20 + "\n"
@@ -195,13 +196,13 @@ def record(
 
 def show(text: str) -> None:
     """Text to standard output, at once."""
-    sys.stdout.write(text)
+    sys.stdout.write(visible(text, sys.stdout))
     sys.stdout.flush()
 
 
 def note(text: str) -> None:
     """One line on standard error."""
-    print(text, file=sys.stderr, flush=True)
+    terminal.say(text)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ if __name__ == "__main__":  # help and refusals need no torch, whose import take
 
 import torch
 
-from minillm import checkpoint, runs, startup, world
+from minillm import checkpoint, runs, startup, terminal, world
 from minillm.agreement import agree, in_turn
 from minillm.announce import announce, farewell
 from minillm.configure import as_of
@@ -282,7 +282,7 @@ def finish(t: Training) -> None:
         progress.ended = True
         keep(t, final=True)
         if text := take_sample(t):
-            print(text)
+            terminal.say(text, sys.stdout)
     t.ranks.say(farewell(t, row))
 
 

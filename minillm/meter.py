@@ -10,6 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from minillm import terminal
 from minillm.json_text import json_text
 from minillm.storage import write_durably
 
@@ -96,9 +97,9 @@ class Meter:
         if self.path is None:
             return
         if self.bar.disable:
-            print(text, file=sys.stderr, flush=True)
+            terminal.say(text)
         else:
-            tqdm.write(text, file=sys.stderr)
+            tqdm.write(terminal.visible(text, sys.stderr), file=sys.stderr)
 
     def back_to(self, step: int) -> None:
         """Forget what was reported of later steps, which come again."""

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from minillm import terminal
 from minillm.errors import PeerLostError, UnavailableError
 from minillm.launch import World, launched
 
@@ -103,7 +104,7 @@ class Ranks:
     def say(self, text: str) -> None:
         """One line on standard error, of rank 0 alone."""
         if self.rank == 0:
-            print(text, file=sys.stderr, flush=True)
+            terminal.say(text)
 
 
 def connect(world: World, device: torch.device, timeout_s: float) -> Ranks:

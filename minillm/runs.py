@@ -64,7 +64,7 @@ def lock(run: Path) -> TextIO | None:
         import fcntl
     except ImportError:
         return None
-    file = (run / "lock").open("a")
+    file = (run / "lock").open("a", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -77,7 +77,7 @@ def lock(run: Path) -> TextIO | None:
 def _holder(file: TextIO) -> str:
     """Who has locked a file, as far as the system says."""
     inode, table = os.fstat(file.fileno()).st_ino, Path("/proc/locks")
-    for line in table.read_text().splitlines() if table.is_file() else ():
+    for line in table.read_text(encoding="utf-8").splitlines() if table.is_file() else ():
         words = line.split()
         if words[1] == "FLOCK" and words[5].endswith(f":{inode}") and int(words[4]) > 0:
             return f"process {words[4]}"

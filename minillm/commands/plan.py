@@ -1,5 +1,6 @@
 """`python -m minillm plan`: what a training takes, before anything runs."""
 
+import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from minillm import activations, documents, links, plan, startup, world
+from minillm import activations, documents, links, plan, startup, terminal, world
 from minillm.bpe import choose_vocab_size
 from minillm.config import ModelConfig, TrainConfig
 from minillm.data import Batches
@@ -77,7 +78,7 @@ def main(argv: Sequence[str]) -> None:
     deep = ", at the deepest recurrence that has gradients" if model.recurrent else ""
     kept = f"activations: what eager operations keep on {'a GPU' if fused else 'a CPU'}{deep}"
     found["figures"] = [f"dtype {str(dtype).removeprefix('torch.')}", micro, kept, *said]
-    print(json_text(found) if args.json else shown(found))
+    terminal.say(json_text(found) if args.json else shown(found), sys.stdout)
 
 
 def _vocabulary(settings: Settings, run: Path | None) -> tuple[ModelConfig, Corpus | None, str]:

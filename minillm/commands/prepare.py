@@ -1,8 +1,8 @@
 """`python -m minillm prepare`: text to a tokenizer and token shards."""
 
-import sys
 from collections.abc import Sequence
 
+from minillm import terminal
 from minillm.corpus import prepare
 from minillm.errors import UsageError
 from minillm.flags import prepare as flags
@@ -25,5 +25,5 @@ def main(argv: Sequence[str]) -> None:
         cache_dir=args.cache_dir,
         errors=args.errors or "strict",
         workers=args.workers,
-        say=lambda line: print(line, file=sys.stderr, flush=True),
+        say=terminal.say,
     )
