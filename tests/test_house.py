@@ -16,7 +16,7 @@ FLOORS = {
     "kernels/reference_optim kernels/reference_sampling kernels/eager_optim kernels/eager_sampling "
     "kernels/_interpreter kernels/_tanh guard json_text",
     1: "kernels/reference kernels/_launch cli launch bpe storage setting state pickles foreign",
-    2: "world exit_rules precision ranks shape tensorfiles documents meter "
+    2: "not_a_run world exit_rules precision ranks shape tensorfiles documents meter "
     "kernels/eager kernels/adamw kernels/newton_schulz kernels/swiglu kernels/_rows "
     "kernels/linear_cross_entropy kernels/sample "
     "kernels/_rope_kernels kernels/_attention_blocks",
