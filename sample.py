@@ -7,7 +7,6 @@
 Text goes to standard output as it is made, everything else to standard error.
 """
 
-import json
 import sys
 import time
 from argparse import Namespace
@@ -21,14 +20,16 @@ from minillm.launch import answer
 if __name__ == "__main__":  # help and refusals need no torch, whose import takes seconds
     answer("sample.py", flags.parse, sys.argv[1:])
 
-from minillm import checkpoint, runs, world
+from minillm import checkpoint, runs, terminal, world
 from minillm.cache import slots
 from minillm.exit_rules import exit_rule
 from minillm.generate import generate
+from minillm.json_text import json_text
 from minillm.model import GPT
 from minillm.requests import check_recurrence
 from minillm.speculate import speculate
 from minillm.stream import TextStream
+from minillm.terminal import visible
 from minillm.tokenizer import Tokenizer
 
 SEPARATOR = "\n" + "-" * 20 + "\n"
@@ -101,10 +102,11 @@ def write(model: GPT, tokenizer: Tokenizer, prompt: str, args: Namespace) -> Non
     ids, beginnings, shown = tokenizer.heal(ids)
     often, iterations = check_recurrence(model, args.recurrence, args.recurrent_cache)
     rule = exit_rule(args.exit_by, args.exit_threshold, args.exit_patience)
-    if often is None and (rule or args.draft_recurrence or args.warm_start):
-        raise errors.UsageError(
-            "--exit-by, --draft-recurrence, --warm-start: this model has no core to run again"
-        )
+    of_a_core = {"--exit-by": rule, "--draft-recurrence": args.draft_recurrence,
+                 "--warm-start": args.warm_start}  # fmt: skip
+    if often is None and any(of_a_core.values()):
+        given = ", ".join(flag for flag, value in of_a_core.items() if value)
+        raise errors.UsageError(f"{given}: this model has no core to run again; leave it out")
     maker, more = generate, {
         "repetition_penalty": args.repetition_penalty,
         "recurrent_cache": args.recurrent_cache,
@@ -155,9 +157,8 @@ def write(model: GPT, tokenizer: Tokenizer, prompt: str, args: Namespace) -> Non
     for row, stream in enumerate(streams):
         rest = stream.flush()
         if args.json:
-            print(
-                json.dumps(record(prompt, stream, logprobs[row], rounds[row], seconds)), flush=True
-            )
+            found = record(prompt, stream, logprobs[row], rounds[row], seconds)
+            print(json_text(found), flush=True)
         elif row == live:
             show(rest + "\n")
         else:
@@ -198,13 +199,13 @@ def record(
 
 def show(text: str) -> None:
     """Text to standard output, at once."""
-    sys.stdout.write(text)
+    sys.stdout.write(visible(text, sys.stdout))
     sys.stdout.flush()
 
 
 def note(text: str) -> None:
     """One line on standard error."""
-    print(text, file=sys.stderr, flush=True)
+    terminal.say(text)
 
 
 if __name__ == "__main__":

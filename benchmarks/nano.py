@@ -46,7 +46,7 @@ def is_accepted(line: str) -> bool:
 
 def main(run: Path) -> None:
     """Print the table."""
-    corpus = open_corpus(json.loads((run / "config.json").read_text())["corpus"])
+    corpus = open_corpus(json.loads((run / "config.json").read_text(encoding="utf-8"))["corpus"])
     held_out = raw_text(corpus, "val")
     print(f"held out: {corpus.documents['val']} files, {len(held_out):,} bytes")
     assert len(held_out) == corpus.bytes["val"]

@@ -11,6 +11,7 @@ What this room does not do: collectives, steps (zero.py).
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -160,6 +161,19 @@ class Bucket:
     def empty_gradients(self) -> Tensor:
         """Zeros for `full`."""
         return torch.zeros(len(self.flat), dtype=self.wire, device=self.flat.device)
+
+
+class Flight(NamedTuple):
+    """A reduction on its way: `full` of a bucket is being summed into `out`, this rank's chunk.
+
+    work: what to wait for, if anything.    last: whether it is of a step's last micro-batch.
+    """
+
+    bucket: Bucket
+    work: Any
+    out: Tensor
+    full: Tensor
+    last: bool
 
 
 def make_buckets(

@@ -21,7 +21,9 @@ class KVCache:
     warm: whether the core starts each token from the state of the one before it: `state`, (B, C),
     which the model keeps here.
     k, v: (slots, B, capacity, G, D), prelude + iterations x core + coda slots.    lengths: entries
-    held by each row, in tokens.
+    held by each row, in tokens.    reached: of each row, the iterations of which all its entries
+    have keys and values; with more than these, tokens would attend to what was never written.
+    Raises ValueError if iterations, batch or capacity is below 1, or if it is warm without a core.
     Memory: 2 slots B capacity G D itemsize bytes.
     """
 
@@ -37,13 +39,18 @@ class KVCache:
         device: torch.device | str = "cpu",
         warm: bool = False,
     ) -> None:
+        sizes = {"recurrence": iterations, "batch": batch, "capacity": capacity}
+        if small := [name for name, size in sizes.items() if size < 1]:
+            raise ValueError(f"{small[0]} {sizes[small[0]]}: expected 1 or more")
+        if warm and not depths[1]:
+            raise ValueError("warm: the model has no core to run again")
         self.depths, self.iterations, self.warm = depths, iterations, warm
         self.state: Tensor | None = None
         shape = (slots(depths, iterations), batch, capacity, n_kv_head, d_head)
         # zeros, not empty: a masked key still meets a weight of 0, and 0 * NaN is NaN.
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
-        self.lengths = [0] * batch
+        self.lengths, self.reached = [0] * batch, [iterations] * batch
         self._starts: tuple[list[int], Tensor | None] = [], None
 
     @property
@@ -69,24 +76,25 @@ class KVCache:
 
         The view counts for itself: `take_back` what it comes to.
         """
-        view = self._with(self.k[:, b : b + 1], self.v[:, b : b + 1], [held])
+        reached = self.reached[b] if held else self.iterations
+        view = self._with(self.k[:, b : b + 1], self.v[:, b : b + 1], [held], [reached])
         if held and self.state is not None:
             view.state = self.state[b : b + 1]
         return view
 
     def take_back(self, b: int, view: "KVCache") -> None:
         """Row b is now what its view, see `row`, has become."""
-        self.lengths[b] = view.lengths[0]
+        self.lengths[b], self.reached[b] = view.lengths[0], view.reached[0]
         if view.state is not None:
             if self.state is None:
                 self.state = view.state.new_zeros(len(self.lengths), view.state.shape[-1])
             self.state[b] = view.state[0]
 
-    def _with(self, k: Tensor, v: Tensor, lengths: list[int]) -> "KVCache":
+    def _with(self, k: Tensor, v: Tensor, lengths: list[int], reached: list[int]) -> "KVCache":
         """A cache of the same layers over other memory."""
         found = object.__new__(KVCache)
         found.depths, found.iterations, found.warm = self.depths, self.iterations, self.warm
-        found.k, found.v, found.lengths, found.state = k, v, lengths, None
+        found.k, found.v, found.lengths, found.reached, found.state = k, v, lengths, reached, None
         found._starts = [], None
         return found
 
@@ -95,14 +103,15 @@ class KVCache:
         index = torch.tensor(rows, device=self.k.device)
         self.k, self.v = self.k[:, index], self.v[:, index]
         self.lengths = [self.lengths[b] for b in rows]
+        self.reached = [self.reached[b] for b in rows]
         self.state = None if self.state is None else self.state[index]
 
     def chosen(self, rows: list[int]) -> "KVCache":
         """A copy of these rows, with room for one more entry, to go on with while others rest."""
         index = torch.tensor(rows, device=self.k.device)
         end = max(self.lengths[b] for b in rows) + 1
-        lengths = [self.lengths[b] for b in rows]
-        return self._with(self.k[:, index, :end], self.v[:, index, :end], lengths)
+        lengths, reached = [self.lengths[b] for b in rows], [self.reached[b] for b in rows]
+        return self._with(self.k[:, index, :end], self.v[:, index, :end], lengths, reached)
 
     def give_back(self, cache: "KVCache", mine: list[int], theirs: list[int]) -> None:
         """Copy the newest entries of rows `mine`, not yet counted, to rows `theirs` of `cache`."""
@@ -164,6 +173,11 @@ class KVCache:
             starts = torch.full((len(self.lengths),), starts, device=device)
         return starts[:, None] + torch.arange(T, device=device)
 
-    def advance(self, T: int) -> None:
-        """Count the T entries that every layer has written."""
+    def advance(self, T: int, iterations: int | None = None) -> None:
+        """Count the T entries that every layer has written.
+
+        iterations: how often the core ran for them; default: as often as there is a place for.
+        """
+        if iterations is not None:
+            self.reached = [min(before, iterations) for before in self.reached]
         self.lengths = [length + T for length in self.lengths]

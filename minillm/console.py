@@ -15,6 +15,8 @@ from typing import NamedTuple, TextIO
 
 from tqdm import tqdm
 
+from minillm.terminal import visible
+
 USUAL_COLUMNS = 80  # of a terminal that does not say how wide it is
 SHORTEST_BAR = 8  # columns; facts beside the bar are left out before it gets shorter
 REDRAW_S = 0.1
@@ -127,12 +129,12 @@ def write(text: str, file: TextIO | None = None) -> None:
     columns = width(file)
     if columns is not None:
         text = "\n".join(_wrapped(line, columns) for line in text.split("\n"))
-    write_raw(text, file)
+    write_unwrapped(text, file)
 
 
-def write_raw(text: str, file: TextIO) -> None:
-    """Print text as it is, and a line break, above the bar if there is one."""
-    Bar.write(text, file=file)
+def write_unwrapped(text: str, file: TextIO) -> None:
+    """Print text that is not wrapped, and a line break, above the bar if there is one."""
+    Bar.write(visible(text, file), file=file)
     file.flush()
 
 

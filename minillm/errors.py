@@ -4,7 +4,6 @@ Code 1 (a bug of ours) is whatever is not named here. What this room does not do
 """
 
 import errno
-import io
 import os
 import signal
 import sys
@@ -12,6 +11,8 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from minillm import terminal
 
 HANGUP = 141  # 128 + SIGPIPE: the reader of our standard output went away
 
@@ -41,7 +42,7 @@ class UnavailableError(MinillmError):
 
 
 class DivergedError(MinillmError):
-    """Training went non-finite."""
+    """The numbers of a model, or of its training, went non-finite."""
 
     code = 6
 
@@ -61,7 +62,7 @@ def one_line(text: str, limit: int = 300) -> str:
 
     What is too long loses its middle: at the end stands what to do.
     """
-    line = " ".join(text.split("\n"))
+    line = " ".join(terminal.decoded(text).split("\n"))
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
     return line if len(line) <= limit else line[: limit // 2 - 3] + "..." + line[-limit // 2 :]
 
@@ -145,17 +146,11 @@ def _give_up_full_streams() -> None:
 
 
 def _mend_streams() -> None:
-    """Closed standard streams become the null device; what is not in their encoding is no error."""
-    for name, mode, errors in (
-        ("stdin", "r", "surrogateescape"),
-        ("stdout", "w", "replace"),
-        ("stderr", "w", "backslashreplace"),
-    ):
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115
-        elif isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=errors)
+    """Closed standard streams become the null device; the others read and write UTF-8."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
+    terminal.use_utf8()
 
 
 def _code(error: Exception) -> int:

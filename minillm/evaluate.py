@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from minillm.data import IGNORED
+from minillm.errors import DivergedError
 from minillm.model import GPT
 from minillm.ranks import Ranks
 from minillm.recurrence import state_keys
@@ -38,12 +39,14 @@ def evaluate(
     windows: (tokens, targets), (T,) int64 each; targets of -100 do not count.    ranks: share them.
     poll: called before each batch, on all ranks.
     The mean weighs every token equally; the sum is taken in float64.
+    Raises DivergedError, on all ranks, that names the first window whose loss is not finite.
     """
     ranks = ranks or Ranks()
     device = model.head.weight.device
     training = model.training
     model.eval()
     total, count = torch.zeros(2, dtype=torch.float64, device=ranks.sums_on)
+    bad = len(windows)
     for samples, tokens, targets in batched(windows, batch_size, ranks):
         poll()
         n = int((targets != IGNORED).sum())
@@ -54,9 +57,16 @@ def evaluate(
         if n:
             total += float(loss) * n
             count += n
+            bad = bad if loss.isfinite() else min(bad, int(samples[0]))
     model.train(training)
-    count = int(ranks.sum(count))
-    return Evaluation(float(ranks.sum(total)) / max(1, count), count)
+    count, mean = int(ranks.sum(count)), float(ranks.sum(total))
+    mean /= max(1, count)
+    if not math.isfinite(mean):  # the same on all ranks, as the sums are
+        raise DivergedError(
+            f"the loss of the validation text is {mean}, first in the batch of window "
+            f"{int(ranks.least(bad))} of {len(windows)}: the model's numbers have overflowed"
+        )
+    return Evaluation(mean, count)
 
 
 def batched(

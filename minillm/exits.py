@@ -17,7 +17,8 @@ from torch import Tensor
 
 from minillm.cache import KVCache
 from minillm.exit_rules import ExitRule
-from minillm.model import GPT, Place
+from minillm.model import GPT
+from minillm.place import Place, check_cached
 
 
 class Watch:
@@ -71,7 +72,9 @@ def read(
 
     most: iterations after which all leave. A token that has left keeps its state, which later ones
     go on to see; a row all of whose tokens have left is no longer computed.
+    Raises ValueError if the model has no core, or `most` is below 1.
     """
+    model.iterations(most)
     place, x = model.embedded(tokens, None)
     x = model.run(range(model.config.depths[0]), x, place)
     text, s = model.injection.prepare(x), model.start_state(x, keys, place)
@@ -117,7 +120,12 @@ def read_next(
     A row that leaves is taken out of the computation, so that a batch costs what its rows cost and
     gives what each gives alone. Its keys and values stay those of its last iteration, in a cache
     that keeps more of them in the later ones' place too.
+    Raises ValueError if the model has no core, `most` is below 1 or the cache cannot be followed by
+    these tokens, see check_cached.
     """
+    check_cached(model.config, tokens, cache, model.iterations(most))
+    if tokens.shape[1] != 1:
+        raise ValueError(f"tokens are {tuple(tokens.shape)}; expected (B, 1), one of each row")
     place, x = model.embedded(tokens, cache)
     x = model.run(range(model.config.depths[0]), x, place)
     text, s = model.injection.prepare(x), model.start_state(x, keys, place)
@@ -153,6 +161,6 @@ def read_next(
         rows = [rows[n] for n in staying]
         place = Place(place.at, place.rotation, None, work)
     if cache.warm:
-        cache.state = ended
+        cache.state = model.carried(ended)
     cache.advance(1)
     return logits, steps

@@ -4,6 +4,7 @@ A row's tokens depend on its prompt, the seed and its sample number, not on its 
 not on whether a cache is used. Past seq_len the context is cut to its last half (see `Context`).
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from minillm.cache import KVCache
-from minillm.errors import UsageError
+from minillm.errors import DivergedError, UsageError
 from minillm.exits import ExitRule, read_next
 from minillm.model import GPT
 from minillm.recurrence import state_keys
@@ -69,11 +70,12 @@ def generate(
     starts each new token from the state the one before it ended in, which saves iterations of some
     models and costs others more (benchmarks/recurrence); tokens are then not those of reading the
     text at once.
-    Raises UsageError on an option outside its range, an empty prompt or a token beyond the
-    vocabulary.
+    Raises UsageError on an option outside its range or without effect beside the others, an empty
+    prompt or a token beyond the vocabulary; DivergedError where the logits are no distribution, see
+    `require_choice`.
     """
     check_sampling(max_tokens, temperature, top_k, top_p, min_p, repetition_penalty)
-    check_prompts(model, prompts)
+    check_prompts(model, prompts, samples)
     numbers = list(range(len(prompts))) if samples is None else list(samples)
     texts = [list(prompt) for prompt in prompts]
     new: list[list[int]] = [[] for _ in prompts]
@@ -84,6 +86,8 @@ def generate(
     often = check_recurrence(model, recurrence, recurrent_cache)
     if (exit_rule is not None or warm_start) and (often[0] is None or not use_cache):
         raise UsageError("an exit rule and a warm start are of recurrent models, with a cache")
+    if recurrent_cache != "full" and not use_cache:
+        raise UsageError(f"recurrent_cache {recurrent_cache!r} has no effect without use_cache")
     depth = Depth(seed, tuple(numbers), *often, exit_rule, warm_start)
     context = Context(model, texts, use_cache, depth)
     for made in range(max_tokens):
@@ -97,6 +101,8 @@ def generate(
         u = model.ops.uniform(seed, rows, torch.full_like(rows, made))
         ids = model.ops.sample(logits, u, **options)
         chosen = logprobs.gather(-1, ids[:, None])[:, 0].tolist()
+        for i, row in enumerate(context.rows):
+            require_choice(model, chosen[i], logits[i], row, len(new[row]), len(texts[row]))
         ended = set()
         drawn = zip(list(context.rows), ids.tolist(), chosen, context.steps(), strict=True)
         for row, token, logprob, steps in drawn:
@@ -218,6 +224,29 @@ class Context:
         """(rows,) keys of the start states of these rows."""
         samples = torch.tensor([self.depth.samples[r] for r in rows], device=self.device)
         return state_keys(self.depth.seed, samples)
+
+
+def require_choice(
+    model: GPT, logprob: float, logits: Tensor, row: int, made: int, position: int
+) -> None:
+    """Raise DivergedError unless a token was drawn from a distribution.
+
+    logprob: of the token that was drawn. It is NaN if any logit of the row is NaN or plus infinity,
+    or all are minus infinity, so that no other test of the logits is needed.
+    logits: (V,), which the message describes.    row: of the batch.    made: new tokens of the row
+    so far.    position: tokens of its text so far, the prompt's among them.
+    """
+    if math.isfinite(logprob):
+        return
+    count, V = int(logits.isnan().sum()), logits.shape[-1]
+    what = f"{count} of the {V} logits are NaN" if count else "the logits are infinite"
+    advice = ["use --dtype fp32"] if model.dtype not in (torch.float32, torch.float64) else []
+    advice += ["use another --recurrence"] if model.config.recurrent is not None else []
+    advice += ["take another --checkpoint"]
+    raise DivergedError(
+        f"new token {made + 1} of sample {row} (position {position}): {what}, so the model's "
+        f"numbers have overflowed; {' or '.join(advice)}"
+    )
 
 
 def only(logits: Tensor, allowed: Sequence[int]) -> Tensor:

@@ -5,6 +5,7 @@ another (collapse), iterations that change nothing (ignored), a state that grows
 Source: Geiping et al. 2025, arXiv:2502.05171, section 4.3.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -112,6 +113,11 @@ def alarms(row: dict, mean: int) -> dict[str, str]:
         found["collapsed"] = (
             f"the states of all tokens are alike (correlation {row['token_correlation']:.2f}): the "
             "recurrence has collapsed; start again with a smaller --learning-rate"
+        )
+    if bad := [r for r, loss in losses.items() if not math.isfinite(loss)]:
+        found.append(
+            f"the loss is not finite at {', '.join(bad)} iterations of the core; so many must not "
+            "be asked for"
         )
     gain = losses["1"] - losses[str(mean)]
     if mean > 1 and gain < IGNORED:

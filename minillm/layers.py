@@ -196,3 +196,14 @@ def make_block(config: ModelConfig, ops: Ops) -> nn.Module:
     """A block as the model's style has it."""
     sandwich = config.recurrent is not None and config.recurrence_style == "huginn"
     return SandwichBlock(config, ops) if sandwich else Block(config, ops)
+
+
+def matrices_of_block(c: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """A block's weight matrices, and the rows of the independent maps stacked in each."""
+    keys = c.n_kv_head * c.d_head
+    return {
+        "attention.qkv.weight": (c.n_head * c.d_head, keys, keys),
+        "mlp.up.weight": (c.d_ff, c.d_ff) if c.gated else (c.d_ff,),
+        "attention.out.weight": (c.d_model,),
+        "mlp.down.weight": (c.d_model,),
+    }

@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 from minillm import console, launch
 from minillm.console import Bar, Fact, View, clock
+from minillm.json_text import json_text
 from minillm.outlook import Outlook
 from minillm.storage import write_durably
 from minillm.table import Table, speed
@@ -138,7 +139,7 @@ class Meter:
             self._forget()
             self.since = time.perf_counter()
         try:
-            append(self.path, json.dumps(jsonable(row)) + "\n")
+            append(self.path, json_text(jsonable(row)) + "\n")
         except OSError as error:
             if not self.warned:
                 self.say(f"warning   {self.path}: {error.strerror}; rows are left out meanwhile")
@@ -159,7 +160,7 @@ class Meter:
         """Print a text that the model wrote under its heading, which goes to standard error."""
         if self.path is not None:
             console.write(f"\n--- {heading} ---")
-            console.write_raw(text, file)
+            console.write_unwrapped(text, file)
             if not text.endswith("\n"):
                 console.write("")
             self.table.interrupt()
@@ -235,6 +236,8 @@ def jsonable(value: Any) -> Any:
     """`value` with six digits of each number, and null for those that are not finite."""
     if isinstance(value, dict):
         return {k: jsonable(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(v) for v in value]
     if isinstance(value, float):
         return float(f"{value:.6g}") if abs(value) < float("inf") else None
     return value

@@ -5,7 +5,6 @@ The records are in the run's bad-steps.jsonl, an object each: step (as in metric
 (the number of the batch), why, loss, grad_norm, usual_norm, layer, and the texts of the batch.
 """
 
-import json
 import math
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from minillm import checkpoint, runs
 from minillm.agreement import agree
 from minillm.errors import CorruptError, DivergedError, UnavailableError
 from minillm.guard import ROLLBACKS
+from minillm.json_text import json_text
 from minillm.meter import append, jsonable
 from minillm.training import Training, restore, save
 from minillm.watch import SAVING
@@ -63,7 +63,7 @@ def _keep(t: Training, path: Path, record: dict) -> None:
         tokenizer = t.corpus.tokenizer()
         shares = (t.batches.batch(t.progress.position, rank)[0] for rank in range(t.ranks.size))
         record["sequences"] = [tokenizer.decode(row) for x in shares for row in x.tolist()]
-        append(path, json.dumps(jsonable(record)) + "\n")
+        append(path, json_text(jsonable(record)) + "\n")
     except (OSError, CorruptError) as error:
         t.meter.say(f"warning   {path}: not kept: {_told(error)}")
 

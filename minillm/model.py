@@ -7,33 +7,20 @@ Shapes: B batch, T time, C width, G key/value heads, D head width, V vocabulary.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minillm.cache import KVCache
-from minillm.layers import Linear, make_block, make_norm
+from minillm.layers import Linear, make_block, make_norm, matrices_of_block
 from minillm.ops import Ops
+from minillm.place import Place, check_cached, counting
 from minillm.positions import rope_tables, sinusoidal_table, unpadded
 from minillm.recurrence import Injection, start_noise
 from minillm.shape import ModelConfig
 from minillm.start import draw_weights
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where tokens stand, for every block alike.
-
-    at: (T,) or (B, T) int64 positions, or a slice of them.    rotation: cos and sin.    documents:
-    (B, T).    cache: what is before them, and where they go.
-    """
-
-    at: Tensor | slice
-    rotation: tuple[Tensor, Tensor] | None
-    documents: Tensor | None
-    cache: KVCache | None
 
 
 class GPT(nn.Module):
@@ -90,11 +77,13 @@ class GPT(nn.Module):
         """Logits, or with targets the mean loss.
 
         tokens: (B, T) int64, T <= seq_len.    targets: (B, T) int64, -100 where none counts.
-        recurrence, keys, attention_mask: see `trunk`.
+        recurrence, keys, attention_mask: see `trunk`; what stands at padding is no target.
         Returns (B, T, V) in `dtype`, or () fp32 in nats a token.
         """
         x = self.trunk(tokens, None, recurrence, keys, attention_mask)
-        return self.logits(x) if targets is None else self.loss(x, targets)
+        if targets is None:
+            return self.logits(x)
+        return self.loss(x, counting(targets, tokens, attention_mask))
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy, () fp32, of what `trunk` returns, (B, T, C), and targets, (B, T)."""
@@ -120,11 +109,13 @@ class GPT(nn.Module):
         backprop_depth times.    keys: (B,) int64 of the start states, see recurrence.state_keys;
         default: zeros.    attention_mask: (B, T), 0 where a row is padded, before or after its
         tokens: these give what they give alone, and what comes out at padding means nothing.
-        Raises ValueError if the positions reach beyond seq_len, the model has no core to run, or
-        the mask is not of the tokens' shape, has a hole or comes with a cache, whose rows may
-        differ in length without one.
+        Raises ValueError if the positions reach beyond seq_len, the model has no core to run, the
+        mask is not of the tokens' shape, has a hole or comes with a cache, whose rows may differ in
+        length without one, or if the cache cannot be followed by these tokens, see check_cached.
         """
-        r = self._iterations(recurrence)
+        r = self.iterations(recurrence)
+        if cache is not None:
+            check_cached(self.config, tokens, cache, r)
         place, x = self.embedded(tokens, cache, attention_mask)
         prelude, core, coda = self.config.depths
         x = self.run(range(prelude), x, place)
@@ -138,17 +129,19 @@ class GPT(nn.Module):
                 s = self.iterate(s, text, place, i)
             x = self.run(range(prelude + core, prelude + core + coda), self.norm(s), place)
             if cache is not None and cache.warm:
-                cache.state = s[:, -1]
+                cache.state = self.carried(s[:, -1])
         if cache is not None:
-            cache.advance(tokens.shape[1])
+            cache.advance(tokens.shape[1], r if core else None)
         return self.norm(x)
 
     def readings(
         self, tokens: Tensor, recurrences: list[int], keys: Tensor | None = None
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(r, what `trunk` returns, the state) for each r of an ascending list, in one run to the
-        last: (B, T, C) each.
+        last: (B, T, C) each. Raises ValueError on another list, or a model without a core.
         """
+        if any(self.iterations(r) <= before for before, r in pairwise([0, *recurrences])):
+            raise ValueError(f"recurrences {recurrences}: expected each above the one before")
         place, x = self.embedded(tokens, None)
         prelude, core, coda = self.config.depths
         x = self.run(range(prelude), x, place)
@@ -212,10 +205,21 @@ class GPT(nn.Module):
         B, _, C = like.shape
         if keys is None:
             keys = torch.zeros(B, dtype=torch.int64, device=like.device)
+        if keys.shape != (B,):
+            raise ValueError(f"keys are {tuple(keys.shape)}; expected ({B},), one for each row")
         at = place.at
         if isinstance(at, slice):
             at = torch.arange(at.start, at.stop, device=like.device)
         return start_noise(keys, at, C, like.dtype)
+
+    def carried(self, s: Tensor) -> Tensor:
+        """What a warm cache hands on to the next token, of the state the core ended in, (B, C).
+
+        Style huginn: the state as the coda reads it, through the last norm, as the published
+        implementation does (generate_minimal with continuous_compute in raven_modeling_minimal.py;
+        source: see huginn.py). Style parcae: the state itself.
+        """
+        return self.norm(s) if self.config.recurrence_style == "huginn" else s
 
     def iterate(self, s: Tensor, text: Tensor, place: Place, i: int) -> Tensor:
         """The state after iteration i (from 0) of the core.    s, text, result: (B, T, C)."""
@@ -241,7 +245,8 @@ class GPT(nn.Module):
             x = checkpoint(block, *arguments, use_reentrant=False) if again else block(*arguments)
         return x
 
-    def _iterations(self, recurrence: int | None) -> int:
+    def iterations(self, recurrence: int | None) -> int:
+        """How often the core runs, 0 without one. ValueError on a recurrence that cannot be."""
         if self.config.recurrent is None:
             if recurrence is not None:
                 raise ValueError(f"recurrence {recurrence}: the model has no core to run again")
@@ -267,12 +272,15 @@ class GPT(nn.Module):
         """An empty cache for `batch` rows of `capacity` (default seq_len) positions.
 
         recurrence: iterations to keep keys and values of, each its own; default: only the last.
-        warm: the core starts each token where the one before it ended.
+        warm: the core starts each token where the one before it ended, see `carried`.
+        Raises ValueError on a core's options where there is none, and on numbers below 1.
         """
         c = self.config
+        kept = 1 if recurrence is None else self.iterations(recurrence)
+        capacity = c.seq_len if capacity is None else capacity
         return KVCache(
-            c.depths, recurrence or 1, batch, capacity or c.seq_len, c.n_kv_head, c.d_head,
-            self.dtype, self.head.weight.device, warm,
+            c.depths, kept, batch, capacity, c.n_kv_head, c.d_head, self.dtype,
+            self.head.weight.device, warm,
         )  # fmt: skip
 
     def undecayed(self) -> tuple[str, ...]:
@@ -283,15 +291,10 @@ class GPT(nn.Module):
 
     def matrices(self) -> dict[str, tuple[int, ...]]:
         """The blocks' weight matrices, and the rows of the independent maps stacked in each."""
-        c = self.config
-        heads = (c.n_head * c.d_head, c.n_kv_head * c.d_head, c.n_kv_head * c.d_head)
-        up = (c.d_ff, c.d_ff) if c.gated else (c.d_ff,)
-        rows = {"attention.qkv": heads, "mlp.up": up}
-        whole = {"attention.out": (c.d_model,), "mlp.down": (c.d_model,)}
         found = {
-            f"blocks.{i}.{name}.weight": parts
-            for i in range(c.n_layer)
-            for name, parts in {**rows, **whole}.items()
+            f"blocks.{i}.{name}": parts
+            for i in range(self.config.n_layer)
+            for name, parts in matrices_of_block(self.config).items()
         }
-        named = [(n, w) for n, w in self.named_parameters() if n.startswith("injection.")]
-        return found | {n: (c.d_model,) for n, w in named if w.dim() == 2}
+        injected = [n for n, w in self.named_parameters() if w.dim() == 2 and "injection." in n]
+        return found | dict.fromkeys(injected, (self.config.d_model,))

@@ -3,7 +3,7 @@
 What this room does not do: collectives (zero.py), files (checkpoint.py).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,9 +54,9 @@ def inner_group(group: dict[str, Any], buckets: list[Bucket]) -> dict[str, Any]:
     return {**inner, "params": [part.master for part in parts]}
 
 
-def give(bucket: Bucket, gradients: Tensor) -> None:
-    """Let the inner optimiser see `gradients` (chunk,)."""
-    for part in bucket.parts:
+def give(bucket: Bucket, gradients: Tensor, names: Collection[str]) -> None:
+    """Let the inner optimiser see those of `gradients` (chunk,) that are of these parameters."""
+    for part in (part for part in bucket.parts if part.name in names):
         p = part.master
         p.grad = gradients[part.at : part.at + p.numel()].view(p.shape)
 
@@ -75,7 +75,7 @@ def make_state(buckets: list[Bucket], inner: Optimizer) -> None:
     for group in inner.param_groups:
         group["lr"] = 0.0
     for bucket in buckets:
-        give(bucket, torch.zeros_like(bucket.master))
+        give(bucket, torch.zeros_like(bucket.master), bucket.parameters)
     inner.step()
     for group, rate in zip(inner.param_groups, rates, strict=True):
         group["lr"] = rate
@@ -87,17 +87,22 @@ def fill(buckets: list[Bucket], inner: Optimizer, read: Read) -> None:
     """Fill masters (kind "model") and states (kinds as the optimiser calls them) from `read`.
 
     A state of () is asked for as [0, 1). Where `read` knows nothing a master stays as it is, and
-    a state is as before any step: zero.
+    a parameter of which it knows no state has none, as before its first step.
     """
     make_state(buckets, inner)
-    for piece in pieces_of(buckets, inner):
+    parts = [part for bucket in buckets for part in bucket.parts]
+    for part, piece in zip(parts, list(pieces_of(buckets, inner)), strict=True):
         values = read("model", piece.name, piece.start, piece.stop)
         if values is not None:
             piece.master.copy_(values.reshape(-1))
+        known = False
         for kind, x in piece.state.items():
             start, stop = (piece.start, piece.stop) if x.dim() else (0, 1)
             values = read(kind, piece.name, start, stop)
             x.zero_() if values is None else x.copy_(values.reshape(x.shape))
+            known = known or values is not None
+        if not known:
+            inner.state.pop(part.master, None)
 
 
 def whole_pieces(parameters: dict[str, Tensor], optimizers: list[Optimizer]) -> Iterator[Piece]:
@@ -121,3 +126,8 @@ def bytes_of(parameters: dict[str, Tensor], optimizers: list[Optimizer]) -> dict
         "moments": sum(x.nbytes for state in states for x in state.values() if torch.is_tensor(x)),
         "buffers": 0,
     }
+
+
+def nbytes(tensors: Iterable[Tensor | None]) -> int:
+    """Bytes of all tensors that are there."""
+    return sum(x.nbytes for x in tensors if x is not None)

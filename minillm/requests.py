@@ -60,11 +60,20 @@ def check_recurrence(
     return r, r if recurrent_cache == "full" else None
 
 
-def check_prompts(model: GPT, prompts: Sequence[Sequence[int]]) -> None:
-    """Raise UsageError on a prompt that cannot be continued."""
+def check_prompts(
+    model: GPT, prompts: Sequence[Sequence[int]], samples: Sequence[int] | None = None
+) -> None:
+    """Raise UsageError on a prompt that cannot be continued, or a model that is being trained."""
     V, bos = model.config.vocab_size, model.config.bos_id
     if not prompts:
         raise UsageError("no prompt to continue")
+    if samples is not None and len(samples) != len(prompts):
+        raise UsageError(f"{len(samples)} samples for {len(prompts)} prompts; give one for each")
+    if model.training and model.config.dropout:
+        raise UsageError(
+            "the model is in training mode and has dropout, which would change its text; call "
+            "model.eval() first"
+        )
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise UsageError(f"prompt {i} has no token; a model continues at least one")

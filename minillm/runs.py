@@ -12,6 +12,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TextIO
 
+from minillm import not_a_run
 from minillm.config import ModelConfig
 from minillm.errors import CorruptError, UsageError
 from minillm.reading import read_state
@@ -64,7 +65,7 @@ def lock(run: Path) -> TextIO | None:
         import fcntl
     except ImportError:
         return None
-    file = (run / "lock").open("a")
+    file = (run / "lock").open("a", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -77,7 +78,7 @@ def lock(run: Path) -> TextIO | None:
 def _holder(file: TextIO) -> str:
     """Who has locked a file, as far as the system says."""
     inode, table = os.fstat(file.fileno()).st_ino, Path("/proc/locks")
-    for line in table.read_text().splitlines() if table.is_file() else ():
+    for line in table.read_text(encoding="utf-8").splitlines() if table.is_file() else ():
         words = line.split()
         if words[1] == "FLOCK" and words[5].endswith(f":{inode}") and int(words[4]) > 0:
             return f"process {words[4]}"
@@ -191,13 +192,9 @@ def newest_settings(run: Path) -> dict[str, Any]:
 
 def require_run(run: Path) -> Path:
     """`run`, if it is a run folder; UsageError if not."""
-    if run.is_dir() and (run / "config.json").is_file():
+    if run.is_dir() and (run / "config.json").is_file() and not_a_run.foreign_config(run) is None:
         return run
-    if run.is_dir():
-        raise UsageError(f"{run} is not a run of minillm: it has no config.json")
-    if run.exists():
-        raise UsageError(f"{run} is a file, not a run folder; pickled checkpoints are never read")
-    raise UsageError(f"{run}: no such run")
+    raise UsageError(not_a_run.about(run))
 
 
 def read_config(run: Path) -> tuple[ModelConfig, dict[str, Any]]:

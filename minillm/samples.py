@@ -3,7 +3,7 @@
 import json
 from typing import TextIO
 
-from minillm.errors import one_line
+from minillm.errors import DivergedError, one_line
 from minillm.generate import generate
 from minillm.meter import append
 from minillm.stream import TextStream
@@ -22,18 +22,23 @@ def take_sample(t: Training) -> str:
     tokenizer, prompt = t.corpus.tokenizer(), t.config.sample_prompt or ""
     ids = tokenizer.prompt_ids(prompt, t.model.config.document_mask)
     ids, first, shown = tokenizer.heal(ids)
-    stream = TextStream(tokenizer, skip=shown)
+    stream, failure = TextStream(tokenizer, skip=shown), ""
     t.model.eval()
     with averaged(t), t.sharding.gathered(), t.meter.doing("sampling", SAMPLE_TOKENS):
         made = generate(
             t.model, [ids], max_tokens=SAMPLE_TOKENS, temperature=0.8, top_p=0.95,
             seed=t.config.seed, first=first, stop=lambda row, ids: stream.finish is not None,
         )  # fmt: skip
-        for token in made:
-            stream.feed(token.id)
-            t.meter.tick()
+        try:
+            for token in made:
+                stream.feed(token.id)
+                t.meter.tick()
+        except DivergedError as error:  # on all ranks, as all compute the same
+            failure = f"warning   step {t.progress.step}: no sample: {error}"
     t.model.train()
-    if t.ranks.rank:
+    if failure:
+        t.ranks.say(failure)
+    if t.ranks.rank or failure:
         return ""
     stream.flush()
     text = prompt + stream.text

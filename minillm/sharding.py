@@ -65,7 +65,16 @@ class Replicated:
         yield from ((name, gradient) for name, gradient in mine if gradient is not None)
 
     def step(self, grad_scale: Tensor | None) -> None:
-        """Step all optimisers on the gradients times grad_scale, and drop them."""
+        """Step all optimisers on the gradients times grad_scale, and drop them.
+
+        Raises RuntimeError on several ranks if one has no gradient, which DDP does not allow.
+        """
+        missing = [n for n, p in self.parameters.items() if p.requires_grad and p.grad is None]
+        if missing and self.ranks.size > 1:
+            raise RuntimeError(
+                f"{missing[0]} has no gradient, which stage 0 cannot have on several ranks; set "
+                "requires_grad of it to False, or take stage 1 or 2"
+            )
         for optimizer in self.optimizers:
             optimizer.step(grad_scale=grad_scale)
         self.drop()

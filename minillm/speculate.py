@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minillm.cache import KVCache
 from minillm.errors import UsageError
-from minillm.generate import Context, Depth, Token, only
+from minillm.generate import Context, Depth, Token, only, require_choice
 from minillm.model import GPT
 from minillm.requests import check_prompts, check_recurrence, check_sampling
 
@@ -55,10 +55,10 @@ def speculate(
 
     draft_recurrence: iterations of a draft, fewer than `recurrence`.    lookahead: tokens drafted
     before they are verified.    tally: is counted in.
-    Raises UsageError as generate does, and on a draft that is no shorter.
+    Raises as generate does, and UsageError on a draft that is no shorter.
     """
     check_sampling(max_tokens, temperature, top_k, top_p, min_p, 1.0)
-    check_prompts(model, prompts)
+    check_prompts(model, prompts, samples)
     r, _ = check_recurrence(model, recurrence, "full")
     if r is None:
         raise UsageError("--draft-recurrence: this model has no core to run again; leave it out")
@@ -102,7 +102,10 @@ def speculate(
         ended = set()
         logprobs = found[0].float().log_softmax(-1).gather(-1, found[1][..., None])[..., 0]
         every = zip(list(context.rows), found[1].tolist(), logprobs.tolist(), found[2], strict=True)
-        for row, ids, told, count in every:
+        for i, (row, ids, told, count) in enumerate(every):
+            for ahead in range(count):
+                made, position = len(new[row]) + ahead, len(texts[row]) + ahead
+                require_choice(model, told[ahead], found[0][i, ahead], row, made, position)
             for token, logprob in list(zip(ids, told, strict=True))[:count]:
                 texts[row].append(token)
                 new[row].append(token)

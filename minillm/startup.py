@@ -20,6 +20,7 @@ from minillm.data import ORDER, Batches
 from minillm.errors import UnavailableError, UsageError
 from minillm.flags.train import NEWEST
 from minillm.heldout import require_validation
+from minillm.json_text import json_text
 from minillm.launch import World
 from minillm.ranks import Ranks
 from minillm.setting import parts_of
@@ -280,7 +281,11 @@ def _commit() -> str | None:
         return None
     try:
         done = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5
+            ["git", "-C", str(here), "rev-parse", "HEAD"],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=5,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
@@ -289,4 +294,4 @@ def _commit() -> str | None:
 
 def config_text(settings: Settings) -> str:
     """The settings as JSON that --config takes."""
-    return json.dumps({k: v for k, v in settings.flat().items() if v is not None}, indent=1)
+    return json_text({k: v for k, v in settings.flat().items() if v is not None}, indent=1)

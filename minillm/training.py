@@ -133,7 +133,8 @@ def save(t: Training) -> None:
 def restore(t: Training, past: Checkpoint) -> None:
     """Put the weights, the optimisers and the progress back to where `past` left them."""
     own = dict(t.model.named_parameters())
-    kinds = state_kinds(t.config.optimizer, own, t.model.matrices())
+    trained = (name for name, p in own.items() if p.requires_grad)
+    kinds = state_kinds(t.config.optimizer, trained, t.model.matrices())
     agree(t.ranks, lambda: _check_fit(t, past, own, kinds))  # headers alone, before a tensor
     t.sharding.load(past)
     t.progress = progress_of(past)

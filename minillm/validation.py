@@ -3,13 +3,14 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from math import isfinite
+from math import isfinite, nan
 
 import torch
 
 from minillm import ladder
 from minillm.data import evaluation_windows
-from minillm.evaluate import evaluate
+from minillm.errors import DivergedError
+from minillm.evaluate import Evaluation, evaluate
 from minillm.training import Progress, Training, averaged, heed
 
 LADDER_WINDOWS = 64  # that recurrence is judged on, at every evaluation
@@ -34,7 +35,11 @@ def judge(t: Training, batches: int, to_the_end: bool = True) -> dict[str, float
     poll = t.watch.alive if to_the_end else partial(heed, t)
     with averaged(t):
         with _evaluating(t, windows, poll) as counted:
-            result = evaluate(t.model, windows, t.micro, t.ranks, counted)
+            try:
+                result = evaluate(t.model, windows, t.micro, t.ranks, counted)
+            except DivergedError as error:  # the row says null
+                t.meter.say(f"warning   step {t.progress.step}: {error}")
+                result = Evaluation(nan, 0)
         found = _judge_recurrence(t, result.loss) if t.model.config.recurrent else {}
     bpb = result.bits_per_byte(t.corpus.tokens["val"], t.corpus.bytes["val"])
     return {"val_loss": result.loss, "val_bpb": bpb, "val_tokens": result.tokens, **found}

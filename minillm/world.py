@@ -163,7 +163,11 @@ def peak_memory(device: torch.device) -> int | None:
         return torch.cuda.max_memory_allocated(device)
     # Linux hands ru_maxrss on from the process that started this one; VmHWM is our own.
     status = Path("/proc/self/status")
-    own = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    own = (
+        re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8"))
+        if status.exists()
+        else None
+    )
     if own:
         return int(own[1]) * 1024
     try:

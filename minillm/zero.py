@@ -16,22 +16,23 @@ Source: Rajbhandari et al. 2020, arXiv:1910.02054.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from inspect import signature
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from minillm.buckets import Bucket, make_buckets
+from minillm.buckets import Bucket, Flight, make_buckets
 from minillm.offload import Lane
 from minillm.optim import squares
-from minillm.pieces import Piece, Read, drop, fill, give, inner_group, pieces_of
+from minillm.pieces import Piece, Read, drop, fill, give, inner_group, nbytes, pieces_of
 from minillm.ranks import Ranks
+from minillm.trained import Arrivals, Frozen
 
 # torch 2.13 has renamed both.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
@@ -39,20 +40,11 @@ _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 IN_FLIGHT = 2  # reductions at a time: one on the wire, one behind it so that the wire never waits
 
 
-class Flight(NamedTuple):
-    """A reduction on its way: `full` of a bucket is being summed into `out`, this rank's chunk."""
-
-    bucket: Bucket
-    work: dist.Work | None
-    out: Tensor
-    full: Tensor
-    last: bool
-
-
 class ZeroOptimizer:
     """Any element-wise torch optimiser, or Muon by whole matrices, sharded over ranks.
 
-    parameters: those it moves, by name, in the model's order; they become views of flat buffers.
+    parameters: by name, in the model's order; those it moves become views of flat buffers. What is
+    frozen (requires_grad=False) stays as it is, whole on every rank, and has no state.
     groups: as an optimiser's, but "params" are names. Lists as long as them ("parts") go with the
     parameters, anything else is handed on.    make: builds the inner optimiser from such groups
     over this rank's elements: 1-D, or whole matrices.    stage: 1 or 2.
@@ -83,7 +75,10 @@ class ZeroOptimizer:
         named = [name for group in groups for name in group["params"]]
         if sorted(named) != sorted(parameters) or len(set(parameters.values())) < len(named):
             raise ValueError("groups must name every parameter once, and no other")
+        self.frozen = Frozen(parameters)
+        groups = [self.frozen.left_out(group) for group in groups]
         self.ranks, self.stage = ranks, stage
+        self._arrivals = Arrivals(n for n in parameters if n not in self.frozen)
         self._comm = group or ranks.new_group()
         self._lane = Lane(ranks.device) if offload else None
         self._flying: deque[Flight] = deque()
@@ -120,8 +115,9 @@ class ZeroOptimizer:
     def synced(self, last: bool) -> Iterator[None]:
         """Around the backward of a micro-batch; last: of a step. All ranks do as many.
 
-        Parameters without a gradient count as zero, on whichever ranks. Raises RuntimeError where
-        one gets two, or gets one outside of it; call zero_grad() where a backward was broken off.
+        A gradient that is missing on some ranks counts as zero there. Raises RuntimeError where a
+        parameter gets two, or gets one outside of it; call zero_grad() where a backward was broken
+        off.
         """
         self._open, self._complete, self._last, self._next = True, False, last, 0
         for bucket in self.buckets:
@@ -131,6 +127,9 @@ class ZeroOptimizer:
         finally:
             self._open = False
         self._reduce_in_turn(lambda bucket: True)
+        if last:
+            send = partial(dist.all_reduce, op=dist.ReduceOp.MAX, group=self._comm, async_op=True)
+            self._arrivals.tell(self.ranks.device, send if self.ranks.size > 1 else None)
         self._complete = last
 
     @torch.no_grad()
@@ -144,6 +143,7 @@ class ZeroOptimizer:
                 f"checkpointing; use checkpoint(..., use_reentrant=False)"
             )
         bucket.missing.remove(name)
+        self._arrivals.add(name)
         if bucket.full is None:
             bucket.full = bucket.empty_gradients()
         bucket.place(name, bucket.full).add_(p.grad.reshape(-1))
@@ -193,41 +193,43 @@ class ZeroOptimizer:
             bucket.shard = self._lane.down(bucket.shard)
 
     @torch.no_grad()
-    def _settle(self) -> None:
-        """Wait until every gradient is in its shard."""
+    def _settle(self) -> set[str]:
+        """Wait until every gradient is in its shard; the parameters that have one on some rank."""
         while self._flying:
             self._land()
         if self._lane:
             self._lane.wait()
+        return self._arrivals.names()
 
     @torch.no_grad()
     def squares(self) -> Tensor:
         """Sum of the squares of this rank's gradients, () fp64; over the ranks, of the model's."""
         self._settle()
-        found = squares([bucket.shard for bucket in self.buckets if bucket.shard is not None])
-        return found.to(self.ranks.sums_on)
+        shards = [bucket.shard for bucket in self.buckets if bucket.shard is not None]
+        return squares(shards).to(self.ranks.sums_on)
 
     @torch.no_grad()
     def step(self, grad_scale: Tensor | None = None) -> None:
-        """Move every parameter and drop the gradients; grad_scale: () factor of the gradients.
+        """Move every parameter that has a gradient on some rank, and drop the gradients.
 
-        Raises RuntimeError if the step's last micro-batch has not been through synced(last=True).
+        grad_scale: () factor of the gradients.    Raises RuntimeError if the last micro-batch has
+        not been through synced(last=True), or if what was frozen has a gradient.
         """
         if not self._complete:
             raise RuntimeError("step() before a backward in synced(last=True) has ended")
-        self._settle()
+        self.frozen.require_no_gradient()
+        arrived = self._settle()
         scaled = "grad_scale" in signature(self.inner.step).parameters
-        for bucket in self.buckets:
-            if bucket.shard is None:
-                continue
+        for bucket in (bucket for bucket in self.buckets if bucket.shard is not None):
             if grad_scale is not None and not scaled:
                 bucket.shard.mul_(grad_scale.to(bucket.shard.device))
-            give(bucket, bucket.shard)
+            give(bucket, bucket.shard, arrived)
         if grad_scale is not None and scaled:
             self.inner.step(grad_scale=grad_scale.cpu() if self._lane else grad_scale)
         else:
             self.inner.step()
         drop(self.buckets)
+        self._arrivals.clear()
         self._gather()
 
     @torch.no_grad()
@@ -238,7 +240,9 @@ class ZeroOptimizer:
             bucket.full = bucket.empty_gradients() if self.stage == 1 else None
             for p in bucket.parameters.values():
                 p.grad = None  # a backward that was broken off may have left one
+        self.frozen.forget()
         self._complete = True
+        self._arrivals.clear()
         drop(self.buckets)
 
     @torch.no_grad()
@@ -258,14 +262,15 @@ class ZeroOptimizer:
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """(parameter, this rank's elements of its gradient), before the step."""
-        self._settle()
+        arrived = self._settle()
         for bucket in (bucket for bucket in self.buckets if bucket.shard is not None):
-            for part in bucket.parts:
+            for part in (part for part in bucket.parts if part.name in arrived):
                 yield part.name, bucket.shard[part.at : part.at + part.master.numel()]
 
     def pieces(self) -> Iterator[Piece]:
         """What this rank has of each parameter; over the ranks, every element once."""
-        return pieces_of(self.buckets, self.inner)
+        yield from pieces_of(self.buckets, self.inner)
+        yield from self.frozen.pieces(self.ranks)
 
     def load(self, read: Read) -> None:
         """Take masters and state from read(kind, name, start, stop); see minillm.pieces.fill.
@@ -274,21 +279,21 @@ class ZeroOptimizer:
         """
         self.zero_grad()
         fill(self.buckets, self.inner, read)
+        self.frozen.load(read)
         self._gather()
 
     def bytes(self) -> dict[str, int]:
         """Bytes that this rank holds now, by kind; buffers: gradients on their way at stage 2."""
-        full, buffers = _bytes(b.full for b in self.buckets), _bytes(f.out for f in self._flying)
+        full, buffers = (
+            nbytes(b.full for b in self.buckets),
+            nbytes(f.out for f in self._flying),
+        )
         if self.stage == 2:
-            full, buffers = 0, buffers + full + _bytes(f.full for f in self._flying)
+            full, buffers = 0, buffers + full + nbytes(f.full for f in self._flying)
         return {
-            "parameters": _bytes(b.flat for b in self.buckets),
-            "gradients": full + _bytes(b.shard for b in self.buckets),
-            "masters": _bytes(b.master for b in self.buckets if b.master is not b.own),
-            "moments": _bytes(x for s in self.inner.state.values() for x in s.values()),
+            "parameters": nbytes(b.flat for b in self.buckets) + nbytes(self.frozen.values()),
+            "gradients": full + nbytes(b.shard for b in self.buckets),
+            "masters": nbytes(b.master for b in self.buckets if b.master is not b.own),
+            "moments": nbytes(x for s in self.inner.state.values() for x in s.values()),
             "buffers": buffers,
         }
-
-
-def _bytes(tensors: Iterable[Tensor | None]) -> int:
-    return sum(x.nbytes for x in tensors if x is not None)

@@ -17,6 +17,7 @@ from minillm.evaluate import evaluate
 from minillm.generate import generate
 from minillm.model import GPT
 from minillm.ops import EAGER
+from minillm.optim import state_kinds
 from minillm.plan import Job
 from minillm.plan import memory as planned
 from minillm.ranks import Ranks
@@ -151,6 +152,43 @@ def kept(ranks: Ranks, folder: Path) -> None:
                 check_against(past, sharding, dtype)
                 losses = train(sharding, case, range(2, 3))
                 assert apart(losses, expected) <= TOLERANCE[dtype], (losses, expected)
+
+
+def frozen(ranks: Ranks, folder: Path) -> None:
+    """Frozen weights stay as they are and have no state, at every stage, also of a checkpoint."""
+    kept, alone = ("embed.weight", "blocks.1.", "norm.weight"), {}
+    for stage, dtype in product(STAGES, (F32, BF16)):
+        with told(stage, dtype):
+            model = made("core", dtype)
+            start = {n: p.detach().clone() for n, p in model.named_parameters()}
+            still = {n for n in start if n.startswith(kept)}
+            for name, p in model.named_parameters():
+                p.requires_grad_(name not in still)
+            sharding = sharded(model, ranks, stage, dtype)
+            losses = train(sharding, "core", range(2))
+            alone.setdefault(dtype, losses)
+            assert apart(losses, alone[dtype]) <= TOLERANCE[dtype], (losses, alone[dtype])
+            for name, p in weights(sharding).items():
+                assert torch.equal(p, start[name]) == (name in still), name
+            for piece in sharding.pieces():
+                assert set(piece.state) == (set() if piece.name in still else KINDS)
+            run = folder / f"frozen-{ranks.size}-{stage}-{dtype}"
+            write(run, sharding, 2)
+            past = checkpoint.open_checkpoint(run, ranks=ranks)
+            past.check_optimizer(state_kinds("adamw", start.keys() - still, ()))
+            losses = train(sharding, "core", range(2, 3))
+            for other in STAGES if stage == 2 else (stage,):
+                model = made("core", dtype)
+                for name, p in model.named_parameters():
+                    p.requires_grad_(name not in still)
+                again = sharded(model, ranks, other, dtype)
+                with torch.no_grad():
+                    for p in again.model.parameters():
+                        p.mul_(1.5)
+                again.load(past)
+                assert apart(train(again, "core", range(2, 3)), losses) <= TOLERANCE[dtype]
+                for name, p in weights(again).items():
+                    assert name not in still or torch.equal(p, start[name]), name
 
 
 def windows(count: int) -> list[tuple[Tensor, Tensor]]:

@@ -170,7 +170,8 @@ CHECKS = {
     f.__name__: f
     for f in (
         gradients, empty_rows, faults_are_seen, infinite, identical, recomputed, compiled,
-        keeping.tiling, keeping.memory, keeping.kept, keeping.judged, keeping.gathered_at_once,
+        keeping.tiling, keeping.memory, keeping.kept, keeping.frozen, keeping.judged,
+        keeping.gathered_at_once,
     )
 }  # fmt: skip
 

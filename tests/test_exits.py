@@ -103,7 +103,7 @@ def test_rows_that_have_left_are_not_computed(model, monkeypatch):
     assert sizes == [int((last > i).sum()) for i in range(int(last.max()))]
     sizes.clear()
     cache = model.make_cache(6, recurrence=9)
-    model.trunk(text(6)[:, :8], cache, 1, keys)
+    model.trunk(text(6)[:, :8], cache, 9, keys)
     sizes.clear()
     _, used = read_next(model, text(6)[:, 8:9], cache, rule, 9, keys)
     assert sizes == [sum(u > i for u in used) for i in range(max(used))]
@@ -127,7 +127,7 @@ def test_by_the_state_only_what_leaves_is_spoken(model, monkeypatch, by):
     rule = ExitRule(by, {"confidence": 0.6, "kl": 0.1, "latent": 0.3}[by], 0)
     keys = state_keys(0, torch.arange(6))
     cache = model.make_cache(6, recurrence=9)
-    model.trunk(text(6)[:, :8], cache, 1, keys)
+    model.trunk(text(6)[:, :8], cache, 9, keys)
     monkeypatch.setattr(GPT, "run", counted)
     monkeypatch.setattr(GPT, "logits", spoken)
     _, used = read_next(model, text(6)[:, 8:9], cache, rule, 9, keys)

@@ -10,33 +10,32 @@ import pytest
 
 # A file imports from strictly lower floors only. A new file gets its line here.
 FLOORS = {
-    0: "__init__ buckets cache commands/__init__ console errors flags/__init__ guard help_text "
+    0: "__init__ buckets cache commands/__init__ flags/__init__ guard help_text json_text "
     "kernels kernels/_entrance kernels/_interpreter kernels/_tanh kernels/eager_sampling "
     "kernels/reference_optim kernels/reference_sampling offload outlook positions precision "
     "presets profiling/__init__ profiling/dry profiling/occupancy profiling/pivot "
     "profiling/sass profiling/style profiling/timing profiling/ttir schedule scripts "
-    "sentencepieces units",
-    1: "bpe cli exit_rules foreign kernels/_launch kernels/_loss kernels/eager_optim "
-    "kernels/reference launch links pickles pieces plaintext plan_text profiling/bound "
-    "profiling/calls profiling/columns profiling/machine profiling/plot profiling/roofline "
-    "profiling/tables setting state storage table",
-    2: "cards flags/profile flags/sample htmltext kernels/_attention_blocks "
-    "kernels/_rope_kernels kernels/_rows kernels/adamw kernels/eager_attention "
-    "kernels/eager_loss kernels/linear_cross_entropy kernels/newton_schulz kernels/sample "
-    "kernels/swiglu meter profiling/workloads ranks rows shape tensorfiles tokenizer world",
-    3: "__main__ agreement config encoding formats kernels/_attention_backward "
+    "sentencepieces terminal units",
+    1: "console errors kernels/_launch kernels/_loss kernels/eager_optim kernels/reference "
+    "pieces plan_text profiling/bound profiling/calls profiling/columns profiling/machine "
+    "profiling/plot profiling/roofline profiling/tables",
+    2: "bpe cli exit_rules foreign kernels/_attention_blocks kernels/_rope_kernels kernels/_rows "
+    "kernels/adamw kernels/eager_attention kernels/eager_loss kernels/linear_cross_entropy "
+    "kernels/newton_schulz kernels/sample kernels/swiglu launch links pickles plaintext "
+    "profiling/workloads setting state storage table",
+    3: "cards flags/profile flags/sample htmltext kernels/_attention_backward "
     "kernels/_attention_forward kernels/decode_attention kernels/eager kernels/rope_cache "
-    "kernels/sandwich_norm plan profiling/precision profiling/sizes shards start statetensors "
-    "stream watch",
-    4: "data documents heldout kernels/attention kernels/rms_norm kernels/rope reading sequences "
-    "settings",
-    5: "configure flags/prepare ops pace profiling/cases runs survey",
-    6: "flags/train layers optim profiling/audit profiling/implementations profiling/ranks "
-    "saving split",
-    7: "corpus flags/plan profiling/interpreted profiling/page recurrence zero",
-    8: "commands/prepare model profiling/operations profiling/report startup",
-    9: "activations checkpoint evaluate exits huginn profiling/decoding profiling/steps "
-    "profiling/tune requests",
+    "kernels/sandwich_norm meter not_a_run profiling/precision profiling/sizes ranks rows "
+    "shape tensorfiles tokenizer world",
+    4: "__main__ agreement config encoding formats kernels/attention kernels/rms_norm "
+    "kernels/rope place plan shards start statetensors stream trained watch",
+    5: "data documents heldout ops profiling/cases reading sequences settings",
+    6: "configure flags/prepare layers optim pace profiling/audit profiling/implementations "
+    "profiling/ranks runs survey",
+    7: "flags/train profiling/interpreted profiling/page recurrence saving split zero",
+    8: "corpus flags/plan model profiling/operations profiling/report",
+    9: "activations checkpoint commands/prepare evaluate exits huginn profiling/decoding "
+    "profiling/steps profiling/tune requests startup",
     10: "fsdp generate ladder plan_fit profiling/suites profiling/trace",
     11: "commands/profile hardware sharding speculate",
     12: "commands/plan gradients microbatch sample training",

@@ -124,7 +124,8 @@ def test_gradients_are_summed_in_the_wider_dtype(reduce, stored, wire):
     backward(model, [zero], 0, ALONE)
     zero.step()
     wide = torch.float64 if stored == torch.float64 else torch.float32
-    assert {piece.state["gradient"].dtype for piece in zero.pieces()} == {wide}
+    gradients = [piece.state.get("gradient") for piece in zero.pieces()]
+    assert {gradient.dtype for gradient in gradients if gradient is not None} == {wide}
 
 
 def test_the_norm_of_a_large_tensor_is_right():
@@ -194,3 +195,16 @@ def test_offloading_from_a_gpu_changes_nothing(dtype, limit):
         masters = {bucket.master.device.type for bucket in zero.buckets}
         assert masters == {"cpu" if offload else "cuda"}
     assert losses[0] == pytest.approx(losses[1], rel=limit)
+
+
+def test_what_was_frozen_when_it_was_made_must_have_no_gradient():
+    model = Toy()
+    model.wide.requires_grad_(False)
+    zero = make_zero(model, ALONE)
+    assert "wide" not in {name for bucket in zero.buckets for name in bucket.parameters}
+    model.wide.requires_grad_(True)
+    backward(model, [zero], 0, ALONE)
+    with pytest.raises(RuntimeError, match="wide has a gradient, but was frozen"):
+        zero.step()
+    zero.zero_grad()
+    assert model.wide.grad is None

@@ -175,8 +175,9 @@ class Whole:
                 full = self.tensors.setdefault((kind, name), full)
                 full[int(start) : int(stop)] = x
 
-    def __call__(self, kind: str, name: str, start: int, stop: int) -> Tensor:
-        return self.tensors[kind, name][start:stop]
+    def __call__(self, kind: str, name: str, start: int, stop: int) -> Tensor | None:
+        there = self.tensors.get((kind, name))
+        return None if there is None else there[start:stop]
 
 
 def restored(ranks: Ranks, folder: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import sys
 import traceback
 from functools import partial
+from itertools import product
 from pathlib import Path
 from unittest.mock import patch
 
@@ -37,21 +38,25 @@ ALONE = Ranks()
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 
 
-def alone_gradients(model: Toy, step: int) -> dict[str, torch.Tensor]:
-    """Of the whole step in one process, by plain autograd; zero where there are none."""
+def alone_gradients(model: Toy, step: int) -> dict[str, torch.Tensor | None]:
+    """Of the whole step in one process, by plain autograd; None where there are none."""
     for p in model.parameters():
         p.grad = None
     model(*next(micro_batches(step, ALONE, 1))).backward()
-    return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in named(model).items()}
+    return {n: p.grad for n, p in named(model).items()}
 
 
 def worst_error(zeros: list[ZeroOptimizer], truth: dict, ranks: Ranks) -> float:
-    """Of the recorded gradients, relative L2 of the worst tensor."""
-    wrong = dict.fromkeys(truth, 0.0)
+    """Of the recorded gradients, relative L2 of the worst tensor; only where one is to be."""
+    truth, wrong = {n: g for n, g in truth.items() if g is not None}, dict.fromkeys(truth, 0.0)
     for piece in (piece for zero in zeros for piece in zero.pieces()):
+        assert (piece.name in truth) == ("gradient" in piece.state), piece.name
+        if piece.name not in truth:
+            continue
         seen = piece.state["gradient"].double()
         expected = truth[piece.name].reshape(-1)[piece.start : piece.stop].double()
         wrong[piece.name] += float((seen - expected).square().sum())
+    wrong = {name: wrong[name] for name in truth}
     wrong = ranks.sum(torch.tensor(list(wrong.values()), dtype=F64)).sqrt().tolist()
     norms = [float(g.double().norm()) for g in truth.values()]
     return max(w / (n or 1.0) for w, n in zip(wrong, norms, strict=True))
@@ -148,7 +153,7 @@ def plain_optimizers(ranks: Ranks, folder: Path) -> None:
         for step in range(3):
             truth = alone_gradients(twin, step)
             for name, p in named(twin).items():
-                p.grad = truth[name] * scale
+                p.grad = None if truth[name] is None else truth[name] * scale
             alone.step()
             backward(model, [zero], step, ranks)
             zero.step(scale)
@@ -237,7 +242,8 @@ def skipping(ranks: Ranks, folder: Path) -> None:
 def norm(ranks: Ranks, folder: Path) -> None:
     """The sum of squares over ranks is the gradient's, every element once."""
     for dtype, limit in ((F64, 1e-13), (F32, 1e-6)):
-        truth = [g.double().square().sum() for g in alone_gradients(Toy(F64), 3).values()]
+        found = alone_gradients(Toy(F64), 3).values()
+        truth = [g.double().square().sum() for g in found if g is not None]
         for stage in (1, 2):
             model = Toy(dtype)
             zero = make_zero(model, ranks, stage=stage)
@@ -245,6 +251,49 @@ def norm(ranks: Ranks, folder: Path) -> None:
             backward(model, [zero], 3, ranks, 2)
             found = ranks.sum(zero.squares()).sqrt()
             assert found.dtype == F64 and abs(found / sum(truth).sqrt() - 1) < limit
+
+
+def untouched(ranks: Ranks, folder: Path) -> None:
+    """What gets no gradient on any rank, or is frozen, stays: no decay, no state; the rest moves as
+    in one process. A parameter with a gradient on one rank alone is moved on all.
+    """
+    still = ("wide", "bias")
+    for frozen, stage, pair in product(((), still), (1, 2), (False, True)):
+        twin, model = Toy(F64), Toy(F64)
+        start = {n: p.detach().clone() for n, p in named(model).items()}
+        for name in frozen:
+            named(twin)[name].requires_grad_(False)
+            named(model)[name].requires_grad_(False)
+        if pair:
+            zeros = make_pair(model, ranks, stage=stage)
+            alone = [
+                plain(g, f, twin) for g, f in zip(pair_groups(twin), (muon, adamw), strict=True)
+            ]
+        else:
+            zeros = [make_zero(model, ranks, stage=stage)]
+            alone = [plain(groups_of(list(named(twin))), adamw, twin)]
+        for step in range(3):
+            found = alone_gradients(twin, step)
+            for optimizer in alone:
+                optimizer.step()
+            backward(model, zeros, step, ranks, 1 + step % 2)
+            squares = float(ranks.sum(sum(zero.squares() for zero in zeros)))
+            truth = sum(float(g.square().sum()) for g in found.values() if g is not None)
+            assert abs(squares / truth - 1) < 1e-9
+            told = {name for zero in zeros for name, _ in zero.gradients()}
+            assert not told & {"never", *frozen}
+            for zero in zeros:
+                zero.step()
+        for name, p in named(model).items():
+            torch.testing.assert_close(p, named(twin)[name], rtol=1e-7, atol=1e-10)
+            assert torch.equal(p, start[name]) == (name in ("never", "empty", *frozen)), name
+        pieces = [piece for zero in zeros for piece in zero.pieces()]
+        assert {p.name for p in pieces if not p.state} <= {"never", *frozen}
+        assert all(not p.state for p in pieces if p.name in ("never", *frozen))
+        counts = {n: torch.zeros(p.numel()) for n, p in named(model).items()}
+        for piece in pieces:
+            counts[piece.name][piece.start : piece.stop] += 1
+        assert all(bool((ranks.sum(count) == 1).all()) for count in counts.values())
 
 
 def few_elements(ranks: Ranks, folder: Path) -> None:
@@ -267,7 +316,7 @@ CHECKS = {
     f.__name__: f
     for f in (
         gradients, faults_are_seen, training, plain_optimizers, muon_by_owners, checkpointing,
-        skipping, norm, few_elements, keeping.tiling, keeping.memory, keeping.offloading,
+        skipping, norm, untouched, few_elements, keeping.tiling, keeping.memory, keeping.offloading,
         keeping.patience, keeping.saved, keeping.restored,
     )
 }  # fmt: skip

@@ -44,7 +44,9 @@ def main() -> None:
              "|---|--:|---|--:|---|---|--:|--:|--:|"]  # fmt: skip
     for run in args.runs:
         model, _, config = load_run(run)
-        corpus = open_corpus(json.loads((run / "config.json").read_text())["corpus"])
+        corpus = open_corpus(
+            json.loads((run / "config.json").read_text(encoding="utf-8"))["corpus"]
+        )
         windows = evaluation_windows(corpus, "val", config.seq_len, ROWS)
         tokens, targets = (torch.stack(x) for x in zip(*windows, strict=True))
         for r in args.recurrence:
@@ -54,7 +56,7 @@ def main() -> None:
                 lines.append(f"| {run.name} | {r} | {kind} | {size:,} | {'yes' * warm} | {by} | "
                              f"{steps:.2f} | {loss:.4f} | {100 * right:.1f} |")  # fmt: skip
                 print(lines[-1], flush=True)
-    (HERE / "decode.md").write_text("\n".join(lines) + "\n")
+    (HERE / "decode.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def decode(model: GPT, tokens, targets, r: int, kind: str, warm: bool, rule: ExitRule | None):

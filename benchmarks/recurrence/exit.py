@@ -65,8 +65,10 @@ def main() -> None:
             row["rules"][by] = {**words, **judge(model, parts["test"], best)}
             print(run.name, by, row["rules"][by], flush=True)
         found.append(row)
-    (HERE / "exit.json").write_text(json.dumps(found, indent=1) + "\n")
-    (HERE / "exit.md").write_text(table(found))
+    (HERE / "exit.json").write_text(
+        json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8"
+    )
+    (HERE / "exit.md").write_text(table(found), encoding="utf-8")
 
 
 @torch.no_grad()

@@ -54,9 +54,11 @@ def main() -> None:
     if not corpus.is_dir():
         call(ROOT / "data" / "tasks.py", "register", "--out", corpus, "--train", 30000)
     found = train_arms(args, corpus, ARMS, GRID, SEEDS, STEPS, lambda m: {"accuracy": accuracy(m)})
-    (HERE / "register.json").write_text(json.dumps(found, indent=1) + "\n")
-    (HERE / "register.md").write_text(table(found))
-    (HERE / "register.svg").write_text(picture(found))
+    (HERE / "register.json").write_text(
+        json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8"
+    )
+    (HERE / "register.md").write_text(table(found), encoding="utf-8")
+    (HERE / "register.svg").write_text(picture(found), encoding="utf-8")
 
 
 def load_tasks():
@@ -111,7 +113,10 @@ def train_arms(args, corpus: Path, arms: dict, grid, seeds, steps: int, judge) -
 
 def rows(run: Path) -> list[dict]:
     """metrics.jsonl of a run."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)
+        for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def last(run: Path, key: str) -> float:

@@ -51,8 +51,10 @@ def main() -> None:
         call(ROOT / "data" / "tasks.py", "registers", "--out", corpus, "--train", 80000,
              "--registers", REGISTERS, "--length", LENGTH)  # fmt: skip
     found = train_arms(args, corpus, ARMS, GRID, SEEDS, STEPS, judge)
-    (HERE / "registers.json").write_text(json.dumps(found, indent=1) + "\n")
-    (HERE / "registers.md").write_text(table(found))
+    (HERE / "registers.json").write_text(
+        json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8"
+    )
+    (HERE / "registers.md").write_text(table(found), encoding="utf-8")
 
 
 def judge(model: GPT) -> dict:

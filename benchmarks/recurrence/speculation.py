@@ -67,7 +67,7 @@ def main() -> None:
                 print(lines[-1], flush=True)
     usual = device.type == "cpu" and args.dtype == "fp32"
     name = "speculation" if usual else f"speculation-{device.type}-{args.dtype}"
-    (args.out / f"{name}.md").write_text("\n".join(lines) + "\n")
+    (args.out / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def timed(tokens: Iterator[Token], device: torch.device) -> tuple[list[int], float]:

@@ -50,8 +50,10 @@ def main() -> None:
                      "--steps", args.steps, "--out", run, "--overwrite")  # fmt: skip
             found = [result(args, a, r) for a in ARMS for r in GRID if folder(args, a, r).is_dir()]
             name = f"text-{args.steps}"
-            (HERE / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
-            (HERE / f"{name}.md").write_text(table(found))
+            (HERE / f"{name}.json").write_text(
+                json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8"
+            )
+            (HERE / f"{name}.md").write_text(table(found), encoding="utf-8")
 
 
 def folder(args: argparse.Namespace, arm: str, rate: str) -> Path:

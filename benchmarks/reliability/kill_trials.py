@@ -142,7 +142,7 @@ def expect(good: bool, why: str, run: Path) -> None:
     """Raise AssertionError, with the last lines that every process of the run said."""
     if not good:
         logs = sorted(run.parent.glob("log-*"))
-        said = "\n".join(f"{log.name}: {log.read_text()[-400:]}" for log in logs)
+        said = "\n".join(f"{log.name}: {log.read_text(encoding='utf-8')[-400:]}" for log in logs)
         raise AssertionError(f"{run}: {why}\n{said}")
 
 

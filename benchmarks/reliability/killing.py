@@ -200,7 +200,7 @@ def place_of(rank: int, size: int, port: int) -> dict[str, str]:
 def last_step(run: Path) -> int:
     """The last step that metrics.jsonl has a whole row of; 0: none."""
     path, last = run / "metrics.jsonl", 0
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
             last = max(last, json.loads(line)["step"])
         except ValueError:
@@ -213,7 +213,7 @@ def traces(run: Path) -> dict[str, Any]:
     every checkpoint the bits of all tensors and the state.
     """
     rows = []
-    for line in (run / "metrics.jsonl").read_text().splitlines():
+    for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line, parse_float=str)
         rows.append({name: x for name, x in row.items() if name not in VOLATILE})
     found: dict[str, Any] = {"metrics.jsonl": rows}

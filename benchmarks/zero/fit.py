@@ -158,15 +158,15 @@ def table(entry: dict, ranks: str) -> str:
 
 def write(path: Path, size: int, entry: dict) -> None:
     """Put the entry beside those of other numbers of ranks."""
-    content = json.loads(path.read_text()) if path.exists() else {"worlds": {}}
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"worlds": {}}
     cpu = torch.device("cpu")
     content["machine"] = (
         f"{machine.name(cpu)}, {world.available_threads()} cores, shared; torch "
         f"{torch.__version__}, gloo over loopback, one thread a rank"
     )
     content["worlds"][str(size)] = entry
-    path.write_text(json.dumps(content, indent=1) + "\n")
-    path.with_suffix(".md").write_text(report(content))
+    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(report(content), encoding="utf-8")
 
 
 def report(content: dict) -> str:

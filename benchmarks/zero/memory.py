@@ -55,7 +55,7 @@ def main() -> None:
     if ranks.rank == 0:
         text = "\n".join(lines) + "\n"
         print(text)
-        (HERE / f"memory-{ranks.size}.md").write_text(text)
+        (HERE / f"memory-{ranks.size}.md").write_text(text, encoding="utf-8")
     ranks.close()
 
 

@@ -145,9 +145,9 @@ def write(config: ModelConfig, size: int, args: argparse.Namespace, times: dict)
         )
     text = "\n".join(lines) + "\n"
     print(text)
-    (HERE / f"steps-{size}.md").write_text(text)
+    (HERE / f"steps-{size}.md").write_text(text, encoding="utf-8")
     (HERE / f"steps-{size}.json").write_text(
-        json.dumps({"times": times, "planned": planned}) + "\n"
+        json.dumps({"times": times, "planned": planned}, allow_nan=False) + "\n", encoding="utf-8"
     )
 
 

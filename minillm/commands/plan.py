@@ -1,18 +1,19 @@
 """`python -m minillm plan`: what a training takes, before anything runs."""
 
-import json
+import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from minillm import documents, hardware, plan, plan_fit, startup
+from minillm import documents, hardware, plan, plan_fit, startup, terminal
 from minillm.bpe import choose_vocab_size
 from minillm.config import ModelConfig, TrainConfig
 from minillm.data import Batches
 from minillm.errors import UsageError
 from minillm.flags import plan as flags
 from minillm.hardware import Hardware, Speeds
+from minillm.json_text import json_text
 from minillm.launch import World
 from minillm.links import Network
 from minillm.pace import wished_steps
@@ -70,9 +71,10 @@ def main(argv: Sequence[str]) -> None:
             "is left out, may take longer than that"
         )
     if args.json:
-        print(json.dumps(found))
+        terminal.say(json_text(found), sys.stdout)
     else:
-        print(shown(found, hardware.in_words(on, job.ranks, args.node_gpus)))
+        text = shown(found, hardware.in_words(on, job.ranks, args.node_gpus))
+        terminal.say(text, sys.stdout)
 
 
 def _job(args: Namespace, train: TrainConfig, model: ModelConfig) -> plan.Job:

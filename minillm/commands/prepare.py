@@ -1,8 +1,8 @@
 """`python -m minillm prepare`: text to a tokenizer and token shards."""
 
-import sys
 from collections.abc import Sequence
 
+from minillm import terminal
 from minillm.corpus import prepare
 from minillm.errors import UsageError
 from minillm.flags import prepare as flags
@@ -28,5 +28,5 @@ def main(argv: Sequence[str]) -> None:
         encoding=args.encoding or "utf-8",
         text_column=args.text_column or "text",
         workers=args.workers,
-        say=lambda line: print(line, file=sys.stderr, flush=True),
+        say=terminal.say,
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from minillm import world
+from minillm import terminal, world
 from minillm.errors import UnavailableError
 from minillm.flags import profile as flags
 from minillm.profiling import machine, report, sizes, suites, trace, tune
@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> None:
             say(f"no {name}: {e}")
             continue
         say(f"{name}: {time.perf_counter() - start:.0f} s")
-        print(f"\n== {name}\n{report.table(name, rows)}", flush=True)
+        terminal.say(f"\n== {name}\n{report.table(name, rows)}", sys.stdout)
         save(name, rows)
         if name == "audit":
             kept = report.read(folder / report.RESULTS)["suites"][name]
@@ -87,7 +87,7 @@ def default_folder(device: torch.device) -> Path:
 
 def say(line: str) -> None:
     """One line on standard error."""
-    print(line, file=sys.stderr, flush=True)
+    terminal.say(line)
 
 
 def _device(name: str) -> torch.device:

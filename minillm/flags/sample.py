@@ -9,6 +9,7 @@ from minillm import cli
 from minillm.errors import UsageError
 from minillm.exit_rules import DEFAULTS, LONGEST, exit_rule
 from minillm.launch import shell_command
+from minillm.terminal import decoded
 
 COMMON = (
     *("run", "prompt", "interactive", "max_tokens", "num_samples", "temperature", "top_k", "top_p"),
@@ -54,7 +55,7 @@ def parser() -> cli.Parser:
 def _add_text(p: cli.Parser) -> None:
     add, whole, real = p.add_argument, cli.whole, cli.real
     add("run", nargs="?", metavar="RUN", help="run folder (default: the newest in runs/)")
-    add("--prompt", metavar="TEXT", help="text to continue (default: none)")
+    add("--prompt", type=decoded, metavar="TEXT", help="text to continue (default: none)")
     add("--prompt-file", metavar="FILE", help="UTF-8 file whose text to continue")
     add("--interactive", action="store_true", help="read prompts from standard input, one a line")
     add("--max-tokens", type=whole(1, 10**7), default=200, metavar="N",
@@ -72,7 +73,13 @@ def _add_text(p: cli.Parser) -> None:
         help="drop tokens less likely than P times the most likely one (0: none)")  # fmt: skip
     add("--repetition-penalty", type=real(0.01, 100), default=1.0, metavar="X",
         help="make tokens that are already in the text less likely (1: no change)")  # fmt: skip
-    add("--stop", action="append", metavar="TEXT", help="text to end before; may be repeated")
+    add(
+        "--stop",
+        type=decoded,
+        action="append",
+        metavar="TEXT",
+        help="text to end before; may be repeated",
+    )
     add("--seed", type=whole(0, 2**63 - 1), default=0, metavar="N",
         help="random seed; the same seed gives the same text")  # fmt: skip
     add("--checkpoint", default="last", metavar="NAME", help="checkpoint: last, best or a step")

@@ -32,7 +32,14 @@ def errors(problems: Sequence[Problem]) -> list[dict]:
     words = ["env", "TRITON_INTERPRET=1", sys.executable, "-c", code]
     given = json.dumps([asdict(problem) for problem in problems])
     try:
-        done = subprocess.run(words, input=given, capture_output=True, text=True, timeout=LIMIT_S)
+        done = subprocess.run(
+            words,
+            input=given,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=LIMIT_S,
+        )
         if done.returncode == 0:
             return json.loads(done.stdout)
         lines = done.stderr.strip().splitlines()

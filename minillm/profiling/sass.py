@@ -67,7 +67,9 @@ def _tool(tool: str, cubin: bytes, *flags: str) -> str:
         file.write(cubin)
         file.flush()
         command = [getattr(knobs.nvidia, tool).path, *flags, file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", check=True
+        ).stdout
 
 
 def disassemble(cubin: bytes) -> str:

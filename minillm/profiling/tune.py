@@ -7,7 +7,6 @@ the next centre, twice. What is kept must win once more against the tile it repl
 that was tried is told, with the static bound of its code.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from pathlib import Path
 import torch
 
 from minillm.errors import UnavailableError, UsageError
+from minillm.json_text import json_text
 from minillm.kernels import reference
 from minillm.profiling import precision, ranks
 from minillm.profiling.implementations import said
@@ -244,7 +244,7 @@ def text(tables: dict) -> str:
     for kernel, arches in tables.items():
         blocks = []
         for arch, entries in arches.items():
-            lines = [f'      "{size}": {json.dumps(row)}' for size, row in entries.items()]
+            lines = [f'      "{size}": {json_text(row)}' for size, row in entries.items()]
             blocks.append(f'    "{arch}": {{\n' + ",\n".join(lines) + "\n    }")
         kernels.append(f'  "{kernel}": {{\n' + ",\n".join(blocks) + "\n  }")
     return "{\n" + ",\n".join(kernels) + "\n}\n"

@@ -1,0 +1,79 @@
+"""Text on its way in and out: UTF-8 whatever the locale says, and harmless on a terminal."""
+
+import codecs
+import io
+import sys
+import unicodedata
+from typing import TextIO
+
+# These turn the direction of the text around them, so that a line can read as what it is not.
+TURNING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def use_utf8() -> None:
+    """Have the standard streams read and write UTF-8, and fail on no character.
+
+    A terminal with an encoding of its own other than ASCII keeps it: it shows that encoding.
+    """
+    codecs.register_error("minillm.replace", lambda error: _bytes_or(error, "replace"))
+    codecs.register_error("minillm.escape", lambda error: _bytes_or(error, "backslashreplace"))
+    for name, errors in (
+        ("stdin", "surrogateescape"),
+        ("stdout", "minillm.replace"),
+        ("stderr", "minillm.escape"),
+    ):
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):
+            own = codecs.lookup(stream.encoding).name
+            keeps = stream.isatty() and own != "ascii"
+            stream.reconfigure(encoding=own if keeps else "utf-8", errors=errors)
+
+
+def _bytes_or(error: UnicodeError, handler: str) -> tuple[str | bytes, int]:
+    """Write text that the locale could not decode as the UTF-8 it was; else as `handler` does."""
+    text = error.object[error.start : error.end]
+    if isinstance(error, UnicodeEncodeError) and not _has_surrogates(proper := decoded(text)):
+        try:
+            return proper.encode(error.encoding), error.end
+        except UnicodeEncodeError:
+            pass
+    return codecs.lookup_error(handler)(error)
+
+
+def decoded(text: str) -> str:
+    """Return text of the command line, or a file's name, as the UTF-8 that its bytes are.
+
+    Where Python was told that all text is ASCII, it keeps other bytes as surrogates: a path must
+    stay so to be opened, a prompt must not. Bytes that are no UTF-8 stay surrogates.
+    """
+    if not _has_surrogates(text):
+        return text
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # other halves of characters, which no bytes are kept as
+        return text
+
+
+def _has_surrogates(text: str) -> bool:
+    return not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text)
+
+
+def visible(text: str, stream: TextIO) -> str:
+    """Return text as it may be written to `stream`: unchanged unless that is a terminal.
+
+    On a terminal control characters are written as escapes such as \\x1b, so that they cannot move
+    the cursor, ring, set the title or hide text. Line breaks and tabs stay.
+    """
+    if not stream.isatty():
+        return text
+    return "".join(c.encode("unicode_escape").decode() if _acts(c) else c for c in decoded(text))
+
+
+def _acts(c: str) -> bool:
+    return c not in "\n\t" and (unicodedata.category(c) == "Cc" or c in TURNING)
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Write a line, at once. stream: default: standard error."""
+    stream = sys.stderr if stream is None else stream
+    print(visible(text, stream), file=stream, flush=True)
