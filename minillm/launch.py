@@ -10,10 +10,13 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from minillm import errors
-from minillm.errors import UsageError
+from minillm.errors import UnavailableError, UsageError
+
+PACKAGES = ("torch", "numpy", "sentencepiece", "tqdm", "safetensors")
 
 
 def answer(name: str, parse: Callable[[Sequence[str]], object], argv: Sequence[str]) -> None:
@@ -27,18 +30,30 @@ def answer(name: str, parse: Callable[[Sequence[str]], object], argv: Sequence[s
 
 
 def answered(
-    name: str, parse: Callable[[Sequence[str]], object], argv: Sequence[str]
+    name: str,
+    parse: Callable[[Sequence[str]], object],
+    argv: Sequence[str],
+    needs: Sequence[str] = PACKAGES,
 ) -> int | None:
     """Return the exit code if `parse(argv)` has answered the command line, else None.
 
     name: the program's name in a refusal.
+    needs: packages without which the work is refused.
     Of several ranks none answers here: which of them prints a refusal is decided when they can
     talk to one another (ranks.first_to_say).
     """
     if "RANK" in os.environ:
         return None
     parsed = []
-    code = errors.run(name, lambda words: parsed.append(parse(words)), argv)
+
+    def work(words: Sequence[str]) -> None:
+        args = parse(words)
+        if missing := [package for package in needs if find_spec(package) is None]:
+            names = " ".join(missing)
+            raise UnavailableError(f"{names}: not installed here; install with pip install {names}")
+        parsed.append(args)
+
+    code = errors.run(name, work, argv)
     return None if parsed else code
 
 
