@@ -6,9 +6,10 @@ RuntimeError from C++ is there nothing but its words. This file imports none of 
 
 import errno
 import re
+import subprocess
 from collections.abc import Iterator
 
-COMPILER = "install a C++ compiler such as g++, or train with --no-compile"
+COMPILER = "see that a C++ compiler such as g++ works here, or train with --no-compile"
 TRITON = "install gcc and Python's headers, or use --kernels eager"
 DEVICE = "install the torch build for this driver and GPU, or use --device cpu"
 RANKS = "check the network between the ranks and their GPUs"
@@ -44,6 +45,8 @@ WORDS = {
     r"|(CUBLAS|CUSOLVER|CUDNN|CUFFT)_STATUS_(NOT_INITIALIZED|ALLOC_FAILED|ARCH_MISMATCH)": DEVICE,
     r"NCCL error|ncclSystemError|ncclUnhandledCudaError|ncclInternalError": RANKS,
 }
+# What torch.compile meets where it cannot start a compiler, write its files or load the result.
+OF_A_COMPILER = (OSError, ImportError, subprocess.SubprocessError)
 # These say that a kernel is wrong, though the device raises them.
 OURS = re.compile("illegal memory access|device-side assert|misaligned address|invalid argument")
 
@@ -54,9 +57,10 @@ def advice(error: BaseException) -> tuple[str, str] | None:
     The errors that led to this one are looked at too: torch.compile wraps what it meets.
     """
     chain = list(_chain(error))
+    compiling = any(_is_of(each, "torch._dynamo", "torch._inductor") for each in chain)
     for each in chain:
         what = _by_class(each) or _by_frames(each) or _by_words(each)
-        if what == TRITON and any(_is_of(e, "torch._dynamo", "torch._inductor") for e in chain):
+        if compiling and (what == TRITON or what is None and isinstance(each, OF_A_COMPILER)):
             what = COMPILER
         if what is not None:
             why = str(each).strip().splitlines() or [type(each).__name__]

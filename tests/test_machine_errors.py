@@ -33,6 +33,8 @@ MACHINES = [
     *((wrapped(made("torch._inductor.exc", "InvalidCxxCompiler", NO_CXX), how), "--no-compile")
       for how in ("inner_exception", "__cause__", "__context__")),
     (made("torch._inductor.exc", "CppCompileError", "C++ compile error\n\nCommand:"), "g++"),
+    (wrapped(PermissionError(13, "Permission denied", "/tmp/t"), "inner_exception"), "g++"),
+    (wrapped(ImportError("failed to map segment from shared object"), "__cause__"), "g++"),
     (made("triton.runtime.errors", "OutOfResources", "shared memory"), "--kernels eager"),
     (made("torch.distributed", "DistNetworkError", "timed out", made(
         "torch.distributed", "DistError").__class__), "the network"),
