@@ -143,7 +143,6 @@ AUDIT = """
 import sys
 from minillm import errors
 from minillm.commands import profile
-from minillm.flags import profile as flags
 from minillm.profiling import audit, cases
 if __name__ == "__main__":
     two = [cases.Case(90, "swiglu", "bf16", 2048), cases.Case(80, "adamw", "bf16", 0)]
