@@ -17,7 +17,7 @@ from pathlib import Path
 
 from minillm import errors
 from minillm.flags import train as flags
-from minillm.launch import answer, launched
+from minillm.launch import answer, launched, shell_command
 
 if __name__ == "__main__":  # help and refusals need no torch, whose import takes seconds
     answer("train.py", flags.parse, sys.argv[1:])
@@ -80,8 +80,8 @@ def train(settings: Settings, run: Path | None, ranks: Ranks) -> None:
         with console.busy("reading the text, building the model ...", ranks.rank == 0):
             t = set_up(settings, run, ranks)
         if t.progress.ended and t.progress.step >= t.plan.steps:
-            ranks.say(f"{run} is finished at step {t.progress.step}; "
-                      f"go on with --resume {run} --steps N")  # fmt: skip
+            more = shell_command("train", "--resume", run, "--steps")
+            ranks.say(f"{run} is finished at step {t.progress.step}; train on: {more} N")
             return
         t.progress.ended = False
         if run is None:
@@ -101,7 +101,7 @@ def train(settings: Settings, run: Path | None, ranks: Ranks) -> None:
             except Stopped as stop:
                 keep(t, final=True)
                 t.meter.say(f"stopped by {stop} at step {t.progress.step}, which is saved; "
-                            f"go on with --resume {t.run}")  # fmt: skip
+                            f"continue: {shell_command('train', '--resume', t.run)}")  # fmt: skip
                 raise SystemExit(128 + stop.signal) from None
 
 

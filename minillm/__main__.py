@@ -6,7 +6,7 @@ from importlib import import_module
 
 from minillm import __version__, errors
 from minillm.cli import nearest
-from minillm.launch import answered
+from minillm.launch import PACKAGES, answered
 
 VERBS = {
     "train": ("minillm.scripts.train", "train a decoder on text"),
@@ -23,7 +23,8 @@ def main() -> int:
     if verb not in VERBS:
         return errors.run("minillm", _about, sys.argv[1:])
     # Help and refusals come first: they need no torch, whose import takes seconds.
-    code = answered(f"minillm {verb}", import_module(f"minillm.flags.{verb}").parse, rest)
+    needs = ("numpy", "sentencepiece") if verb == "prepare" else PACKAGES
+    code = answered(f"minillm {verb}", import_module(f"minillm.flags.{verb}").parse, rest, needs)
     if code is not None:
         return code
     body: Callable[[Sequence[str]], None] = import_module(VERBS[verb][0]).main

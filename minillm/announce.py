@@ -7,6 +7,7 @@ import torch
 from minillm import world
 from minillm.config import ModelConfig
 from minillm.data import warnings_for
+from minillm.launch import shell_command
 from minillm.meter import Meter
 from minillm.outlook import Outlook
 from minillm.plan import Job, memory
@@ -83,7 +84,7 @@ def farewell(t: Training, row: dict) -> str:
     if "val_loss" in row:
         loss, bpb = row["val_loss"], row["val_bpb"]
         lines.append(f"validation: {loss:.4f} nats a token, {bpb:.4f} bits a byte")
-    lines.append(f"sample it:  python sample.py {t.run}")
+    lines.append(f"sample it:  {shell_command('sample', t.run)}")
     return "\n".join(lines)
 
 

@@ -17,6 +17,7 @@ import torch
 from minillm.agreement import agree, gather
 from minillm.config import ModelConfig
 from minillm.errors import CorruptError, UsageError, one_line
+from minillm.launch import shell_command
 from minillm.model import GPT
 from minillm.ops import select
 from minillm.ranks import Ranks
@@ -65,7 +66,9 @@ def _all_steps(run: Path) -> list[int]:
     """The steps of all checkpoints, damaged ones among them, the newest first."""
     steps = sorted(step_folders(require_run(run)), reverse=True)
     if not steps:
-        raise UsageError(f"{run} holds no checkpoint yet; train on: python train.py --resume {run}")
+        raise UsageError(
+            f"{run} holds no checkpoint yet; train on: {shell_command('train', '--resume', run)}"
+        )
     return steps
 
 

@@ -234,6 +234,12 @@ def path(text: str) -> Path:
     return Path(text)
 
 
+def check_device(name: str) -> None:
+    """Raise UsageError if no device can be called `name`; whether it is there torch will say."""
+    if not re.fullmatch(r"auto|(cpu|cuda|mps)(:\d+)?", name):
+        raise UsageError(f"--device {name!r} is not one of auto, cpu, cuda, cuda:N, mps")
+
+
 def duration(text: str) -> float:
     """Seconds from `90`, `90s`, `10m` or `1.5h`."""
     match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([smh]?)", text.strip())

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from minillm import terminal
+from minillm import machine_errors, terminal
 
 HANGUP = 141  # 128 + SIGPIPE: the reader of our standard output went away
 
@@ -156,16 +156,18 @@ def _mend_streams() -> None:
 def _code(error: Exception) -> int:
     if isinstance(error, MinillmError):
         return error.code
+    if machine_errors.advice(error):
+        return 4
     if isinstance(error, OSError):  # a name that none can have is wrong input
         return 2 if error.errno in (errno.ENAMETOOLONG, errno.ELOOP) else 5
-    if isinstance(error, MemoryError) or _is_out_of_memory(error):
-        return 4
     return 1
 
 
 def _text(error: Exception) -> str:
     if isinstance(error, MinillmError):
         return str(error)
+    if found := machine_errors.advice(error):
+        return f"{found[0]}; {found[1]}"
     if isinstance(error, OSError):
         name = error.filename  # text or bytes; of a bare file descriptor a number
         name = os.fsdecode(name) if isinstance(name, bytes) else str(name or "")
@@ -173,9 +175,4 @@ def _text(error: Exception) -> str:
         if error.errno == errno.ENOENT and not name:  # only the current folder has no name
             return "the folder that this was started in is gone; change to another"
         return f"{name}: {error.strerror}" if name else error.strerror or str(error)
-    return f"out of memory; use a smaller model, --micro-batch-size or --num-samples ({error})"
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # torch raises torch.OutOfMemoryError on a GPU and a plain RuntimeError from its CPU allocator.
-    return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    return str(error)

@@ -71,8 +71,11 @@ def _begun(parser: argparse.ArgumentParser, namespace: argparse.Namespace | None
     """Return a formatter with the usage, the description and a word on the defaults."""
     said, notes = parser.values(namespace)
     f = Formatter(parser.prog, notes)
-    words = [f"[{a.metavar or a.dest}]" + " ..." * (a.nargs in ("*", "+"))
-             for a in parser._actions if not a.option_strings]  # fmt: skip
+    words = []
+    for action in parser._actions:
+        if not action.option_strings:
+            name = f"{action.metavar or action.dest}" + " ..." * (action.nargs in ("*", "+"))
+            words.append(f"[{name}]" if action.nargs in ("?", "*") else name)
     f.add_usage(" ".join([parser.prog, *words, "[flags]"]).replace("%", "%%"), [], [], "usage: ")
     f.add_text(parser.description)
     f.add_text(said)

@@ -10,10 +10,13 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from minillm import errors
-from minillm.errors import UsageError
+from minillm.errors import UnavailableError, UsageError
+
+PACKAGES = ("torch", "numpy", "sentencepiece", "tqdm", "safetensors")
 
 
 def answer(name: str, parse: Callable[[Sequence[str]], object], argv: Sequence[str]) -> None:
@@ -27,18 +30,30 @@ def answer(name: str, parse: Callable[[Sequence[str]], object], argv: Sequence[s
 
 
 def answered(
-    name: str, parse: Callable[[Sequence[str]], object], argv: Sequence[str]
+    name: str,
+    parse: Callable[[Sequence[str]], object],
+    argv: Sequence[str],
+    needs: Sequence[str] = PACKAGES,
 ) -> int | None:
     """Return the exit code if `parse(argv)` has answered the command line, else None.
 
     name: the program's name in a refusal.
+    needs: packages without which the work is refused.
     Of several ranks none answers here: which of them prints a refusal is decided when they can
     talk to one another (ranks.first_to_say).
     """
     if "RANK" in os.environ:
         return None
     parsed = []
-    code = errors.run(name, lambda words: parsed.append(parse(words)), argv)
+
+    def work(words: Sequence[str]) -> None:
+        args = parse(words)
+        if missing := [package for package in needs if find_spec(package) is None]:
+            names = " ".join(missing)
+            raise UnavailableError(f"{names}: not installed here; install with pip install {names}")
+        parsed.append(args)
+
+    code = errors.run(name, work, argv)
     return None if parsed else code
 
 
@@ -56,21 +71,27 @@ def shell_command(verb: str, *words: object) -> str:
     verb: train, sample, prepare, ...
     words: flags and values; those that the shell would take apart are quoted.
     """
-    script, root = Path(sys.argv[0]), Path(__file__).resolve().parent.parent
-    python, what = _typed(sys.orig_argv[0] or sys.executable), f"-m minillm {verb}"
-    if script.stem == "minillm":
-        python, what = _typed(str(script)), verb
-    elif script.name in ("train.py", "sample.py"):
-        if (beside := script.parent / f"{verb}.py").is_file():
-            what = shlex.quote(str(beside))
-    elif script.parent.name != "minillm":  # a test, or a program of the user's
-        python = "python"
-        what = f"{verb}.py" if (root / f"{verb}.py").is_file() else what
+    python, what = _started(verb)
     world = launched()
     if world.size > 1 and verb == "train":
         python = f"torchrun --standalone --nproc-per-node {world.local_size}"
         what = "-m minillm train" if what == verb else what
     return " ".join([python, what, *(shlex.quote(str(word)) for word in words)])
+
+
+def _started(verb: str) -> tuple[str, str]:
+    """Return the program and the script, module or verb with which `verb` is started."""
+    script, root = Path(sys.argv[0]), Path(__file__).resolve().parent.parent
+    python = _typed(sys.orig_argv[0] or sys.executable)
+    if script.stem == "minillm":
+        return _typed(str(script)), verb
+    is_ours = script.name in ("train.py", "sample.py")
+    if is_ours and (beside := script.with_name(f"{verb}.py")).is_file():
+        return python, shlex.quote(str(beside))
+    if is_ours or script.name == "__main__.py" and script.parent.name == "minillm":
+        return python, f"-m minillm {verb}"
+    # A test, or a program of the user's.
+    return "python", f"{verb}.py" if (root / f"{verb}.py").is_file() else f"-m minillm {verb}"
 
 
 def _typed(program: str) -> str:
@@ -115,9 +136,11 @@ def launched() -> World:
     if size == 1 and "RANK" not in said:
         return World()
     if "RANK" not in said or "MASTER_ADDR" not in said:
+        _, what = _started("train")
+        what = "-m minillm train" if what == "train" else what
         raise UsageError(
             f"WORLD_SIZE is {size}, but RANK or MASTER_ADDR is not set; start with "
-            f"torchrun --nproc-per-node {size} train.py"
+            f"torchrun --nproc-per-node {size} {what}"
         )
     return World(
         _number("RANK", 0), size, _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", size),

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from minillm import console
 from minillm.errors import PeerLostError, UnavailableError
-from minillm.launch import World, launched
+from minillm.launch import World, launched, shell_command
 
 
 class Ranks:
@@ -151,8 +151,8 @@ def connected(world: World, device: torch.device, timeout_s: float) -> Iterator[
             raise
         raise PeerLostError(
             "another rank was killed, failed or has not answered for "
-            f"{timeout_s:g} s (--rank-timeout); go on with --resume, or let torchrun "
-            "--max-restarts N do it"
+            f"{timeout_s:g} s (--rank-timeout); let torchrun --max-restarts N start again, or "
+            f"continue with {shell_command('train', '--resume')}"
         ) from error
 
 

@@ -15,6 +15,7 @@ from typing import Any, TextIO
 from minillm import not_a_run
 from minillm.config import ModelConfig
 from minillm.errors import CorruptError, UsageError
+from minillm.launch import shell_command
 from minillm.reading import read_state
 from minillm.storage import file_digest, read_json, sync_folder, write_json
 from minillm.tokenizer import Tokenizer, load_tokenizer
@@ -36,7 +37,9 @@ def newest_run(root: Path = Path("runs"), begun: bool = False) -> Path:
         if signs:
             found.append((max(path.stat().st_mtime_ns for path in signs), run))
     if not found:
-        raise UsageError(f"no run with a checkpoint in {root}/; train one with: python train.py")
+        raise UsageError(
+            f"no run with a checkpoint in {root}/; train one with: {shell_command('train')}"
+        )
     return max(found)[1]
 
 
@@ -99,7 +102,8 @@ def check_out(run: Path, overwrite: bool, launch: str | None = None) -> None:
         raise UsageError(f"--out {run} holds other things than a run; name another folder")
     if not overwrite and (checkpoints_of(run) or not _is_of(run, launch)):
         raise UsageError(
-            f"--out {run} exists; go on with --resume {run}, or replace it with --overwrite"
+            f"--out {run} exists; continue it with {shell_command('train', '--resume', run)}, or "
+            "replace it with --overwrite"
         )
 
 

@@ -21,7 +21,7 @@ from minillm.errors import UnavailableError, UsageError
 from minillm.flags.train import NEWEST
 from minillm.heldout import require_validation
 from minillm.json_text import json_text
-from minillm.launch import World
+from minillm.launch import World, shell_command
 from minillm.ranks import Ranks
 from minillm.setting import parts_of
 from minillm.settings import Settings
@@ -124,7 +124,8 @@ def find_corpus(settings: Settings, run: Path | None, say: Callable[[str], None]
             raise UsageError(f"{error}; if the text has moved, {hint}") from None
     if corpus.key != facts["corpus_key"]:
         raise UsageError(
-            f"the text is not what {run} was trained on; start anew with --init-from {run}"
+            f"the text is not what {run} was trained on; start a new run with its weights: "
+            f"{shell_command('train', '--init-from', run)}"
         )
     return require_validation(corpus, train.early_stop)
 

@@ -106,7 +106,7 @@ TRAIN = [
     (["--tokenizer", "{t}/hf.json"], 2, "a Hugging Face tokenizer.json is not read"),
     (["--tokenizer", "bpe", "--vocab-size", "9"], 2, "vocab-size"),
     # Where it goes, and where it comes from.
-    (["--out", "{run}"], 2, "exists; go on with --resume"),
+    (["--out", "{run}"], 2, "exists; continue it with python train.py --resume"),
     (["--out", "{t}"], 2, "holds other things than a run; name another folder"),
     (["--out", "{t}", "--overwrite"], 2, "holds other things than a run"),
     (["--out", "{t}/one.txt"], 2, "one.txt is a file; name a folder"),
@@ -418,7 +418,7 @@ def test_a_resume_on_other_text(train, tmp_path, capfd):
     text.write_text("the dog ran far. " * 60)
     capfd.readouterr()
     given = train("--resume", tmp_path / "run", "--steps", "9")
-    check(given, 2, "start anew with --init-from", "train.py", capfd)
+    check(given, 2, "a new run with its weights: python train.py --init-from", "train.py", capfd)
     text.unlink()
     shutil.rmtree(cache)
     given = train("--resume", tmp_path / "run", "--steps", "9")

@@ -12,10 +12,10 @@ import pytest
 FLOORS = {
     0: "__init__ buckets cache commands/__init__ flags/__init__ guard help_text json_text "
     "kernels kernels/_entrance kernels/_interpreter kernels/_tanh kernels/eager_sampling "
-    "kernels/reference_optim kernels/reference_sampling offload outlook positions precision "
-    "presets profiling/__init__ profiling/dry profiling/occupancy profiling/pivot "
-    "profiling/sass profiling/style profiling/timing profiling/ttir schedule scripts "
-    "sentencepieces terminal units",
+    "kernels/reference_optim kernels/reference_sampling machine_errors offload outlook "
+    "positions precision presets profiling/__init__ profiling/dry profiling/occupancy "
+    "profiling/pivot profiling/sass profiling/style profiling/timing profiling/ttir schedule "
+    "scripts sentencepieces terminal units",
     1: "console errors kernels/_launch kernels/_loss kernels/eager_optim kernels/reference "
     "pieces plan_text profiling/bound profiling/calls profiling/columns profiling/machine "
     "profiling/plot profiling/roofline profiling/tables",

@@ -90,6 +90,11 @@ def test_wheel_holds_the_very_same_scripts_and_no_setup(wheel):
 def test_wheel_trains_and_samples_away_from_the_checkout(wheel, tmp_path):
     (tmp_path / "text.txt").write_text("to be or not to be, that is the question\n" * 200)
     python = (sys.executable, "-m", "minillm")
+    early = subprocess.run(
+        [*python, "sample"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(wheel)},
+        capture_output=True, text=True, timeout=1500,
+    )  # fmt: skip
+    assert early.stderr.endswith(" -m minillm train\n"), early.stderr  # no train.py is here
     run(*python, "train", "--data", "text.txt", "--tokenizer", "char", "--steps", "5", "--threads",
         "1", "--n-layer", "1", "--d-model", "32", "--n-head", "2", "--seq-len", "16",
         cwd=tmp_path, path=wheel)  # fmt: skip

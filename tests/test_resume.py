@@ -82,7 +82,7 @@ def test_a_finished_run_says_so_and_is_left_alone(train, tmp_path, tiny_run, cap
     assert train("--resume", run) == 0
     said = capfd.readouterr()
     assert said.err.splitlines()[-1] == (
-        f"{run} is finished at step 8; go on with --resume {run} --steps N"
+        f"{run} is finished at step 8; train on: python train.py --resume {run} --steps N"
     )
     assert said.out == "" and before == {p: p.stat().st_mtime_ns for p in run.rglob("*")}
 

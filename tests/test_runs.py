@@ -48,7 +48,7 @@ def test_where_a_run_may_go(tmp_path, run):
     runs.check_out(tmp_path / "empty", False)
     runs.check_out(run, True)
     with pytest.raises(
-        UsageError, match=r"exists; go on with --resume .*, or replace it with --over"
+        UsageError, match=r"exists; continue it with .* --resume .*, or replace it with --over"
     ):
         runs.check_out(run, False)
     for overwrite in (False, True):
@@ -98,7 +98,7 @@ def test_what_another_has_begun_meanwhile_is_seen(tmp_path, monkeypatch):
         return lock(path)
 
     monkeypatch.setattr(runs, "lock", late)
-    with pytest.raises(UsageError, match="mine exists; go on with --resume"):
+    with pytest.raises(UsageError, match="mine exists; continue it with "):
         runs.make_run(str(run), "nano", False)
     assert (run / "config.json").exists()
 
@@ -136,7 +136,9 @@ def test_a_run_that_ended_before_its_first_checkpoint(train, tmp_path, monkeypat
         return capfd.readouterr().err.splitlines()[-1]
 
     assert train("--out", run) == 2
-    assert said().endswith(f"exists; go on with --resume {run}, or replace it with --overwrite")
+    assert said().endswith(
+        f"exists; continue it with python train.py --resume {run}, or replace it with --overwrite"
+    )
     assert errors.run("sample.py", sample.main, [str(run)]) == 2
     assert said() == (
         f"sample.py: error: {run} holds no checkpoint yet; train on: python train.py --resume {run}"

@@ -66,7 +66,8 @@ def test_a_signal_ends_the_run_with_its_step_saved(
     name = signal.Signals(number).name
     run = tmp_path / "run"
     assert capfd.readouterr().err.splitlines()[-1] == (
-        f"stopped by {name} at step {step}, which is saved; go on with --resume {run}"
+        f"stopped by {name} at step {step}, which is saved; "
+        f"continue: python train.py --resume {run}"
     )
     assert open_checkpoint(run).step == step
     assert train("--resume", run) == 0

@@ -434,11 +434,11 @@ def test_the_verbs(monkeypatch, capsys):
 
 
 def test_help_tells_defaults_units_and_other_names(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["minillm", "train", "--help"])
+    monkeypatch.setattr(sys, "argv", ["minillm", "train", "--help", "all"])
     assert verbs.main() == 0
     text = " ".join(capsys.readouterr().out.split())
     for word in ("--block-size = --seq-len", "--max-iters = --steps", "(default: 1337)",
-                 "context, in tokens", "such as 90s, 10m, 2h"):  # fmt: skip
+                 "context length in tokens", "such as 90s, 10m or 2h"):  # fmt: skip
         assert word in text
 
 

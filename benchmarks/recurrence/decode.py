@@ -19,7 +19,8 @@ sys.path.insert(0, str(HERE.parents[1]))
 
 from minillm.checkpoint import load_run  # noqa: E402
 from minillm.data import evaluation_windows  # noqa: E402
-from minillm.exits import DEFAULTS, ExitRule, read_next  # noqa: E402
+from minillm.exit_rules import DEFAULTS, ExitRule  # noqa: E402
+from minillm.exits import read_next  # noqa: E402
 from minillm.model import GPT  # noqa: E402
 from minillm.recurrence import state_keys  # noqa: E402
 from minillm.shards import open_corpus  # noqa: E402

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from minillm.cli import Parser, path, whole
+from minillm.cli import Parser, check_device, path, whole
 from minillm.errors import UsageError
 from minillm.launch import shell_command
 from minillm.storage import check_place
@@ -24,6 +24,7 @@ def parse(argv: Sequence[str]) -> Namespace:
     args = parser().parse(argv)
     if args.device.partition(":")[0] == "mps":
         raise UsageError(f"--device {args.device}: no kernels to compare there; use --device cpu")
+    check_device(args.device)
     _check(args, suites(args))
     return args
 

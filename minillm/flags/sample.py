@@ -4,6 +4,7 @@ import argparse
 from argparse import Namespace
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 from minillm import cli
 from minillm.errors import UsageError
@@ -26,6 +27,9 @@ def parse(argv: Sequence[str]) -> Namespace:
     if args.interactive and (args.prompt is not None or args.prompt_file is not None):
         raise UsageError("--interactive reads its prompts; drop --prompt, --prompt-file")
     exit_rule(args.exit_by, args.exit_threshold, args.exit_patience)
+    cli.check_device(args.device)
+    if args.run is not None and not Path(args.run).expanduser().exists():
+        raise UsageError(f"{args.run}: no such run")
     return args
 
 

@@ -96,6 +96,10 @@ def check(args: Namespace) -> None:
             raise UsageError("--resume goes on in its own folder; drop --out, --init-from and such")
         if args.resume == "":
             raise UsageError("--resume is empty; name a run, or give --resume alone for the newest")
+        if args.device is not None:
+            cli.check_device(args.device)
+        if args.resume is not NEWEST and not Path(args.resume).expanduser().exists():
+            raise UsageError(f"{args.resume}: no such run")
         return
     found: list[Settings | UsageError] = []
     for preset in default_presets(args):
@@ -108,6 +112,8 @@ def check(args: Namespace) -> None:
     if len(refusals) == len(found) and len({str(error) for error in refusals}) == 1:
         raise refusals[0]
     settings = next((each for each in found if isinstance(each, Settings)), None)
+    if settings is not None:
+        cli.check_device(settings.train.device)
     if settings is not None and (data := settings.train.data):
         for place in [data] if isinstance(data, str) else data:
             if not Path(place).exists():
