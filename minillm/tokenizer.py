@@ -2,7 +2,7 @@
 
 `encode` never adds the beginning-of-document token; `decode_bytes` gives a token's raw bytes, so
 that a stream can wait for the rest of a character. Ours are lossless: decoding gives back exactly
-what was encoded. What this room does not do: read corpora, or download anything.
+what was encoded.
 """
 
 import hashlib
@@ -50,10 +50,8 @@ class Tokenizer:
         """Return what a model reads to continue `prompt`: BOS, if there is one, and its ids.
 
         one_document: for models with a document mask, which see nothing before BOS.
-
-        An empty prompt is the end of a line and BOS. In training BOS follows the end of another
-        document and almost never begins a window: after BOS alone, a model often begins in the
-        middle of a word. Without BOS it is the end of a line, or the first token.
+        An empty prompt is the end of a line and BOS, or the former without the latter. In training
+        BOS almost never begins a window: after it alone a model often begins in mid-word.
         """
         line_break = [self._bytes_of.index(b"\n")] if b"\n" in self._bytes_of else []
         if self.bos_id is not None:
