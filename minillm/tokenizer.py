@@ -1,8 +1,7 @@
 """Text to token ids and back: SentencePiece BPE, characters or bytes, behind four methods.
 
 `encode` never adds the beginning-of-document token; `decode_bytes` gives a token's raw bytes, so
-that a stream can wait for the rest of a character. Ours are lossless: decoding gives back exactly
-what was encoded.
+that a stream can wait for the rest of a character. Decoding gives back exactly what was encoded.
 """
 
 import hashlib
