@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from minillm import runs, storage, training
+from minillm import runs, samples, storage
 from minillm.checkpoint import open_checkpoint
 
 MODEL, AVERAGE = "model-00001-of-00001.safetensors", "ema-00001-of-00001.safetensors"
@@ -152,7 +152,7 @@ def test_samples_that_cannot_be_kept_end_no_training(train, tmp_path, monkeypatc
     def full(path, text):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(training, "append", full)
+    monkeypatch.setattr(samples, "append", full)
     assert train("--out", tmp_path / "run", "--sample-every", "4") == 0
     said = capfd.readouterr().err
     assert said.count("samples.txt: No space left on device; this sample is left out") == 2

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from minillm import encoding, training
+from minillm import encoding, training, validation
 from minillm.checkpoint import open_checkpoint
 from minillm.runs import checkpoints_of
 from minillm.scripts import train as script
@@ -60,7 +60,7 @@ def test_a_signal_ends_the_run_with_its_step_saved(
             patch.setattr(training.checkpoint, "save", send(number, 1, training.checkpoint.save))
         else:
             at = 2 if where == "the last evaluation" else 1
-            patch.setattr(training, "evaluate", send(number, at, training.evaluate))
+            patch.setattr(validation, "evaluate", send(number, at, validation.evaluate))
         capfd.readouterr()
         assert train("--out", tmp_path / "run", *FLAGS) == code
     name = signal.Signals(number).name
@@ -96,7 +96,7 @@ def test_a_finished_run_that_is_made_longer_is_not_finished(train, tmp_path, mon
     """What it was saved as at its first end must not make a second, broken one look complete."""
     assert train("--out", tmp_path / "run", *FLAGS) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(training, "evaluate", send(signal.SIGTERM, 2, training.evaluate))
+        patch.setattr(validation, "evaluate", send(signal.SIGTERM, 2, validation.evaluate))
         assert train("--resume", tmp_path / "run", "--steps", "12", "--eval-every", "10") == 143
     assert not open_checkpoint(tmp_path / "run").state["progress"]["ended"]
     assert train("--resume", tmp_path / "run") == 0
