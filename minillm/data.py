@@ -106,7 +106,7 @@ class Batches:
         if corpus.sequence:  # sequences as they are
             _check_sequence(corpus, seq_len)
             self.n_windows, self._n_offsets = n // seq_len, 1
-        else:  # as many as fit after any offset below seq_len; at least one
+        else:  # all that fit after any offset below seq_len; at least one
             self.n_windows = max(1, (n - seq_len) // seq_len)
             # With the largest offset the last window ends where the split ends.
             self._n_offsets = n - self.n_windows * seq_len

@@ -255,7 +255,7 @@ def _walk(
         skipped[LINK] += sum(Path(at, name).is_symlink() for name in inner)
         for name in names:
             path = Path(at, name)
-            if name.startswith((".", "~$")):  # ~$ is what Word leaves beside an open file
+            if name.startswith((".", "~$")):  # Word makes ~$ files while it has one open
                 skipped[HIDDEN] += 1
             elif wanted(path) and path.is_file():
                 files.append(path)

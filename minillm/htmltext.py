@@ -13,7 +13,7 @@ LINES = frozenset(
     " p h1 h2 h3 h4 h5 h6 blockquote pre ul ol table hr".split()
 )
 APART = frozenset("p h1 h2 h3 h4 h5 h6 blockquote pre ul ol table hr".split())
-SPACES = re.compile(r"[ \t\n\r\f]+")  # a non-breaking space is none of them
+SPACES = re.compile(r"[ \t\n\r\f]+")  # not the non-breaking space
 CHARSET = re.compile(
     rb"""<meta[^>]+charset\s*=\s*["']?\s*([\w.:-]+)|<\?xml[^>]+encoding\s*=\s*["']([\w.:-]+)""",
     re.IGNORECASE,
@@ -58,7 +58,7 @@ class _Page(HTMLParser):
         self._space = False  # whether a space is
         self._unseen = ""  # the element within which nothing is text
         self._kept = 0  # how many <pre> are open
-        self._fresh = False  # just behind <pre>, whose first line end is none
+        self._fresh = False  # directly after <pre>, where a line end does not count
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         """Note where a block begins."""
