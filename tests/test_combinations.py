@@ -6,7 +6,8 @@ import torch
 from minillm import errors
 from minillm.config import ModelConfig
 from minillm.errors import UsageError
-from minillm.exits import ExitRule, read, read_next
+from minillm.exit_rules import ExitRule
+from minillm.exits import read, read_next
 from minillm.generate import generate
 from minillm.model import GPT
 from minillm.ops import EAGER

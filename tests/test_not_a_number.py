@@ -9,7 +9,7 @@ import torch
 from minillm import errors, ladder
 from minillm.errors import DivergedError
 from minillm.evaluate import evaluate
-from minillm.exits import DEFAULTS, ExitRule
+from minillm.exit_rules import DEFAULTS, ExitRule
 from minillm.generate import generate
 from minillm.json_text import json_text
 from minillm.meter import Meter, jsonable
