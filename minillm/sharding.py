@@ -215,7 +215,8 @@ def shard(
     recipes: of the optimisers.    forward: the model, compiled.    One rank alone keeps all its
     weights, whatever the stage. Raises ValueError for stage 3 with matrices that are needed whole.
     """
-    forward = forward or model
+    # No `or`: torch gives a compiled module a length, which it then fails to compute.
+    forward = model if forward is None else forward
     if stage == 0 or (stage == 3 and ranks.size == 1):
         return Replicated(model, recipes, ranks, forward)
     if stage in (1, 2):
