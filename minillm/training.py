@@ -193,8 +193,10 @@ def averaged(t: Training) -> AbstractContextManager[None]:
 
 
 def heed(t: Training) -> None:
-    """A sign of life, and Stopped on all ranks if any was asked to end."""
+    """A sign of life, and Stopped on all ranks if any was asked to end, or has lost its reader."""
     t.watch.alive()
+    if t.meter.lost_reader or t.ranks.lost_reader:
+        t.watch.note_lost_reader()
     if number := t.watch.asked(t.ranks):
         raise Stopped(number)
 
