@@ -113,13 +113,18 @@ class TrainConfig:
         metavar="N",
     )  # fmt: skip
     steps: int | None = setting(
-        None, "number of optimiser steps", low=1, high=10**9, derived="one pass over the data"
-    )
+        None, "number of optimiser steps in the whole run, also with --resume", low=1, high=10**9,
+        derived="one pass over the data",
+    )  # fmt: skip
     epochs: float | None = setting(
-        None, "number of passes over the data, instead of --steps", low=1e-6, high=1e6
+        None,
+        "number of passes of the whole run over the data, instead of --steps",
+        low=1e-6,
+        high=1e6,
     )
     time_limit: float | None = setting(
-        None, "longest training time, such as 90s, 10m or 2h; the schedule ends with it",
+        None, "longest training time, such as 90s, 10m or 2h; the schedule ends with it; with "
+        "--resume, the time to train on for",
         parse=cli.duration,
     )  # fmt: skip
     ema: float = setting(

@@ -19,6 +19,9 @@ RESUMABLE = frozenset(
     " final_eval_batches sample_every sample_prompt save_every keep_last keep_best".split()
 )  # fmt: skip
 
+# How long a run is. The ones that are given replace all of those that it had.
+LENGTHS = frozenset(("steps", "epochs", "time_limit"))
+
 # What means something only with --recurrent.
 OF_A_CORE = frozenset(
     "injection start_state recurrence_style mean_recurrence max_recurrence backprop_depth"
@@ -52,11 +55,9 @@ def resolve(
         chosen.pop("recurrent", None)  # the model, and with it the core, is that run's
     values = {**(base or {}), **chosen, **user, "preset": preset}
     # What the user says about the length replaces all that the preset says about it.
-    lengths = ("steps", "epochs", "time_limit")
-    if any(name in user for name in lengths):
-        for name in lengths:
-            if name not in given and (name not in from_file or any(n in given for n in lengths)):
-                values[name] = None
+    if LENGTHS & user.keys():
+        kept = LENGTHS & given.keys() or LENGTHS & from_file.keys()
+        values.update(dict.fromkeys(LENGTHS - kept))
     if "learning_rate" in values and "min_learning_rate" not in user:
         # The end follows the peak, in the proportion that the preset or the default has.
         rates = {f.name: f.default for f in fields(TrainConfig)} | PRESETS.get(preset, {})
@@ -128,9 +129,21 @@ def changed(model: ModelConfig, train: TrainConfig, settings: Settings) -> Setti
                 )
         else:
             wishes[name] = getattr(settings.train, name)
-    if wishes.keys() & {"steps", "epochs", "time_limit"}:
-        wishes = {"steps": None, "epochs": None, "time_limit": None, **wishes}
+    if wishes.keys() & LENGTHS:
+        wishes = {**dict.fromkeys(LENGTHS), **wishes}
     return Settings(model, replace(train, **wishes), settings.given)
+
+
+def without_first_lengths(settings: Settings, first: dict[str, Any]) -> Settings:
+    """Return `settings`, less the lengths of a --config file that the run has had from its start.
+
+    first: the settings of training that its config.json states. Such a file says how long the run
+    was to be, and asks for nothing more.
+    """
+    lengths = LENGTHS & settings.given
+    if any(getattr(settings.train, name) != first.get(name) for name in lengths):
+        return settings
+    return replace(settings, given=settings.given - lengths)
 
 
 def as_train_config(run: Path, train: dict) -> TrainConfig:
@@ -141,20 +154,26 @@ def as_train_config(run: Path, train: dict) -> TrainConfig:
         raise CorruptError(f"{run}: config.json, or state.json of a checkpoint: {error}") from None
 
 
-def as_of(settings: Settings, state: dict[str, Any], folder: Path) -> Settings:
+def as_of(
+    settings: Settings, state: dict[str, Any], folder: Path, launch: str | None = None
+) -> Settings:
     """Return the settings to resume with: the user's, all others as a checkpoint has saved them.
 
     state: the checkpoint's state.json. It is not always the newest checkpoint's, by which the
     command line was read: the newest may be damaged.
     folder: the checkpoint, for error messages.
+    launch: torchrun's name. It starts a launch again with the same flags; the lengths among them
+    were applied by the attempt that saved the checkpoint, and are not applied to it once more.
     """
-    then, length = state["settings"], {"steps", "epochs", "time_limit"}
-    kept = settings.given | (length if settings.given & length else set())
+    then, given = state["settings"], settings.given
+    if launch is not None and state.get("launch") == launch:
+        given -= LENGTHS
+    kept = given | LENGTHS if given & LENGTHS else given
     if unknown := sorted(then.keys() - RESUMABLE):
         raise CorruptError(f"{folder}/state.json: cannot change {unknown[0]!r}")
     own = {name: value for name, value in then.items() if name not in kept}
     train = as_train_config(folder, asdict(settings.train) | own)
-    return replace(settings, train=train)
+    return Settings(settings.model, train, given)
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -14,7 +14,15 @@ import torch
 from minillm import __version__, plan, runs, world
 from minillm.agreement import gather
 from minillm.config import ModelConfig, TrainConfig
-from minillm.configure import as_train_config, changed, meant_for_a_core, read_config, resolve
+from minillm.configure import (
+    LENGTHS,
+    as_train_config,
+    changed,
+    meant_for_a_core,
+    read_config,
+    resolve,
+    without_first_lengths,
+)
 from minillm.corpus import prepare
 from minillm.data import ORDER, Batches
 from minillm.errors import UnavailableError, UsageError
@@ -47,6 +55,8 @@ def begin(args: Namespace, here: World, preset: str | None = None) -> tuple[Sett
         # What an earlier --resume changed stands in the checkpoint.
         config = as_train_config(run, train | runs.newest_settings(run))
         wishes = resolve(vars(args), args.config, None, asdict(model) | asdict(config))
+        if not LENGTHS & {name for name, value in vars(args).items() if value is not None}:
+            wishes = without_first_lengths(wishes, train)
         return changed(model, config, wishes), run
     if preset is None:
         device = args.device

@@ -18,11 +18,17 @@ from minillm.ranks import Ranks
 from minillm.sharding import shard
 
 ROOT = Path(__file__).resolve().parents[1]
-SHAPE = "--n-head 2 --d-model 16 --seq-len 16 --mlp gelu --position learned".split()
+SHAPE = "--n-head 2 --d-model 16 --seq-len 16 --mlp gelu --position learned --qk-norm".split()
 FLAGS = (
     "--tokenizer byte --threads 1 --batch-size 4 --micro-batch-size 2 --steps 3 --dtype fp32 "
     "--optimizer adamw --learning-rate 0.01 --log-every 1 --eval-every 2 --eval-batches 1"
 ).split()
+
+
+@pytest.fixture(scope="module")
+def inductor(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the compiler keeps, for all trainings: the blocks of both shapes are the same."""
+    return tmp_path_factory.mktemp("inductor")
 
 
 @pytest.mark.parametrize("stage", [0, 1])
@@ -39,16 +45,16 @@ def test_a_compiled_model_is_what_training_calls(stage):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="torch.compile needs Visual C++ there")
 @pytest.mark.parametrize("name", ["plain", "core"])
-def test_compiled_training_comes_to_its_end(tmp_path, text_file, name):
+def test_compiled_training_comes_to_its_end(tmp_path, text_file, inductor, name):
     """On one rank and on two; with the losses, and the weights, of the same training uncompiled."""
-    core = "--recurrent 0,1,0 --mean-recurrence 2 --injection add".split()
+    core = "--recurrent 0,1,0 --mean-recurrence 2 --recurrence-style parcae".split()
     shape = [*SHAPE, *(core if name == "core" else ["--n-layer", "1"])]
 
     def train(out: str, ranks: int, *flags: str) -> tuple[list[float], dict[str, torch.Tensor]]:
         several = f"-m torch.distributed.run --standalone --nproc-per-node {ranks}".split()
         command = [sys.executable, *(several if ranks > 1 else ()), str(ROOT / "train.py")]
         command += [*FLAGS, *shape, *flags, "--data", str(text_file), "--out", out]
-        caches = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"), "OMP_NUM_THREADS": "1"}
+        caches = {"TORCHINDUCTOR_CACHE_DIR": str(inductor), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
             command, cwd=tmp_path, env={**os.environ, **caches}, capture_output=True, text=True,
             timeout=580,
