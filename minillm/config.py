@@ -97,8 +97,9 @@ class TrainConfig:
         "cosine", "shape of the learning rate after the warm-up", choices=schedule.KINDS
     )
     decay_fraction: float = setting(
-        0.2, "share of the run over which the schedule wsd decays the rate", low=1e-3, high=1.0
-    )
+        0.2, "share of the whole run, its last part, over which the schedule wsd decays the rate; "
+        "at most what the warm-up leaves", low=1e-3, high=1.0,
+    )  # fmt: skip
     weight_decay: float = setting(
         0.1, "weight decay of matrices and embeddings (0: none)", low=0.0, high=10.0
     )
