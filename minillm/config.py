@@ -36,14 +36,17 @@ class TrainConfig:
     )  # fmt: skip
     data: str | tuple | None = setting(
         None, "text files, folders or glob patterns, or one prepared folder, to train on",
-        metavar="PATH", many=True, derived="the source files of this Python's standard library",
+        metavar="PATH", many=True, is_path=True,
+        derived="the source files of this Python's standard library",
     )  # fmt: skip
-    out: str | None = setting(None, "run folder to write", metavar="DIR", derived="runs/PRESET-N")
+    out: str | None = setting(
+        None, "run folder to write", metavar="DIR", derived="runs/PRESET-N", is_path=True
+    )
     overwrite: bool = setting(False, "replace the run in the folder that --out names")
     init_from: str | None = setting(
         None, "run whose weights to start from, with its model and its tokenizer; only the number "
         "of iterations of its core may be set again",
-        metavar="RUN",
+        metavar="RUN", is_path=True,
     )  # fmt: skip
     seed: int = setting(
         1337, "random seed for initial weights, data order and dropout", low=0, high=2**63 - 1
@@ -59,7 +62,7 @@ class TrainConfig:
 
     tokenizer: str = setting(
         "bpe", "tokenizer: bpe, char, byte, or a file FILE.model or FILE.json", group="data",
-        metavar="NAME",
+        metavar="NAME", is_path=True,
     )  # fmt: skip
     val_fraction: float = setting(
         0.05, "share of the text held out for validation, 0 to 0.5: whole documents, or the ends "
@@ -69,7 +72,7 @@ class TrainConfig:
     val: str | tuple | None = setting(
         None, "text files, folders or glob patterns to validate on, instead of --val-fraction; "
         "text that is in --data too is left out of training",
-        metavar="PATH", many=True,
+        metavar="PATH", many=True, is_path=True,
     )  # fmt: skip
     text_column: str = setting(
         "text", "column with the text of .jsonl, .json and .parquet files", metavar="NAME"
@@ -82,7 +85,9 @@ class TrainConfig:
         "them by U+FFFD",
         choices=("strict", "replace"),
     )  # fmt: skip
-    cache_dir: str = setting("data/prepared", "folder to keep prepared text in", metavar="DIR")
+    cache_dir: str = setting(
+        "data/prepared", "folder to keep prepared text in", metavar="DIR", is_path=True
+    )
 
     optimizer: str = setting("adamw", "optimiser", choices=("adamw", "muon"), group="optimiser")
     learning_rate: float = setting(

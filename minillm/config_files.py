@@ -124,7 +124,7 @@ def _typed(path: Path, key: str, value: Any, f: Field) -> Any:
         )
     if kind is str and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
         raise UsageError(f"{path}: {key} holds a NUL or half a character")
-    if kind in (bool, str) and "choices" not in f.metadata:
+    if kind in (bool, str) and not f.metadata.keys() & {"choices", "is_path"}:
         return value
     try:
         return parser_of(f)(str(value))

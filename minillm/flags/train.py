@@ -57,12 +57,13 @@ def parser() -> cli.Parser:
 def add_to(p: cli.Parser) -> None:
     """Add train.py's flags to a parser."""
     p.add_argument(
-        "--config", metavar="FILE", help="file with settings, .toml or .json, as --print-config "
-        "prints them, or the config.json of a run, to repeat it. A --preset flag takes the place "
-        "of the preset of such a file; what the file changed of its own preset stays",
+        "--config", metavar="FILE", type=cli.path_text,
+        help="file with settings, .toml or .json, as --print-config prints them, or the "
+        "config.json of a run, to repeat it. A --preset flag takes the place of the preset of such "
+        "a file; what the file changed of its own preset stays",
     )  # fmt: skip
     p.add_argument(
-        "--resume", nargs="?", const=NEWEST, metavar="RUN",
+        "--resume", nargs="?", const=NEWEST, metavar="RUN", type=cli.path_text,
         help="run to continue (without RUN: the newest)",
     )  # fmt: skip
     p.add_argument("--print-config", action="store_true", help="print the settings and exit")
