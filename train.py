@@ -26,8 +26,8 @@ import torch
 
 from minillm import checkpoint, console, runs, startup, world
 from minillm.agreement import agree, in_turn
-from minillm.announce import announce, farewell, meter_of
-from minillm.configure import as_of
+from minillm.announce import announce, farewell, meter_of, nothing_left
+from minillm.configure import LENGTHS, as_of
 from minillm.gradients import accumulate, clip_factor, compiled, mean_flops
 from minillm.microbatch import largest_that_fits, seconds_per_step
 from minillm.mishaps import keep, report, roll_back
@@ -42,7 +42,6 @@ from minillm.samples import show_sample, take_sample
 from minillm.settings import Settings
 from minillm.sharding import shard
 from minillm.training import (
-    LENGTHS,
     Training,
     heed,
     peak_mib,
@@ -80,8 +79,7 @@ def train(settings: Settings, run: Path | None, ranks: Ranks) -> None:
         with console.busy("reading the text, building the model ...", ranks.rank == 0):
             t = set_up(settings, run, ranks)
         if t.progress.ended and t.progress.step >= t.plan.steps:
-            more = shell_command("train", "--resume", run, "--steps")
-            ranks.say(f"{run} is finished at step {t.progress.step}; train on: {more} N")
+            ranks.say(nothing_left(t))
             return
         t.progress.ended = False
         if run is None:
@@ -94,7 +92,7 @@ def train(settings: Settings, run: Path | None, ranks: Ranks) -> None:
         held.callback(t.meter.close)
         with t.watch:
             try:
-                if run and settings.given & LENGTHS:  # remembered, if it is killed at once
+                if t.asked:  # remembered, if it is killed at once
                     keep(t)
                 learn(t)
                 finish(t)
@@ -114,7 +112,7 @@ def set_up(settings: Settings, run: Path | None, ranks: Ranks) -> Training:
     if past:  # what it was opened in place of
         agree(ranks, lambda: ranks.rank or checkpoint.set_aside(run, past.step))
     progress = progress_of(past)
-    settings = as_of(settings, past.state, past.folder) if past else settings
+    settings = as_of(settings, past.state, past.folder, ranks.world.launch) if past else settings
     config = settings.train
     corpus = in_turn(ranks, "corpus", lambda: startup.find_corpus(settings, run, ranks.say))
     startup.refuse_differences(ranks, corpus, settings, run)
@@ -171,6 +169,7 @@ def set_up(settings: Settings, run: Path | None, ranks: Ranks) -> Training:
     t = Training(
         run, config, corpus, batches, sharding, progress, pacer, pacer.schedule(), fixed, micro,
         Watch(config.hang_timeout, step_s, ranks.say), why_threads, start_scale(dtype),
+        asked=settings.given & LENGTHS if run else frozenset(),
     )  # fmt: skip
     if past:
         restore(t, past)
@@ -259,7 +258,7 @@ def look_around(t: Training, row: dict) -> bool:
         if due(config.save_every, progress.step) and not last or improved and config.keep_best:
             keep(t)
     if "val_loss" in row and 0 < config.early_stop <= progress.evaluations_without_gain:
-        t.meter.say(f"stopping early: {config.early_stop} evaluations without gain")
+        t.meter.say(f"stopping early: {progress.evaluations_without_gain} evaluations without gain")
         return True
     return False
 
@@ -272,7 +271,9 @@ def finish(t: Training) -> None:
     with t.aside():
         row |= judge(t, config.final_eval_batches, to_the_end=False)
         same = not config.eval_every or config.eval_batches == config.final_eval_batches
-        note_best(progress, row if same else judge(t, config.eval_batches, to_the_end=False))
+        again = progress.step < t.plan.steps  # stopped early, by an evaluation of this very step
+        found = row if same else judge(t, config.eval_batches, to_the_end=False)
+        note_best(progress, found, counts=not again)
         t.meter.outlook.final_batches = 0
         t.meter.log(row)
         for line in findings(t, row):

@@ -196,7 +196,7 @@ def main(argv: list[str]) -> None:
 
     p = cli.Parser(prog="tasks.py", description=__doc__.split("\n")[0])
     p.add_argument("task", choices=tuple(TASKS))
-    p.add_argument("--out", type=Path, required=True, help="folder for the prepared corpus")
+    p.add_argument("--out", type=cli.path, required=True, help="folder for the prepared corpus")
     for name, words in {
         "states": "values of a register, or letters of hop", "operations": "permutations",
         "length": "tokens of a sequence", "registers": "of the task registers",

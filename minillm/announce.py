@@ -18,10 +18,10 @@ def announce(t: Training) -> list[str]:
     """Lines to print before the first step: what is trained, on what, and how long it takes."""
     step_s, device = t.pacer.guess_s, t.ranks.device
     c, model, plan = t.config, t.model.config, t.plan
-    left = plan.steps - t.progress.step
+    left = max(0, plan.steps - t.progress.step)
     seconds = left * step_s
     if c.time_limit is not None:
-        seconds = min(seconds, c.time_limit - t.progress.trained_s)
+        seconds = min(seconds, t.pacer.limit - t.progress.trained_s)
     step_tokens = c.batch_size * model.seq_len
     judged = c.final_eval_batches * step_tokens or t.corpus.tokens["val"]
     judge_s = min(judged, t.corpus.tokens["val"]) / step_tokens * step_s / 3  # forward only
@@ -40,6 +40,7 @@ def announce(t: Training) -> list[str]:
         f"training  {left:,} steps of {c.batch_size} x {model.seq_len} tokens, "
         f"{t.micro} sequences at a time, {t.batches.epochs(plan.steps):.2f} "
         f"epochs; about {duration(seconds)}, then {duration(judge_s)} to evaluate",
+        *lengthened(t),
         *(f"warning   {warning}" for warning in warnings),
     ]
 
@@ -77,6 +78,29 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def nothing_left(t: Training) -> str:
+    """Return one line for a run that is resumed, and has already done all that it was asked for."""
+    step, c = t.progress.step, t.config
+    resume = shell_command("train", "--resume", t.run)
+    if not t.asked:
+        return f"{t.run} is finished at step {step}; train on: {resume} --steps N"
+    total = f"--steps {c.steps}" if c.steps is not None else f"--epochs {c.epochs:g}"
+    return (
+        f"{t.run} is finished at step {step}, and {total} counts from its start; train on: "
+        f"{resume} --steps N, N above {step}, or --time-limit 10m for ten more minutes"
+    )
+
+
+def lengthened(t: Training) -> list[str]:
+    """Return a line about the length that a resumed run was asked for, if it was."""
+    c, p = t.config, t.progress
+    if "time_limit" in t.asked:
+        return [f"time      {duration(c.time_limit)} more, {duration(p.trained_s)} so far"]
+    if t.asked and p.step >= t.plan.steps:
+        return [f"length    {t.plan.steps} steps in all, which are done: evaluating and saving"]
+    return []
+
+
 def farewell(t: Training, row: dict) -> str:
     """What came out, and what to type next."""
     p = t.progress
@@ -109,7 +133,7 @@ def outlook_of(t: Training) -> Outlook:
     both = bool(c.eval_every) and c.eval_batches != c.final_eval_batches
     return Outlook(
         elapsed=lambda: t.pacer.trained_s,
-        limit=c.time_limit,
+        limit=t.pacer.limit,
         every={"evaluating": c.eval_every, "saving": c.save_every, "sampling": c.sample_every},
         batches=parts(c.eval_batches),
         final_batches=parts(c.final_eval_batches) + both * parts(c.eval_batches),

@@ -6,6 +6,7 @@ for dashes, and numbers must be finite. This file knows no particular flag.
 
 import argparse
 import math
+import os
 import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -227,11 +228,19 @@ def real(low: float, high: float | None = None, *, above: bool = False, below: b
     return parse
 
 
+def path_text(text: str) -> str:
+    """Return a path with the home folder for a `~` that the shell has left, as in --out=~/run.
+
+    As in a shell, `~name` stays as it is where there is no such user.
+    """
+    return os.path.expanduser(text)  # noqa: PTH111 - a Path would refuse such a name
+
+
 def path(text: str) -> Path:
     """A path: neither empty, which would be the folder one stands in, nor with a NUL."""
     if not text or "\0" in text:
         raise argparse.ArgumentTypeError(f"{text!r} is not a path")
-    return Path(text)
+    return Path(path_text(text))
 
 
 def check_device(name: str) -> None:

@@ -36,14 +36,17 @@ class TrainConfig:
     )  # fmt: skip
     data: str | tuple | None = setting(
         None, "text files, folders or glob patterns, or one prepared folder, to train on",
-        metavar="PATH", many=True, derived="the source files of this Python's standard library",
+        metavar="PATH", many=True, is_path=True,
+        derived="the source files of this Python's standard library",
     )  # fmt: skip
-    out: str | None = setting(None, "run folder to write", metavar="DIR", derived="runs/PRESET-N")
+    out: str | None = setting(
+        None, "run folder to write", metavar="DIR", derived="runs/PRESET-N", is_path=True
+    )
     overwrite: bool = setting(False, "replace the run in the folder that --out names")
     init_from: str | None = setting(
         None, "run whose weights to start from, with its model and its tokenizer; only the number "
         "of iterations of its core may be set again",
-        metavar="RUN",
+        metavar="RUN", is_path=True,
     )  # fmt: skip
     seed: int = setting(
         1337, "random seed for initial weights, data order and dropout", low=0, high=2**63 - 1
@@ -59,7 +62,7 @@ class TrainConfig:
 
     tokenizer: str = setting(
         "bpe", "tokenizer: bpe, char, byte, or a file FILE.model or FILE.json", group="data",
-        metavar="NAME",
+        metavar="NAME", is_path=True,
     )  # fmt: skip
     val_fraction: float = setting(
         0.05, "share of the text held out for validation, 0 to 0.5: whole documents, or the ends "
@@ -69,7 +72,7 @@ class TrainConfig:
     val: str | tuple | None = setting(
         None, "text files, folders or glob patterns to validate on, instead of --val-fraction; "
         "text that is in --data too is left out of training",
-        metavar="PATH", many=True,
+        metavar="PATH", many=True, is_path=True,
     )  # fmt: skip
     text_column: str = setting(
         "text", "column with the text of .jsonl, .json and .parquet files", metavar="NAME"
@@ -82,7 +85,9 @@ class TrainConfig:
         "them by U+FFFD",
         choices=("strict", "replace"),
     )  # fmt: skip
-    cache_dir: str = setting("data/prepared", "folder to keep prepared text in", metavar="DIR")
+    cache_dir: str = setting(
+        "data/prepared", "folder to keep prepared text in", metavar="DIR", is_path=True
+    )
 
     optimizer: str = setting("adamw", "optimiser", choices=("adamw", "muon"), group="optimiser")
     learning_rate: float = setting(
@@ -97,8 +102,9 @@ class TrainConfig:
         "cosine", "shape of the learning rate after the warm-up", choices=schedule.KINDS
     )
     decay_fraction: float = setting(
-        0.2, "share of the run over which the schedule wsd decays the rate", low=1e-3, high=1.0
-    )
+        0.2, "share of the whole run, its last part, over which the schedule wsd decays the rate; "
+        "at most what the warm-up leaves", low=1e-3, high=1.0,
+    )  # fmt: skip
     weight_decay: float = setting(
         0.1, "weight decay of matrices and embeddings (0: none)", low=0.0, high=10.0
     )
@@ -113,13 +119,18 @@ class TrainConfig:
         metavar="N",
     )  # fmt: skip
     steps: int | None = setting(
-        None, "number of optimiser steps", low=1, high=10**9, derived="one pass over the data"
-    )
+        None, "number of optimiser steps in the whole run, also with --resume", low=1, high=10**9,
+        derived="one pass over the data",
+    )  # fmt: skip
     epochs: float | None = setting(
-        None, "number of passes over the data, instead of --steps", low=1e-6, high=1e6
+        None,
+        "number of passes of the whole run over the data, instead of --steps",
+        low=1e-6,
+        high=1e6,
     )
     time_limit: float | None = setting(
-        None, "longest training time, such as 90s, 10m or 2h; the schedule ends with it",
+        None, "longest training time, such as 90s, 10m or 2h; the schedule ends with it; with "
+        "--resume, the time to train on for",
         parse=cli.duration,
     )  # fmt: skip
     ema: float = setting(

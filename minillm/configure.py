@@ -1,16 +1,14 @@
 """Merge the layers of a configuration: defaults < --preset < --config FILE < command line."""
 
-import json
-import tomllib
-from argparse import ArgumentTypeError
-from dataclasses import Field, asdict, fields, replace
+from collections.abc import Collection
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from minillm.cli import nearest
 from minillm.config import PRESETS, ModelConfig, TrainConfig
+from minillm.config_files import is_complete, read_config
 from minillm.errors import CorruptError, UsageError
-from minillm.settings import ALIASES, Settings, all_flags, kind_of, parser_of
+from minillm.settings import Settings, all_flags
 
 # What may change when a run is resumed: how it runs and reports, and how long, but not what it is.
 RESUMABLE = frozenset(
@@ -19,13 +17,18 @@ RESUMABLE = frozenset(
     " final_eval_batches sample_every sample_prompt save_every keep_last keep_best".split()
 )  # fmt: skip
 
+# How text is prepared, which a prepared folder has settled; and which text it is.
+PREPARED = frozenset("tokenizer val_fraction val errors encoding text_column".split())
+OF_TEXT = PREPARED | {"data"}
+
+# How long a run is. The ones that are given replace all of those that it had.
+LENGTHS = frozenset(("steps", "epochs", "time_limit"))
+
 # What means something only with --recurrent.
 OF_A_CORE = frozenset(
     "injection start_state recurrence_style mean_recurrence max_recurrence backprop_depth"
     " recurrence_groups recurrence_curriculum".split()
 )
-
-NAMED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
 def resolve(
@@ -43,20 +46,33 @@ def resolve(
         name: value for name, value in flags.items() if name in all_flags() and value is not None
     }
     from_file = read_config(Path(config_file)) if config_file is not None else {}
+    if is_complete(from_file):
+        from_file = _own_wishes(from_file, default_preset, "init_from" in given)
     user = {**from_file, **given}
+    kept = LENGTHS & given.keys() or LENGTHS & from_file.keys()
+    model, train = _merged(user, default_preset, base or {}, kept)
+    if train.init_from is None:  # else the model is that run's: startup looks at what is given
+        _check_recurrence(model, user, config_file, frozenset(given), base is not None)
+    return Settings(model, train, frozenset(user))
+
+
+def _merged(
+    user: dict[str, Any], default_preset: str | None, base: dict[str, Any], kept: frozenset[str]
+) -> tuple[ModelConfig, TrainConfig]:
+    """Return what the settings of the user, over a preset and `base`, come to.
+
+    kept: the lengths of the user's that count; where there are any, all others are None.
+    """
     preset = user.get("preset") or default_preset
     chosen = dict(PRESETS[preset]) if preset else {}
     if "recurrent" in user and "init" not in user:
         chosen.pop("init", None)  # it was tuned for fixed depth; a core has its own
     if user.get("init_from"):
         chosen.pop("recurrent", None)  # the model, and with it the core, is that run's
-    values = {**(base or {}), **chosen, **user, "preset": preset}
+    values = {**base, **chosen, **user, "preset": preset}
     # What the user says about the length replaces all that the preset says about it.
-    lengths = ("steps", "epochs", "time_limit")
-    if any(name in user for name in lengths):
-        for name in lengths:
-            if name not in given and (name not in from_file or any(n in given for n in lengths)):
-                values[name] = None
+    if kept:
+        values.update(dict.fromkeys(LENGTHS - kept))
     if "learning_rate" in values and "min_learning_rate" not in user:
         # The end follows the peak, in the proportion that the preset or the default has.
         rates = {f.name: f.default for f in fields(TrainConfig)} | PRESETS.get(preset, {})
@@ -65,9 +81,35 @@ def resolve(
     model_names = {f.name for f in fields(ModelConfig)}
     model = ModelConfig(**{n: v for n, v in values.items() if n in model_names})
     train = TrainConfig(**{n: v for n, v in values.items() if n not in model_names})
-    if train.init_from is None:  # else the model is that run's: startup looks at what is given
-        _check_recurrence(model, user, config_file, frozenset(given), base is not None)
-    return Settings(model, train, frozenset(user))
+    return model, train
+
+
+def _own_wishes(
+    stated: dict[str, Any], default_preset: str | None, other_weights: bool
+) -> dict[str, Any]:
+    """Return the settings of a complete file without those that follow from the others.
+
+    They are its preset's, defaults, or derived from others, as the last learning rate is from the
+    first. Left out, they follow what the command line changes.
+
+    other_weights: whether the command line names another run to start from, whose model and
+    tokenizer take the place of those that the file's --init-from has fixed.
+    """
+
+    def follow(names: frozenset[str]) -> bool:
+        rest = {name: value for name, value in stated.items() if name not in names}
+        try:
+            both = _merged(rest, default_preset, {}, LENGTHS & rest.keys())
+        except UsageError:  # some of the others cannot do without it
+            return False
+        found = asdict(both[0]) | asdict(both[1])
+        return all(found[name] == stated.get(name) for name in names)
+
+    groups = [LENGTHS, *(frozenset([name]) for name in stated.keys() - LENGTHS - {"preset"})]
+    idle = {name for names in groups if follow(names) for name in names}
+    if other_weights and "init_from" in stated:
+        idle |= {f.name for f in fields(ModelConfig)} | {"tokenizer"}
+    return {name: value for name, value in stated.items() if name not in idle}
 
 
 def _check_recurrence(
@@ -111,26 +153,46 @@ def meant_for_a_core(user: dict[str, Any]) -> list[str]:
     return [name for name in named if user[name] != all_flags()[name].default]
 
 
-def changed(model: ModelConfig, train: TrainConfig, settings: Settings) -> Settings:
-    """The settings of a run to resume, with what `settings.given` may change of them.
+def changed(
+    model: ModelConfig,
+    train: TrainConfig,
+    settings: Settings,
+    outcomes: dict[str, Collection[Any]] | None = None,
+) -> Settings:
+    """Return the settings of a run to resume, with what `settings.given` may change of them.
 
+    outcomes: setting -> other values that mean what the run has: what was asked for where `model`
+    has what came of it, or what came of it where `train` has what was asked for.
     Raises UsageError, naming the flag, on a given setting that a resumed run cannot change.
     """
-    wishes = {}
+    wishes, flat = {}, settings.flat()
     for name in sorted(settings.given):
-        if name not in RESUMABLE:
-            old = getattr(train, name, None) if hasattr(train, name) else getattr(model, name)
-            new = settings.flat()[name]
-            if new != old:
-                raise UsageError(
-                    f"--{name.replace('_', '-')} {new} differs from the run's {old} and cannot "
-                    "change on --resume; start anew with --init-from"
-                )
-        else:
-            wishes[name] = getattr(settings.train, name)
-    if wishes.keys() & {"steps", "epochs", "time_limit"}:
-        wishes = {"steps": None, "epochs": None, "time_limit": None, **wishes}
-    return Settings(model, replace(train, **wishes), settings.given)
+        if name in RESUMABLE:
+            wishes[name] = flat[name]
+            continue
+        old = getattr(train, name, None) if hasattr(train, name) else getattr(model, name)
+        if flat[name] != old and flat[name] not in (outcomes or {}).get(name, ()):
+            raise UsageError(
+                f"--{name.replace('_', '-')} {flat[name]} differs from the run's {old} and cannot "
+                "change on --resume; start anew with --init-from"
+            )
+    # What is said of the text as it was: the corpus that was made from it will do.
+    text = {name for name in OF_TEXT & settings.given if flat[name] == getattr(train, name)}
+    if wishes.keys() & LENGTHS:
+        wishes = {**dict.fromkeys(LENGTHS), **wishes}
+    return Settings(model, replace(train, **wishes), settings.given - text)
+
+
+def without_first_lengths(settings: Settings, first: dict[str, Any]) -> Settings:
+    """Return `settings`, less the lengths of a --config file that the run has had from its start.
+
+    first: the settings of training that its config.json states. Such a file says how long the run
+    was to be, and asks for nothing more.
+    """
+    lengths = LENGTHS & settings.given
+    if any(getattr(settings.train, name) != first.get(name) for name in lengths):
+        return settings
+    return replace(settings, given=settings.given - lengths)
 
 
 def as_train_config(run: Path, train: dict) -> TrainConfig:
@@ -141,101 +203,23 @@ def as_train_config(run: Path, train: dict) -> TrainConfig:
         raise CorruptError(f"{run}: config.json, or state.json of a checkpoint: {error}") from None
 
 
-def as_of(settings: Settings, state: dict[str, Any], folder: Path) -> Settings:
+def as_of(
+    settings: Settings, state: dict[str, Any], folder: Path, launch: str | None = None
+) -> Settings:
     """Return the settings to resume with: the user's, all others as a checkpoint has saved them.
 
     state: the checkpoint's state.json. It is not always the newest checkpoint's, by which the
     command line was read: the newest may be damaged.
     folder: the checkpoint, for error messages.
+    launch: torchrun's name. It starts a launch again with the same flags; the lengths among them
+    were applied by the attempt that saved the checkpoint, and are not applied to it once more.
     """
-    then, length = state["settings"], {"steps", "epochs", "time_limit"}
-    kept = settings.given | (length if settings.given & length else set())
+    then, given = state["settings"], settings.given
+    if launch is not None and state.get("launch") == launch:
+        given -= LENGTHS
+    kept = given | LENGTHS if given & LENGTHS else given
     if unknown := sorted(then.keys() - RESUMABLE):
         raise CorruptError(f"{folder}/state.json: cannot change {unknown[0]!r}")
     own = {name: value for name, value in then.items() if name not in kept}
     train = as_train_config(folder, asdict(settings.train) | own)
-    return replace(settings, train=train)
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The settings in a .toml or .json file: one flat table, names with dashes or underscores.
-
-    Raises UsageError, naming file and key, on what is not a setting or not of its type.
-    """
-    raw = _parse_file(path)
-    if not isinstance(raw, dict):
-        raise UsageError(f"{path}: expected one table of settings, got {type(raw).__name__}")
-    settings: dict[str, Any] = {}
-    for key, value in raw.items():
-        flag = "--" + key.replace("_", "-")
-        name = ALIASES.get(flag, flag)[2:].replace("-", "_")
-        if name not in all_flags():
-            near = nearest(name, all_flags())
-            hint = f"; did you mean {near}?" if near else ""
-            raise UsageError(f"{path}: unknown setting {key!r}{hint}")
-        if name in settings:
-            raise UsageError(f"{path}: {name} is given twice")
-        if value is not None:
-            settings[name] = _typed(path, key, value, all_flags()[name])
-    return settings
-
-
-def _parse_file(path: Path) -> Any:
-    if not path.is_file():
-        what = "not a regular file" if path.exists() else "no such file"
-        raise UsageError(f"--config {path}: {what}; expected a .toml or .json file")
-    if path.stat().st_size > 1 << 20:
-        raise UsageError(f"--config {path}: larger than 1 MiB; is this a configuration?")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".toml":
-            return tomllib.loads(text)
-        if path.suffix == ".json":
-            return json.loads(text, object_pairs_hook=_refuse_repeats, parse_constant=_refuse_nan)
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not UTF-8 text at byte {error.start}") from None
-    except RecursionError:
-        raise UsageError(f"{path}: nested too deeply") from None
-    except ValueError as error:
-        if "integer string conversion" in str(error):  # Python's own advice is of no use here
-            raise UsageError(f"{path}: a number has too many digits") from None
-        raise UsageError(f"{path}: {error}") from None
-    raise UsageError(f"--config {path}: expected a .toml or .json file")
-
-
-def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} is given twice")
-    return table
-
-
-def _refuse_nan(text: str) -> None:
-    raise ValueError(f"{text} is not a finite number")
-
-
-def _typed(path: Path, key: str, value: Any, f: Field) -> Any:
-    kind = kind_of(f)
-    if f.metadata.get("many") and isinstance(value, list) and value:
-        return tuple(_typed(path, key, part, f) for part in value)
-    if f.name in ("threads", "micro_batch_size") and type(value) is int:
-        value = str(value)
-    if f.name == "time_limit" and type(value) in (int, float):
-        value = str(value)
-    fits = type(value) is kind or (kind is float and type(value) in (int, str) and (
-        type(value) is int or "parse" in f.metadata))  # fmt: skip
-    if not fits:
-        raise UsageError(
-            f"{path}: {key} = {json.dumps(value, default=str)} is a {type(value).__name__}, "
-            f"expected {NAMED[kind]}"
-        )
-    if kind is str and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
-        raise UsageError(f"{path}: {key} holds a NUL or half a character")
-    if kind in (bool, str) and "choices" not in f.metadata:
-        return value
-    try:
-        return parser_of(f)(str(value))
-    except ArgumentTypeError as error:
-        raise UsageError(f"{path}: {key}: {error}") from None
+    return Settings(settings.model, train, given)

@@ -134,7 +134,8 @@ def _already_prepared(folder: Path, out: Path | None, vocab_size: int | None, sa
     if out is not None:
         raise UsageError(f"{folder}: already a prepared corpus; leave --out away, or name its text")
     corpus = open_corpus(folder)
-    if vocab_size not in (None, corpus.vocab_size):
+    asked = corpus.settings.get("vocab_size")  # the text may not have supported so large a one
+    if vocab_size not in (None, asked, corpus.vocab_size):
         raise UsageError(
             f"--vocab-size {vocab_size}: {folder} was prepared with {corpus.vocab_size} tokens"
         )

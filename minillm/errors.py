@@ -7,14 +7,23 @@ import errno
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from minillm import machine_errors, terminal
 
 HANGUP = 141  # 128 + SIGPIPE: the reader of our standard output went away
+# Signals that ask a process to end; SIGINT is Python's own KeyboardInterrupt. A scheduler sends
+# SIGUSR1, SIGUSR2 or SIGXCPU before it takes the machine away, a terminal SIGHUP when it closes.
+# SIGBREAK is Windows'; each system has some of them.
+ENDING = tuple(
+    getattr(signal, name)
+    for name in ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGBREAK")
+    if hasattr(signal, name)
+)
 
 
 class MinillmError(Exception):
@@ -54,7 +63,11 @@ class PeerLostError(MinillmError):
 
 
 class Terminated(BaseException):
-    """SIGTERM has come: no Exception, so that nothing but `run` catches it."""
+    """A signal of ENDING has come: no Exception, so that nothing but `run` catches it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.signal = number
 
 
 def one_line(text: str, limit: int = 300) -> str:
@@ -90,50 +103,75 @@ def run(
         code = stop.code or 0
         return code if isinstance(code, int) else 2
     except KeyboardInterrupt:
-        _complain(f"\n{name}: interrupted")
+        complain(f"\n{name}: interrupted")
         return 130
-    except Terminated:
-        _complain(f"{name}: terminated")
-        return 143
+    except Terminated as end:
+        how = "terminated" if end.signal == signal.SIGTERM else f"ended by {end}"
+        complain(f"{name}: {how}")
+        return 128 + end.signal
     except BrokenPipeError:
         _give_up_full_streams()
         return HANGUP
     except Exception as error:
         code = _code(error)
         if code == 1:
-            _complain(f"{name}: this is a bug in minillm; please report what follows")
+            complain(f"{name}: this is a bug in minillm; please report what follows")
         if code == 1 or "--debug" in argv:
             traceback.print_exc()
             return code
         text = one_line(_text(error), 300 - len(f"{name}: error: "))
         if may_say(text):
-            _complain(f"{name}: error: {text}")
+            complain(f"{name}: error: {text}")
         return code
 
 
 @contextmanager
 def _terminated_in_order() -> Iterator[None]:
-    """Inside, SIGTERM is an exception as SIGINT is: what is half written is taken away."""
+    """Inside, the signals of ENDING are exceptions as SIGINT is: what is half written is taken
+    away.
+    """
 
     def stop(number: int, frame: object) -> None:
-        raise Terminated
+        raise Terminated(number)
 
-    try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not in the main thread: nothing is heard here
-        yield
-        return
+    before = take_signals(ENDING, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _complain(line: str) -> None:
-    """One line on standard error, as far as that can be written to."""
-    with suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
+def take_signals(numbers: Sequence[int], handler: Callable[[int, object], None]) -> dict:
+    """Set `handler` for these signals; return the handlers that they had before, by number.
+
+    A signal that was being ignored stays ignored: nohup does that to SIGHUP, and a shell to SIGINT
+    of a job in the background. Only the main thread may set handlers; elsewhere nothing is done.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    found = {number: signal.getsignal(number) for number in numbers}
+    # None: the handler is not Python's, and could not be put back.
+    taken = {n: h for n, h in found.items() if h not in (signal.SIG_IGN, None)}
+    for number in taken:
+        signal.signal(number, handler)
+    return taken
+
+
+def complain(line: str, write: Callable[..., None] = print) -> bool:
+    """Print one line on standard error, as far as that can be written to.
+
+    write: called with the line and `file`.
+    Return False if it has no reader any longer: the other end of the pipe has been closed.
+    """
+    read = True
+    try:
+        write(line, file=sys.stderr)
+        sys.stderr.flush()
+    except OSError as error:  # of a terminal that was closed: EIO
+        read = not isinstance(error, BrokenPipeError)
     _give_up_full_streams()
+    return read
 
 
 def _give_up_full_streams() -> None:

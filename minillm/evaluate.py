@@ -41,7 +41,7 @@ def evaluate(
     The mean weighs every token equally; the sum is taken in float64.
     Raises DivergedError, on all ranks, that names the first window whose loss is not finite.
     """
-    ranks = ranks or Ranks()
+    ranks = Ranks() if ranks is None else ranks
     device = model.head.weight.device
     training = model.training
     model.eval()

@@ -43,7 +43,7 @@ def measure(
     """
     mean, device = model.config.mean_recurrence, model.head.weight.device
     at, training = rungs(mean), model.training
-    ranks = ranks or Ranks()
+    ranks = Ranks() if ranks is None else ranks
     model.eval()
     losses, norms = torch.zeros(2, len(at), dtype=torch.float64, device=ranks.sums_on)
     count, alike, batches = torch.zeros(3, dtype=torch.float64, device=ranks.sums_on)

@@ -3,13 +3,14 @@
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 from minillm import console, launch
 from minillm.console import Bar, Fact, View, clock
+from minillm.errors import complain
 from minillm.json_text import json_text
 from minillm.outlook import Outlook
 from minillm.storage import write_durably
@@ -29,6 +30,8 @@ class Meter:
     flops_per_token: forward and backward.
     peak_flops: what mfu is a share of, FLOP/s.
     outlook: estimates how long the run still takes.
+    lost_reader: whether what is written went to a pipe whose other end has been closed. No message
+        raises an error for that.
     """
 
     def __init__(
@@ -41,7 +44,12 @@ class Meter:
         outlook: Outlook | None = None,
     ) -> None:
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
-        self.path, self.warned, self.outlook = path, False, outlook or Outlook()
+        self.path, self.warned, self.outlook = (
+            path,
+            False,
+            Outlook() if outlook is None else outlook,
+        )
+        self.lost_reader = False
         if path is not None:
             _cut_after(path, start)
         self.at, self.steps, self.table = start, steps, Table()
@@ -154,15 +162,18 @@ class Meter:
     def say(self, text: str) -> None:
         """Print a line to standard error, above the bar if there is one."""
         if self.path is not None:
-            console.write(text)
+            self._write(text)
+
+    def _write(self, text: str, write: Callable[..., None] = console.write) -> None:
+        self.lost_reader |= not complain(text, write)
 
     def show_sample(self, heading: str, text: str, file: TextIO) -> None:
         """Print a text that the model wrote under its heading, which goes to standard error."""
         if self.path is not None:
-            console.write(f"\n--- {heading} ---")
-            console.write_unwrapped(text, file)
+            self._write(f"\n--- {heading} ---")
+            self._write(text, lambda text, **_: console.write_unwrapped(text, file))
             if not text.endswith("\n"):
-                console.write("")
+                self._write("")
             self.table.interrupt()
 
     def back_to(self, step: int) -> None:

@@ -157,7 +157,7 @@ class GPT(nn.Module):
         self, tokens: Tensor, cache: KVCache | None, attention_mask: Tensor | None = None
     ) -> tuple[Place, Tensor]:
         """Where the tokens stand, and their embeddings, (B, T, C)."""
-        c, T, held = self.config, tokens.shape[1], max(cache.lengths) if cache else 0
+        c, T, held = self.config, tokens.shape[1], 0 if cache is None else max(cache.lengths)
         if held + T > c.seq_len:
             raise ValueError(f"{held + T} positions; seq_len is {c.seq_len}")
         ragged = cache is not None and not cache.uniform()

@@ -20,7 +20,7 @@ class Outlook:
     """The remaining time of a run. All times are in seconds.
 
     elapsed: returns how long the run has been trained, over all its processes.
-    limit: --time-limit; training, without the evaluation at its end, is over when that has elapsed.
+    limit: of --time-limit; training, without the last evaluation, is over when that has elapsed.
     every: what is done beside training ("evaluating", "saving", "sampling") -> each how many steps
         (0: never before the end).
     batches: in an evaluation before the end.

@@ -26,7 +26,7 @@ class Pacer:
     """Watches the clock and keeps the schedule's end on the deadline.
 
     trained_s: seconds that the run had trained before this process.    guess_s: seconds a step,
-    before any was timed.
+    before any was timed.    timed_from: the trained_s at which the time limit was asked for.
     """
 
     def __init__(
@@ -35,38 +35,48 @@ class Pacer:
         self.config, self.wished, self.guess_s = config, wished, guess_s
         self.start = time.perf_counter() - trained_s
         self.first: tuple[int, float] | None = None
-        self.looked = 0.0
+        self.looked = self.timed_from = 0.0
 
     @property
     def trained_s(self) -> float:
         """Seconds since the run's first step, over all its processes."""
         return time.perf_counter() - self.start
 
+    @property
+    def limit(self) -> float | None:
+        """The trained_s at which the run shall end; None: no time limit."""
+        wish = self.config.time_limit
+        return None if wish is None else self.timed_from + wish
+
     def schedule(self, step: int = 0) -> Schedule:
-        """The schedule as it looks from `step`, before this process has timed one."""
+        """Return the schedule as it looks from `step`, before this process has timed one.
+
+        However little time is left, there is one more step, unless the steps are used up.
+        """
         c = self.config
+        steps = self.affordable(step, self.guess_s)
+        if self.wished is None or self.wished > step:
+            steps = max(steps, step + 1)
         return schedule.plain(
-            c.schedule, c.learning_rate, c.min_learning_rate, c.warmup, c.decay_fraction,
-            self.affordable(step, self.guess_s),
+            c.schedule, c.learning_rate, c.min_learning_rate, c.warmup, c.decay_fraction, steps,
         )  # fmt: skip
 
     def affordable(self, step: int, step_s: float) -> int:
         """Steps in the whole run if each from `step` on takes `step_s` seconds."""
-        limit = self.config.time_limit
-        if limit is None:
+        if self.limit is None:
             return self.wished
-        fits = step + max(0, int((limit - self.trained_s) / step_s))
+        fits = step + max(0, int((self.limit - self.trained_s) / step_s))
         return max(1, fits if self.wished is None else min(fits, self.wished))
 
     def keep_to_time(self, plan: Schedule, step: int) -> Schedule:
         """`plan`, or after `step` one that ends on the deadline if `plan` no longer would."""
-        if self.config.time_limit is None:
+        if self.limit is None:
             return plan
         now = self.trained_s
         if self.first is None:  # the first step in a process pays for what happens once
             self.first = (step, now)
             return plan
-        if now >= self.config.time_limit:
+        if now >= self.limit:
             return plan.repaced(step, step) if step < plan.steps else plan
         timed = step - self.first[0]
         patience = min(LOOK_S, LOOK_SHARE * self.config.time_limit)

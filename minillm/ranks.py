@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minillm import console
-from minillm.errors import PeerLostError, UnavailableError
+from minillm.errors import PeerLostError, UnavailableError, complain
 from minillm.launch import World, launched, shell_command
 
 
@@ -27,6 +27,7 @@ class Ranks:
 
     world: what the launcher said.    device: where tensors are sent from.    store: of this
     attempt, where there are several ranks.
+    lost_reader: whether standard error was a pipe whose other end has been closed.
     """
 
     def __init__(
@@ -35,9 +36,10 @@ class Ranks:
         device: torch.device | str = "cpu",
         store: dist.Store | None = None,
     ) -> None:
-        self.world = world or World()
+        self.world = World() if world is None else world
         self.rank, self.size = self.world.rank, self.world.size
         self.device, self.store = torch.device(device), store
+        self.lost_reader = False
         self._lanes: list[dist.ProcessGroup | None] = []
 
     @property
@@ -104,7 +106,7 @@ class Ranks:
     def say(self, text: str) -> None:
         """One line on standard error, of rank 0 alone."""
         if self.rank == 0:
-            console.write(text)
+            self.lost_reader |= not complain(text, console.write)
 
 
 def connect(world: World, device: torch.device, timeout_s: float) -> Ranks:

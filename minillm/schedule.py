@@ -44,22 +44,26 @@ class Schedule:
             warm-up:  peak (step + 1) / (warmup + 1)
             cosine:   minimum + (peak - minimum) (1 + cos(pi x)) / 2
             linear:   peak + (minimum - peak) x
-            wsd:      peak until x = 1 - decay_fraction, then linear to the minimum
+            wsd:      peak until p = 1 - decay_fraction, then linear in p to the minimum
         x: progress since the warm-up's end, 0 to 1.
+        p: progress since the start of the run, 0 to 1. A decay that would begin within the warm-up
+        begins at its end instead.
         Source: cosine: Loshchilov & Hutter 2016, arXiv:1608.03983, eq. 5; wsd: Hu et al. 2024,
         arXiv:2404.06395, eq. 1.
         """
         if step < self.warmup:
             return self.peak * (step + 1) / (self.warmup + 1)
         warm = self.progress(self.warmup)
-        x = (self.progress(step) - warm) / max(1e-12, 1 - warm)
+        p = self.progress(step)
+        x = (p - warm) / max(1e-12, 1 - warm)
         span = self.peak - self.minimum
         if self.kind == "cosine":
             return self.minimum + span * (1 + math.cos(math.pi * x)) / 2
         if self.kind == "linear":
             return self.peak - span * x
         if self.kind == "wsd":
-            return self.peak - span * max(0.0, x - (1 - self.decay_fraction)) / self.decay_fraction
+            start = max(warm, 1 - self.decay_fraction)
+            return self.peak - span * max(0.0, p - start) / max(1e-12, 1 - start)
         return self.peak
 
     def repaced(self, step: int, steps: int) -> "Schedule":

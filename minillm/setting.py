@@ -10,6 +10,7 @@ def setting(default: Any, help: str, **rules: Any) -> Any:
     """A dataclass field that is also a flag: default, help, and `low`, `high` or `choices`.
 
     many=True: it takes one text or more, see `several`.
+    is_path=True: its text is a path, or each of them is; a ~ at its start is the home folder.
     """
     return field(default=default, metadata={"help": help, **rules})
 

@@ -116,6 +116,8 @@ def parser_of(f: Field) -> Callable[[str], Any]:
         return rules["parse"]
     if "choices" in rules:
         return _one_of(rules["choices"])
+    if rules.get("is_path"):
+        return cli.path_text
     if kind_of(f) is int:
         return cli.whole(rules["low"], rules.get("high"))
     if kind_of(f) is float:

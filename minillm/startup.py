@@ -14,15 +14,16 @@ import torch
 from minillm import __version__, plan, runs, world
 from minillm.agreement import gather
 from minillm.config import ModelConfig, TrainConfig
-from minillm.configure import as_train_config, changed, meant_for_a_core, read_config, resolve
+from minillm.config_files import read_config
+from minillm.configure import PREPARED, as_train_config, meant_for_a_core, resolve
 from minillm.corpus import prepare
 from minillm.data import ORDER, Batches
 from minillm.errors import UnavailableError, UsageError
-from minillm.flags.train import NEWEST
 from minillm.heldout import require_validation
 from minillm.json_text import json_text
 from minillm.launch import World, shell_command
 from minillm.ranks import Ranks
+from minillm.resuming import resumed
 from minillm.setting import parts_of
 from minillm.settings import Settings
 from minillm.shards import Corpus, is_prepared, open_corpus
@@ -30,7 +31,6 @@ from minillm.storage import check_place, file_digest
 from minillm.tokenizer import KINDS
 
 # What a prepared folder has decided.
-PREPARED = frozenset("tokenizer val_fraction val errors encoding text_column".split())
 HELD = ("parameters", "gradients", "masters", "moments")  # by a rank, of plan.memory
 
 
@@ -42,12 +42,7 @@ def begin(args: Namespace, here: World, preset: str | None = None) -> tuple[Sett
     Raises UsageError if the flags do not fit together or --out is in use.
     """
     if args.resume is not None:
-        run = runs.newest_run(begun=True) if args.resume is NEWEST else Path(args.resume)
-        model, train = runs.read_config(run)
-        # What an earlier --resume changed stands in the checkpoint.
-        config = as_train_config(run, train | runs.newest_settings(run))
-        wishes = resolve(vars(args), args.config, None, asdict(model) | asdict(config))
-        return changed(model, config, wishes), run
+        return resumed(args)
     if preset is None:
         device = args.device
         if device is None and args.config is not None:
@@ -77,11 +72,14 @@ def _inherit(settings: Settings, source: Path) -> Settings:
     model, _ = runs.read_config(source)
     often = {"mean_recurrence", "max_recurrence", "backprop_depth"}
     fixed = (asdict(model).keys() | {"tokenizer"}) - often - {"dropout"}
-    for name in sorted(fixed & settings.given):
-        raise UsageError(
-            f"--{name.replace('_', '-')} cannot be set with --init-from: {source} fixes it"
-        )
+    tokenizer = str(runs.tokenizer_path(source))
+    own = asdict(model) | {"tokenizer": tokenizer}
     given = {name: value for name, value in settings.flat().items() if name in settings.given}
+    for name in sorted(fixed & given.keys()):
+        if given[name] != own[name]:
+            raise UsageError(
+                f"--{name.replace('_', '-')} cannot be set with --init-from: {source} fixes it"
+            )
     idle = meant_for_a_core(given)
     if idle and model.recurrent is None:
         raise UsageError(
@@ -93,9 +91,8 @@ def _inherit(settings: Settings, source: Path) -> Settings:
     if "max_recurrence" in wished:
         derived.append("backprop_depth")
     wished = {**dict.fromkeys(derived), **wished, "dropout": settings.model.dropout}
-    tokenizer = str(runs.tokenizer_path(source))
     train = replace(settings.train, tokenizer=tokenizer)
-    return replace(settings, model=replace(model, **wished), train=train)
+    return Settings(replace(model, **wished), train, settings.given - fixed)
 
 
 def find_corpus(settings: Settings, run: Path | None, say: Callable[[str], None]) -> Corpus:

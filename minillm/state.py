@@ -61,6 +61,8 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
     "progress.evaluations_without_gain": _is_count,
     "progress.skipped": _is_count,
     "progress.ended": lambda x: type(x) is bool,
+    "timed_from": lambda x: _is_number(x) and x >= 0,
+    "launch": _or_none(lambda x: type(x) is str),
     "guard": _is_dict,
     "guard.norms": lambda x: isinstance(x, list) and all(_is_number(n) and n >= 0 for n in x),
     "guard.seen": _is_count,

@@ -11,7 +11,7 @@ from minillm import checkpoint, world
 from minillm.agreement import agree
 from minillm.checkpoint import Checkpoint
 from minillm.config import TrainConfig
-from minillm.configure import RESUMABLE
+from minillm.configure import LENGTHS, RESUMABLE
 from minillm.data import Batches
 from minillm.errors import CorruptError
 from minillm.guard import Guard
@@ -28,8 +28,6 @@ from minillm.shards import Corpus
 from minillm.state import RESUMED, check_state
 from minillm.statetensors import load_into, sharded_tensors
 from minillm.watch import EASY, Stopped, Watch
-
-LENGTHS = frozenset(("steps", "epochs", "time_limit"))
 
 
 @dataclass
@@ -64,6 +62,8 @@ class Training:
     saved: the progress (step, ended) that was saved last.    unsaved: failed attempts since.
     best: the loss and the step of the best checkpoint that there is.
     warned: the kinds of ladder.alarms that have been printed.
+    asked: those of LENGTHS that a resumed run was given on its command line.
+    timed_from: as Pacer's.
     """
 
     run: Path | None
@@ -86,6 +86,8 @@ class Training:
     saved: tuple[int, bool] | None = None
     best: tuple[float | None, int | None] = (None, None)
     warned: set[str] = field(default_factory=set)
+    asked: frozenset[str] = frozenset()
+    timed_from: float = 0.0
 
     @property
     def model(self) -> GPT:
@@ -115,9 +117,11 @@ def save(t: Training) -> None:
         "progress": asdict(t.progress),
         "settings": {name: getattr(t.config, name) for name in sorted(RESUMABLE)},
         "pace": t.plan.pace,
+        "timed_from": t.timed_from,
         "fixed": t.fixed,
         "scale": asdict(t.scale) if t.scale else None,
         "guard": asdict(t.guard),
+        "launch": t.ranks.world.launch,
     }
     if t.ranks.size > 1:
         state["shapes"] = {name: list(shape) for name, shape in shapes.items()}
@@ -170,13 +174,18 @@ def progress_of(past: Checkpoint | None) -> Progress:
 
 
 def replan(t: Training, past: Checkpoint, given: frozenset[str]) -> None:
-    """The schedule of a run that goes on from `past`.
+    """Set the schedule of a run that goes on from `past`. given: what the user changed.
 
-    given: settings that the user changed. With a new length it is that of a run which was meant to
-    be so long from the start: the rate may go up again.
+    With a new length it is that of a run which was meant to be so long from the start: the rate
+    may go up again. Then early stopping counts from 0 again. A new time limit begins now.
     """
+    t.timed_from = past.state.get("timed_from", 0.0)
+    if "time_limit" in given:
+        t.timed_from = t.progress.trained_s
+    t.pacer.timed_from = t.timed_from
     if given & LENGTHS:
         t.plan = t.pacer.schedule(past.step)
+        t.progress.evaluations_without_gain = 0
     else:
         t.plan = replace(t.plan, pace=tuple(map(tuple, past.state["pace"])))
 
@@ -193,8 +202,10 @@ def averaged(t: Training) -> AbstractContextManager[None]:
 
 
 def heed(t: Training) -> None:
-    """A sign of life, and Stopped on all ranks if any was asked to end."""
+    """A sign of life, and Stopped on all ranks if any was asked to end, or has lost its reader."""
     t.watch.alive()
+    if t.meter.lost_reader or t.ranks.lost_reader:
+        t.watch.note_lost_reader()
     if number := t.watch.asked(t.ranks):
         raise Stopped(number)
 

@@ -93,13 +93,16 @@ def findings(t: Training, row: dict) -> list[str]:
     return lines
 
 
-def note_best(progress: Progress, row: dict[str, float]) -> bool:
-    """Note the validation loss in `row`, if any; returns whether it is the best of the run."""
+def note_best(progress: Progress, row: dict[str, float], counts: bool = True) -> bool:
+    """Note the validation loss in `row`, if any; return whether it is the best of the run.
+
+    counts: whether it is counted if it is an evaluation without gain.
+    """
     loss = row.get("val_loss")
     if loss is None:
         return False
     if not (progress.best_loss is None or loss < progress.best_loss) or not isfinite(loss):
-        progress.evaluations_without_gain += 1
+        progress.evaluations_without_gain += counts
         return False
     progress.best_loss, progress.best_step = loss, progress.step
     progress.evaluations_without_gain = 0

@@ -1,7 +1,8 @@
 """What a long run must not miss: signals to end it, and its own standing still.
 
-    SIGTERM, SIGINT    the first is noted, for the loop to save and end; the second ends the process
-                       at once, code 128 + signal, whatever it is busy with
+    signals that ask   the first is noted, for the loop to save and end; the second ends the process
+    it to end          at once, code 128 + signal, whatever it is busy with. They are SIGINT and
+                       errors.ENDING: SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, SIGXCPU
     no sign of life    the stacks of all threads, and code 7
 
 One thread sees to both. It counts its own ticks and no clock, so that a process that was stopped
@@ -19,9 +20,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
+from minillm.errors import ENDING, take_signals
 from minillm.ranks import Ranks
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, *ENDING)
 TICK_S = 1.0
 LEAST_S, TIMES = 60.0, 5  # of silence: so long at least, and so many of the longest steps
 START, EASY = 5, 10  # the first steps may take so many times longer: kernels are compiled
@@ -42,7 +44,8 @@ class Watch:
 
     limit_s: seconds without a sign of life; None: as steps are long, and step_s is a guess at that.
     say: what tells that a signal is being obeyed.
-    Signals are heard in the main thread alone: elsewhere there are none.
+    Signals are heard in the main thread alone: elsewhere there are none. Those that were ignored
+    before stay ignored.
     """
 
     def __init__(
@@ -58,9 +61,8 @@ class Watch:
     def __enter__(self) -> "Watch":
         self._ear, self._mouth = socket.socketpair()
         self._mouth.setblocking(False)
-        heard = SIGNALS if threading.current_thread() is threading.main_thread() else ()
-        self._before = {n: signal.signal(n, self._note) for n in heard}
-        if heard:
+        self._before = take_signals(SIGNALS, self._note)
+        if self._before:
             self._fd = signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
         self._thread.start()
@@ -109,7 +111,13 @@ class Watch:
     def limit(self) -> float:
         """Seconds of silence that are suffered now."""
         early = EASY if self._steps < START else 1
-        return (self.limit_s or max(LEAST_S, TIMES * self._longest) * early) * self._patience
+        if self.limit_s is not None:
+            return self.limit_s * self._patience
+        return max(LEAST_S, TIMES * self._longest) * early * self._patience
+
+    def note_lost_reader(self) -> None:
+        """Note SIGPIPE, as if it had come: the reader of the messages is gone."""
+        self._note(getattr(signal, "SIGPIPE", signal.SIGTERM))
 
     def _note(self, number: int, frame: object = None) -> None:
         """The first signal counts. Python comes here when it can, the thread at once."""
@@ -128,7 +136,7 @@ class Watch:
                 for number in self._ear.recv(64):
                     if number == 0:
                         return
-                    if number in SIGNALS:
+                    if number in self._before:
                         now = time.monotonic()
                         first = now if first is None else first
                         if now > first + ECHO_S:

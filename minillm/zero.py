@@ -79,7 +79,7 @@ class ZeroOptimizer:
         groups = [self.frozen.left_out(group) for group in groups]
         self.ranks, self.stage = ranks, stage
         self._arrivals = Arrivals(n for n in parameters if n not in self.frozen)
-        self._comm = group or ranks.new_group()
+        self._comm = ranks.new_group() if group is None else group
         self._lane = Lane(ranks.device) if offload else None
         self._flying: deque[Flight] = deque()
         self._open = self._last = False

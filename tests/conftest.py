@@ -4,8 +4,9 @@ holds NaN, so that a read of it shows. Kernels are interpreted where there is no
 import importlib.util
 import os
 import random
+import signal
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,22 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Counter:
     monkeypatch.setattr(GridExecutor, "__call__", count_interpreted)
     monkeypatch.setattr(jit.JITFunction, "run", count_compiled)
     return counts
+
+
+@pytest.fixture
+def default_signals() -> Iterator[None]:
+    """Let this process and its children receive all signals that ask them to end.
+
+    Where pytest runs in the background, or under nohup, some of them are ignored.
+    """
+    found = {n: signal.getsignal(n) for n in (signal.SIGINT, *errors.ENDING)}
+    ignored = [number for number, handler in found.items() if handler is signal.SIG_IGN]
+    for number in ignored:
+        usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, usual)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
 
 
 TINY = {

@@ -150,6 +150,7 @@ def test_a_killed_rank_comes_back_and_one_rank_goes_on(text, tmp_path, dtype, ba
 
 
 @pytest.mark.skipif(os.name != "posix", reason="not on this system")
+@pytest.mark.usefixtures("default_signals")
 def test_ctrl_c_on_torchrun_saves_the_step(text, tmp_path):
     """All processes of the terminal hear it, and torchrun passes it on to its ranks once more."""
     flags = ["--data", text, *MODEL, "--zero", 1, "--steps", 5000, "--save-every", 0]
@@ -164,6 +165,23 @@ def test_ctrl_c_on_torchrun_saves_the_step(text, tmp_path):
     assert f"stopped by SIGINT at step {step}, which is saved" in said and step >= 8
     run(1, "--data", text, "--threads", 1, "--steps", step + 2, "--resume", tmp_path / "run",
         "--zero", 0)  # fmt: skip
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
+@pytest.mark.usefixtures("default_signals")
+def test_a_notice_that_one_rank_gets_saves_the_step_of_all(text, tmp_path):
+    """A scheduler may signal any process of a job; here it is not the one that prints and saves."""
+    flags = ["--data", text, *MODEL, "--steps", 5000, "--save-every", 0]
+    process = start(2, *flags, "--out", tmp_path / "run", cwd=text.parent)
+    try:
+        until(lambda: reached(tmp_path / "run", 8))
+        os.kill(pid_of_rank(1, process.pid), signal.SIGUSR1)
+        _, said = process.communicate(timeout=150)
+    finally:
+        process.kill()
+    step = open_checkpoint(tmp_path / "run").step
+    assert f"stopped by SIGUSR1 at step {step}, which is saved" in said and step >= 8
+    assert "exitcode  : 138" in said
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")

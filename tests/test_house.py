@@ -30,13 +30,13 @@ FLOORS = {
     4: "__main__ agreement config encoding formats kernels/attention kernels/rms_norm "
     "kernels/rope place plan shards start statetensors stream trained watch",
     5: "data documents heldout ops profiling/cases reading sequences settings",
-    6: "configure flags/prepare layers optim pace profiling/audit profiling/implementations "
+    6: "config_files flags/prepare layers optim pace profiling/audit profiling/implementations "
     "profiling/ranks runs survey",
-    7: "flags/train profiling/interpreted profiling/page recurrence saving split zero",
-    8: "corpus flags/plan model profiling/operations profiling/report",
-    9: "activations checkpoint commands/prepare evaluate exits huginn profiling/decoding "
-    "profiling/steps profiling/tune requests startup",
-    10: "fsdp generate ladder plan_fit profiling/suites profiling/trace",
+    7: "configure profiling/interpreted profiling/page recurrence saving split zero",
+    8: "corpus flags/train model profiling/operations profiling/report",
+    9: "activations checkpoint commands/prepare evaluate exits flags/plan huginn "
+    "profiling/decoding profiling/steps profiling/tune requests resuming",
+    10: "fsdp generate ladder plan_fit profiling/suites profiling/trace startup",
     11: "commands/profile hardware sharding speculate",
     12: "commands/plan gradients microbatch sample training",
     13: "announce mishaps samples validation",

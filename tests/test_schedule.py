@@ -26,7 +26,8 @@ def by_hand(kind, step):
     if kind == "linear":
         return PEAK * (1 - x) + LOW * x
     if kind == "wsd":
-        return PEAK if x < 0.75 else PEAK + (LOW - PEAK) * (x - 0.75) / 0.25
+        p = step / STEPS  # of the whole run, of which the last quarter decays
+        return PEAK if p < 0.75 else PEAK + (LOW - PEAK) * (p - 0.75) / 0.25
     return PEAK
 
 
@@ -113,6 +114,18 @@ def test_a_new_pace_goes_on_where_the_old_one_stood():
     assert plain("linear", 1.0, 0.0, 0, 0.2, 100).repaced(0, 10) == plain(
         "linear", 1.0, 0.0, 0, 0.2, 10
     )
+
+
+@pytest.mark.parametrize("warmup", [0, 30, 60])
+@pytest.mark.parametrize("fraction", [0.1, 0.5, 1.0])
+def test_wsd_decays_the_documented_share_of_the_whole_run(warmup, fraction):
+    """The warm-up is a part of the run: it shortens the plateau, and the decay if none is left."""
+    schedule = plain("wsd", 1.0, 0.0, warmup, fraction, 100)
+    decaying = [s for s in range(warmup, 101) if schedule.learning_rate(s) < 1.0]
+    assert len(decaying) == min(100 * fraction, 100 - warmup)
+    assert decaying[-1] == 100 and schedule.learning_rate(100) == pytest.approx(0.0, abs=1e-12)
+    falls = [schedule.learning_rate(s - 1) - schedule.learning_rate(s) for s in decaying]
+    assert falls == pytest.approx([1 / len(decaying)] * len(decaying))
 
 
 def test_a_run_shorter_than_its_warmup_only_warms_up():

@@ -1,19 +1,26 @@
 """Asked to end, a run finishes its step, saves and leaves; and goes on as if nothing had been."""
 
 import os
+import pty
 import signal
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from minillm import encoding, training, validation
+from minillm import encoding, errors, training, validation
 from minillm.checkpoint import open_checkpoint
 from minillm.runs import checkpoints_of
 from minillm.scripts import train as script
 from minillm.storage import read_json
 from tests.test_resume import metrics
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="not on this system")
+pytestmark = [
+    pytest.mark.skipif(os.name != "posix", reason="not on this system"),
+    pytest.mark.usefixtures("default_signals"),
+]
+NOTICES = [signal.Signals(n) for n in errors.ENDING if n != signal.SIGTERM]
 FLAGS = ["--ema", "0.5", "--steps", "8", "--eval-every", "4", "--keep-last", "9"]
 
 
@@ -77,8 +84,101 @@ def test_a_signal_ends_the_run_with_its_step_saved(
     assert train("--resume", run) == 0 and "is finished at step 8" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_before_the_loop(train, tmp_path, monkeypatch, capfd, text_file, number, code):
+@pytest.mark.parametrize("number", NOTICES, ids=lambda number: number.name)
+def test_notices_of_a_terminal_or_a_scheduler_save_the_step(
+    train, tmp_path, monkeypatch, capfd, number
+):
+    run = tmp_path / "run"
+    monkeypatch.setattr(script, "accumulate", send(number, 3, script.accumulate))
+    before = signal.getsignal(number)
+    assert train("--out", run, *FLAGS) == 128 + number
+    assert open_checkpoint(run).step == 3
+    said = capfd.readouterr().err.splitlines()
+    assert f"stopped by {number.name} at step 3, which is saved" in said[-1]
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_was_ignored_stays_ignored(train, tmp_path, monkeypatch, number):
+    """As nohup wants it, and the shell for a job in the background."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        monkeypatch.setattr(script, "accumulate", send(number, 3, script.accumulate))
+        assert train("--out", tmp_path / "run", *FLAGS) == 0
+        assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_reader_that_went_away_costs_no_work(train, tmp_path, monkeypatch):
+    """`train.py 2>&1 | tee log`, of which tee has ended: the step is saved, as after a signal."""
+    run = tmp_path / "run"
+    reader, writer = os.pipe()
+    whole, calls = script.accumulate, []
+
+    def leave(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            os.close(reader)
+        return whole(*args)
+
+    monkeypatch.setattr(script, "accumulate", leave)
+    with os.fdopen(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stderr", pipe)
+        assert train("--out", run, *FLAGS) == 141
+    assert open_checkpoint(run).step == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_closed_terminal_costs_no_work(tmp_path, text_file, nohup):
+    """Its processes get SIGHUP, and every message that they write to it is an error from then on.
+
+    Under nohup the run goes on, and is saved when it is asked to end.
+    """
+    run, root = tmp_path / "run", Path(script.__file__).parent
+    command = [sys.executable, str(root / "train.py"), "--data", str(text_file), "--out", str(run)]
+    command += (
+        "--tokenizer byte --threads 1 --n-layer 1 --n-head 2 --d-model 16 --seq-len 16".split()
+    )
+    command += "--batch-size 4 --steps 1000000 --log-every 1 --eval-every 0 --save-every 0".split()
+    pid, terminal = pty.fork()
+    if pid == 0:
+        if nohup:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        os.chdir(tmp_path)
+        os.execv(sys.executable, command)
+    with os.fdopen(terminal, "rb", buffering=0) as screen:  # what is written there must be read
+        while not _rows(run) > 5:
+            assert screen.read(1 << 16)
+    if nohup:
+        seen, end = _rows(run), time.monotonic() + 60
+        while _rows(run) < seen + 50:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        os.kill(pid, signal.SIGTERM)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == (143 if nohup else 129)
+    assert open_checkpoint(run).step >= 5
+
+
+def _rows(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return path.read_text().count("\n") if path.is_file() else 0
+
+
+ENDINGS = [
+    (signal.SIGTERM, 143, "terminated"),
+    (signal.SIGINT, 130, "interrupted"),
+    (signal.SIGHUP, 129, "ended by SIGHUP"),
+    (signal.SIGUSR1, 138, "ended by SIGUSR1"),
+]
+
+
+@pytest.mark.parametrize("number, code, word", ENDINGS)
+def test_a_signal_before_the_loop(
+    train, tmp_path, monkeypatch, capfd, text_file, number, code, word
+):
     """Nothing half done is left: neither a corpus nor a run."""
     copy = tmp_path / "a.txt"
     copy.write_text(text_file.read_text() + "more")
@@ -87,7 +187,7 @@ def test_a_signal_before_the_loop(train, tmp_path, monkeypatch, capfd, text_file
         patch.setattr(encoding, "encode", send(number, 1, encoding.encode))
         assert train("--data", copy, "--cache-dir", cache, "--out", out) == code
     said = capfd.readouterr().err.splitlines()[-1]
-    assert said == f"train.py: {'terminated' if code == 143 else 'interrupted'}"
+    assert said == f"train.py: {word}"
     assert not out.exists() and not any(cache.iterdir())
     assert train("--data", copy, "--cache-dir", cache, "--out", out) == 0
 

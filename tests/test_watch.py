@@ -9,9 +9,12 @@ import time
 import pytest
 
 from minillm.ranks import Ranks
-from minillm.watch import EASY, LEAST_S, START, TIMES, Watch
+from minillm.watch import EASY, LEAST_S, SIGNALS, START, TIMES, Watch
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="not on this system")
+pytestmark = [
+    pytest.mark.skipif(os.name != "posix", reason="not on this system"),
+    pytest.mark.usefixtures("default_signals"),
+]
 SLEEPER = """
 import hashlib, os, sys, time
 from minillm.watch import Watch
@@ -39,7 +42,7 @@ def soon(truth) -> bool:
     return truth()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_the_first_signal_is_noted_and_handlers_come_back(number):
     before = signal.getsignal(number)
     with Watch() as watch:
@@ -50,7 +53,7 @@ def test_the_first_signal_is_noted_and_handlers_come_back(number):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_second_signal_ends_a_process_that_is_busy_in_c(number):
     """Where Python's own handlers would wait: in one call that never comes back."""
     one = process("hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)")

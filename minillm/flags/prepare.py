@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from minillm import documents
-from minillm.cli import Parser, path, real, whole
+from minillm.cli import Parser, path, path_text, real, whole
 from minillm.errors import UsageError
 from minillm.launch import shell_command
 from minillm.storage import check_place
@@ -40,7 +40,7 @@ def parser() -> Parser:
         ),
     )  # fmt: skip
     add = p.add_argument
-    add("paths", nargs="*", metavar="PATH",
+    add("paths", nargs="*", metavar="PATH", type=path_text,
         help="text file, .docx, .epub, .html, .ipynb or .pdf document, .jsonl, .json or .parquet "
         "file of rows, folder or glob pattern (default: the standard library of this "
         "Python)")  # fmt: skip
@@ -48,7 +48,7 @@ def parser() -> Parser:
         help="new folder to write (default: a folder in --cache-dir)")  # fmt: skip
     add("--cache-dir", type=path, default=Path("data/prepared"), metavar="DIR",
         help="folder to keep prepared text in")  # fmt: skip
-    add("--tokenizer", metavar="NAME",
+    add("--tokenizer", type=path_text, metavar="NAME",
         help="tokenizer: bpe, char, byte, or a file FILE.model or FILE.json "
         "(default: bpe)")  # fmt: skip
     add("--vocab-size", type=whole(1, 1_000_000), metavar="N",
@@ -56,7 +56,7 @@ def parser() -> Parser:
         "text)")  # fmt: skip
     add("--val-fraction", type=real(0, 0.5), metavar="X",
         help="share of the bytes held out for validation, 0 to 0.5 (default: 0.05)")  # fmt: skip
-    add("--val", nargs="+", metavar="PATH",
+    add("--val", nargs="+", metavar="PATH", type=path_text,
         help="text files, folders or glob patterns to validate on, instead of --val-fraction; text "
         "that is among the other paths too is left out of training")  # fmt: skip
     add("--text-column", metavar="NAME",

@@ -58,9 +58,11 @@ def parser() -> cli.Parser:
 
 def _add_text(p: cli.Parser) -> None:
     add, whole, real = p.add_argument, cli.whole, cli.real
-    add("run", nargs="?", metavar="RUN", help="run folder (default: the newest in runs/)")
+    add("run", nargs="?", metavar="RUN", type=cli.path_text,
+        help="run folder (default: the newest in runs/)")  # fmt: skip
     add("--prompt", type=decoded, metavar="TEXT", help="text to continue (default: none)")
-    add("--prompt-file", metavar="FILE", help="UTF-8 file whose text to continue")
+    add("--prompt-file", metavar="FILE", type=cli.path_text,
+        help="UTF-8 file whose text to continue")  # fmt: skip
     add("--interactive", action="store_true", help="read prompts from standard input, one a line")
     add("--max-tokens", type=whole(1, 10**7), default=200, metavar="N",
         help="largest number of new tokens in a sample")  # fmt: skip

@@ -7,12 +7,14 @@ from functools import partial
 from pathlib import Path
 
 from minillm import cli, documents
-from minillm.configure import read_config, resolve
+from minillm.config_files import read_config
+from minillm.configure import resolve
 from minillm.errors import UsageError
 from minillm.launch import shell_command
 from minillm.settings import ALIASES, Settings, add_flags, notes
 
 NEWEST = object()  # --resume without a name
+ELSEWHERE = "--resume goes on in its own folder; drop --out, --init-from and such"
 COMMON = (
     *("data", "preset", "time_limit", "steps", "out", "resume", "config", "n_layer", "n_head"),
     *("d_model", "seq_len", "batch_size", "learning_rate", "device", "compile", "help"),
@@ -55,11 +57,13 @@ def parser() -> cli.Parser:
 def add_to(p: cli.Parser) -> None:
     """Add train.py's flags to a parser."""
     p.add_argument(
-        "--config", metavar="FILE", help="file with settings, .toml or .json, as --print-config "
-        "prints them",
+        "--config", metavar="FILE", type=cli.path_text,
+        help="file with settings, .toml or .json, as --print-config prints them, or the "
+        "config.json of a run, to repeat it. A --preset flag takes the place of the preset of such "
+        "a file; what the file changed of its own preset stays",
     )  # fmt: skip
     p.add_argument(
-        "--resume", nargs="?", const=NEWEST, metavar="RUN",
+        "--resume", nargs="?", const=NEWEST, metavar="RUN", type=cli.path_text,
         help="run to continue (without RUN: the newest)",
     )  # fmt: skip
     p.add_argument("--print-config", action="store_true", help="print the settings and exit")
@@ -92,14 +96,14 @@ def values(args: Namespace | None) -> tuple[str, dict[str, str]]:
 def check(args: Namespace) -> None:
     """Raise UsageError if the flags do not fit together, without asking torch for a device."""
     if args.resume is not None:
-        if args.out or args.init_from or args.overwrite:
-            raise UsageError("--resume goes on in its own folder; drop --out, --init-from and such")
         if args.resume == "":
             raise UsageError("--resume is empty; name a run, or give --resume alone for the newest")
         if args.device is not None:
             cli.check_device(args.device)
         if args.resume is not NEWEST and not Path(args.resume).expanduser().exists():
             raise UsageError(f"{args.resume}: no such run")
+        if args.overwrite or args.resume is not NEWEST and is_elsewhere(args.out, args.resume):
+            raise UsageError(ELSEWHERE)
         return
     found: list[Settings | UsageError] = []
     for preset in default_presets(args):
@@ -118,6 +122,11 @@ def check(args: Namespace) -> None:
         for place in [data] if isinstance(data, str) else data:
             if not Path(place).exists():
                 documents.find([place])
+
+
+def is_elsewhere(out: str | None, run: str | Path) -> bool:
+    """Return whether --out names another folder than that of the run to resume."""
+    return bool(out) and Path(out).resolve() != Path(run).resolve()
 
 
 def default_presets(args: Namespace) -> list[str]:

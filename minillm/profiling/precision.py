@@ -42,7 +42,7 @@ def truth(problem: Problem, data: Data, function: Callable | None = None) -> Res
     """
     if problem.op == "linear_cross_entropy":
         function = _in_chunks
-    function = function or getattr(reference, problem.op)
+    function = getattr(reference, problem.op) if function is None else function
     leaves = {n: data.part(x) for n, x in data.leaves.items()}
     others = {n: data.part(x) if isinstance(x, Tensor) else x for n, x in data.others.items()}
     part = replace(data, leaves=leaves, others=others, dy=[data.part(x) for x in data.dy])
