@@ -53,10 +53,9 @@ class Tokenizer:
         BOS almost never begins a window: after it alone a model often begins in mid-word.
         """
         line_break = [self._bytes_of.index(b"\n")] if b"\n" in self._bytes_of else []
-        if self.bos_id is not None:
-            before = [] if prompt or one_document else line_break
-            return [*before, self.bos_id, *self.encode(prompt)]
-        return self.encode(prompt) or line_break or [0]
+        if self.bos_id is None:
+            return self.encode(prompt) or line_break or [0]
+        return line_break * (not prompt and not one_document) + [self.bos_id, *self.encode(prompt)]
 
     def heal(self, ids: Sequence[int]) -> tuple[list[int], list[int], int]:
         """Give a prompt's last token back to the model, if a longer token begins like it.
