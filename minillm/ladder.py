@@ -115,7 +115,7 @@ def alarms(row: dict, mean: int) -> dict[str, str]:
             "recurrence has collapsed; start again with a smaller --learning-rate"
         )
     if bad := [r for r, loss in losses.items() if not math.isfinite(loss)]:
-        found.append(
+        found["not finite"] = (
             f"the loss is not finite at {', '.join(bad)} iterations of the core; so many must not "
             "be asked for"
         )

@@ -133,7 +133,7 @@ def test_training_goes_on_where_an_evaluation_has_no_number(train, tmp_path, mon
 def test_a_loss_by_recurrence_that_is_no_number_is_an_alarm():
     row = {"val_loss_at_r": {"1": 3.0, "2": 2.0, "4": math.nan, "8": math.inf},
            "token_correlation": 0.1, "state_growth": 1.0}  # fmt: skip
-    assert "not finite at 4, 8 iterations" in ladder.alarms(row, 2)[0]
+    assert "not finite at 4, 8 iterations" in ladder.alarms(row, 2)["not finite"]
 
 
 def test_json_holds_no_nan(tmp_path):

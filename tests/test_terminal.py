@@ -133,8 +133,13 @@ def without_encoding(tree: ast.AST) -> Iterator[str]:
         name = getattr(call.func, "attr", getattr(call.func, "id", ""))
         owner = getattr(getattr(call.func, "value", None), "id", "")
         mode = next((a.value for a in call.args if isinstance(a, ast.Constant)), "r")
+        member = (
+            isinstance(call.func, ast.Attribute)
+            and call.args
+            and (not isinstance(call.args[0], ast.Constant))
+        )  # of an archive, which is opened by name and as bytes
         text = {
-            "open": owner != "os" and "b" not in str(mode) and len(call.args) < 3,
+            "open": not member and owner != "os" and "b" not in str(mode) and len(call.args) < 3,
             "read_text": not call.args,
             "write_text": len(call.args) < 2,
         }
