@@ -55,7 +55,8 @@ def begin(args: Namespace, here: World, preset: str | None = None) -> tuple[Sett
         past = as_train_config(run, past | runs.newest_settings(run))
         return Settings(model, past, frozenset()), run
     if train.init_from:
-        settings = _inherit(settings, Path(train.init_from))
+        flags = {name for name, value in vars(args).items() if value is not None}
+        settings = _inherit(settings, Path(train.init_from), flags)
     if train.out and here.rank == 0:
         runs.check_out(Path(train.out), train.overwrite, here.launch)
     for flag, place in (("--out", train.out or "runs"), ("--cache-dir", train.cache_dir)):
@@ -63,10 +64,11 @@ def begin(args: Namespace, here: World, preset: str | None = None) -> tuple[Sett
     return settings, None
 
 
-def _inherit(settings: Settings, source: Path) -> Settings:
+def _inherit(settings: Settings, source: Path, flags: set[str]) -> Settings:
     """The model's shape and the tokenizer of run `source`; the training of `settings`.
 
     How often a core runs may be set anew: with a new mean, what else is not given follows it.
+    flags: settings that the command line names; the others of `settings.given` are from a file.
     Raises UsageError on what `source` fixes, and on settings of a core that it has not.
     """
     model, _ = runs.read_config(source)
@@ -76,7 +78,7 @@ def _inherit(settings: Settings, source: Path) -> Settings:
     own = asdict(model) | {"tokenizer": tokenizer}
     given = {name: value for name, value in settings.flat().items() if name in settings.given}
     for name in sorted(fixed & given.keys()):
-        if given[name] != own[name]:
+        if name in flags or given[name] != own[name]:  # a file states all that the run had
             raise UsageError(
                 f"--{name.replace('_', '-')} cannot be set with --init-from: {source} fixes it"
             )

@@ -125,8 +125,9 @@ def check(args: Namespace) -> None:
 
 
 def is_elsewhere(out: str | None, run: str | Path) -> bool:
-    """Return whether --out names another folder than that of the run to resume."""
-    return bool(out) and Path(out).resolve() != Path(run).resolve()
+    """Return whether --out names another folder than that of the run to resume, which is there."""
+    there = Path(run).is_dir() and Path(out or "").resolve() == Path(run).resolve()
+    return bool(out) and not there
 
 
 def default_presets(args: Namespace) -> list[str]:
