@@ -24,7 +24,7 @@ if __name__ == "__main__":  # help and refusals need no torch, whose import take
 
 import torch
 
-from minillm import checkpoint, console, runs, startup, world
+from minillm import checkpoint, console, placing, runs, startup, world
 from minillm.agreement import agree, in_turn
 from minillm.announce import announce, farewell, meter_of, nothing_left
 from minillm.configure import LENGTHS, as_of
@@ -289,7 +289,7 @@ def finish(t: Training) -> None:
 def begin_run(held: ExitStack, t: Training, settings: Settings) -> None:
     """Make the run's folder, nobody else's as long as `held`, and write what it is."""
     c, launch = t.config, t.ranks.world.launch
-    t.run, lock = runs.make_run(c.out, c.preset, c.overwrite, launch)
+    t.run, lock = placing.make_run(c.out, c.preset, c.overwrite, launch, startup.sources(settings))
     held.enter_context(lock or nullcontext())
     t.corpus.tokenizer().save(t.run)
     facts = startup.facts_of(settings, t.corpus, launch) | t.fixed

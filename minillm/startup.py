@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from minillm import __version__, plan, runs, world
+from minillm import __version__, placing, plan, runs, world
 from minillm.agreement import gather
 from minillm.config import ModelConfig, TrainConfig
 from minillm.config_files import read_config
@@ -57,10 +57,21 @@ def begin(args: Namespace, here: World, preset: str | None = None) -> tuple[Sett
     if train.init_from:
         settings = _inherit(settings, Path(train.init_from))
     if train.out and here.rank == 0:
-        runs.check_out(Path(train.out), train.overwrite, here.launch)
+        out = Path(train.out)
+        placing.check_out(out, train.overwrite, here.launch, sources(settings, args.config))
     for flag, place in (("--out", train.out or "runs"), ("--cache-dir", train.cache_dir)):
         check_place(flag, Path(place))
     return settings, None
+
+
+def sources(settings: Settings, config_file: str | None = None) -> list[tuple[str, str]]:
+    """Return (flag, path) of all that a command reads, and that must not be overwritten by it."""
+    train = settings.train
+    read = [("--data", path) for path in parts_of(train.data)]
+    read += [("--val", path) for path in parts_of(train.val)]
+    tokenizer = None if train.tokenizer in KINDS else train.tokenizer
+    single = {"--init-from": train.init_from, "--tokenizer": tokenizer, "--config": config_file}
+    return read + [(flag, path) for flag, path in single.items() if path]
 
 
 def _inherit(settings: Settings, source: Path) -> Settings:

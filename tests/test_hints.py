@@ -75,5 +75,5 @@ def test_messages_quote_a_run_with_a_space(started, tmp_path):
     (run / "config.json").write_text("{}")
     (run / "metrics.jsonl").touch()
     with pytest.raises(UsageError) as refusal:
-        runs.check_out(run, False)
+        placing.check_out(run, False)
     assert f"python3 -m minillm train --resume '{run}'" in str(refusal.value)

@@ -25,15 +25,15 @@ FLOORS = {
     "profiling/workloads setting state storage table",
     3: "cards flags/profile flags/sample htmltext kernels/_attention_backward "
     "kernels/_attention_forward kernels/decode_attention kernels/eager kernels/rope_cache "
-    "kernels/sandwich_norm meter not_a_run profiling/precision profiling/sizes ranks rows "
+    "kernels/sandwich_norm meter ownership profiling/precision profiling/sizes ranks rows "
     "shape tensorfiles tokenizer world",
-    4: "__main__ agreement config encoding formats kernels/attention kernels/rms_norm "
-    "kernels/rope place plan shards start statetensors stream trained watch",
+    4: "__main__ agreement config discarding encoding formats kernels/attention kernels/rms_norm "
+    "kernels/rope not_a_run place plan shards start statetensors stream trained watch",
     5: "data documents heldout ops profiling/cases reading sequences settings",
     6: "config_files flags/prepare layers optim pace profiling/audit profiling/implementations "
     "profiling/ranks runs survey",
-    7: "configure profiling/interpreted profiling/page recurrence saving split zero",
-    8: "corpus flags/train model profiling/operations profiling/report",
+    7: "configure placing profiling/interpreted profiling/page recurrence split zero",
+    8: "corpus flags/train model profiling/operations profiling/report saving",
     9: "activations checkpoint commands/prepare evaluate exits flags/plan huginn "
     "profiling/decoding profiling/steps profiling/tune requests resuming",
     10: "fsdp generate ladder plan_fit profiling/suites profiling/trace startup",

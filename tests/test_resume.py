@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from minillm import runs, samples, storage
+from minillm import placing, runs, samples, storage
 from minillm.checkpoint import open_checkpoint
 
 MODEL, AVERAGE = "model-00001-of-00001.safetensors", "ema-00001-of-00001.safetensors"
@@ -139,7 +139,7 @@ def test_a_resume_tidies_up_under_the_lock(train, tmp_path, tiny_run, capfd):
     (folder / "step-00000008").rename(folder / ".step-00000008.old.tmp")
     shutil.copytree(folder / "step-00000004", folder / ".step-00000008.tmp")
     (run / "metrics.jsonl.tmp").touch()
-    held = runs.lock(run)
+    held = placing.lock(run)
     assert train("--resume", run, "--steps", "9") == 2
     assert "is being written by " in capfd.readouterr().err
     assert len(list(run.rglob("*.tmp"))) == 3

@@ -2,7 +2,6 @@
 
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -29,15 +28,14 @@ def main(argv: Sequence[str]) -> None:
         say("no GPU in use: eager and compiled code is timed on the CPU; our kernels are compiled "
             "for the audit, and interpreted for their errors")  # fmt: skip
     folder = args.out or default_folder(device)
+    if names:
+        report.refuse_foreign(folder, names)
     found: dict[str, list[dict]] = {}
     written: dict[Path, None] = {}  # in their order, each once
 
     def save(name: str, rows: list[dict]) -> None:
         found[name] = rows
-        with warnings.catch_warnings(record=True) as told:
-            written.update(dict.fromkeys(report.write(folder, job.about, found)))
-        for warning in told:
-            say(f"warning: {warning.message}")
+        written.update(dict.fromkeys(report.write(folder, job.about, found)))
 
     job = suites.Job(
         device=device,
