@@ -23,13 +23,13 @@ def main(argv: Sequence[str]) -> None:
     device = _device(args.device)
     tuned = None if args.tune is None else tune.check(args.tune, device)
     names = flags.suites(args)
+    folder = args.out or default_folder(device)
+    if names:
+        report.refuse_foreign(folder, names)
     if device.type == "cpu":
         world.set_threads(args.threads)
         say("no GPU in use: eager and compiled code is timed on the CPU; our kernels are compiled "
             "for the audit, and interpreted for their errors")  # fmt: skip
-    folder = args.out or default_folder(device)
-    if names:
-        report.refuse_foreign(folder, names)
     found: dict[str, list[dict]] = {}
     written: dict[Path, None] = {}  # in their order, each once
 
