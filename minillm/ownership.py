@@ -78,17 +78,9 @@ def product(folder: Path) -> str | None:
     return next((kind.name for kind in (RUN, CORPUS, PROFILE) if claims(folder, kind)), None)
 
 
-def product_around(path: Path, within: Path) -> str | None:
-    """Return what the nearest folder of ours around `path` is, in words; None if there is none.
-
-    within: the outermost folder that is looked at
-    """
-    for folder in path.parents:
-        if found := product(folder):
-            return found
-        if folder == within:
-            break
-    return None
+def product_around(path: Path) -> str | None:
+    """Return what the nearest folder of ours that `path` lies in is, in words; None: in none."""
+    return next((found for folder in path.absolute().parents if (found := product(folder))), None)
 
 
 def remove_files(folder: Path, ours: Callable[[str], bool]) -> None:
