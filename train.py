@@ -150,7 +150,8 @@ def set_up(settings: Settings, run: Path | None, ranks: Ranks) -> Training:
         fixed["micro_batch_size"] = int(ranks.least(int(found)))
     fixed["ranks"], micro = ranks.size, gcd(rows, fixed["micro_batch_size"])
     if config.init_from and not past:
-        checkpoint.open_checkpoint(Path(config.init_from), ranks=ranks).load_into(model)
+        source = Path(config.init_from)
+        checkpoint.while_there(source, "last", lambda found: found.load_into(model), ranks)
     parameters = dict(model.named_parameters())
     wanted = recipes(
         config.optimizer, parameters, model.matrices(), EAGER if config.offload else ops,

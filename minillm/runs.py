@@ -5,6 +5,7 @@
 Checkpoints are read in checkpoint.py and written in saving.py.
 """
 
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from minillm.discarding import ASIDE, STEP, is_of_others
 from minillm.errors import CorruptError, UsageError
 from minillm.launch import shell_command
 from minillm.ownership import RUN, claims, is_run
-from minillm.reading import read_state
+from minillm.reading import read_state, stamp_of
 from minillm.storage import file_digest, read_json, write_json
 from minillm.tokenizer import Tokenizer, load_tokenizer
+
+TRIES = 20  # looks at a run whose checkpoints are replaced while they are read
 
 
 def newest_run(root: Path = Path("runs"), begun: bool = False) -> Path:
@@ -28,14 +31,24 @@ def newest_run(root: Path = Path("runs"), begun: bool = False) -> Path:
     for run in root.glob("*"):
         if not claims(run, RUN):
             continue
-        signs = [*checkpoints_of(run).values(), *(run.glob("config.json") if begun else ())]
-        if signs:
-            found.append((max(path.stat().st_mtime_ns for path in signs), run))
+        when = _newest_sign(run, begun)
+        if when is not None:
+            found.append((when, run))
     if not found:
         raise UsageError(
             f"no run with a checkpoint in {root}/; train one with: {shell_command('train')}"
         )
     return max(found)[1]
+
+
+def _newest_sign(run: Path, begun: bool) -> int | None:
+    """Return when the newest checkpoint of a run was made, or the run, in ns; None: neither is."""
+    for _ in range(TRIES):
+        signs = [*checkpoints_of(run).values(), *(run.glob("config.json") if begun else ())]
+        with suppress(FileNotFoundError):  # a training has deleted it since it was listed
+            if signs or not step_folders(run):
+                return max((path.stat().st_mtime_ns for path in signs), default=None)
+    return None
 
 
 def run_of(launch: str | None, out: str | None) -> Path | None:
@@ -57,14 +70,23 @@ def checkpoints_of(run: Path) -> dict[int, Path]:
 
 
 def step_folders(run: Path) -> dict[int, Path]:
-    """The folders that were a run's checkpoints, by step, whatever has become of them.
+    """Return the folders that were a run's checkpoints, by step, whatever has become of them.
 
-    One that is put aside to be replaced counts until the new one has the name.
+    One that is put aside to be replaced counts until the new one has the name. A folder without a
+    file of a checkpoint in it is of others, and does not count.
     """
-    folders = [f for f in run.glob("checkpoints/*") if f.is_dir() and not is_of_others(f)]
-    return {
-        int(m[1]): f for names in (ASIDE, STEP) for f in folders if (m := names.fullmatch(f.name))
-    }
+    for _ in range(TRIES):
+        folders = [f for f in run.glob("checkpoints/*") if f.is_dir() and not is_of_others(f)]
+        found = {
+            int(m[1]): f
+            for names in (ASIDE, STEP)
+            for f in folders
+            if (m := names.fullmatch(f.name))
+        }
+        # A training that deletes the last one while it saves the next may hide both.
+        if found or not any(run.glob("checkpoints/*step-*")):
+            break
+    return found
 
 
 def folder_of(run: Path, step: int) -> Path:
@@ -80,12 +102,26 @@ def require_shared(run: Path) -> None:
 
 def newest_settings(run: Path) -> dict[str, Any]:
     """What a resumed run may change, as the newest checkpoint has it whose state can be read."""
-    for _, folder in sorted(step_folders(require_run(run)).items(), reverse=True):
-        try:
-            return read_state(folder).get("settings", {})
-        except CorruptError:
-            continue  # whoever opens the checkpoint says so
-    return {}
+    for _ in range(TRIES):
+        there = listing(require_run(run))
+        for _, folder in sorted(step_folders(run).items(), reverse=True):
+            try:
+                return read_state(folder).get("settings", {})
+            except CorruptError:
+                if listing(run) != there:  # it was replaced while it was read
+                    break
+        else:
+            break
+    return {}  # whoever opens the checkpoint says so
+
+
+def listing(run: Path) -> list[tuple[int, list[int] | None]]:
+    """Return the steps of a run's checkpoints, and what tells each from one that replaces it.
+
+    A training deletes checkpoints at any time. What could not be read is damaged only if the
+    listing is still the same.
+    """
+    return [(step, stamp_of(folder)) for step, folder in sorted(step_folders(run).items())]
 
 
 def require_run(run: Path) -> Path:
