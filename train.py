@@ -150,8 +150,9 @@ def set_up(settings: Settings, run: Path | None, ranks: Ranks) -> Training:
         fixed["micro_batch_size"] = int(ranks.least(int(found)))
     fixed["ranks"], micro = ranks.size, gcd(rows, fixed["micro_batch_size"])
     if config.init_from and not past:
-        source = Path(config.init_from)
-        checkpoint.while_there(source, "last", lambda found: found.load_into(model), ranks)
+        checkpoint.while_there(
+            Path(config.init_from), "last", lambda it: it.load_into(model), ranks
+        )
     parameters = dict(model.named_parameters())
     wanted = recipes(
         config.optimizer, parameters, model.matrices(), EAGER if config.offload else ops,
@@ -290,7 +291,7 @@ def finish(t: Training) -> None:
 def begin_run(held: ExitStack, t: Training, settings: Settings) -> None:
     """Make the run's folder, nobody else's as long as `held`, and write what it is."""
     c, launch = t.config, t.ranks.world.launch
-    t.run, lock = placing.make_run(c.out, c.preset, c.overwrite, launch, startup.sources(settings))
+    t.run, lock = placing.make_run(c.out, c.preset, c.overwrite, launch, placing.sources(settings))
     held.enter_context(lock or nullcontext())
     t.corpus.tokenizer().save(t.run)
     facts = startup.facts_of(settings, t.corpus, launch) | t.fixed

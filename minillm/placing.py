@@ -15,7 +15,10 @@ from minillm.errors import UsageError
 from minillm.launch import shell_command
 from minillm.ownership import RUN, claims, is_plain_file, is_run
 from minillm.runs import checkpoints_of, is_of
+from minillm.setting import parts_of
+from minillm.settings import Settings
 from minillm.storage import sync_folder
+from minillm.tokenizer import KINDS
 
 # The files that a run writes into its folder, each by way of NAME.tmp. It also has checkpoints/.
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")
@@ -109,6 +112,16 @@ def is_free(folder: Path) -> bool:
     return (names == {"lock"} and not size) or (
         size == len(MARK) and lock.read_bytes() == MARK.encode("ascii")
     )
+
+
+def sources(settings: Settings, config_file: str | None = None) -> list[tuple[str, str]]:
+    """Return (flag, path) of all that a command reads, and that must not be overwritten by it."""
+    train = settings.train
+    read = [("--data", path) for path in parts_of(train.data)]
+    read += [("--val", path) for path in parts_of(train.val)]
+    tokenizer = None if train.tokenizer in KINDS else train.tokenizer
+    single = {"--init-from": train.init_from, "--tokenizer": tokenizer, "--config": config_file}
+    return read + [(flag, path) for flag, path in single.items() if path]
 
 
 def _refuse_sources(run: Path, sources: Iterable[tuple[str, str]]) -> None:

@@ -10,12 +10,12 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from minillm import not_a_run
+from minillm import not_a_run, places
 from minillm.config import ModelConfig
 from minillm.discarding import ASIDE, STEP, is_of_others
 from minillm.errors import CorruptError, UsageError
 from minillm.launch import shell_command
-from minillm.ownership import RUN, claims, is_run
+from minillm.ownership import CORPUS, RUN, claims, is_run
 from minillm.reading import read_state, stamp_of
 from minillm.storage import file_digest, read_json, write_json
 from minillm.tokenizer import Tokenizer, load_tokenizer
@@ -106,7 +106,7 @@ def newest_settings(run: Path) -> dict[str, Any]:
         there = listing(require_run(run))
         for _, folder in sorted(step_folders(run).items(), reverse=True):
             try:
-                return read_state(folder).get("settings", {})
+                return places.found(run, read_state(folder).get("settings", {}))
             except CorruptError:
                 if listing(run) != there:  # it was replaced while it was read
                     break
@@ -148,7 +148,7 @@ def read_config(run: Path) -> tuple[ModelConfig, dict[str, Any]]:
         raise CorruptError(f"{run}/config.json: {error}") from None
     if model.bos_id is not None and model.bos_id not in range(model.vocab_size):
         raise CorruptError(f"{run}/config.json: bos_id is {model.bos_id!r}")
-    return model, body["train"]
+    return model, places.found(run, body["train"])
 
 
 def read_facts(run: Path) -> dict[str, Any]:
@@ -176,8 +176,35 @@ def fixed_of(run: Path) -> dict[str, Any]:
 
 
 def write_config(run: Path, model: ModelConfig, train: dict, facts: dict) -> None:
-    """config.json: the resolved configuration and the facts of where it runs."""
+    """Write config.json: the resolved configuration and the facts of where the run was made.
+
+    Paths in it are seen from the run's folder; see places.py.
+    """
+    if "corpus" in facts:
+        facts = {**facts, "corpus": places.path_stated(run, facts["corpus"])}
+    train = places.stated(run, train)
     write_json(run / "config.json", {"model": asdict(model), "train": train, **facts})
+
+
+def corpus_places(run: Path, cache: str | None = None) -> list[Path]:
+    """Return where the prepared text of a run may be, the likeliest place first.
+
+    That is the place that config.json states, and the run's key below `cache` and below every
+    data/prepared of the current folder and of those that the run lies in.
+    """
+    facts = read_facts(run)
+    stated = Path(places.path_found(run, facts["corpus"]))
+    usual = (folder / "data" / "prepared" for folder in (Path(), *run.resolve().parents))
+    caches = ([Path(cache)] if cache else []) + list(usual)
+    return [stated, *(folder / facts["corpus_key"][:16] for folder in caches)]
+
+
+def corpus_of(run: Path) -> Path:
+    """Return the prepared text of a run. UsageError if it is nowhere that it may be."""
+    for folder in corpus_places(run):
+        if claims(folder, CORPUS):
+            return folder
+    raise UsageError(f"{run}: its prepared text, {corpus_places(run)[0]}, is not there")
 
 
 def tokenizer_path(run: Path) -> Path:

@@ -266,8 +266,7 @@ def load_tokenizer(path: str | Path, foreign: bool = False) -> Tokenizer:
         raise CorruptError(f"{path}: larger than {MAX_BYTES >> 20} MiB; no tokenizer is")
     with naming(path):
         data = path.read_bytes()
-    # A SentencePiece model may begin with "\n{" too, but its scores have NUL bytes.
-    if path.suffix == ".json" or (data.lstrip()[:1] == b"{" and b"\0" not in data):
+    if path.suffix == ".json" or (data.lstrip()[:1] == b"{" and b"\0" not in data):  # not a model
         return _from_json(path, data)
     if foreign:
         try_model(path, data)

@@ -13,7 +13,7 @@ FLOORS = {
     0: "__init__ buckets cache commands/__init__ flags/__init__ guard help_text json_text "
     "kernels kernels/_entrance kernels/_interpreter kernels/_tanh kernels/eager_sampling "
     "kernels/reference_optim kernels/reference_sampling machine_errors offload outlook "
-    "positions precision presets profiling/__init__ profiling/dry profiling/occupancy "
+    "places positions precision presets profiling/__init__ profiling/dry profiling/occupancy "
     "profiling/pivot profiling/sass profiling/style profiling/timing profiling/ttir schedule "
     "scripts sentencepieces terminal units",
     1: "console errors kernels/_launch kernels/_loss kernels/eager_optim kernels/reference "

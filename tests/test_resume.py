@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from minillm import placing, runs, samples, storage
+from minillm import placing, runs, samples
 from minillm.checkpoint import open_checkpoint
 
 MODEL, AVERAGE = "model-00001-of-00001.safetensors", "ema-00001-of-00001.safetensors"
@@ -117,7 +117,7 @@ def test_text_that_moved_is_named_with_data(train, tmp_path, text_file, capfd):
 def test_a_prepared_folder_that_moved_is_named_with_data(train, tmp_path):
     run, cache = tmp_path / "run", tmp_path / "cache"
     assert train("--out", run, "--cache-dir", cache) == 0
-    folder = Path(storage.read_json(run / "config.json")["corpus"])
+    folder = runs.corpus_of(run)
     folder.rename(tmp_path / "moved")
     assert train("--resume", run, "--steps", "9", "--data", tmp_path / "moved") == 0
     assert not any(cache.iterdir())
