@@ -150,9 +150,7 @@ def set_up(settings: Settings, run: Path | None, ranks: Ranks) -> Training:
         fixed["micro_batch_size"] = int(ranks.least(int(found)))
     fixed["ranks"], micro = ranks.size, gcd(rows, fixed["micro_batch_size"])
     if config.init_from and not past:
-        checkpoint.while_there(
-            Path(config.init_from), "last", lambda it: it.load_into(model), ranks
-        )
+        checkpoint.while_there(config.init_from, "last", lambda it: it.load_into(model), ranks)
     parameters = dict(model.named_parameters())
     wanted = recipes(
         config.optimizer, parameters, model.matrices(), EAGER if config.offload else ops,

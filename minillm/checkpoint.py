@@ -128,14 +128,16 @@ class _Look:
         return words
 
 
-def while_there(run: Path, which: str, use: Callable[[Checkpoint], T], ranks: Ranks = ALONE) -> T:
+def while_there(
+    run: str | Path, which: str, use: Callable[[Checkpoint], T], ranks: Ranks = ALONE
+) -> T:
     """Return use(checkpoint), of the weights to generate with of the checkpoint `which`.
 
     A training may delete or replace the checkpoint before `use` has read it: then the next one is
     opened. Every rank calls it. Raises as open_checkpoint and `use` do, the same on all ranks.
     """
     for last in (False,) * (TRIES - 1) + (True,):
-        found = open_checkpoint(run, which, ranks, weights=True)
+        found = open_checkpoint(Path(run), which, ranks, weights=True)
         try:
             result = agree(ranks, partial(use, found))
         except CorruptError:
