@@ -43,17 +43,19 @@ def main(argv: Sequence[str]) -> None:
     device = world.pick_device(args.device)
     # One token at a time is bound by memory: on a CPU bf16 is slower there than fp32.
     name = "fp32" if args.dtype == "auto" and device.type == "cpu" else args.dtype
-    found = checkpoint.open_checkpoint(run, args.checkpoint)
-    model, tokenizer, config = checkpoint.load_run(
+    options = {
+        "device": device,
+        "dtype": world.pick_dtype(name, device, 0),
+        "kernels": args.kernels,
+    }
+    step, (model, tokenizer, config) = checkpoint.while_there(
         run,
-        checkpoint=found,
-        device=device,
-        dtype=world.pick_dtype(name, device, 0),
-        kernels=args.kernels,
+        args.checkpoint,
+        lambda found: (found.step, checkpoint.load_run(run, checkpoint=found, **options)),
     )
     small = config.n_parameters < ONE_THREAD_BELOW
     threads, _ = world.set_threads(1 if args.threads == "auto" and small else args.threads)
-    note(f"{run}, step {found.step}, {device}, {model.ops.name} kernels ({model.ops.why}), "
+    note(f"{run}, step {step}, {device}, {model.ops.name} kernels ({model.ops.why}), "
          f"{threads} thread{'s' * (threads > 1)}, seed {args.seed}")  # fmt: skip
     for prompt in prompts(args):
         try:

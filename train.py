@@ -24,7 +24,7 @@ if __name__ == "__main__":  # help and refusals need no torch, whose import take
 
 import torch
 
-from minillm import checkpoint, console, runs, startup, world
+from minillm import checkpoint, console, placing, runs, startup, world
 from minillm.agreement import agree, in_turn
 from minillm.announce import announce, farewell, meter_of, nothing_left
 from minillm.configure import LENGTHS, as_of
@@ -150,7 +150,7 @@ def set_up(settings: Settings, run: Path | None, ranks: Ranks) -> Training:
         fixed["micro_batch_size"] = int(ranks.least(int(found)))
     fixed["ranks"], micro = ranks.size, gcd(rows, fixed["micro_batch_size"])
     if config.init_from and not past:
-        checkpoint.open_checkpoint(Path(config.init_from), ranks=ranks).load_into(model)
+        checkpoint.while_there(config.init_from, "last", lambda it: it.load_into(model), ranks)
     parameters = dict(model.named_parameters())
     wanted = recipes(
         config.optimizer, parameters, model.matrices(), EAGER if config.offload else ops,
@@ -289,7 +289,7 @@ def finish(t: Training) -> None:
 def begin_run(held: ExitStack, t: Training, settings: Settings) -> None:
     """Make the run's folder, nobody else's as long as `held`, and write what it is."""
     c, launch = t.config, t.ranks.world.launch
-    t.run, lock = runs.make_run(c.out, c.preset, c.overwrite, launch)
+    t.run, lock = placing.make_run(c.out, c.preset, c.overwrite, launch, placing.sources(settings))
     held.enter_context(lock or nullcontext())
     t.corpus.tokenizer().save(t.run)
     facts = startup.facts_of(settings, t.corpus, launch) | t.fixed

@@ -9,7 +9,6 @@ white space around it apart, stands in the training text.
 """
 
 import io
-import json
 import subprocess
 import sys
 import tokenize
@@ -18,6 +17,7 @@ from pathlib import Path
 from minillm.checkpoint import load_run
 from minillm.data import Tokens
 from minillm.generate import generate
+from minillm.runs import corpus_of
 from minillm.shards import Corpus, open_corpus
 from minillm.stream import TextStream
 
@@ -46,7 +46,7 @@ def is_accepted(line: str) -> bool:
 
 def main(run: Path) -> None:
     """Print the table."""
-    corpus = open_corpus(json.loads((run / "config.json").read_text(encoding="utf-8"))["corpus"])
+    corpus = open_corpus(corpus_of(run))
     held_out = raw_text(corpus, "val")
     print(f"held out: {corpus.documents['val']} files, {len(held_out):,} bytes")
     assert len(held_out) == corpus.bytes["val"]

@@ -9,8 +9,10 @@ KIND-0000R-of-0000N of what it has, and any number of ranks reads it, each what 
 """
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -22,78 +24,129 @@ from minillm.model import GPT
 from minillm.ops import select
 from minillm.ranks import Ranks
 from minillm.reading import Checkpoint, read_state, verified
-from minillm.runs import (
-    folder_of,
-    load_run_tokenizer,
-    read_config,
-    require_run,
-    step_folders,
-)
+from minillm.runs import TRIES, folder_of, listing, load_run_tokenizer, read_config, require_run
 from minillm.saving import ALONE, discard_after, prune, save, set_aside, take_up, tidy
 from minillm.tokenizer import Tokenizer
 
 __all__ = [
     "Checkpoint", "check_model", "discard_after", "load_run", "open_checkpoint", "prune", "save",
-    "set_aside", "take_up", "tidy", "verified",
+    "set_aside", "take_up", "tidy", "verified", "while_there",
 ]  # fmt: skip
+T = TypeVar("T")
 SMALL = 10_000_000  # parameters that are no danger to anybody's memory
 
 
 def open_checkpoint(
-    run: Path, which: str = "last", ranks: Ranks = ALONE, say: Callable[[str], None] | None = None
+    run: Path,
+    which: str = "last",
+    ranks: Ranks = ALONE,
+    say: Callable[[str], None] | None = None,
+    weights: bool = False,
 ) -> Checkpoint:
-    """The checkpoint "last", "best" or of a step number, every file checked against its hash.
+    """Open the checkpoint "last", "best" or of a step number, its files checked against hashes.
 
     Where the last one is damaged, the newest good one before it is opened, and `say` (default: a
     line on standard error) is given a warning for each that was passed over. One that was asked for
-    by its step, or as the best, is no other's place: the good steps are named.
+    by its step, or as the best, is no other's place: the good steps are named. If a training
+    deletes checkpoints meanwhile, the run is looked at again.
+
     Every rank calls it, hashes its share of the files and learns what the others found.
+
+    weights: check and open only the weights to generate with; the optimiser's files may be missing
+
     Raises UsageError if there is no such run or checkpoint, CorruptError if it is damaged or none
     is good; the same on all ranks.
     """
-    steps = gather(ranks, agree(ranks, lambda: _all_steps(run)))[0]
-    if which != "last":
-        return _asked_for(run, which, steps, ranks)
-    found, damages = _newest_good(run, steps, ranks)
+    for _ in range(TRIES):
+        there = gather(ranks, agree(ranks, lambda: _all_steps(run)))[0]
+        steps = [step for step, _ in there]
+        look = _Look(run, steps, ranks, weights)
+        found, damages = look.newest_good(steps) if which == "last" else look.asked_for(which)
+        if not damages or gather(ranks, agree(ranks, lambda: _all_steps(run)))[0] == there:
+            break
     if found is None:
-        raise CorruptError(f"{damages[0]}; no other checkpoint of the run is good")
+        raise CorruptError(f"{damages[0]}; {look.advice(which)}")
     for damage in damages:
         (say or ranks.say)(one_line(f"warning: {damage}; going on from step {found.step}"))
     return found
 
 
-def _all_steps(run: Path) -> list[int]:
-    """The steps of all checkpoints, damaged ones among them, the newest first."""
-    steps = sorted(step_folders(require_run(run)), reverse=True)
-    if not steps:
+def _all_steps(run: Path) -> list[list]:
+    """List all checkpoints, damaged ones among them, the newest first; see runs.listing."""
+    there = sorted(map(list, listing(require_run(run))), key=lambda one: -one[0])
+    if not there:
         raise UsageError(
             f"{run} holds no checkpoint yet; train on: {shell_command('train', '--resume', run)}"
         )
-    return steps
+    return there
 
 
-def _newest_good(
-    run: Path, steps: list[int], ranks: Ranks
-) -> tuple[Checkpoint | None, list[CorruptError]]:
-    """The first of these checkpoints that is whole, if any, and what those before it are."""
-    damages = []
-    for step in steps:
+@dataclass(frozen=True)
+class _Look:
+    """One look at the checkpoints of a run.
+
+    steps: those that there are, the newest first
+    weights: as open_checkpoint takes it
+    """
+
+    run: Path
+    steps: list[int]
+    ranks: Ranks
+    weights: bool
+
+    def newest_good(self, steps: list[int]) -> tuple[Checkpoint | None, list[CorruptError]]:
+        """Return the first of these checkpoints that is whole, if any, and what is wrong before."""
+        damages = []
+        for step in steps:
+            try:
+                return verified(folder_of(self.run, step), step, self.ranks, self.weights), damages
+            except CorruptError as damage:
+                damages.append(damage)
+        return None, damages
+
+    def asked_for(self, which: str) -> tuple[Checkpoint | None, list[CorruptError]]:
+        """Return the checkpoint "best" or of a step number, and no other."""
         try:
-            return verified(folder_of(run, step), step, ranks), damages
+            step = agree(self.ranks, lambda: _step_of(self.run, which, self.steps))
         except CorruptError as damage:
-            damages.append(damage)
-    return None, damages
+            return None, [damage]
+        return self.newest_good([gather(self.ranks, step)[0]])
+
+    def advice(self, which: str) -> str:
+        """Return what else there is, where the checkpoint that is wanted is not good."""
+        if which != "last":
+            good = [step for step in reversed(self.steps) if self.newest_good([step])[0]]
+            known = f"good: {', '.join(map(str, good))}" if good else "no other is good"
+            return f"--checkpoint {which} is refused; {known}"
+        words = "no other checkpoint of the run is good"
+        found, _ = replace(self, weights=True).newest_good(self.steps)
+        if found and not self.weights:
+            words += (
+                f"; the weights of step {found.step} are whole: sample them, or start from them "
+                f"with --init-from {self.run}"
+            )
+        return words
 
 
-def _asked_for(run: Path, which: str, steps: list[int], ranks: Ranks) -> Checkpoint:
-    """The checkpoint "best" or of a step number, and no other."""
-    try:
-        step = gather(ranks, agree(ranks, lambda: _step_of(run, which, steps)))[0]
-        return verified(folder_of(run, step), step, ranks)
-    except CorruptError as damage:
-        good = [s for s in reversed(steps) if _newest_good(run, [s], ranks)[0]]
-        known = f"good: {', '.join(map(str, good))}" if good else "no other is good"
-        raise CorruptError(f"{damage}; --checkpoint {which} is refused; {known}") from None
+def while_there(
+    run: str | Path, which: str, use: Callable[[Checkpoint], T], ranks: Ranks = ALONE
+) -> T:
+    """Return use(checkpoint), of the weights to generate with of the checkpoint `which`.
+
+    A training may delete or replace the checkpoint before `use` has read it: then the next one is
+    opened. Every rank calls it. Raises as open_checkpoint and `use` do, the same on all ranks.
+    """
+    for last in (False,) * (TRIES - 1) + (True,):
+        found = open_checkpoint(Path(run), which, ranks, weights=True)
+        try:
+            result = agree(ranks, partial(use, found))
+        except CorruptError:
+            if last or all(gather(ranks, found.is_there())):
+                raise
+            continue
+        if last or not any(gather(ranks, found.is_replaced())):
+            break
+    return result
 
 
 def _step_of(run: Path, which: str, steps: list[int]) -> int:
@@ -115,15 +168,22 @@ def load_run(
     dtype: torch.dtype = torch.float32,
     kernels: str = "auto",
 ) -> tuple[GPT, Tokenizer, ModelConfig]:
-    """The model of a run, ready to generate, its tokenizer and its configuration.
+    """Return the model of a run, ready to generate, its tokenizer and its configuration.
 
-    checkpoint: "last", "best", a step, or one that open_checkpoint has opened.
-    dtype: of the weights and the computation. The averaged weights are taken where there are any.
+    Only the weights are read, the averaged ones where there are any.
+
+    checkpoint: "last", "best", a step, or one that open_checkpoint has opened
+    dtype: of the weights and the computation
+
     Raises UsageError if there is no such run, CorruptError if a file is damaged.
     """
     run = Path(run)
-    config, _ = read_config(run)
-    found = open_checkpoint(run, checkpoint) if isinstance(checkpoint, str) else checkpoint
+    if isinstance(checkpoint, str):
+        options = {"device": device, "dtype": dtype, "kernels": kernels}
+        return while_there(
+            run, checkpoint, lambda found: load_run(run, checkpoint=found, **options)
+        )
+    config, found = read_config(run)[0], checkpoint
     check_model(run, config, found)
     ops = select(
         kernels, device,
@@ -144,7 +204,7 @@ def check_model(run: Path, config: ModelConfig, found: Checkpoint) -> None:
     """Raise CorruptError, before any memory is taken, unless the run's configuration is that of the
     checkpoint: another run's may have the same names and shapes, and be another model.
     """
-    own, held = asdict(config), found.n_elements("model")
+    own, held = asdict(config), found.n_elements(found.weights)
     for name, value in found.state.get("model", {}).items():
         if value != own.get(name):
             raise CorruptError(

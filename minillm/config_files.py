@@ -7,6 +7,7 @@ from dataclasses import Field
 from pathlib import Path
 from typing import Any
 
+from minillm import places
 from minillm.cli import nearest
 from minillm.errors import UsageError
 from minillm.settings import ALIASES, all_flags, kind_of, parser_of
@@ -28,7 +29,7 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise UsageError(f"{path}: expected one table of settings, got {type(raw).__name__}")
     if isinstance(raw.get("model"), dict) and isinstance(raw.get("train"), dict):
-        raw = _settings_of_run(raw)
+        raw = _settings_of_run(path.parent, raw)
     settings: dict[str, Any] = {}
     for key, value in raw.items():
         flag = "--" + key.replace("_", "-")
@@ -44,13 +45,13 @@ def read_config(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _settings_of_run(raw: dict[str, Any]) -> dict[str, Any]:
+def _settings_of_run(run: Path, raw: dict[str, Any]) -> dict[str, Any]:
     """Return the settings with which another run repeats the one whose config.json this is.
 
     The vocabulary size is the one that was asked for. What came of the settings (versions, threads
     that were chosen, the corpus) is left out, and so is the name of that run.
     """
-    settings = {**raw["model"], **raw["train"]}
+    settings = {**raw["model"], **places.found(run, raw["train"])}
     settings.pop("bos_id", None)
     for name in OF_ONE_RUN:
         settings.pop(name, None)

@@ -5,6 +5,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+from minillm import places
 from minillm.config import PRESETS, ModelConfig, TrainConfig
 from minillm.config_files import is_complete, read_config
 from minillm.errors import CorruptError, UsageError
@@ -171,13 +172,15 @@ def changed(
             wishes[name] = flat[name]
             continue
         old = getattr(train, name, None) if hasattr(train, name) else getattr(model, name)
-        if flat[name] != old and flat[name] not in (outcomes or {}).get(name, ()):
+        known = flat[name] in (outcomes or {}).get(name, ())
+        if not known and not places.equal(name, flat[name], old):
             raise UsageError(
                 f"--{name.replace('_', '-')} {flat[name]} differs from the run's {old} and cannot "
                 "change on --resume; start anew with --init-from"
             )
     # What is said of the text as it was: the corpus that was made from it will do.
-    text = {name for name in OF_TEXT & settings.given if flat[name] == getattr(train, name)}
+    given = OF_TEXT & settings.given
+    text = {name for name in given if places.equal(name, flat[name], getattr(train, name))}
     if wishes.keys() & LENGTHS:
         wishes = {**dict.fromkeys(LENGTHS), **wishes}
     return Settings(model, replace(train, **wishes), settings.given - text)
@@ -214,7 +217,7 @@ def as_of(
     launch: torchrun's name. It starts a launch again with the same flags; the lengths among them
     were applied by the attempt that saved the checkpoint, and are not applied to it once more.
     """
-    then, given = state["settings"], settings.given
+    then, given = places.found(folder.parent.parent, state["settings"]), settings.given
     if launch is not None and state.get("launch") == launch:
         given -= LENGTHS
     kept = given | LENGTHS if given & LENGTHS else given

@@ -185,16 +185,21 @@ def _is_empty_folder(folder: Path) -> bool:
 
 
 def _found(folder: Path, key: str, is_cache: bool, say: Say) -> Corpus:
-    if is_cache or shards.is_prepared(folder):
+    if shards.is_prepared(folder):
         corpus = open_corpus(folder)
         if corpus.key == key:
             say(about(corpus))
             return corpus
+        if is_cache:
+            raise CorruptError(f"{folder}: not the corpus its name says; delete the folder")
     if is_cache:
-        raise CorruptError(f"{folder}: not the corpus its name says; delete the folder")
+        raise UsageError(
+            f"{folder}: exists and is not a prepared corpus; move it away, or choose another "
+            "--cache-dir"
+        )
     raise UsageError(
         f"{documents.shown(folder)}: exists and is not this corpus prepared with these settings; "
-        "choose another --out or remove it"
+        "choose another --out"
     )
 
 

@@ -6,7 +6,9 @@ memory at a time, but all rows of a .json file. This module does not split, toke
 Text is UTF-8 or in the encoding that was named. A byte order mark at its start is stripped, line
 ends stay as they are, and documents of nothing but white space are left out. Folders are read
 recursively, without hidden names, without following links to folders, and in the order of their
-POSIX paths, the same on every machine. What is passed over is counted.
+POSIX paths, the same on every machine. What minillm made itself, runs, prepared corpora and
+profiles, is not read as part of a folder, nor by a pattern, unless the pattern ends in the name of
+a file. What is passed over is counted.
 """
 
 import glob
@@ -23,6 +25,7 @@ from pathlib import Path
 
 from minillm import formats, rows
 from minillm.errors import UsageError
+from minillm.ownership import product, product_around
 from minillm.pickles import refuse_pickle
 from minillm.plaintext import ERRORS, check_encoding, decode, is_utf8, shown
 from minillm.storage import naming
@@ -41,10 +44,11 @@ SKIPPED_FOLDERS = frozenset(
     ("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__")
 )
 # What `skipped` counts besides files by their ending.
-HIDDEN, LINK, FOLDER, BLANK, NOT_UTF8 = (
+HIDDEN, LINK, FOLDER, OURS, BLANK, NOT_UTF8 = (
     "hidden",
     "links to folders",
     "folders",
+    "folders that minillm made (runs, prepared corpora)",
     "blank",
     "not UTF-8",
 )
@@ -71,7 +75,7 @@ class Source:
     lenient: pass over files that are not UTF-8.
     encoding: of the text.
     column: where the rows of .jsonl, .json and .parquet files have their text.
-    skipped: what was found and is not read, counted by its ending or as HIDDEN, LINK, FOLDER.
+    skipped: what was found and is not read, counted by its ending or as HIDDEN, LINK, FOLDER, OURS.
     """
 
     description: str
@@ -155,7 +159,7 @@ def ending_of(name: str) -> str:
 
 def about_skipped(skipped: Counter[str]) -> str:
     """Return a line on what was found and is not read, by its kind; "" if that is nothing."""
-    others = (HIDDEN, LINK, FOLDER, BLANK, NOT_UTF8)
+    others = (HIDDEN, LINK, FOLDER, OURS, BLANK, NOT_UTF8)
     kinds = [(n, kind) for kind, n in skipped.items() if kind not in others and n]
     kinds.sort(key=lambda kind: (-kind[0], kind[1]))
     said = [f"{n} {kind}" for n, kind in kinds[:SHOWN_KINDS]]
@@ -163,7 +167,8 @@ def about_skipped(skipped: Counter[str]) -> str:
         said.append(f"{rest} of other kinds")
     files = sum(n for n, _ in kinds)
     line = f"{files} file{'s' * (files != 1)} ({', '.join(said)})" if files else ""
-    more = [f"{skipped[kind]} {kind}" for kind in (HIDDEN, LINK, FOLDER, NOT_UTF8) if skipped[kind]]
+    counted = (HIDDEN, LINK, FOLDER, OURS, NOT_UTF8)
+    more = [f"{skipped[kind]} {kind}" for kind in counted if skipped[kind]]
     if skipped[BLANK]:
         more.append(f"{skipped[BLANK]} blank document{'s' * (skipped[BLANK] != 1)}")
     line = "; ".join([line, *more] if line else more)
@@ -205,6 +210,10 @@ def _expand(word: str, wanted: Callable[[Path], bool], skipped: Counter[str]) ->
         # Path.glob takes no absolute patterns.
         matches = [Path(match) for match in sorted(glob.glob(word, recursive=True))]  # noqa: PTH207
         files = [path for path in matches if path.is_file()]
+        if glob.has_magic(Path(word).name):  # a name without * is asked for, wherever it is
+            texts = [path for path in files if product_around(path) is None]
+            skipped[OURS] += len({path.parent for path in files} - {path.parent for path in texts})
+            files = texts
         if not files:
             raise UsageError(f"{shown(word)}: no file matches this pattern")
         skipped[FOLDER] += sum(path.is_dir() for path in matches) * ("**" not in word)
@@ -212,6 +221,10 @@ def _expand(word: str, wanted: Callable[[Path], bool], skipped: Counter[str]) ->
     path = Path(word)
     mode = _mode(path)
     if stat.S_ISDIR(mode):
+        if found := product(path):
+            raise UsageError(
+                f"{shown(path)}: a {found} of minillm, not text; name the files in it to be read"
+            )
         here: Counter[str] = Counter()
         files = _walk(path, wanted, frozenset(), here)
         if not files:
@@ -253,6 +266,9 @@ def _walk(
         skipped[HIDDEN] += sum(name.startswith(".") for name in inner)
         inner[:] = [name for name in inner if not name.startswith(".") and name not in without]
         skipped[LINK] += sum(Path(at, name).is_symlink() for name in inner)
+        ours = [name for name in inner if product(Path(at, name))]
+        skipped[OURS] += len(ours)
+        inner[:] = [name for name in inner if name not in ours]
         for name in names:
             path = Path(at, name)
             if name.startswith((".", "~$")):  # Word makes ~$ files while it has one open

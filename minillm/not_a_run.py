@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from minillm.launch import shell_command
+from minillm.ownership import RUN, claims
 
 STEP = re.compile(r"step-(\d{8})")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -33,7 +34,7 @@ def about(path: Path) -> str:
     if path.exists():
         return f"{path} {_about_file(path)}"
     beside = Path("runs") / path
-    hint = f"; did you mean {beside}?" if (beside / "config.json").is_file() else ""
+    hint = f"; did you mean {beside}?" if _is_run(beside) else ""
     return f"{path}: no such run{hint}"
 
 
@@ -59,7 +60,9 @@ def _about_folder(folder: Path) -> str:
     if (folder / "index.json").is_file() and any(folder.glob("train-*.bin")):
         train = shell_command("train", "--data", folder)
         return f"is a prepared corpus, not a run; to train on it: {train}"
-    what = "is not a run of minillm: it has no config.json"
+    has = (folder / "config.json").exists()
+    what = "its config.json is another program's" if has else "it has no config.json"
+    what = f"is not a run of minillm: {what}"
     if runs := sorted(filter(_is_run, folder.iterdir()), key=_changed, reverse=True):
         more = f" and {len(runs) - LISTED} others" if len(runs) > LISTED else ""
         what += f"; it holds runs, name one of them: {', '.join(map(str, runs[:LISTED]))}{more}"
@@ -82,7 +85,7 @@ def _about_file(path: Path) -> str:
 
 
 def _is_run(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and foreign_config(folder) is None
+    return claims(folder, RUN)
 
 
 def _changed(folder: Path) -> int:

@@ -1,6 +1,8 @@
-"""Pickled files, which run what they hold when they are loaded: known by name and first bytes.
+"""Recognise pickled files, which run what they hold when they are loaded, by name and by content.
 
-What this room does not do: open one.
+A pickle is known by weak signs, two bytes or four. A file whose stronger framing says that it is
+something else is therefore not one: safetensors, or a zip archive without a pickle in it.
+This file opens no pickle.
 """
 
 import zipfile
@@ -9,35 +11,56 @@ from pathlib import Path
 from minillm.errors import UsageError
 
 ENDINGS = (".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt", ".joblib")
-# torch.save writes a zip archive, or, as pickle does, the number of the protocol.
-ZIP = b"PK\x03\x04"
-MAGIC = (ZIP, *(b"\x80" + bytes([protocol]) for protocol in range(2, 6)))
+ZIP = b"PK\x03\x04"  # torch.save writes a zip archive
+PROTOCOLS = tuple(b"\x80" + bytes([protocol]) for protocol in range(2, 6))
+HEAD = 9  # bytes that is_safetensors looks at
 
 
-def is_pickle(head: bytes) -> bool:
-    """Whether a file that begins like this is a pickle, or an archive of torch.save."""
-    return head.startswith(MAGIC)
+def is_safetensors(head: bytes, size: int) -> bool:
+    """Return whether a file has the framing of safetensors.
+
+    That is the length of a header which lies within the file, and then the header's first byte.
+
+    head: the first HEAD bytes of the file
+    size: bytes of the whole file
+    """
+    return 0 < int.from_bytes(head[:8], "little") <= size - 8 and head[8:HEAD] == b"{"
+
+
+def is_pickle(path: Path) -> bool:
+    """Return whether a file's content is a pickle, or an archive of torch.save."""
+    head = _head(path)
+    if is_safetensors(head, path.stat().st_size):
+        return False
+    return head.startswith(PROTOCOLS) or (head.startswith(ZIP) and _holds_pickle(path))
 
 
 def refuse_pickle(path: Path, expected: str) -> None:
-    """Raise UsageError if the file at `path` is pickled, by its name or its first bytes.
+    """Raise UsageError if the file at `path` is pickled, by its name or its content.
 
     A zip archive that torch.save did not write is refused too, as what it is.
-    expected: what should have been given.
+
+    expected: what should have been given, in words
     """
     if not path.is_file():
         return
-    with path.open("rb") as file:
-        head = file.read(4)
-    if path.suffix.lower() not in ENDINGS and head == ZIP and not _is_of_torch(path):
-        raise UsageError(f"{path}: a zip archive, not {expected}; unpack it first")
-    if path.suffix.lower() in ENDINGS or is_pickle(head):
+    if path.suffix.lower() in ENDINGS or is_pickle(path):
         raise UsageError(f"{path}: pickled files are never read; expected {expected}")
+    if _head(path).startswith(ZIP):
+        raise UsageError(f"{path}: a zip archive, not {expected}; unpack it first")
 
 
-def _is_of_torch(path: Path) -> bool:
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(HEAD)
+
+
+def _holds_pickle(archive: Path) -> bool:
+    """Return whether a zip archive has a pickle among its files."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("data.pkl") for name in archive.namelist())
+        with zipfile.ZipFile(archive) as file:
+            return any(name.endswith(".pkl") for name in file.namelist())
     except (zipfile.BadZipFile, ValueError, NotImplementedError):
-        return False
+        # The list of files, at the end of the archive, is damaged. The first name follows ZIP.
+        with archive.open("rb") as file:
+            return b"data.pkl" in file.read(1024)

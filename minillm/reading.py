@@ -1,11 +1,11 @@
 """One checkpoint as it lies on the disk: verified, then read as asked for.
 
-What this room does not do: write checkpoints, or choose one (checkpoint.py).
+Checkpoints are chosen in checkpoint.py and written in saving.py.
 """
 
 import errno
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,9 +21,11 @@ from minillm.statetensors import load_into, refuse_misfit, refuse_states, refuse
 from minillm.storage import file_digest, read_json
 from minillm.tensorfiles import FILE, TensorFiles, files_by_kind
 
-# What a system says of a medium that has lost data, and of a thing that is no file.
-DAMAGED = {errno.EIO, errno.EBADMSG, errno.ENXIO, errno.EISDIR, errno.ENOTDIR, errno.ELOOP,
-           getattr(errno, "EUCLEAN", errno.EIO), getattr(errno, "ESTALE", errno.EIO)}  # fmt: skip
+# What a system says of a file that is gone since it was listed, of a medium that has lost data, and
+# of a thing that is no file.
+DAMAGED = {errno.ENOENT, errno.EIO, errno.EBADMSG, errno.ENXIO, errno.EISDIR, errno.ENOTDIR,
+           errno.ELOOP, getattr(errno, "EUCLEAN", errno.EIO),
+           getattr(errno, "ESTALE", errno.EIO)}  # fmt: skip
 T = TypeVar("T")
 
 
@@ -31,7 +33,7 @@ T = TypeVar("T")
 class Checkpoint:
     """One verified checkpoint; tensors are read when asked for, onto the CPU.
 
-    files: kind ("model", "optimizer", "ema") -> its files, a rank each.
+    files: kind ("model", "optimizer", "ema") -> its files, a rank each; verified kinds alone.
     Tensors of "optimizer" are called STATE.PARAMETER: "exp_avg.norm.weight".
     Every method raises CorruptError if what it reads is damaged or not there.
     """
@@ -40,7 +42,21 @@ class Checkpoint:
     step: int
     state: dict[str, Any]
     files: dict[str, list[Path]]
+    _stamp: list[int] | None = field(default=None, repr=False, compare=False)
     _opened: dict[str, TensorFiles] = field(default_factory=dict, repr=False, compare=False)
+
+    def is_there(self) -> bool:
+        """Return whether the files are those that were verified: neither deleted nor replaced."""
+        return stamp_of(self.folder) == self._stamp
+
+    def is_replaced(self) -> bool:
+        """Return whether others are now in the place of the files that were verified."""
+        return stamp_of(self.folder) not in (None, self._stamp)
+
+    @property
+    def weights(self) -> str:
+        """The kind to generate with: the averaged weights where there are any."""
+        return weights_among(self.files)
 
     @property
     def kinds(self) -> frozenset[str]:
@@ -106,14 +122,13 @@ class Checkpoint:
 
     def load_into(self, model: nn.Module) -> None:
         """Give `model` these weights, the averaged ones where there are any."""
-        kind = "ema" if "ema" in self.kinds else "model"
-        own = dict(model.named_parameters())
+        kind, own = self.weights, dict(model.named_parameters())
         self.check_fit(kind, own)
         for name, p in own.items():  # one at a time: together they may be as large as the model
             load_into({name: p}, {name: self._of(kind).whole(name)}, self.folder)
 
     def _of(self, kind: str) -> TensorFiles:
-        if kind not in self.files:
+        if not self.files.get(kind):
             raise CorruptError(f"{self.folder}: has no {kind}-00001-of-*.safetensors")
         if kind not in self._opened:
             self._opened[kind] = TensorFiles(
@@ -129,28 +144,50 @@ def shape_of(state: dict[str, Any], kind: str, name: str) -> list[int] | None:
     return state.get("shapes", {}).get(name.partition(".")[2] if kind == "optimizer" else name)
 
 
-def verified(folder: Path, step: int, ranks: Ranks) -> Checkpoint:
-    """The checkpoint in `folder`, every file checked against its hash. Every rank calls it and
-    hashes its share of the files.
+def weights_among(kinds: Collection[str]) -> str:
+    """Return the kind of tensors to generate with."""
+    return "ema" if "ema" in kinds else "model"
+
+
+def stamp_of(folder: Path) -> list[int] | None:
+    """Return what tells a checkpoint from one that replaces it; None if it has no manifest."""
+    try:
+        found = (folder / "manifest.json").stat()
+        return [found.st_ino, found.st_mtime_ns, found.st_size]
+    except OSError:
+        return None
+
+
+def verified(folder: Path, step: int, ranks: Ranks, weights: bool = False) -> Checkpoint:
+    """Return the checkpoint in `folder`, every file checked against its hash.
+
+    Every rank calls it and hashes its share of the files.
+
+    weights: check and open only the weights to generate with; the other files may be missing
 
     Raises CorruptError, the same on all ranks, if it is not whole or does not belong.
     """
-    return agree(ranks, lambda: _checked(folder, step, ranks))
+    return agree(ranks, lambda: _checked(folder, step, ranks, weights))
 
 
-def _checked(folder: Path, step: int, ranks: Ranks) -> Checkpoint:
-    files = _manifest(folder)
+def _checked(folder: Path, step: int, ranks: Ranks, weights: bool) -> Checkpoint:
+    stamp, stated = stamp_of(folder), _manifest(folder)
+    files = files_by_kind(folder, stated)
+    if weights:
+        kind = weights_among(files)
+        files = {kind: files.get(kind, [])}
+    needed = ["state.json", *(path.name for paths in files.values() for path in paths)]
     # Whole rounds from the largest down give each rank about as many bytes.
-    by_size = sorted(files, key=lambda name: (-files[name]["bytes"], name))
+    by_size = sorted(needed, key=lambda name: (-stated[name]["bytes"], name))
     for name in by_size[ranks.rank :: ranks.size]:
-        _or_corrupt(folder / name, partial(_check_file, folder / name, files[name]))
-    for path in sorted(folder.glob("*.safetensors")):
-        if path.name not in files:
+        _or_corrupt(folder / name, partial(_check_file, folder / name, stated[name]))
+    for path in _or_corrupt(folder, lambda: sorted(folder.glob("*.safetensors"))):
+        if path.name not in stated:
             raise CorruptError(f"{path}: is not in the manifest")
     state = read_state(folder)
     if state["step"] != step or state.get("progress", {}).get("step", step) != step:
         raise CorruptError(f"{folder}: holds step {state['step']}")
-    return Checkpoint(folder, step, state, files_by_kind(folder, files))
+    return Checkpoint(folder, step, state, files, stamp)
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from minillm import runs
+from minillm import places, runs
 from minillm.configure import LENGTHS, as_train_config, changed, resolve, without_first_lengths
 from minillm.errors import UsageError
 from minillm.flags.train import ELSEWHERE, NEWEST, is_elsewhere
@@ -21,7 +21,9 @@ def resumed(args: Namespace) -> tuple[Settings, Path]:
     """
     run = runs.newest_run(begun=True) if args.resume is NEWEST else Path(args.resume)
     model, train = runs.read_config(run)
-    if is_elsewhere(args.out, run) or args.init_from not in (None, train.get("init_from")):
+    if is_elsewhere(args.out, run) or not places.equal(
+        "init_from", args.init_from or train.get("init_from"), train.get("init_from")
+    ):
         raise UsageError(ELSEWHERE)
     flags = {**vars(args), "out": None, "init_from": None}
     # What an earlier --resume changed stands in the checkpoint.

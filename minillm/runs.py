@@ -2,29 +2,25 @@
 
     runs/NAME/config.json, tokenizer.model|json, metrics.jsonl, samples.txt, checkpoints/
 
-What this room does not do: read or write checkpoints (checkpoint.py).
+Checkpoints are read in checkpoint.py and written in saving.py.
 """
 
-import os
-import re
-import shutil
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from minillm import not_a_run
+from minillm import not_a_run, places
 from minillm.config import ModelConfig
+from minillm.discarding import ASIDE, STEP, is_of_others
 from minillm.errors import CorruptError, UsageError
 from minillm.launch import shell_command
-from minillm.reading import read_state
-from minillm.storage import file_digest, read_json, sync_folder, write_json
+from minillm.ownership import CORPUS, RUN, claims, is_run
+from minillm.reading import read_state, stamp_of
+from minillm.storage import file_digest, read_json, write_json
 from minillm.tokenizer import Tokenizer, load_tokenizer
 
-STEP = re.compile(r"step-(\d{8})")
-ASIDE = re.compile(r"\.step-(\d{8})\.old\.tmp")
-# All that a run without config.json may have: it was killed before its first step.
-BEGUN = {"lock", *(name + end for name in ("config.json", "tokenizer.model", "tokenizer.json")
-                   for end in ("", ".tmp"))} - {"config.json"}  # fmt: skip
+TRIES = 20  # looks at a run whose checkpoints are replaced while they are read
 
 
 def newest_run(root: Path = Path("runs"), begun: bool = False) -> Path:
@@ -33,9 +29,11 @@ def newest_run(root: Path = Path("runs"), begun: bool = False) -> Path:
     """
     found = []
     for run in root.glob("*"):
-        signs = [*checkpoints_of(run).values(), *(run.glob("config.json") if begun else ())]
-        if signs:
-            found.append((max(path.stat().st_mtime_ns for path in signs), run))
+        if not claims(run, RUN):
+            continue
+        when = _newest_sign(run, begun)
+        if when is not None:
+            found.append((when, run))
     if not found:
         raise UsageError(
             f"no run with a checkpoint in {root}/; train one with: {shell_command('train')}"
@@ -43,118 +41,27 @@ def newest_run(root: Path = Path("runs"), begun: bool = False) -> Path:
     return max(found)[1]
 
 
+def _newest_sign(run: Path, begun: bool) -> int | None:
+    """Return when the newest checkpoint of a run was made, or the run, in ns; None: neither is."""
+    for _ in range(TRIES):
+        signs = [*checkpoints_of(run).values(), *(run.glob("config.json") if begun else ())]
+        with suppress(FileNotFoundError):  # a training has deleted it since it was listed
+            if signs or not step_folders(run):
+                return max((path.stat().st_mtime_ns for path in signs), default=None)
+    return None
+
+
 def run_of(launch: str | None, out: str | None) -> Path | None:
     """The run with a checkpoint that torchrun's `launch` has begun: `out`, or in runs/."""
     places = [Path(out)] if out else sorted(Path("runs").glob("*"))
-    return next((run for run in places if checkpoints_of(run) and _is_of(run, launch)), None)
+    return next((run for run in places if checkpoints_of(run) and is_of(run, launch)), None)
 
 
-def _is_of(run: Path, launch: str | None) -> bool:
-    path = run / "config.json"
-    if launch is None or not path.is_file():
+def is_of(run: Path, launch: str | None) -> bool:
+    """Return whether a run is one that torchrun's `launch` has begun."""
+    if launch is None or not is_run(run):  # one of many runs may be damaged: not this launch's
         return False
-    try:
-        return read_json(path).get("launch") == launch
-    except CorruptError:  # one of many runs, perhaps: it is not for this launch to mind
-        return False
-
-
-def lock(run: Path) -> TextIO | None:
-    """A file by which nobody else may write the run until it is closed, however the process ends.
-
-    Raises UsageError if another process holds it. Windows has no such lock: None.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        return None
-    file = (run / "lock").open("a", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        by = _holder(file)
-        file.close()
-        raise UsageError(f"{run} is being written by {by}; wait, or name another") from None
-    return file
-
-
-def _holder(file: TextIO) -> str:
-    """Who has locked a file, as far as the system says."""
-    inode, table = os.fstat(file.fileno()).st_ino, Path("/proc/locks")
-    for line in table.read_text(encoding="utf-8").splitlines() if table.is_file() else ():
-        words = line.split()
-        if words[1] == "FLOCK" and words[5].endswith(f":{inode}") and int(words[4]) > 0:
-            return f"process {words[4]}"
-    return "another process"
-
-
-def check_out(run: Path, overwrite: bool, launch: str | None = None) -> None:
-    """Raise UsageError unless `run` is free: absent, empty, or a run that may be overwritten, as
-    one may that `launch` itself has begun and not brought to a checkpoint.
-    """
-    if not run.exists():
-        return
-    if not run.is_dir():
-        raise UsageError(f"--out {run} is a file; name a folder")
-    if {path.name for path in run.iterdir()} <= BEGUN:
-        return
-    if not (run / "config.json").is_file():
-        raise UsageError(f"--out {run} holds other things than a run; name another folder")
-    if not overwrite and (checkpoints_of(run) or not _is_of(run, launch)):
-        raise UsageError(
-            f"--out {run} exists; continue it with {shell_command('train', '--resume', run)}, or "
-            "replace it with --overwrite"
-        )
-
-
-def make_run(
-    out: str | None, name: str, overwrite: bool, launch: str | None = None
-) -> tuple[Path, TextIO | None]:
-    """Make an empty run folder and lock it: `out`, in the place of whatever check_out lets go, or
-    runs/name-N.
-
-    Of two processes that ask for the same `out` one gets it, the other UsageError.
-    """
-    if out is None:
-        run = _make_next(Path("runs"), name)
-        return run, lock(run)
-    run = Path(out)
-    check_out(run, overwrite, launch)
-    run.mkdir(parents=True, exist_ok=True)
-    sync_folder(run.parent)
-    held = lock(run)
-    try:
-        check_out(run, overwrite, launch)  # now that nobody else can write it
-        _empty(run)
-    except BaseException:
-        if held:
-            held.close()
-        raise
-    return run, held
-
-
-def _empty(run: Path) -> None:
-    """Delete what a run folder holds; killed on the way, it is still a run or free."""
-    checkpoints, gone = run / "checkpoints", run / "checkpoints.tmp"
-    if checkpoints.exists():  # half of one must not be taken for one
-        shutil.rmtree(gone, ignore_errors=True)
-        checkpoints.rename(gone)
-    there = (path for path in run.iterdir() if path.name != "lock")
-    for path in sorted(there, key=lambda path: (path.name == "config.json", path.name)):
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
-def _make_next(root: Path, name: str) -> Path:
-    """Make the first of root/name-1, root/name-2, ... that nobody else has."""
-    n = 1
-    while True:
-        try:
-            run = root / f"{name}-{n}"
-            run.mkdir(parents=True)
-            sync_folder(root)
-            return run
-        except FileExistsError:
-            n += 1
+    return read_json(run / "config.json").get("launch") == launch
 
 
 def checkpoints_of(run: Path) -> dict[int, Path]:
@@ -163,14 +70,23 @@ def checkpoints_of(run: Path) -> dict[int, Path]:
 
 
 def step_folders(run: Path) -> dict[int, Path]:
-    """The folders that were a run's checkpoints, by step, whatever has become of them.
+    """Return the folders that were a run's checkpoints, by step, whatever has become of them.
 
-    One that is put aside to be replaced counts until the new one has the name.
+    One that is put aside to be replaced counts until the new one has the name. A folder without a
+    file of a checkpoint in it is of others, and does not count.
     """
-    folders = [f for f in run.glob("checkpoints/*") if f.is_dir()]
-    return {
-        int(m[1]): f for names in (ASIDE, STEP) for f in folders if (m := names.fullmatch(f.name))
-    }
+    for _ in range(TRIES):
+        folders = [f for f in run.glob("checkpoints/*") if f.is_dir() and not is_of_others(f)]
+        found = {
+            int(m[1]): f
+            for names in (ASIDE, STEP)
+            for f in folders
+            if (m := names.fullmatch(f.name))
+        }
+        # A training that deletes the last one while it saves the next may hide both.
+        if found or not any(run.glob("checkpoints/*step-*")):
+            break
+    return found
 
 
 def folder_of(run: Path, step: int) -> Path:
@@ -180,23 +96,37 @@ def folder_of(run: Path, step: int) -> Path:
 
 def require_shared(run: Path) -> None:
     """Raise UsageError where a run that another process has begun is not seen."""
-    if not (run / "config.json").is_file():
+    if not is_run(run):
         raise UsageError(f"{run} is not seen by all ranks; name a folder that all machines share")
 
 
 def newest_settings(run: Path) -> dict[str, Any]:
     """What a resumed run may change, as the newest checkpoint has it whose state can be read."""
-    for _, folder in sorted(step_folders(require_run(run)).items(), reverse=True):
-        try:
-            return read_state(folder).get("settings", {})
-        except CorruptError:
-            continue  # whoever opens the checkpoint says so
-    return {}
+    for _ in range(TRIES):
+        there = listing(require_run(run))
+        for _, folder in sorted(step_folders(run).items(), reverse=True):
+            try:
+                return places.found(run, read_state(folder).get("settings", {}))
+            except CorruptError:
+                if listing(run) != there:  # it was replaced while it was read
+                    break
+        else:
+            break
+    return {}  # whoever opens the checkpoint says so
+
+
+def listing(run: Path) -> list[tuple[int, list[int] | None]]:
+    """Return the steps of a run's checkpoints, and what tells each from one that replaces it.
+
+    A training deletes checkpoints at any time. What could not be read is damaged only if the
+    listing is still the same.
+    """
+    return [(step, stamp_of(folder)) for step, folder in sorted(step_folders(run).items())]
 
 
 def require_run(run: Path) -> Path:
     """`run`, if it is a run folder; UsageError if not."""
-    if run.is_dir() and (run / "config.json").is_file() and not_a_run.foreign_config(run) is None:
+    if claims(run, RUN):
         return run
     raise UsageError(not_a_run.about(run))
 
@@ -218,7 +148,7 @@ def read_config(run: Path) -> tuple[ModelConfig, dict[str, Any]]:
         raise CorruptError(f"{run}/config.json: {error}") from None
     if model.bos_id is not None and model.bos_id not in range(model.vocab_size):
         raise CorruptError(f"{run}/config.json: bos_id is {model.bos_id!r}")
-    return model, body["train"]
+    return model, places.found(run, body["train"])
 
 
 def read_facts(run: Path) -> dict[str, Any]:
@@ -246,8 +176,35 @@ def fixed_of(run: Path) -> dict[str, Any]:
 
 
 def write_config(run: Path, model: ModelConfig, train: dict, facts: dict) -> None:
-    """config.json: the resolved configuration and the facts of where it runs."""
+    """Write config.json: the resolved configuration and the facts of where the run was made.
+
+    Paths in it are seen from the run's folder; see places.py.
+    """
+    if "corpus" in facts:
+        facts = {**facts, "corpus": places.path_stated(run, facts["corpus"])}
+    train = places.stated(run, train)
     write_json(run / "config.json", {"model": asdict(model), "train": train, **facts})
+
+
+def corpus_places(run: Path, cache: str | None = None) -> list[Path]:
+    """Return where the prepared text of a run may be, the likeliest place first.
+
+    That is the place that config.json states, and the run's key below `cache` and below every
+    data/prepared of the current folder and of those that the run lies in.
+    """
+    facts = read_facts(run)
+    stated = Path(places.path_found(run, facts["corpus"]))
+    usual = (folder / "data" / "prepared" for folder in (Path(), *run.resolve().parents))
+    caches = ([Path(cache)] if cache else []) + list(usual)
+    return [stated, *(folder / facts["corpus_key"][:16] for folder in caches)]
+
+
+def corpus_of(run: Path) -> Path:
+    """Return the prepared text of a run. UsageError if it is nowhere that it may be."""
+    for folder in corpus_places(run):
+        if claims(folder, CORPUS):
+            return folder
+    raise UsageError(f"{run}: its prepared text, {corpus_places(run)[0]}, is not there")
 
 
 def tokenizer_path(run: Path) -> Path:

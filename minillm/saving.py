@@ -19,9 +19,12 @@ from typing import Any, TextIO
 from torch import Tensor
 
 from minillm.agreement import agree, gather
+from minillm.discarding import carry_over, clear, discard, discard_all, is_of_others, own_names
 from minillm.errors import CorruptError
+from minillm.ownership import remove_files
+from minillm.placing import is_temporary, lock
 from minillm.ranks import Ranks
-from minillm.runs import checkpoints_of, lock, require_run, step_folders
+from minillm.runs import checkpoints_of, require_run, step_folders
 from minillm.statetensors import require_finite
 from minillm.storage import file_digest, read_json, sync_folder, write_json, write_whole
 from minillm.tensorfiles import file_bytes, file_name, files_by_kind, range_of
@@ -54,7 +57,7 @@ def save(
         agree(ranks, lambda: _complete(temporary, final, parts, state) if first else None)
     except Exception:
         if first:
-            shutil.rmtree(temporary, ignore_errors=True)
+            _remove(temporary)
         raise
     return final
 
@@ -75,8 +78,14 @@ def _make_anew(folder: Path, n_bytes: int) -> None:
     if free < MARGIN * n_bytes:
         what = f"{free / 2**20:,.1f} MiB are free and a checkpoint takes {n_bytes / 2**20:,.1f}"
         raise OSError(errno.ENOSPC, f"no room on the disk: {what}", str(folder.parent))
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    _remove(folder)
+    folder.mkdir(exist_ok=is_of_others(folder))
+
+
+def _remove(folder: Path) -> None:
+    """Delete what an earlier attempt has written of a checkpoint, under its temporary name."""
+    if folder.is_dir():
+        remove_files(folder, own_names(folder).__contains__)
 
 
 def _write_own(folder: Path, tensors: dict, state: dict, ranks: Ranks) -> dict[str, dict]:
@@ -106,7 +115,7 @@ def _complete(temporary: Path, final: Path, parts: list[dict], state: dict) -> N
     write_json(temporary / "manifest.json", {"files": dict(sorted(files.items()))})
     aside = final.with_name(f".{final.name}.old.tmp")
     if final.exists():
-        _discard(aside)
+        discard(aside)
         final.rename(aside)
     try:
         temporary.rename(final)
@@ -115,19 +124,9 @@ def _complete(temporary: Path, final: Path, parts: list[dict], state: dict) -> N
             aside.rename(final)
         raise
     sync_folder(final.parent)
-    _discard(aside)
-
-
-def _discard(folder: Path) -> None:
-    """Delete a checkpoint, if it is there, by way of a name that nobody takes for one.
-
-    What cannot be deleted now is left to `tidy`.
-    """
-    if folder.exists():
-        gone = folder.with_name(f".{folder.name.strip('.')}.gone.tmp")
-        shutil.rmtree(gone, ignore_errors=True)
-        folder.rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
+    if aside.is_dir():
+        carry_over(aside, final)
+        discard(aside)
 
 
 def prune(run: Path, keep_last: int, best: int | None) -> None:
@@ -135,14 +134,14 @@ def prune(run: Path, keep_last: int, best: int | None) -> None:
     steps = checkpoints_of(run)
     for step in sorted(steps)[:-keep_last]:
         if step != best:
-            _discard(steps[step])
+            discard(steps[step])
 
 
 def discard_after(run: Path, step: int) -> None:
     """Delete the checkpoints of later steps, which a roll-back has made untrue."""
     for later, folder in checkpoints_of(run).items():
         if later > step:
-            _discard(folder)
+            discard(folder)
 
 
 def set_aside(run: Path, step: int) -> list[Path]:
@@ -155,7 +154,11 @@ def set_aside(run: Path, step: int) -> list[Path]:
     for later, folder in sorted(step_folders(run).items()):
         if later > step:
             place = folder.with_name(f"damaged-{folder.name}")
-            shutil.rmtree(place, ignore_errors=True)
+            discard(place)
+            number = 1
+            while place.exists():  # others have put files into it
+                number += 1
+                place = folder.with_name(f"damaged-{folder.name}-{number}")
             moved.append(folder.rename(place))
     if moved:
         sync_folder(moved[0].parent)
@@ -176,15 +179,16 @@ def tidy(run: Path) -> None:
     but its name gets it if there is no other.
     """
     for path in run.glob("*.tmp"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if is_temporary(path):
+            path.unlink()
+    discard_all(run / "checkpoints.tmp")  # what an earlier release deleted by way of this name
     for step, folder in checkpoints_of(run).items():
         folder.rename(folder.with_name(f"step-{step:08d}"))
     for folder in sorted(run.glob("checkpoints/.step-*.tmp"), reverse=True):
         written = WRITTEN.fullmatch(folder.name)
         if written and not checkpoints_of(run) and _is_whole(folder):
             folder.rename(folder.with_name(written[1]))
-        else:
-            shutil.rmtree(folder)
+    clear(run / "checkpoints")
     if (run / "checkpoints").is_dir():
         sync_folder(run / "checkpoints")
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from minillm.errors import CorruptError, UsageError
+from minillm.ownership import CORPUS, claims
 from minillm.storage import bytes_digest, file_digest, read_json, write_json
 from minillm.tokenizer import Tokenizer, load_tokenizer
 
@@ -147,8 +148,8 @@ def write_index(folder: Path, content: dict[str, Any]) -> None:
 
 
 def is_prepared(path: str | Path) -> bool:
-    """Whether `path` is a folder that claims to be a prepared corpus."""
-    return os.path.lexists(Path(path, INDEX))
+    """Return whether `path` is a folder that claims to be a prepared corpus, whole or damaged."""
+    return claims(Path(path), CORPUS)
 
 
 def open_corpus(folder: str | Path) -> Corpus:
@@ -162,7 +163,7 @@ def open_corpus(folder: str | Path) -> Corpus:
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder; prepare a corpus first")
     if not is_prepared(folder):
-        raise UsageError(f"{folder}: not a prepared corpus: it has no {INDEX}")
+        raise UsageError(f"{folder}: not a prepared corpus: it has no {INDEX} of one")
     content = read_json(folder / INDEX, MEND)
     try:
         corpus = _from_index(folder, content)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from minillm import __version__, plan, runs, world
+from minillm import __version__, places, placing, plan, runs, world
 from minillm.agreement import gather
 from minillm.config import ModelConfig, TrainConfig
 from minillm.config_files import read_config
@@ -52,13 +52,16 @@ def begin(args: Namespace, here: World, preset: str | None = None) -> tuple[Sett
     train = settings.train
     if here.attempt and (run := runs.run_of(here.launch, train.out)) is not None:
         model, past = runs.read_config(run)
-        past = as_train_config(run, past | runs.newest_settings(run))
-        return Settings(model, past, frozenset()), run
+        past |= runs.newest_settings(run)
+        # The places of the same command line are known better than from the run's files.
+        past |= {name: x for name in places.PATHS[:-1] if (x := getattr(train, name, None))}
+        return Settings(model, as_train_config(run, past), frozenset()), run
     if train.init_from:
         flags = {name for name, value in vars(args).items() if value is not None}
         settings = _inherit(settings, Path(train.init_from), flags)
     if train.out and here.rank == 0:
-        runs.check_out(Path(train.out), train.overwrite, here.launch)
+        out = Path(train.out)
+        placing.check_out(out, train.overwrite, here.launch, placing.sources(settings, args.config))
     for flag, place in (("--out", train.out or "runs"), ("--cache-dir", train.cache_dir)):
         check_place(flag, Path(place))
     return settings, None
@@ -112,15 +115,17 @@ def find_corpus(settings: Settings, run: Path | None, say: Callable[[str], None]
             )
         return require_validation(corpus, train.early_stop)
     facts = runs.read_facts(run)
-    folder = Path(facts["corpus"])
-    if folder.is_dir() and not {"data", "val"} & settings.given:
-        corpus = open_corpus(folder)
+    there = [p for p in runs.corpus_places(run, train.cache_dir) if is_prepared(p)]
+    if there and not {"data", "val"} & settings.given:
+        corpus = open_corpus(there[0])
     else:
         try:
             corpus = _prepare_again(settings, run, say)
         except UsageError as error:
             hint = "say where with --data" + " and --val" * (train.val is not None)
-            raise UsageError(f"{error}; if the text has moved, {hint}") from None
+            raise UsageError(
+                f"{error}; if the text has moved, {hint}, or with --cache-dir if it is prepared"
+            ) from None
     if corpus.key != facts["corpus_key"]:
         raise UsageError(
             f"the text is not what {run} was trained on; start a new run with its weights: "
@@ -265,7 +270,7 @@ def facts_of(settings: Settings, corpus: Corpus, launch: str | None) -> dict:
         },
         "git_commit": _commit(),
         "launch": launch,
-        "corpus": str(corpus.folder.resolve()),
+        "corpus": str(corpus.folder),
         "corpus_key": corpus.key,
         "corpus_settings": corpus.settings,
         "data_order": ORDER,

@@ -21,6 +21,10 @@ VERSION = 1
 MAX_JSON = 64 << 20  # bytes; the index of a corpus of 1 TB has about as many
 # What lifts the content of a version to the next one: LIFTS[1](name of the file, content).
 LIFTS: dict[int, Callable[[str, dict[str, Any]], dict[str, Any]]] = {}
+# The files of a prepared corpus, by whose names a folder that a killed process left is known.
+BUILT = re.compile(
+    r"((train|val)(-targets)?-\d{5,}\.bin|(tokenizer\.(model|json)|index\.json)(\.tmp)?)"
+)
 PIECE = 1 << 20  # bytes hashed and written at a time: they are still in the cache
 
 
@@ -153,8 +157,9 @@ def check_place(flag: str, path: Path) -> None:
 def building(folder: Path) -> Iterator[Path]:
     """A new folder beside `folder` that takes its name in one step once the body is through.
 
-    What earlier builders of the same folder left when they were killed is deleted. `folder` may be
-    there if it is empty; OSError if it is not by then.
+    What earlier builders of the same folder left when they were killed is deleted, if it holds
+    nothing but files that they make. `folder` may be there if it is empty; OSError if it is not by
+    then.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     stem = f".{folder.name[:64]}."
@@ -197,7 +202,9 @@ def _delete_abandoned(temporary: Path) -> None:
     except OSError:
         return
     if held is not None:
-        shutil.rmtree(temporary, ignore_errors=True)
+        made = list(temporary.iterdir())
+        if all(BUILT.fullmatch(p.name) and p.is_file() and not p.is_symlink() for p in made):
+            shutil.rmtree(temporary, ignore_errors=True)
         os.close(held)
 
 

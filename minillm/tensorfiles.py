@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from minillm.errors import CorruptError
-from minillm.pickles import is_pickle
+from minillm.pickles import HEAD, is_pickle, is_safetensors
 
 MAX_HEADER = 10_000_000  # bytes; the format itself allows ten times as much
 MAX_TENSORS = 100_000  # in one file
@@ -238,14 +238,15 @@ def _header(path: Path) -> tuple[dict[str, Any], int, int]:
     try:
         with path.open("rb", buffering=0) as file:
             room = path.stat().st_size - 8
-            head = file.read(8)
-            length = int.from_bytes(head, "little")
-            if is_pickle(head):
+            head = file.read(HEAD)
+            length = int.from_bytes(head[:8], "little")
+            if not is_safetensors(head, room + 8) and is_pickle(path):
                 raise CorruptError(f"{path}: is a pickle or an archive of one, which is never read")
-            if room < 0 or not 0 < length <= min(room, MAX_HEADER):
+            if not 0 < length <= min(room, MAX_HEADER):
                 raise CorruptError(
                     f"{path}: damaged, states {length} bytes of header; at most {MAX_HEADER}"
                 )
+            file.seek(8)
             header = json.loads(file.read(length), object_pairs_hook=_refuse_repeats)
     except (ValueError, RecursionError):
         raise CorruptError(f"{path}: damaged, its header is not JSON, or repeats a name") from None

@@ -265,7 +265,7 @@ def load_tokenizer(path: str | Path, foreign: bool = False) -> Tokenizer:
         raise CorruptError(f"{path}: larger than {MAX_BYTES >> 20} MiB; no tokenizer is")
     with naming(path):
         data = path.read_bytes()
-    if path.suffix == ".json" or data.lstrip()[:1] == b"{":
+    if path.suffix == ".json" or (data.lstrip()[:1] == b"{" and b"\0" not in data):  # not a model
         return _from_json(path, data)
     if foreign:
         try_model(path, data)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from minillm import checkpoint, world
+from minillm import checkpoint, places, world
 from minillm.agreement import agree
 from minillm.checkpoint import Checkpoint
 from minillm.config import TrainConfig
@@ -112,10 +112,11 @@ def save(t: Training) -> None:
     tensors = sharded_tensors(t.sharding.pieces(), shapes)
     if t.average:
         tensors["ema"] = {name: t.average.weights[name] for name in t.ranks.share_of(shapes)}
+    settings = {name: getattr(t.config, name) for name in sorted(RESUMABLE)}
     state = {
         "model": asdict(t.model.config),
         "progress": asdict(t.progress),
-        "settings": {name: getattr(t.config, name) for name in sorted(RESUMABLE)},
+        "settings": places.stated(t.run, settings),
         "pace": t.plan.pace,
         "timed_from": t.timed_from,
         "fixed": t.fixed,

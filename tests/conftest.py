@@ -156,6 +156,8 @@ def train(text_file: Path) -> Callable[..., int]:
 
     def run(*flags: str | Path) -> int:
         words = [str(flag) for flag in flags]
+        if "--resume" in words and not {"--data", "--cache-dir"} & set(words):
+            words += ["--cache-dir", str(text_file.parent / "prepared")]  # for copies of a run
         if "--resume" not in words:
             tiny = {**TINY, "--data": text_file, "--cache-dir": text_file.parent / "prepared"}
             if {"--epochs", "--time-limit", "--config"} & set(words):

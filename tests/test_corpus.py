@@ -407,6 +407,7 @@ def bad_place(tmp_path, monkeypatch):
         "same/a.txt": b"same",
         "same/b.txt": b"same",
         "corrupt/index.json": b"{}",
+        "corrupt/train-00000.bin": b"",
     }
     for name, data in content.items():
         Path(name).parent.mkdir(exist_ok=True)

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from minillm import configure, errors
+from minillm import configure, errors, runs
 from minillm.commands import prepare as command
 from minillm.config import TrainConfig
 from minillm.errors import UsageError
-from minillm.runs import read_facts
 from minillm.scripts import train as script
 from minillm.shards import open_corpus
 from tests.refusals import refusal
@@ -28,7 +27,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def corpus_of(run: Path):
-    return open_corpus(read_facts(run)["corpus"])
+    return open_corpus(runs.corpus_of(run))
 
 
 def test_several_paths_and_validation_text_train_and_resume(place, train, capfd):

@@ -3,11 +3,14 @@
 import gzip
 import json
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 
 from minillm import documents
 from minillm.errors import CorruptError, UnavailableError, UsageError
+from minillm.profiling import report
 
 
 def texts(*paths, errors="strict"):
@@ -168,3 +171,35 @@ def test_documents_are_streamed(tmp_path):
     assert next(stream).text == "a"
     with pytest.raises(UsageError):
         next(stream)
+
+
+def test_a_folder_is_read_without_what_minillm_made(tiny_run, tmp_path, train, monkeypatch):
+    """Runs, prepared corpora and profiles, at any depth; a file of them only if it is named."""
+    text = tmp_path / "texts"
+    first = Path(__file__).with_name("golden") / "f537e8f"
+    (text / "deep" / "er").mkdir(parents=True)
+    (text / "deep" / "a.txt").write_text("a novel\n" * 200)
+    (text / "report" / "more").mkdir(parents=True)
+    (text / "config.json").write_text("{}")  # a user's own
+    before = [path.name for path in documents.find([str(text)]).files]
+    shutil.copytree(tiny_run, text / "run")
+    shutil.copytree(first / "plain", text / "deep" / "er" / "run")
+    shutil.copytree(first / "corpus", text / "deep" / "corpus")
+    report.write(text / "deep" / "profile", {"device": "x"}, {"model": []})
+    for name in ("run/notes.txt", "deep/corpus/notes.md"):
+        (text / name).write_text("of ours")
+    assert [path.name for path in documents.find([str(text)]).files] == before == ["a.txt"]
+    assert documents.find([str(text / "**" / "*.txt")]).files == (text / "deep" / "a.txt",)
+    for words in ([text / "run" / "samples.txt"], [text / "r*" / "samples.txt"]):
+        assert documents.find([*map(str, words)]).files == (text / "run" / "samples.txt",)
+    for ours, what in (("run", "a run"), ("deep/profile", "a profile")):
+        with pytest.raises(UsageError, match=f"{what} of minillm, not text; name the files"):
+            documents.find([str(text / ours)])
+
+    # Twice in the folder of the texts: the second training reads what the first did.
+    shutil.rmtree(text / "run")
+    monkeypatch.chdir(text)
+    for _ in range(2):
+        assert train("--data", ".", "--cache-dir", "data/prepared", "--steps", "1") == 0
+    assert len(list(Path("data/prepared").iterdir())) == 1
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["nano-1", "nano-2"]

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from minillm import launch, runs
+from minillm import launch, placing, runs
 from minillm.errors import UsageError
 from minillm.launch import shell_command
+from minillm.storage import write_json
 
 ROOT = Path(launch.__file__).resolve().parents[1]
 CHECKOUT = (ROOT / "train.py").is_file()
@@ -72,8 +73,7 @@ def test_messages_quote_a_run_with_a_space(started, tmp_path):
         runs.newest_run(tmp_path)
     run = tmp_path / "my run"
     run.mkdir()
-    (run / "config.json").write_text("{}")
-    (run / "metrics.jsonl").touch()
+    write_json(run / "config.json", {"model": {}, "train": {}, "tokenizer_sha256": ""})
     with pytest.raises(UsageError) as refusal:
-        runs.check_out(run, False)
+        placing.check_out(run, False)
     assert f"python3 -m minillm train --resume '{run}'" in str(refusal.value)

@@ -13,7 +13,7 @@ FLOORS = {
     0: "__init__ buckets cache commands/__init__ flags/__init__ guard help_text json_text "
     "kernels kernels/_entrance kernels/_interpreter kernels/_tanh kernels/eager_sampling "
     "kernels/reference_optim kernels/reference_sampling machine_errors offload outlook "
-    "positions precision presets profiling/__init__ profiling/dry profiling/occupancy "
+    "places positions precision presets profiling/__init__ profiling/dry profiling/occupancy "
     "profiling/pivot profiling/sass profiling/style profiling/timing profiling/ttir schedule "
     "scripts sentencepieces terminal units",
     1: "console errors kernels/_launch kernels/_loss kernels/eager_optim kernels/reference "
@@ -25,15 +25,15 @@ FLOORS = {
     "profiling/workloads setting state storage table",
     3: "cards flags/profile flags/sample htmltext kernels/_attention_backward "
     "kernels/_attention_forward kernels/decode_attention kernels/eager kernels/rope_cache "
-    "kernels/sandwich_norm meter not_a_run profiling/precision profiling/sizes ranks rows "
+    "kernels/sandwich_norm meter ownership profiling/precision profiling/sizes ranks rows "
     "shape tensorfiles tokenizer world",
-    4: "__main__ agreement config encoding formats kernels/attention kernels/rms_norm "
-    "kernels/rope place plan shards start statetensors stream trained watch",
+    4: "__main__ agreement config discarding encoding formats kernels/attention kernels/rms_norm "
+    "kernels/rope not_a_run place plan shards start statetensors stream trained watch",
     5: "data documents heldout ops profiling/cases reading sequences settings",
     6: "config_files flags/prepare layers optim pace profiling/audit profiling/implementations "
     "profiling/ranks runs survey",
-    7: "configure profiling/interpreted profiling/page recurrence saving split zero",
-    8: "corpus flags/train model profiling/operations profiling/report",
+    7: "configure placing profiling/interpreted profiling/page recurrence split zero",
+    8: "corpus flags/train model profiling/operations profiling/report saving",
     9: "activations checkpoint commands/prepare evaluate exits flags/plan huginn "
     "profiling/decoding profiling/steps profiling/tune requests resuming",
     10: "fsdp generate ladder plan_fit profiling/suites profiling/trace startup",

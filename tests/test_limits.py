@@ -161,7 +161,7 @@ COUNTS = {
 
 @pytest.mark.parametrize("changes", COUNTS.values(), ids=COUNTS)
 def test_indices(tiny_run, tmp_path, changes):
-    folder = shutil.copytree(runs.read_facts(tiny_run)["corpus"], tmp_path / "corpus")
+    folder = shutil.copytree(runs.corpus_of(tiny_run), tmp_path / "corpus")
     index = storage.read_json(folder / "index.json")
     for name, value in changes.items():
         holder, (*outer, key) = index, name.split(".")

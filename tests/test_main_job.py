@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from minillm import storage
+from minillm import runs
 from minillm.data import Tokens
 from minillm.shards import Corpus, open_corpus
 
@@ -41,7 +41,7 @@ def test_a_short_run_beats_gzip(tmp_path):
     out, cache = tmp_path / "run", tmp_path / "cache"
     trained = run("train", "--steps", "160", "--threads", "1", "--out", out, "--cache-dir", cache)
     assert trained.returncode == 0, trained.stderr
-    corpus = open_corpus(Path(storage.read_json(out / "config.json")["corpus"]))
+    corpus = open_corpus(runs.corpus_of(out))
     text = held_out_text(corpus)
     assert len(text) == corpus.bytes["val"] > 100_000
     gzip_bpb = 8 * len(zlib.compress(text, 9)) / len(text)

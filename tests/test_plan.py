@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from minillm import __main__ as verbs
-from minillm import plan, world
+from minillm import plan, runs, world
 from minillm.config import PRESETS, ModelConfig
 from minillm.errors import UsageError
 from minillm.links import ROUNDS, Link, alone, nodes
@@ -235,7 +235,7 @@ def test_muon_has_no_stage_3(planned):
 
 
 def test_the_vocabulary_of_a_corpus(planned, tiny_run):
-    corpus = json.loads((tiny_run / "config.json").read_text())["corpus"]
+    corpus = runs.corpus_of(tiny_run)
     _, out, err = planned("--data", corpus, "--seq-len", 16, "--epochs", 2, "--json")
     found = json.loads(out)
     assert found["parameters"]["vocabulary"].startswith("257, of ") and not err

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from minillm import runs, samples, storage
+from minillm import placing, runs, samples
 from minillm.checkpoint import open_checkpoint
 
 MODEL, AVERAGE = "model-00001-of-00001.safetensors", "ema-00001-of-00001.safetensors"
@@ -117,7 +117,7 @@ def test_text_that_moved_is_named_with_data(train, tmp_path, text_file, capfd):
 def test_a_prepared_folder_that_moved_is_named_with_data(train, tmp_path):
     run, cache = tmp_path / "run", tmp_path / "cache"
     assert train("--out", run, "--cache-dir", cache) == 0
-    folder = Path(storage.read_json(run / "config.json")["corpus"])
+    folder = runs.corpus_of(run)
     folder.rename(tmp_path / "moved")
     assert train("--resume", run, "--steps", "9", "--data", tmp_path / "moved") == 0
     assert not any(cache.iterdir())
@@ -139,7 +139,7 @@ def test_a_resume_tidies_up_under_the_lock(train, tmp_path, tiny_run, capfd):
     (folder / "step-00000008").rename(folder / ".step-00000008.old.tmp")
     shutil.copytree(folder / "step-00000004", folder / ".step-00000008.tmp")
     (run / "metrics.jsonl.tmp").touch()
-    held = runs.lock(run)
+    held = placing.lock(run)
     assert train("--resume", run, "--steps", "9") == 2
     assert "is being written by " in capfd.readouterr().err
     assert len(list(run.rglob("*.tmp"))) == 3

@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from minillm import errors, runs
+from minillm import errors, placing, runs
 from minillm.checkpoint import load_run, save
 from minillm.errors import UsageError
 from minillm.scripts import sample
 from minillm.scripts import train as train_script
 from minillm.storage import write_json
+
+CONFIG = {"model": {}, "train": {}, "tokenizer_sha256": ""}  # enough for a folder to be a run
 
 
 @pytest.fixture
@@ -28,6 +30,7 @@ def test_the_newest_run_has_the_newest_checkpoint(tmp_path):
         runs.newest_run(tmp_path / "runs")
     for when, name in ((3, "b"), (9, "a"), (5, "c")):
         folder = save(tmp_path / name, 1, {}, {})
+        write_json(tmp_path / name / "config.json", CONFIG)
         os.utime(folder, ns=(when * 10**9, when * 10**9))
     (tmp_path / "d").mkdir()
     (tmp_path / "e").write_text("")
@@ -36,27 +39,27 @@ def test_the_newest_run_has_the_newest_checkpoint(tmp_path):
 
 def test_runs_are_numbered(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert runs.make_run(None, "nano", False)[0] == Path("runs/nano-1")
+    assert placing.make_run(None, "nano", False)[0] == Path("runs/nano-1")
     (tmp_path / "runs" / "nano-2").write_text("")
-    assert runs.make_run(None, "nano", False)[0] == Path("runs/nano-3")
+    assert placing.make_run(None, "nano", False)[0] == Path("runs/nano-3")
     assert [path.name for path in Path("runs/nano-3").iterdir()] == ["lock"]
 
 
 def test_where_a_run_may_go(tmp_path, run):
-    runs.check_out(tmp_path / "new", False)
+    placing.check_out(tmp_path / "new", False)
     (tmp_path / "empty").mkdir()
-    runs.check_out(tmp_path / "empty", False)
-    runs.check_out(run, True)
+    placing.check_out(tmp_path / "empty", False)
+    placing.check_out(run, True)
     with pytest.raises(
         UsageError, match=r"exists; continue it with .* --resume .*, or replace it with --over"
     ):
-        runs.check_out(run, False)
+        placing.check_out(run, False)
     for overwrite in (False, True):
         with pytest.raises(UsageError, match="holds other things than a run"):
-            runs.check_out(run / "checkpoints", overwrite)
+            placing.check_out(run / "checkpoints", overwrite)
         with pytest.raises(UsageError, match="is a file; name a folder"):
-            runs.check_out(run / "config.json", overwrite)
-    runs.make_run(str(run), "nano", True)
+            placing.check_out(run / "config.json", overwrite)
+    placing.make_run(str(run), "nano", True)
     assert [path.name for path in run.iterdir()] == ["lock"]
 
 
@@ -76,30 +79,30 @@ def overtaken(monkeypatch, name: str) -> None:
 def test_who_comes_second_gets_the_next_number(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     overtaken(monkeypatch, "nano-1")
-    assert runs.make_run(None, "nano", False)[0] == Path("runs/nano-2")
+    assert placing.make_run(None, "nano", False)[0] == Path("runs/nano-2")
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_who_comes_second_for_a_name_is_refused(tmp_path, overwrite):
     """Also between the first one's making of the folder and its first file."""
-    run, held = runs.make_run(str(tmp_path / "mine"), "nano", False)
+    run, held = placing.make_run(str(tmp_path / "mine"), "nano", False)
     if held is None:
         pytest.skip("no locks here")
     with held, pytest.raises(UsageError, match="mine is being written by "):
-        runs.make_run(str(run), "nano", overwrite)
+        placing.make_run(str(run), "nano", overwrite)
 
 
 def test_what_another_has_begun_meanwhile_is_seen(tmp_path, monkeypatch):
     """The first was quicker, and is through, when the second gets the lock."""
-    run, lock = tmp_path / "mine", runs.lock
+    run, lock = tmp_path / "mine", placing.lock
 
     def late(path):
-        write_json(path / "config.json", {})
+        write_json(path / "config.json", CONFIG)
         return lock(path)
 
-    monkeypatch.setattr(runs, "lock", late)
+    monkeypatch.setattr(placing, "lock", late)
     with pytest.raises(UsageError, match="mine exists; continue it with "):
-        runs.make_run(str(run), "nano", False)
+        placing.make_run(str(run), "nano", False)
     assert (run / "config.json").exists()
 
 
@@ -109,7 +112,7 @@ def test_many_at_once_get_a_folder_each(tmp_path, monkeypatch):
 
     def claim(_):
         together.wait()
-        return runs.make_run(None, "nano", False)[0]
+        return placing.make_run(None, "nano", False)[0]
 
     with ThreadPoolExecutor(16) as pool:
         claimed = sorted(pool.map(claim, range(16)), key=lambda p: int(p.name[5:]))
@@ -157,12 +160,12 @@ def test_one_process_writes_a_run_at_a_time(tmp_path):
     """A lock goes with the file that holds it, so that a process that dies leaves none."""
     run = tmp_path / "run"
     run.mkdir()
-    held = runs.lock(run)
+    held = placing.lock(run)
     by = os.getpid() if Path("/proc/locks").is_file() else "another process"
     with pytest.raises(UsageError, match=f"is being written by (process {by}|another process);"):
-        runs.lock(run)
+        placing.lock(run)
     held.close()
-    runs.lock(run).close()
+    placing.lock(run).close()
 
 
 def test_a_launch_knows_its_own_run(tmp_path, monkeypatch):
@@ -171,14 +174,14 @@ def test_a_launch_knows_its_own_run(tmp_path, monkeypatch):
     for name, launch, done in (("a", "x", True), ("b", "y", True), ("c", "x", False)):
         run = tmp_path / "runs" / name
         run.mkdir(parents=True)
-        write_json(run / "config.json", {"launch": launch})
+        write_json(run / "config.json", {**CONFIG, "launch": launch})
         if done:
             (run / "checkpoints" / "step-00000004").mkdir(parents=True)
             (run / "checkpoints" / "step-00000004" / "manifest.json").touch()
     assert runs.run_of("x", None) == Path("runs/a") and runs.run_of("y", None) == Path("runs/b")
     assert runs.run_of("x", "runs/b") is runs.run_of("x", "runs/c") is None
     assert runs.run_of(None, None) is None
-    runs.check_out(Path("runs/c"), False, "x")  # its own, without a checkpoint: it begins anew
+    placing.check_out(Path("runs/c"), False, "x")  # its own, without a checkpoint: it begins anew
     for name, launch in (("a", "x"), ("b", "x"), ("c", "y"), ("c", None)):
         with pytest.raises(UsageError, match="exists; "):
-            runs.check_out(Path("runs") / name, False, launch)
+            placing.check_out(Path("runs") / name, False, launch)

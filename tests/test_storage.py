@@ -129,7 +129,7 @@ def test_a_builder_that_lives_is_left_alone(tmp_path):
     folder, dead = tmp_path / "words", tmp_path / ".words.01234567.tmp"
     for other in (dead, tmp_path / ".words.mine.tmp", tmp_path / ".word.01234567.tmp"):
         other.mkdir()
-        (other / "x").touch()
+        (other / "index.json").touch()
     with storage.building(folder) as one:
         assert not dead.exists()
         (one / "one").touch()

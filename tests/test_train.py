@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from minillm import __main__ as verbs
-from minillm import microbatch, startup, storage
+from minillm import microbatch, runs, startup, storage
 from minillm.checkpoint import load_run, open_checkpoint
 from minillm.config import ModelConfig
 from minillm.data import evaluation_windows
@@ -62,10 +62,12 @@ def test_what_config_json_says(tiny_run, text_file):
     assert config["versions"]["torch"] == torch.__version__
     assert (config["threads"], config["dtype"], config["micro_batch_size"]) == (1, "fp32", 4)
     assert config["model"]["vocab_size"] == 257 and config["model"]["bos_id"] == 256
-    assert config["train"]["data"] == str(text_file) and config["train"]["ema"] == 0.9
+    assert (tiny_run / config["train"]["data"]).resolve() == text_file and config["train"][
+        "ema"
+    ] == 0.9
     tokenizer = tiny_run / "tokenizer.json"
     assert config["tokenizer_sha256"] == storage.file_digest(tokenizer)
-    assert Path(config["corpus"]).is_absolute() and Path(config["corpus"]).is_dir()
+    assert runs.corpus_of(tiny_run) == (tiny_run / config["corpus"]).resolve()
 
 
 def test_what_metrics_say(tiny_run):
@@ -88,7 +90,7 @@ def test_what_metrics_say(tiny_run):
 def test_what_is_judged_and_shown_is_what_can_be_loaded(tiny_run):
     """The averaged weights of the last checkpoint, over the whole split."""
     model, tokenizer, config = load_run(tiny_run)
-    corpus = open_corpus(Path(storage.read_json(tiny_run / "config.json")["corpus"]))
+    corpus = open_corpus(runs.corpus_of(tiny_run))
     result = evaluate(model, evaluation_windows(corpus, "val", config.seq_len), 4)
     assert metrics(tiny_run, "val_loss")[8] == pytest.approx(result.loss, rel=2e-6)
     # As it was while training: load_run lays the matrices out for decoding, which rounds otherwise.
@@ -340,7 +342,7 @@ def test_init_from(train, tmp_path, tiny_run):
 
 def test_epochs(train, tmp_path, text_file):
     assert train("--out", tmp_path / "run", "--epochs", "0.5") == 0
-    corpus = Path(storage.read_json(tmp_path / "run" / "config.json")["corpus"])
+    corpus = runs.corpus_of(tmp_path / "run")
     shards = storage.read_json(corpus / "index.json")["shards"]
     tokens = sum(s["tokens"] for s in shards if s["name"].startswith("train"))
     windows = (tokens - 16) // 16

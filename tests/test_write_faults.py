@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from minillm import corpus, runs, shards
+from minillm import corpus, placing, runs, shards
 from minillm.checkpoint import open_checkpoint, prune, save, tidy
 from minillm.config import ModelConfig
 from minillm.meter import Meter
@@ -152,7 +152,7 @@ def test_tidying_loses_nothing(tmp_path, capsys):
 
 def begin(root: Path) -> None:
     """What train.py does before the first step."""
-    run, held = runs.make_run(str(root / "run"), "nano", True)
+    run, held = placing.make_run(str(root / "run"), "nano", True)
     model = ModelConfig(vocab_size=257, seq_len=8, n_layer=1, n_head=2, d_model=16)
     tokenizer = train_tokenizer("byte", [])
     tokenizer.save(run)

@@ -8,7 +8,6 @@ are of the second half. Writes decode.md beside itself.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from minillm.exit_rules import DEFAULTS, ExitRule  # noqa: E402
 from minillm.exits import read_next  # noqa: E402
 from minillm.model import GPT  # noqa: E402
 from minillm.recurrence import state_keys  # noqa: E402
+from minillm.runs import corpus_of  # noqa: E402
 from minillm.shards import open_corpus  # noqa: E402
 
 ROWS = 32
@@ -45,9 +45,7 @@ def main() -> None:
              "|---|--:|---|--:|---|---|--:|--:|--:|"]  # fmt: skip
     for run in args.runs:
         model, _, config = load_run(run)
-        corpus = open_corpus(
-            json.loads((run / "config.json").read_text(encoding="utf-8"))["corpus"]
-        )
+        corpus = open_corpus(corpus_of(run))
         windows = evaluation_windows(corpus, "val", config.seq_len, ROWS)
         tokens, targets = (torch.stack(x) for x in zip(*windows, strict=True))
         for r in args.recurrence:

@@ -2,7 +2,6 @@
 
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -24,20 +23,19 @@ def main(argv: Sequence[str]) -> None:
     device = _device(args.device)
     tuned = None if args.tune is None else tune.check(args.tune, device)
     names = flags.suites(args)
+    folder = args.out or default_folder(device)
+    if names:
+        report.refuse_foreign(folder, names)
     if device.type == "cpu":
         world.set_threads(args.threads)
         say("no GPU in use: eager and compiled code is timed on the CPU; our kernels are compiled "
             "for the audit, and interpreted for their errors")  # fmt: skip
-    folder = args.out or default_folder(device)
     found: dict[str, list[dict]] = {}
     written: dict[Path, None] = {}  # in their order, each once
 
     def save(name: str, rows: list[dict]) -> None:
         found[name] = rows
-        with warnings.catch_warnings(record=True) as told:
-            written.update(dict.fromkeys(report.write(folder, job.about, found)))
-        for warning in told:
-            say(f"warning: {warning.message}")
+        written.update(dict.fromkeys(report.write(folder, job.about, found)))
 
     job = suites.Job(
         device=device,

@@ -1,5 +1,6 @@
 """The command line of `minillm profile`."""
 
+import os
 from argparse import Namespace
 from collections.abc import Sequence
 from functools import partial
@@ -52,6 +53,8 @@ def _check(args: Namespace, names: tuple[str, ...]) -> None:
     if args.trace:
         if args.trace.is_dir():
             raise UsageError(f"--trace {args.trace} is a folder; name a file")
+        if os.path.lexists(args.trace):
+            raise UsageError(f"--trace {args.trace}: exists already; name a new file")
         check_place("--trace", args.trace.parent)
 
 
@@ -90,7 +93,7 @@ def parser() -> Parser:
         help="folder for results.json, a CSV of each suite and index.html; results of earlier runs "
         "in it stay (default: benchmarks/DEVICE-DATE)")  # fmt: skip
     add("--trace", type=path, metavar="FILE",
-        help="Perfetto trace of training steps to write")  # fmt: skip
+        help="Perfetto trace of training steps to write; a new file")  # fmt: skip
     add("--tune", nargs="*", metavar="OP",
         help="measure tile sizes on a GPU around those in kernels/tiles, of these operations or of "
         "all, and write the best into this GPU's tables")  # fmt: skip

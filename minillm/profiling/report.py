@@ -5,11 +5,11 @@ import io
 import json
 import numbers
 import re
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from minillm.errors import UsageError
 from minillm.profiling import page, pivot, ranks
 from minillm.profiling.columns import SHOWN
 from minillm.profiling.pivot import RIVALS, Line, Row, number, per_cent, short, text, times
@@ -45,12 +45,14 @@ def write(folder: Path, about: dict, suites: dict[str, list[dict]]) -> list[Path
     about: device, driver, torch, triton, python, commit, date, command, ceilings.
     suites: the rows by suite; the page shows kernels, model, decode, roofline, audit and, as plain
     tables, any other.
-    Raises ValueError for a suite whose name is no plain word, since a file is named after it.
+    Raises ValueError for a suite whose name is no plain word, since a file is named after it, and
+    UsageError as refuse_foreign does.
     """
     for name in suites:
         if not re.fullmatch(r"[a-z][a-z0-9_-]*", name):
             raise ValueError(f"suites: got the name {name!r}, expected a word such as 'kernels'")
     folder = Path(folder)
+    refuse_foreign(folder, suites)
     folder.mkdir(parents=True, exist_ok=True)
     results = _merged(_plain({"about": about, "suites": suites}), read(folder / RESULTS))
     files = {RESULTS: json.dumps(results, indent=1, allow_nan=False) + "\n"}
@@ -80,7 +82,7 @@ def _plain(value: object) -> Any:
 
 
 def read(path: Path) -> dict | None:
-    """Results as written, None if there are none; a file that is none is put aside, with a warning.
+    """Return results as they were written; None if there are none, or the file is not of minillm.
 
     about: of the last run.    suites: rows by suite.    earlier, if any: see write.
     """
@@ -94,9 +96,37 @@ def read(path: Path) -> dict | None:
             return found
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         pass
-    aside = path.replace(path.with_name(path.name + ".damaged"))
-    warnings.warn(f"{path}: not results that minillm wrote; kept as {aside}", stacklevel=3)
     return None
+
+
+def refuse_foreign(folder: Path, suites: Iterable[str]) -> None:
+    """Raise UsageError unless a folder is free for a profile, or has one of an earlier run.
+
+    A file is only overwritten if the earlier run's results say that it wrote it.
+
+    suites: names of those whose files are to be written
+    """
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    found = read(folder / RESULTS)
+    if found is None:
+        raise UsageError(f"--out {folder}: holds other things than a profile; name another folder")
+    for name in (RESULTS, *sorted(_files(suites))):
+        path = folder / name
+        if path.is_symlink() or (path.exists() and name not in {RESULTS, *_files(found["suites"])}):
+            raise UsageError(
+                f"--out {folder}: holds a {name} that minillm did not write; name another folder"
+            )
+
+
+def _files(suites: Iterable[str]) -> set[str]:
+    """Return the names of the files that are written for these suites, beside RESULTS."""
+    suites = set(suites)
+    return {
+        "index.html",
+        *(f"{name}.csv" for name in suites),
+        *(["audit.md"] if "audit" in suites else []),
+    }
 
 
 def _merged(new: dict, old: dict | None) -> dict:

@@ -16,10 +16,18 @@ def write(path: Path, device: torch.device, dtype: str, quick: bool) -> str:
     """Trace STEPS steps of the suite `model`'s model into `path`; ".gz" at its end compresses.
 
     Returns what was traced, in words: the kernels are ours on a GPU that can run them.
-    Raises OSError if the file cannot be written.
+    Raises OSError if the file cannot be written, or is there already.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.open("ab").close()  # before the work, and in our words if it cannot be
+    path.open("xb").close()  # before the work, and in our words if it cannot be
+    try:
+        return _write(path, device, dtype, quick)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _write(path: Path, device: torch.device, dtype: str, quick: bool) -> str:
     ops = select("auto", device)
     step = steps.Step(steps.size(device.type, quick), ops, dtype, device)
     step()  # compiles, allocates

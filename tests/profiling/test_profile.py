@@ -220,12 +220,14 @@ def test_mps_has_no_kernels_to_compare(capsys):
         assert f"--device {name}: no kernels" in said and len(said.splitlines()) == 1
 
 
-def test_a_damaged_file_is_told_of_in_a_line(tmp_path, capsys, fixed_roofs, no_interpreter):
+def test_a_folder_of_others_is_refused_before_anything_is_measured(tmp_path, capsys):
     (tmp_path / "results.json").write_text("{")
-    assert run("--quick", "--op", "rms_norm", "--out", tmp_path) == 0
-    lines = capsys.readouterr().err.splitlines()
-    (told,) = (line for line in lines if "not results that minillm wrote" in line)
-    assert told.startswith("warning: ") and not any("UserWarning" in line for line in lines)
+    assert run("--quick", "--op", "rms_norm", "--out", tmp_path) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.endswith(
+        f"--out {tmp_path}: holds other things than a profile; name another folder"
+    )
+    assert (tmp_path / "results.json").read_text() == "{"
 
 
 def test_without_triton_the_rest_is_measured(tmp_path):

@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from minillm.errors import UsageError
 from minillm.profiling import page, pivot, plot, report
 
 ABOUT = {
@@ -263,12 +264,12 @@ def test_a_run_of_all_suites_again_has_no_earlier_ones(tmp_path):
 @pytest.mark.parametrize(
     "content", ["", "{", "[]", "{}", '{"about": 1, "suites": {}}', '{"about": {}, "suites": [1]}']
 )
-def test_a_damaged_file_is_put_aside(tmp_path, content):
+def test_results_that_are_not_ours_are_not_overwritten(tmp_path, content):
     (tmp_path / "results.json").write_text(content)
-    with pytest.warns(UserWarning, match="kept as"):
+    with pytest.raises(UsageError, match="holds other things than a profile; name another"):
         report.write(tmp_path, ABOUT, {"kernels": kernels()})
-    assert (tmp_path / "results.json.damaged").read_text() == content
-    assert json.loads((tmp_path / "results.json").read_text())["about"] == ABOUT
+    assert (tmp_path / "results.json").read_text() == content
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_write_that_fails_leaves_the_old_files(tmp_path, monkeypatch):
