@@ -1,17 +1,12 @@
 """From a command line of train.py to its settings, its run folder and its corpus."""
 
 import json
-import platform
-import subprocess
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
-
-from minillm import __version__, places, placing, plan, runs, world
+from minillm import places, placing, plan, runs, world
 from minillm.agreement import gather
 from minillm.config import ModelConfig, TrainConfig
 from minillm.config_files import read_config
@@ -29,6 +24,7 @@ from minillm.settings import Settings
 from minillm.shards import Corpus, is_prepared, open_corpus
 from minillm.storage import check_place, file_digest
 from minillm.tokenizer import KINDS
+from minillm.versions import commit, versions
 
 # What a prepared folder has decided.
 HELD = ("parameters", "gradients", "masters", "moments")  # by a rank, of plan.memory
@@ -257,18 +253,9 @@ def refuse_differences(ranks: Ranks, corpus: Corpus, settings: Settings, run: Pa
 
 def facts_of(settings: Settings, corpus: Corpus, launch: str | None) -> dict:
     """What config.json says beside the settings: versions, commit, corpus, torchrun's name."""
-    try:
-        triton_version = version("triton")
-    except PackageNotFoundError:
-        triton_version = None
     return {
-        "versions": {
-            "minillm": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "triton": triton_version,
-        },
-        "git_commit": _commit(),
+        "versions": versions(),
+        "git_commit": commit(),
         "launch": launch,
         "corpus": str(corpus.folder),
         "corpus_key": corpus.key,
@@ -277,24 +264,6 @@ def facts_of(settings: Settings, corpus: Corpus, launch: str | None) -> dict:
         "asked_vocab_size": settings.model.vocab_size,
         "tokenizer_sha256": corpus.tokenizer().sha256,
     }
-
-
-def _commit() -> str | None:
-    """The commit of minillm's own checkout, or None where it is not in one."""
-    here = Path(__file__).resolve().parent.parent
-    if not (here / ".git").exists():
-        return None
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "HEAD"],
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=5,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
 
 
 def config_text(settings: Settings) -> str:

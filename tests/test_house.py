@@ -12,23 +12,24 @@ import pytest
 FLOORS = {
     0: "__init__ buckets cache commands/__init__ flags/__init__ guard help_text json_text "
     "kernels kernels/_entrance kernels/_interpreter kernels/_tanh kernels/eager_sampling "
-    "kernels/reference_optim kernels/reference_sampling machine_errors offload outlook "
-    "places positions precision presets profiling/__init__ profiling/dry profiling/occupancy "
+    "kernels/reference_optim kernels/reference_sampling machine_errors offload outlook places "
+    "positions precision presets profiling/__init__ profiling/dry profiling/occupancy "
     "profiling/pivot profiling/sass profiling/style profiling/timing profiling/ttir schedule "
     "scripts sentencepieces terminal units",
     1: "console errors kernels/_launch kernels/_loss kernels/eager_optim kernels/reference "
-    "pieces plan_text profiling/bound profiling/calls profiling/columns profiling/machine "
-    "profiling/plot profiling/roofline profiling/tables",
+    "pieces plan_text profiling/bound profiling/calls profiling/columns profiling/plot "
+    "profiling/roofline profiling/tables versions",
     2: "bpe cli exit_rules foreign kernels/_attention_blocks kernels/_rope_kernels kernels/_rows "
     "kernels/adamw kernels/eager_attention kernels/eager_loss kernels/linear_cross_entropy "
     "kernels/newton_schulz kernels/sample kernels/swiglu launch links pickles plaintext "
-    "profiling/workloads setting state storage table",
+    "profiling/machine setting state storage table",
     3: "cards flags/profile flags/sample htmltext kernels/_attention_backward "
     "kernels/_attention_forward kernels/decode_attention kernels/eager kernels/rope_cache "
-    "kernels/sandwich_norm meter ownership profiling/precision profiling/sizes ranks rows "
-    "shape tensorfiles tokenizer world",
+    "kernels/sandwich_norm meter ownership profiling/workloads ranks rows shape tensorfiles "
+    "tokenizer world",
     4: "__main__ agreement config discarding encoding formats kernels/attention kernels/rms_norm "
-    "kernels/rope not_a_run place plan shards start statetensors stream trained watch",
+    "kernels/rope not_a_run place plan profiling/precision profiling/sizes shards start "
+    "statetensors stream trained watch",
     5: "data documents heldout ops profiling/cases reading sequences settings",
     6: "config_files flags/prepare layers optim pace profiling/audit profiling/implementations "
     "profiling/ranks runs survey",

@@ -8,17 +8,15 @@ import shlex
 import subprocess
 import time
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from minillm import __version__
 from minillm.profiling.timing import LEAST, Trial, on_gpu
+from minillm.versions import commit, versions
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def about(device: torch.device, argv: Sequence[str]) -> dict:
@@ -26,11 +24,8 @@ def about(device: torch.device, argv: Sequence[str]) -> dict:
     return {
         "device": name(device),
         "driver": _driver(device),
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "python": platform.python_version(),
-        "minillm": __version__,
-        "commit": _commit(),
+        **versions(),
+        "commit": commit(mark_changes=True),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": shlex.join(("python", "-m", "minillm", "profile", *argv)),
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
@@ -137,30 +132,3 @@ def _driver(device: torch.device) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return (done.stdout.split() or [None])[0]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    """The commit of minillm's own checkout, "+" behind it if files differ; None outside of one."""
-    if not (ROOT / ".git").exists():
-        return None
-    said = []
-    for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"]):
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(ROOT), *words],
-                capture_output=True,
-                encoding="utf-8",
-                errors="replace",
-                timeout=10,
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        said.append(done.stdout.strip())
-    return said[0] + ("+" if said[1] else "") or None
