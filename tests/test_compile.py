@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from minillm.checkpoint import open_checkpoint
 from minillm.config import ModelConfig
@@ -46,11 +45,14 @@ def test_a_compiled_model_is_what_training_calls(stage):
 @pytest.mark.skipif(sys.platform == "win32", reason="torch.compile needs Visual C++ there")
 @pytest.mark.parametrize("name", ["plain", "core"])
 def test_compiled_training_comes_to_its_end(tmp_path, text_file, inductor, name):
-    """On one rank and on two; with the losses, and the weights, of the same training uncompiled."""
+    """On one rank and on two; with the losses of the same training uncompiled.
+
+    Weights are not compared: AdamW turns a gradient that is only rounding into a whole step.
+    """
     core = "--recurrent 0,1,0 --mean-recurrence 2 --recurrence-style parcae".split()
     shape = [*SHAPE, *(core if name == "core" else ["--n-layer", "1"])]
 
-    def train(out: str, ranks: int, *flags: str) -> tuple[list[float], dict[str, torch.Tensor]]:
+    def train(out: str, ranks: int, *flags: str) -> list[float]:
         several = f"-m torch.distributed.run --standalone --nproc-per-node {ranks}".split()
         command = [sys.executable, *(several if ranks > 1 else ()), str(ROOT / "train.py")]
         command += [*FLAGS, *shape, *flags, "--data", str(text_file), "--out", out]
@@ -61,12 +63,11 @@ def test_compiled_training_comes_to_its_end(tmp_path, text_file, inductor, name)
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         rows = map(json.loads, (tmp_path / out / "metrics.jsonl").read_text().splitlines())
-        weights = open_checkpoint(tmp_path / out).tensors("model")
-        return [row[key] for row in rows for key in ("loss", "val_loss") if key in row], weights
+        assert open_checkpoint(tmp_path / out).state["progress"]["ended"]
+        return [row[key] for row in rows for key in ("loss", "val_loss") if key in row]
 
-    losses, weights = train("eager", 1)
+    losses = train("eager", 1)
     for ranks in (1, 2):
-        found, ours = train(f"compiled-{ranks}", ranks, "--compile", "--final-eval-batches", "1")
-        assert found[:-1] == pytest.approx(losses[:-1], rel=1e-3)
-        for key, w in weights.items():
-            torch.testing.assert_close(ours[key], w, rtol=1e-3, atol=1e-4)
+        found = train(f"compiled-{ranks}", ranks, "--compile", "--final-eval-batches", "1")
+        assert len(found) == len(losses) == 5
+        assert found[:-1] == pytest.approx(losses[:-1], rel=1e-3)  # the last is of another part
