@@ -14,7 +14,7 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
-from minillm import errors, ownership, runs, world
+from minillm import errors, ownership, storage, world
 from minillm.scripts import train as train_script
 from minillm.shards import is_prepared
 
@@ -186,7 +186,9 @@ def _cache_of_a_copy(words: list[str], text_file: Path) -> list[str]:
     run = Path(words[0]) if words else None
     if run is None or not ownership.is_run(run):
         return []
-    if any(is_prepared(place) for place in runs.corpus_places(run)):
+    facts = storage.read_json(run / "config.json")
+    stated = [facts.get("corpus"), facts["train"].get("data") if facts["train"] else None]
+    if any(isinstance(path, str) and Path(run, path).exists() for path in stated):
         return []
     return ["--cache-dir", str(text_file.parent / "prepared")]
 
