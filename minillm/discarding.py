@@ -29,7 +29,7 @@ def own_names(folder: Path) -> frozenset[str]:
     written = {name for name in present if WRITTEN.fullmatch(name)}
     parts = {name for name in present if FILE.fullmatch(name)}
     for name in ("manifest.json", "manifest.json.tmp"):  # the latter while it is being deleted
-        with suppress(CorruptError, OSError, KeyError, TypeError):
+        with suppress(CorruptError, OSError, KeyError, TypeError, AttributeError):
             return frozenset(written | (parts & read_json(folder / name)["files"].keys()))
     if written or UNNAMED.fullmatch(folder.name):
         return frozenset(written | parts)

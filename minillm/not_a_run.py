@@ -7,9 +7,9 @@ from typing import Any
 
 from minillm.launch import shell_command
 from minillm.ownership import RUN, claims
+from minillm.pickles import ENDINGS, is_pickle
 
 STEP = re.compile(r"step-(\d{8})")
-PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 LISTED = 3  # runs that a message names
 MAX_CONFIG = 1 << 20  # bytes of a config.json that is looked into
 
@@ -66,7 +66,7 @@ def _about_folder(folder: Path) -> str:
     if runs := sorted(filter(_is_run, folder.iterdir()), key=_changed, reverse=True):
         more = f" and {len(runs) - LISTED} others" if len(runs) > LISTED else ""
         what += f"; it holds runs, name one of them: {', '.join(map(str, runs[:LISTED]))}{more}"
-    elif any(path.suffix in (".safetensors", *PICKLED) for path in folder.iterdir()):
+    elif any(path.suffix in (".safetensors", *ENDINGS) for path in folder.iterdir()):
         what += "; there are weights in it, but nothing says of which model"
     return what
 
@@ -79,7 +79,7 @@ def _about_file(path: Path) -> str:
         return "is a GGUF file, not a run folder; minillm does not read it"
     if path.suffix == ".safetensors":
         return "is a safetensors file, not a run folder; name the folder of a run"
-    if path.suffix in PICKLED:
+    if path.suffix.lower() in ENDINGS or (path.is_file() and is_pickle(path)):
         return "is a file, not a run folder; pickled checkpoints are never read"
     return "is a file, not a run folder; name the folder that train.py made"
 

@@ -14,7 +14,7 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
-from minillm import errors, world
+from minillm import errors, ownership, storage, world
 from minillm.scripts import train as train_script
 from minillm.shards import is_prepared
 
@@ -156,8 +156,8 @@ def train(text_file: Path) -> Callable[..., int]:
 
     def run(*flags: str | Path) -> int:
         words = [str(flag) for flag in flags]
-        if "--resume" in words and not {"--data", "--cache-dir"} & set(words):
-            words += ["--cache-dir", str(text_file.parent / "prepared")]  # for copies of a run
+        if "--resume" in words and not {"--data", "--val", "--cache-dir"} & set(words):
+            words += _cache_of_a_copy(words[words.index("--resume") + 1 :], text_file)
         if "--resume" not in words:
             tiny = {**TINY, "--data": text_file, "--cache-dir": text_file.parent / "prepared"}
             if {"--epochs", "--time-limit", "--config"} & set(words):
@@ -176,6 +176,21 @@ def train(text_file: Path) -> Callable[..., int]:
             return errors.run("train.py", train_script.main, words)
 
     return run
+
+
+def _cache_of_a_copy(words: list[str], text_file: Path) -> list[str]:
+    """Flags that lead to the prepared text of a run that was copied without it, if it was.
+
+    words: after --resume, of which the first may be a run.
+    """
+    run = Path(words[0]) if words else None
+    if run is None or not ownership.is_run(run):
+        return []
+    facts = storage.read_json(run / "config.json")
+    stated = [facts.get("corpus"), facts["train"].get("data") if facts["train"] else None]
+    if any(isinstance(path, str) and Path(run, path).exists() for path in stated):
+        return []
+    return ["--cache-dir", str(text_file.parent / "prepared")]
 
 
 @pytest.fixture(scope="session")

@@ -433,7 +433,7 @@ def test_a_prepared_folder_cannot_be_prepared_otherwise(
     train, tiny_run, tmp_path, capfd, monkeypatch, flags
 ):
     """Not even with the values it was prepared with: the flag would do nothing."""
-    folder = runs.corpus_of(tiny_run)
+    folder = str(runs.corpus_of(tiny_run))
     name = "minillm prepare"
     monkeypatch.setattr(sys, "argv", ["minillm", "prepare", folder, *flags])
     check(verbs.main(), 2, f"{folder} is prepared already; give the text", name, capfd)

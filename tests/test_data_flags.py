@@ -39,7 +39,8 @@ def test_several_paths_and_validation_text_train_and_resume(place, train, capfd)
     corpus = corpus_of(Path("r"))
     assert corpus.documents == {"train": 1, "val": 2}
     config = json.loads(Path("r/config.json").read_text())["train"]
-    assert config["data"] == ["a.txt", "b.txt"] and config["val"] == ["v.txt", "b.txt"]
+    assert config["data"] == ["../a.txt", "../b.txt"]  # as seen from the run
+    assert config["val"] == ["../v.txt", "../b.txt"]
     # The text can be prepared again, and may have moved.
     for file in corpus.folder.iterdir():
         file.unlink()

@@ -73,7 +73,7 @@ def test_several_damaged_ones_are_all_named(run, capsys):
 
 
 def test_none_is_good(run):
-    flip(run / OLDER / FILES[0])
+    flip(run / OLDER / FILES[2])
     (run / LAST / "manifest.json").unlink()
     words = "step-00000008/manifest.json: is missing.*; no other checkpoint of the run is good"
     with pytest.raises(CorruptError, match=words):
