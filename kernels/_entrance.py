@@ -50,6 +50,8 @@ def entrance(narrowed: tuple[str, ...] = (), alike: tuple[str, ...] = ()) -> Cal
                 y = operation(**given)
             return y if result is None else y.to(result)
 
+        # torch.compile limits how often one code object is compiled; each operation has its own.
+        call.__code__ = call.__code__.replace(co_name=operation.__name__)
         return call
 
     return decorate

@@ -190,3 +190,12 @@ def test_the_eager_table_compiles_as_one_graph(generator, name):
         found.append([y.detach(), *torch.autograd.grad(y, leaves)])
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_operations_do_not_share_a_limit_of_recompilation(generator):
+    """Each may be compiled once, and is, whatever others have been compiled before it."""
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for name in ("rms_norm", "swiglu", "geglu", "relu2"):
+            compiled = torch.compile(TRITON[name], fullgraph=True, backend="aot_eager")
+            assert compiled(*inputs(name, generator)).isfinite().all()
