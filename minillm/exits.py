@@ -61,7 +61,7 @@ def _spoken(model: GPT, s: Tensor, place: Place) -> Tensor:
     """The logits, (B, T, V), of states, (B, T, C): through the coda and the head."""
     prelude, core, coda = model.config.depths
     y = model.run(range(prelude + core, prelude + core + coda), model.norm(s), place)
-    return model.logits(model.norm(y).float())
+    return model.logits(model.norm(y))
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minillm.cache import KVCache
-from minillm.layers import Linear, make_block, make_norm, matrices_of_block
+from minillm.layers import Head, make_block, make_norm, matrices_of_block
 from minillm.ops import Ops
 from minillm.place import Place, check_cached, counting
 from minillm.positions import rope_tables, sinusoidal_table, unpadded
@@ -60,7 +60,7 @@ class GPT(nn.Module):
         if config.recurrent is not None:
             self.injection = Injection(config, ops)
         self.norm = make_norm(config, ops)
-        self.head = Linear(config.d_model, config.vocab_size, bias=False)
+        self.head = Head(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
         self.dropout = nn.Dropout(config.dropout)
@@ -257,7 +257,7 @@ class GPT(nn.Module):
         return r
 
     def logits(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., V), soft-capped if the config says so."""
+        """Return the logits (..., V) of x (..., C), at least fp32, soft-capped if configured."""
         z = self.head(x)
         softcap = self.config.logit_softcap
         return softcap * torch.tanh(z / softcap) if softcap else z

@@ -577,7 +577,7 @@ def test_a_bf16_stream_has_fp32_weights_and_gradients(options):
     config = config_of(**options)
     model = GPT(config, EAGER, torch.bfloat16, torch.Generator().manual_seed(0))
     tokens = make_tokens(config)
-    assert model(tokens).dtype == torch.bfloat16
+    assert model.trunk(tokens).dtype == torch.bfloat16 and model(tokens).dtype == torch.float32
     loss = model(tokens, tokens)
     assert loss.dtype == torch.float32
     loss.backward()
@@ -588,6 +588,19 @@ def test_a_bf16_stream_has_fp32_weights_and_gradients(options):
     exact.load_state_dict(model.state_dict())
     # 2 L + 1 roundings of the stream to 8 bits, and as many again in the branches.
     assert abs(loss.item() - exact(tokens, tokens).item()) < 10 * 2**-9
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_are_not_rounded_to_the_dtype_of_the_stream(dtype):
+    """As large logits of narrow weights, in which sampling computes, would lose their order."""
+    config = config_of()
+    model = GPT(config, EAGER, dtype, torch.Generator().manual_seed(0)).requires_grad_(False)
+    model.head.weight.data.mul_(100)
+    model.head.weight.data = model.head.weight.data.to(dtype)
+    x = model.trunk(make_tokens(config))
+    exact = x.double() @ model.head.weight.double().T
+    assert exact.abs().max() > 10
+    torch.testing.assert_close(model.logits(x).double(), exact, rtol=1e-5, atol=1e-5)
 
 
 def test_rope_tables_are_exact_far_out():
