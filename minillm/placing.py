@@ -28,7 +28,7 @@ FILES = (
 # All that a run without config.json may have: it was killed before its first step.
 BEGUN = {"lock", "config.json.tmp", *(name + end for name in TOKENIZERS for end in ("", ".tmp"))}
 # The content of `lock`, by which a folder without config.json is known to be a run that has begun.
-MARK = "minillm writes a run in this folder; the process that does holds a lock on this file.\n"
+MARK = b"minillm writes a run in this folder; the process that does holds a lock on this file.\n"
 
 
 def lock(run: Path) -> TextIO | None:
@@ -37,9 +37,11 @@ def lock(run: Path) -> TextIO | None:
     Raises UsageError if another process holds it. Windows has no such lock: None.
     """
     path = run / "lock"
-    with suppress(FileExistsError), path.open("xb", buffering=0) as made:  # one that is there stays
-        made.write(MARK.encode("ascii"))
+    with suppress(FileExistsError), path.open("xb", buffering=0) as made:
+        made.write(MARK)
         os.fsync(made.fileno())
+    if 0 < path.stat().st_size < len(MARK) and MARK.startswith(path.read_bytes()):
+        _mark(path)  # half of it was written by a process that was killed
     try:
         import fcntl
     except ImportError:
@@ -52,6 +54,13 @@ def lock(run: Path) -> TextIO | None:
         file.close()
         raise UsageError(f"{run} is being written by {by}; wait, or name another") from None
     return file
+
+
+def _mark(lock: Path) -> None:
+    """Write MARK, or what is missing of it, into a lock file of ours, and wait for the disk."""
+    with lock.open("ab", buffering=0) as file:
+        file.write(MARK[lock.stat().st_size :])
+        os.fsync(file.fileno())
 
 
 def _holder(file: TextIO) -> str:
@@ -107,11 +116,9 @@ def is_free(folder: Path) -> bool:
     lock = folder / "lock"
     if not names <= BEGUN or not is_plain_file(lock):
         return False
-    size = lock.stat().st_size
-    # An empty lock file alone: a process was killed before it could write the mark.
-    return (names == {"lock"} and not size) or (
-        size == len(MARK) and lock.read_bytes() == MARK.encode("ascii")
-    )
+    held = lock.read_bytes() if lock.stat().st_size <= len(MARK) else b"?"
+    # Alone, half of the mark is enough: a process was killed while it wrote it.
+    return held == MARK if names != {"lock"} else MARK.startswith(held)
 
 
 def sources(settings: Settings, config_file: str | None = None) -> list[tuple[str, str]]:
@@ -176,10 +183,8 @@ def _empty(run: Path) -> None:
     """
     if is_run(run):
         lock = run / "lock"
-        if not lock.stat().st_size:  # of an earlier release
-            with lock.open("ab", buffering=0) as file:
-                file.write(MARK.encode("ascii"))
-                os.fsync(file.fileno())
+        if MARK.startswith(lock.read_bytes()):  # empty in earlier releases
+            _mark(lock)
         discard_all(run / "checkpoints")
     for path in run.iterdir():
         if is_temporary(path) or (path.name in FILES[1:] and is_plain_file(path)):

@@ -214,8 +214,10 @@ def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _check_file(path: Path, stated: dict[str, Any]) -> None:
-    if not path.is_file() or path.stat().st_size != stated["bytes"]:
-        raise CorruptError(f"{path}: missing or not {stated['bytes']} bytes long")
+    if not path.is_file():
+        raise CorruptError(f"{path}: is missing")
+    if path.stat().st_size != stated["bytes"]:
+        raise CorruptError(f"{path}: damaged, is not {stated['bytes']} bytes long")
     if file_digest(path) != stated["sha256"]:
         raise CorruptError(f"{path}: damaged, its SHA-256 is not the manifest's")
 

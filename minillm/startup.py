@@ -123,8 +123,10 @@ def find_corpus(settings: Settings, run: Path | None, say: Callable[[str], None]
                 f"{error}; if the text has moved, {hint}, or with --cache-dir if it is prepared"
             ) from None
     if corpus.key != facts["corpus_key"]:
+        given = {"data", "val"} & settings.given
+        where = "" if given else "; if that has moved, say where with --data"
         raise UsageError(
-            f"the text is not what {run} was trained on; start a new run with its weights: "
+            f"the text is not what {run} was trained on{where}; start a new run with its weights: "
             f"{shell_command('train', '--init-from', run)}"
         )
     return require_validation(corpus, train.early_stop)

@@ -39,7 +39,7 @@ def test_a_damaged_checkpoint_is_passed_over(train, tmp_path, monkeypatch, capfd
     Injector(monkeypatch, when)
     assert train("--out", tmp_path / "run", *LONG, "--steps", "150") == 0
     err = capfd.readouterr().err
-    assert "step-00000020/model-00001-of-00001.safetensors: missing or not" in err
+    assert "step-00000020/model-00001-of-00001.safetensors: damaged, is not" in err
     assert "going on from step 10" in err and "--checkpoint" not in err
 
 

@@ -159,9 +159,9 @@ def state_says(folder: Path, **more) -> None:
 FIRST, SECOND = (file_name("model", rank, 2) for rank in (0, 1))
 # What happens to the folder; whether the manifest is made to agree; what is said of it.
 DAMAGE = {
-    "cut": (lambda f: edit(f / SECOND, lambda d: d[:-4]), False, "missing or not"),
+    "cut": (lambda f: edit(f / SECOND, lambda d: d[:-4]), False, "bytes long"),
     "flipped": (lambda f: edit(f / SECOND, flip), False, "its SHA-256 is not"),
-    "gone": (lambda f: (f / FIRST).unlink(), False, "missing or not"),
+    "gone": (lambda f: (f / FIRST).unlink(), False, "is missing"),
     "gone, and the manifest knows": (lambda f: (f / SECOND).unlink(), True, "was expected"),
     "one more": (
         lambda f: shutil.copy(f / FIRST, f / file_name("ema", 0, 1)), False, "not in the manifest",
