@@ -90,11 +90,14 @@ def decode_attention(
     else:
         queries = lengths[:, None] - T + torch.arange(T, device=q.device)  # (B, T)
         mask = _mask(queries, positions, window, None, q.dtype)[:, None]  # (B, 1, T, S)
-        y = _sdpa(q, k, v, mask, False, scale)
         # Weights of 0 make nan of nan and of infinities. To put zeros in the place of all entries
-        # that are not seen takes a CPU as long as attention; one look at the result does not.
-        if q.device.type == "cpu" and bool(y.isfinite().all()):
-            return y
+        # that are not seen takes a CPU as long as attention; one look at the result does not. A
+        # function that is being compiled or transformed has no result to look at yet.
+        traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if q.device.type == "cpu" and not traced:
+            y = _sdpa(q, k, v, mask, False, scale)
+            if bool(y.isfinite().all()):
+                return y
         used = mask.any(2)[:, 0, :, None, None]  # (B, S, 1, 1)
         k, v = (torch.where(used, x, 0) for x in (k, v))
     return _sdpa(q, k, v, mask, False, scale).to(dtype)

@@ -199,3 +199,20 @@ def test_operations_do_not_share_a_limit_of_recompilation(generator):
         for name in ("rms_norm", "swiglu", "geglu", "relu2"):
             compiled = torch.compile(TRITON[name], fullgraph=True, backend="aot_eager")
             assert compiled(*inputs(name, generator)).isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_decode_attention_with_lengths_compiles_and_transforms(generator):
+    q, k, v = (torch.randn((2, 3, 5, H, D), generator=generator) for _ in range(3))  # 2 samples
+    lengths = torch.tensor([5, 2, 3])
+    k[:, 1, 2:] = v[:, 1, 2:] = torch.nan
+
+    def function(q, k, v):
+        return eager.decode_attention(q[:, -2:], k, v, lengths)
+
+    expected = torch.stack([function(*sample) for sample in zip(q, k, v, strict=True)])
+    assert expected.isfinite().all()
+    torch.testing.assert_close(torch.func.vmap(function)(q, k, v), expected)
+    torch.compiler.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q[0], k[0], v[0]), expected[0])
