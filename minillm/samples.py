@@ -7,7 +7,6 @@ from minillm.errors import DivergedError, one_line
 from minillm.generate import generate
 from minillm.meter import append
 from minillm.stream import TextStream
-from minillm.terminal import decoded
 from minillm.training import Training, averaged
 
 SAMPLE_TOKENS = 200
@@ -20,7 +19,7 @@ def take_sample(t: Training) -> str:
     """
     if t.corpus.sequence:
         return ""
-    tokenizer, prompt = t.corpus.tokenizer(), decoded(t.config.sample_prompt or "")
+    tokenizer, prompt = t.corpus.tokenizer(), t.config.sample_prompt or ""
     ids = tokenizer.prompt_ids(prompt, t.model.config.document_mask)
     ids, first, shown = tokenizer.heal(ids)
     stream, failure = TextStream(tokenizer, skip=shown), ""

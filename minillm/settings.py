@@ -12,6 +12,7 @@ from typing import Any
 
 from minillm import cli
 from minillm.config import PRESETS, ModelConfig, TrainConfig
+from minillm.terminal import decoded
 
 ALIASES = {
     "--block-size": "--seq-len",
@@ -122,7 +123,7 @@ def parser_of(f: Field) -> Callable[[str], Any]:
         return cli.whole(rules["low"], rules.get("high"))
     if kind_of(f) is float:
         return cli.real(rules["low"], rules.get("high"))
-    return str
+    return decoded
 
 
 def _one_of(choices: Sequence[str]) -> Callable[[str], str]:

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from minillm import errors, terminal
+from minillm.flags import prepare as prepare_flags
+from minillm.flags import train as train_flags
 from minillm.generate import Token
 from minillm.meter import Meter
 from minillm.ranks import Ranks
@@ -180,6 +182,16 @@ def test_ascii_forced_on_python_changes_no_text(tiny_run, tmp_path, way):
     assert "caf\u00e9, step 8".encode() in done.stderr
 
 
+@pytest.mark.parametrize("flag", ["--sample-prompt", "--text-column"])
+def test_text_of_the_command_line_is_utf8_where_python_is_told_ascii(flag):
+    """It is neither a path nor a name that the system knows, so no byte of it has to be kept."""
+    as_python_keeps_it = "caf\u00e9".encode().decode("ascii", "surrogateescape")
+    for flags in (train_flags, prepare_flags):
+        if flag in flags.parser()._option_string_actions:
+            given = vars(flags.parse([flag, as_python_keeps_it]))
+            assert given[flag[2:].replace("-", "_")] == "caf\u00e9"
+
+
 @pytest.mark.slow
 def test_ascii_forced_on_python_trains_and_plans(tmp_path):
     """With paths that are no ASCII, and a refusal that names one."""
@@ -187,8 +199,13 @@ def test_ascii_forced_on_python_trains_and_plans(tmp_path):
     text.write_text("caf\u00e9 na\u00efve \U0001f642\n" * 300, encoding="utf-8")
     environment = {**os.environ, **ASCII, "OMP_NUM_THREADS": "1"}
     tiny = "--threads 1 --n-layer 1 --n-head 2 --d-model 32 --seq-len 32 --batch-size 4 --steps 5"
+    prompt = ["--sample-prompt", "na\u00ef"]
     commands = (
-        ([ROOT / "train.py", "--data", text, "--out", "r\u00e9", *tiny.split()], 0, "r\u00e9"),
+        (
+            [ROOT / "train.py", "--data", text, "--out", "r\u00e9", *tiny.split(), *prompt],
+            0,
+            "r\u00e9",
+        ),
         ([ROOT / "train.py", "--resume", "r\u00e9", "--steps", "7"], 0, "r\u00e9: step 7"),
         (["-m", "minillm", "prepare", "n\u00e9ant.txt"], 2, "n\u00e9ant.txt: no such file"),
         (["-m", "minillm", "plan", "--data", "n\u00e9ant.txt"], 2, "n\u00e9ant.txt"),

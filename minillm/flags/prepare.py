@@ -10,6 +10,7 @@ from minillm.cli import Parser, path, path_text, real, whole
 from minillm.errors import UsageError
 from minillm.launch import shell_command
 from minillm.storage import check_place
+from minillm.terminal import decoded
 
 
 def parse(argv: Sequence[str]) -> Namespace:
@@ -59,7 +60,7 @@ def parser() -> Parser:
     add("--val", nargs="+", metavar="PATH", type=path_text,
         help="text files, folders or glob patterns to validate on, instead of --val-fraction; text "
         "that is among the other paths too is left out of training")  # fmt: skip
-    add("--text-column", metavar="NAME",
+    add("--text-column", type=decoded, metavar="NAME",
         help="column with the text of .jsonl, .json and .parquet files "
         "(default: text)")  # fmt: skip
     add("--encoding", metavar="NAME",
