@@ -6,15 +6,17 @@ from importlib import import_module
 
 from minillm import __version__, errors
 from minillm.cli import nearest
-from minillm.launch import PACKAGES, answered
+from minillm.launch import PACKAGES, answered, shell_command
 
 VERBS = {
     "train": ("minillm.scripts.train", "train a decoder on text"),
     "sample": ("minillm.scripts.sample", "generate text from a run"),
     "prepare": ("minillm.commands.prepare", "turn text into a tokenizer and token shards"),
-    "plan": ("minillm.commands.plan", "reckon a training's memory and time before it runs"),
+    "plan": ("minillm.commands.plan", "estimate a training's memory and time before it runs"),
     "profile": ("minillm.commands.profile", "measure the kernels and the model on this machine"),
 }
+
+EXAMPLES = (("train",), ("sample", "--prompt", "def "), ("plan", "--preset", "small"))
 
 
 def main() -> int:
@@ -37,7 +39,12 @@ def main() -> int:
 
 def _about(argv: Sequence[str]) -> None:
     verbs = "\n".join(f"  {verb:10} {what}" for verb, (_, what) in VERBS.items())
-    usage = f"usage: minillm VERB [flags]; minillm VERB --help for the flags\n\nverbs:\n{verbs}"
+    start = shell_command("VERB")
+    examples = "\n".join(f"  {shell_command(*words)}" for words in EXAMPLES)
+    usage = (
+        f"usage: {start} [flags]\n       {start} --help shows the flags of a verb\n\n"
+        f"verbs:\n{verbs}\n\nflags:\n  --version  print the version\n\nexamples:\n{examples}"
+    )
     if argv and argv[0] in ("-h", "--help"):
         print(usage)
     elif argv and argv[0] == "--version":
@@ -47,7 +54,7 @@ def _about(argv: Sequence[str]) -> None:
         hint = f"did you mean {near}?" if near else f"one of: {', '.join(VERBS)}"
         raise errors.UsageError(f"unknown verb {argv[0]!r}; {hint}")
     else:
-        raise errors.UsageError(f"which verb? one of: {', '.join(VERBS)}")
+        raise errors.UsageError(f"which verb? one of: {', '.join(VERBS)}; see --help")
 
 
 if __name__ == "__main__":

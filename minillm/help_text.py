@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterable
 
 WIDTH = 80
+GENERAL = ("help", "version", "debug")
 
 
 class Formatter(argparse.HelpFormatter):
@@ -58,7 +59,10 @@ def whole(parser: argparse.ArgumentParser, namespace: argparse.Namespace | None)
     f = _begun(parser, namespace)
     for group in parser._action_groups:
         title = {"positional arguments": "arguments", "options": "flags"}.get(group.title)
-        _section(f, title or group.title, group._group_actions)
+        # The flags that every verb has come last in their group.
+        last = [action for action in group._group_actions if action.dest in GENERAL]
+        rest = [action for action in group._group_actions if action.dest not in GENERAL]
+        _section(f, title or group.title, rest + last)
     _examples(f, parser)
     f.add_text(parser.epilog)
     if parser.aliases:

@@ -63,6 +63,9 @@ def test_help_fits_a_terminal_and_begins_with_the_common_flags(shown, monkeypatc
     assert shown(verb, "-h") == short and shown(verb, "--help=all") == long
     for text in (short, long):
         assert all(len(line) <= 80 for line in text.splitlines())
+    group = long.partition("\nflags:\n")[2].partition("\n\n")[0]
+    entries = re.findall(r"^  (-[-\w]+)", group, re.MULTILINE)
+    assert len(entries) > 3 and entries[-3:] == ["-h", "--version", "--debug"]
     known = {action.option_strings[-1] for action in FLAGS[verb].parser()._actions
              if action.option_strings and action.help != "==SUPPRESS=="}  # fmt: skip
     assert {flag for flag in known if f"{flag}" in long} == known

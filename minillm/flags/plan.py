@@ -1,6 +1,6 @@
 """The command line of `minillm plan`: train.py's flags, and those of the cluster to plan for."""
 
-from argparse import Namespace
+from argparse import SUPPRESS, Namespace
 from collections.abc import Sequence
 from functools import partial
 
@@ -62,6 +62,7 @@ def parser() -> Parser:
     )  # fmt: skip
     _add_to(p)
     train.add_to(p)
+    next(a for a in p._actions if a.dest == "print_config").help = SUPPRESS  # _check refuses it
     return p
 
 
