@@ -180,6 +180,12 @@ def test_a_file_that_the_system_lacks_is_empty(tmp_path):
     assert world._read(str(tmp_path)) == ""
 
 
+def test_a_large_product_that_is_interrupted_does_not_lower_the_peak(monkeypatch):
+    """On a CPU with neighbours no long product runs undisturbed."""
+    monkeypatch.setattr(world, "_product_flops", lambda n, *_: {1024: 7e9, 256: 9e10}[n])
+    assert world.measured_peak_flops(CPU, torch.float32) == 9e10
+
+
 def test_memory_and_peak_are_plausible():
     held = torch.ones(1 << 20)
     free = world.available_memory(CPU)
