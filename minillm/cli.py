@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from minillm import __version__, help_text
 from minillm.errors import UsageError
+from minillm.units import limits
 
 LONGEST = 1e9  # seconds: 32 years
 # No flag begins with a digit, so these words are values.
@@ -48,8 +49,8 @@ class Parser(argparse.ArgumentParser):
         self._words: list[str] = []  # the same words, each known flag as it is declared
         super().__init__(*args, allow_abbrev=False, add_help=False, **kwargs)
         self._negative_number_matcher = NEGATIVE
-        self.add_argument("-h", "--help", nargs="?", const="", metavar="all",
-                          help="show the common flags, or all of them")  # fmt: skip
+        what = "show the common flags, or all of them" if common else "show this help"
+        self.add_argument("-h", "--help", nargs="?", const="", metavar="all", help=what)
         self.add_argument("--version", action="version", version=f"minillm {__version__}",
                           help="print the version")  # fmt: skip
         self.add_argument("--debug", action="store_true", help="show the tracebacks of errors")
@@ -143,6 +144,10 @@ class Parser(argparse.ArgumentParser):
             return self._get_value(action, "--")
         return super()._get_values(action, arg_strings)
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            raise argparse.ArgumentError(action, not_one_of(value, action.choices))
+
     def _refuse_repeats(self, words: Sequence[str]) -> None:
         seen: set[str] = set()
         for flag, action in self._actions_of(words):
@@ -166,6 +171,13 @@ class Parser(argparse.ArgumentParser):
         if 0 < len(longer) <= 3:
             return f"unknown flag {flag}; flags that begin so: {', '.join(longer)}"
         return f"unknown flag {flag}; see --help all"
+
+
+def not_one_of(word: str, names: Iterable[str]) -> str:
+    """Return what is wrong with a word that is none of `names`, and which it is likely to be."""
+    near = nearest(word, names)
+    hint = f"; did you mean {near}?" if near else ""
+    return f"{word!r} is not one of {', '.join(names)}{hint}"
 
 
 def nearest(word: str, names: Iterable[str]) -> str | None:
@@ -260,6 +272,5 @@ def duration(text: str) -> float:
 
 def _bounded(value, low, high):
     if value < low or (high is not None and value > high):
-        span = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
-        raise argparse.ArgumentTypeError(f"{value} is out of range; expected {span}")
+        raise argparse.ArgumentTypeError(f"{value} is out of range; expected {limits(low, high)}")
     return value

@@ -36,8 +36,8 @@ def read_config(path: Path) -> dict[str, Any]:
         name = ALIASES.get(flag, flag)[2:].replace("-", "_")
         if name not in all_flags():
             near = nearest(name, all_flags())
-            hint = f"; did you mean {near}?" if near else ""
-            raise UsageError(f"{path}: unknown setting {key!r}{hint}")
+            hint = f"did you mean {near}?" if near else "train.py --print-config prints all of them"
+            raise UsageError(f"{path}: unknown setting {key!r}; {hint}")
         if name in settings:
             raise UsageError(f"{path}: {name} is given twice")
         if value is not None:

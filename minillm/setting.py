@@ -4,6 +4,7 @@ from dataclasses import Field, field
 from typing import Any, get_args
 
 from minillm.errors import UsageError
+from minillm.units import limits
 
 
 def setting(default: Any, help: str, **rules: Any) -> Any:
@@ -47,8 +48,7 @@ def check_range(f: Field, value: Any) -> None:
         raise UsageError(f"{flag} {value!r} is not one of {', '.join(rules['choices'])}")
     low, high = rules.get("low"), rules.get("high")
     if low is not None and not low <= value <= (high if high is not None else value):
-        span = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
-        raise UsageError(f"{flag} {value} is out of range; expected {span}")
+        raise UsageError(f"{flag} {value} is out of range; expected {limits(low, high)}")
 
 
 def _named(kinds: tuple[type, ...]) -> str:

@@ -130,9 +130,7 @@ def _one_of(choices: Sequence[str]) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text in choices:
             return text
-        near = cli.nearest(text, choices)
-        hint = f"; did you mean {near}?" if near else ""
-        raise ArgumentTypeError(f"{text!r} is not one of {', '.join(choices)}{hint}")
+        raise ArgumentTypeError(cli.not_one_of(text, choices))
 
     return parse
 

@@ -60,3 +60,9 @@ def span(seconds: float) -> str:
     return f"{digits(seconds / DAY)} days" if seconds < 2 * YEAR else (
         f"{digits(seconds / YEAR)} years"
     )  # fmt: skip
+
+
+def limits(low: float, high: float | None) -> str:
+    """Return the values between two limits in words; whole limits keep all of their digits."""
+    words = [f"{x:.0f}" if x == int(x) else f"{x:g}" for x in (low, high) if x is not None]
+    return f"at least {words[0]}" if high is None else f"between {words[0]} and {words[1]}"

@@ -195,7 +195,9 @@ SAMPLE = [
     pytest.param(["--device", "cuda"], 4, "--device cuda: 0 CUDA devices", marks=NO_GPU),
     (["--device", "cuda:99"], 4, "--device cuda:99: "),
     (["--device", "tpu"], 2, "--device 'tpu' is not one of"),
-    (["--dtype", "fp8"], 2, "invalid choice: 'fp8'"),
+    (["--dtype", "fp8"], 2, "'fp8' is not one of auto, fp32, bf16"),
+    (["--kernels", "tritn"], 2, "did you mean triton?"),
+    (["--exit-by", "confidance"], 2, "did you mean confidence?"),
     (["--kernels", "triton", "--device", "cpu"], 4, "--kernels triton"),
 ]
 

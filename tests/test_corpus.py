@@ -376,7 +376,7 @@ BAD = [
     (["fine.txt", "--val-fraction", "0.9"], 2, "0.9 is out of range"),
     (["fine.txt", "--val-fraction", "nan"], 2, "'nan' is not a finite number"),
     (["fine.txt", "--workers", "0"], 2, "0 is out of range"),
-    (["fine.txt", "--errors", "ignore"], 2, "invalid choice: 'ignore'"),
+    (["fine.txt", "--errors", "ignore"], 2, "'ignore' is not one of strict, replace"),
     (["fine.txt", "--out", "fine.txt"], 2, "fine.txt: exists and is not this corpus"),
     (["same", "fine.txt", "--out", "same"], 2, "same: exists and is not this corpus"),
     (["fine.txt", "--out"], 2, "expected one argument"),

@@ -154,7 +154,7 @@ def test_train_py_takes_them(train, corpus, tmp_path):
         ("addition --length 9", "--length is not of the task addition, which has --operands"),
         ("registers --hops 2", "--hops is not of the task registers"),
         ("register --length two", "'two' is not a whole number"),
-        ("maze", "invalid choice: 'maze'"),
+        ("maze", "'maze' is not one of"),
         ("hop --length 2", "--length 2: a lone letter has stood nowhere; take 3 or more"),
         ("register --train 1000000000", "--train 1000000000: of 32 tokens each, at most 2097152"),
         ("addition --val 90000000", "--val 90000000: of 20 tokens each, at most 3355443 sequences"),

@@ -39,9 +39,6 @@ def suites(args: Namespace) -> tuple[str, ...]:
 
 
 def _check(args: Namespace, names: tuple[str, ...]) -> None:
-    for op in args.op or ():
-        if op not in OPERATIONS:
-            raise UsageError(f"--op {op}: not one of {', '.join(OPERATIONS)}")
     if args.op and not set(names) & set(BY_OP):
         raise UsageError(f"--op is of {', '.join(BY_OP)}; leave it out, or add --suite kernels")
     if args.full and args.suite not in ("audit", "all"):
@@ -80,7 +77,7 @@ def parser() -> Parser:
         "given)")  # fmt: skip
     add("--full", action="store_true",
         help="audit every kernel, size, dtype and feature instead of some")  # fmt: skip
-    add("--op", action="append", metavar="NAME",
+    add("--op", action="append", metavar="NAME", choices=OPERATIONS,
         help="operation to measure in the suites kernels, roofline and audit; may be repeated "
         "(default: all)")  # fmt: skip
     add("--dtype", choices=DTYPES,

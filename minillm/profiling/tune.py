@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from minillm.cli import not_one_of
 from minillm.errors import UnavailableError, UsageError
 from minillm.json_text import json_text
 from minillm.kernels import reference
@@ -110,7 +111,7 @@ def check(operations: Sequence[str], device: torch.device) -> list[str]:
     known = sorted(path.stem for path in TILES.glob("*.json"))
     for name in operations:
         if name not in known:
-            raise UsageError(f"--tune {name}: not one of {', '.join(known)}")
+            raise UsageError(f"--tune {not_one_of(name, known)}")
     if device.type != "cuda":
         raise UnavailableError("--tune measures tiles on a GPU, and there is none here")
     return list(operations) or known
