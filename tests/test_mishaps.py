@@ -10,6 +10,7 @@ import torch
 
 from minillm import mishaps, training
 from minillm.checkpoint import load_run, open_checkpoint
+from minillm.data import Batches
 from minillm.runs import checkpoints_of
 from minillm.scripts import train as script
 
@@ -38,10 +39,10 @@ class Injector:
     ) -> None:
         self.when, self.positions, self.weights = when, [], [{}]
         self.whole, self.around = script.accumulate, script.look_around
-        self.read = script.Batches.batch
+        self.read = Batches.batch
         monkeypatch.setattr(script, "accumulate", self.accumulate)
         monkeypatch.setattr(script, "look_around", self.look_around)
-        monkeypatch.setattr(script.Batches, "batch", lambda *args: self.batch(*args))
+        monkeypatch.setattr(Batches, "batch", lambda *args: self.batch(*args))
 
     def batch(self, batches, step, rank=0):
         self.coming = step
