@@ -122,6 +122,15 @@ def test_a_run_that_began_with_weights_is_repeated(train, printed, tmp_path, tin
     assert ending("train.py", script.main, ["--config", str(config)]) == 2
 
 
+def test_a_flag_takes_along_what_the_file_says_of_its_former_value(tmp_path):
+    """The vocabulary of another tokenizer, and the number of blocks of another core."""
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps(settle("--vocab-size", "2000", "--n-layer", "2").flat()))
+    assert settle("--tokenizer", "byte", file=file).model.vocab_size is None
+    assert settle("--recurrent", "1,1,1", file=file).model.n_layer == 3
+    assert settle("--tokenizer", "bpe", "--seed", "1", file=file).model.vocab_size == 2000
+
+
 # -- a wish and its outcome -----------------------------------------------------------------------
 
 
