@@ -25,6 +25,10 @@ OF_TEXT = PREPARED | {"data"}
 # How long a run is. The ones that are given replace all of those that it had.
 LENGTHS = frozenset(("steps", "epochs", "time_limit"))
 
+# Settings of a complete --config file that another value of one on the command line replaces: the
+# vocabulary of another tokenizer, and the number of blocks of another core.
+REPLACED = {"tokenizer": "vocab_size", "recurrent": "n_layer"}
+
 # What means something only with --recurrent.
 OF_A_CORE = frozenset(
     "injection start_state recurrence_style mean_recurrence max_recurrence backprop_depth"
@@ -48,7 +52,10 @@ def resolve(
     }
     from_file = read_config(Path(config_file)) if config_file is not None else {}
     if is_complete(from_file):
-        from_file = _own_wishes(from_file, default_preset, "init_from" in given)
+        names = REPLACED.keys() & given.keys()
+        replaced = {REPLACED[name] for name in names if given[name] != from_file.get(name)}
+        own = _own_wishes(from_file, default_preset, "init_from" in given)
+        from_file = {name: value for name, value in own.items() if name not in replaced}
     user = {**from_file, **given}
     kept = LENGTHS & given.keys() or LENGTHS & from_file.keys()
     model, train = _merged(user, default_preset, base or {}, kept)

@@ -182,7 +182,7 @@ def _checked(folder: Path, step: int, ranks: Ranks, weights: bool) -> Checkpoint
     for name in by_size[ranks.rank :: ranks.size]:
         _or_corrupt(folder / name, partial(_check_file, folder / name, stated[name]))
     for path in _or_corrupt(folder, lambda: sorted(folder.glob("*.safetensors"))):
-        if path.name not in stated:
+        if FILE.fullmatch(path.name) and path.name not in stated:  # others may keep files there
             raise CorruptError(f"{path}: is not in the manifest")
     state = read_state(folder)
     if state["step"] != step or state.get("progress", {}).get("step", step) != step:

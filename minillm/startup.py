@@ -75,9 +75,12 @@ def _inherit(settings: Settings, source: Path, flags: set[str]) -> Settings:
     fixed = (asdict(model).keys() | {"tokenizer"}) - often - {"dropout"}
     tokenizer = str(runs.tokenizer_path(source))
     own = asdict(model) | {"tokenizer": tokenizer}
+    asked = runs.read_facts(source)["asked_vocab_size"]
     given = {name: value for name, value in settings.flat().items() if name in settings.given}
     for name in sorted(fixed & given.keys()):
-        if name in flags or given[name] != own[name]:  # a file states all that the run had
+        # A file states all that its run had, and the vocabulary size as it was asked for.
+        same = given[name] == own[name] or (name == "vocab_size" and given[name] == asked)
+        if name in flags or not same:
             raise UsageError(
                 f"--{name.replace('_', '-')} cannot be set with --init-from: {source} fixes it"
             )

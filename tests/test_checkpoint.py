@@ -284,6 +284,13 @@ def test_other_folders_beside_the_checkpoints_are_ignored(run):
     assert open_checkpoint(run).step == 8
 
 
+def test_a_users_file_in_a_checkpoint_leaves_it_readable(run):
+    (last(run) / "merged.safetensors").write_bytes(b"")
+    assert open_checkpoint(run).step == 8
+    shutil.copy(last(run) / WEIGHTS, last(run) / "ema-00001-of-00001.safetensors.1")
+    assert open_checkpoint(run).step == 8
+
+
 def test_another_tokenizer_is_refused(run):
     (run / "tokenizer.json").write_text('{"version": 1, "kind": "char", "characters": "ab"}\n')
     with pytest.raises(CorruptError, match="is not the tokenizer that the run was trained with"):

@@ -122,6 +122,22 @@ def test_a_run_that_began_with_weights_is_repeated(train, printed, tmp_path, tin
     assert ending("train.py", script.main, ["--config", str(config)]) == 2
 
 
+def test_a_flag_takes_along_what_the_file_says_of_its_former_value(tmp_path):
+    """The vocabulary of another tokenizer, and the number of blocks of another core."""
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps(settle("--vocab-size", "2000", "--n-layer", "2").flat()))
+    assert settle("--tokenizer", "byte", file=file).model.vocab_size is None
+    assert settle("--recurrent", "1,1,1", file=file).model.n_layer == 3
+    assert settle("--tokenizer", "bpe", "--seed", "1", file=file).model.vocab_size == 2000
+
+
+def test_the_same_settings_with_the_weights_of_a_run_are_taken(train, tmp_path, bpe_flags):
+    run = tmp_path / "run"
+    assert train("--out", run, *bpe_flags) == 0
+    words = ["--config", run / "config.json", "--init-from", run, "--out", tmp_path / "more"]
+    assert ending("train.py", script.main, [str(word) for word in words]) == 0
+
+
 # -- a wish and its outcome -----------------------------------------------------------------------
 
 
