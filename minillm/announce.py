@@ -12,6 +12,7 @@ from minillm.meter import Meter
 from minillm.outlook import Outlook
 from minillm.plan import Job, memory
 from minillm.training import Training
+from minillm.units import things
 
 
 def announce(t: Training) -> list[str]:
@@ -33,9 +34,9 @@ def announce(t: Training) -> list[str]:
         f"text      {t.corpus.bytes['train']:,} + {t.corpus.bytes['val']:,} bytes, "
         f"{t.corpus.tokens['train']:,} + {t.corpus.tokens['val']:,} tokens (train + validation)",
         f"model     {model.n_parameters:,} parameters, {_layers(model)} layers of {model.d_model}, "
-        f"context {model.seq_len}, vocabulary {model.vocab_size}",
+        f"context {model.seq_len}, vocabulary {model.vocab_size:,}",
         f"machine   {device}, {t.fixed['dtype']}{_tf32(device)}, {t.model.ops.name} kernels "
-        f"({t.model.ops.why}), {t.fixed['threads']} threads ({t.why_threads})",
+        f"({t.model.ops.why}), {things(t.fixed['threads'], 'thread')} ({t.why_threads})",
         *_ranks(t),
         f"training  {left:,} steps of {c.batch_size} x {model.seq_len} tokens, "
         f"{t.micro} sequences at a time, {t.batches.epochs(plan.steps):.2f} "

@@ -97,11 +97,11 @@ def prepare(
     folder = Path(cache_dir, key[:16]) if out is None else Path(out)
     if os.path.lexists(folder) and not _is_empty_folder(folder):
         return _found(folder, key, out is None, say)
-    say(f"preparing {documents.shown(text.source.description)} in {folder}")
+    say(f"corpus    preparing {documents.shown(text.source.description)} in {folder}")
     if made is None:
         made = _train(text, plan, tokenizer, vocab_size, say)
     if made.note:
-        say(f"warning: {made.note}")
+        say(f"warning   {made.note}")
     with _building(folder, key) as temporary:
         index = _write(text, plan, made, temporary, workers, shard_tokens, say)
         shards.write_index(temporary, {**index, "key": key, "settings": settings})

@@ -2,6 +2,7 @@
 
 from minillm.errors import UsageError
 from minillm.shards import Corpus
+from minillm.units import things
 
 FEW_TOKENS = 300  # below which a loss on held-out text says little
 
@@ -11,9 +12,9 @@ def about(corpus: Corpus, seconds: float | None = None) -> str:
     n_bytes, n_tokens = sum(corpus.bytes.values()), sum(corpus.tokens.values())
     spent = "found prepared" if seconds is None else f"in {seconds:.1f} s"
     size = (
-        f"{corpus.folder}: {corpus.documents['train']} documents and {corpus.documents['val']} "
-        f"held out, {n_bytes} bytes, {n_tokens} tokens, vocabulary {corpus.vocab_size}, "
-        f"{n_bytes / n_tokens:.2f} bytes per token, {spent}"
+        f"corpus    {corpus.folder}: {things(corpus.documents['train'], 'document')} and "
+        f"{corpus.documents['val']:,} held out, {n_bytes:,} bytes, {n_tokens:,} tokens, vocabulary "
+        f"{corpus.vocab_size:,}, {n_bytes / n_tokens:.2f} bytes per token, {spent}"
     )
     return "\n".join([size, *_about_held_out(corpus), *_warnings(corpus)])
 

@@ -26,6 +26,11 @@ def _scaled(value: float, suffixes: Sequence[str], base: float = 1000.0) -> tupl
     return digits(value), suffix
 
 
+def things(number: int, noun: str) -> str:
+    """Return a number with its noun, in the plural unless it is 1: 1 document, 1,200 documents."""
+    return f"{number:,} {noun}" + "s" * (number != 1)
+
+
 def count(value: float) -> str:
     """Return a number of things: 950, 837 K, 124 M, 10.5 B, 1.2 T."""
     text, suffix = _scaled(value, "KMBT")

@@ -220,7 +220,7 @@ def test_text_that_only_looks_bad(here, capfd, data, words, vocabulary):
     text = data.decode("utf-8", "replace").encode()
     assert sum(made.bytes.values()) == len(text)
     said = capfd.readouterr().err
-    assert "\x1b" not in said and "made: 1 documents and 1 held out" in said
+    assert "\x1b" not in said and "made: 1 document and 1 held out" in said
 
 
 @pytest.mark.parametrize(
