@@ -8,19 +8,23 @@ without a formula for it would return zeros.
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 
-def entrance(narrowed: tuple[str, ...] = (), alike: tuple[str, ...] = ()) -> Callable:
-    """Decorate an operation: refuse forward-mode derivatives and cast as autocast would.
+def entrance(
+    narrowed: tuple[str, ...] = (), alike: tuple[str, ...] = (), forward_mode: bool = False
+) -> Callable:
+    """Decorate an operation: cast as autocast would, and refuse forward-mode derivatives.
 
     narrowed: tensors that autocast makes fp16 or bf16, as the factors of a product; a result of
     floating numbers that belongs to the first, if there are several, comes in its dtype.
     alike: tensors that become one dtype under autocast, the widest among them, as in a sum.
+    forward_mode: whether forward-mode derivatives are left to the functions that the operation
+    calls, which are right or refuse.
     Without autocast nothing is cast.
     """
 
@@ -30,11 +34,8 @@ def entrance(narrowed: tuple[str, ...] = (), alike: tuple[str, ...] = ()) -> Cal
         @functools.wraps(operation)
         def call(*args, **options):
             tensors = [x for x in (*args, *options.values()) if isinstance(x, Tensor)]
-            if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
-                raise RuntimeError(
-                    f"{operation.__name__}: no forward-mode derivative (torch.func.jvp); "
-                    "use a backward pass or torch.func.grad"
-                )
+            if not forward_mode:
+                refuse_forward_mode(operation.__name__, tensors)
             device = tensors[0].device.type if tensors else "cpu"
             if not torch.is_autocast_enabled(device):
                 return operation(*args, **options)
@@ -55,6 +56,15 @@ def entrance(narrowed: tuple[str, ...] = (), alike: tuple[str, ...] = ()) -> Cal
         return call
 
     return decorate
+
+
+def refuse_forward_mode(name: str, tensors: Iterable[Tensor]) -> None:
+    """Raise RuntimeError, with the name of the operation, if a tensor has a tangent."""
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise RuntimeError(
+            f"{name}: no forward-mode derivative (torch.func.jvp); use a backward pass or "
+            "torch.func.grad"
+        )
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:

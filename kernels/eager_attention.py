@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minillm.kernels import reference
-from minillm.kernels._entrance import differentiable, entrance, last
+from minillm.kernels._entrance import differentiable, entrance, last, refuse_forward_mode
 
 LONGEST = 1024  # positions for which all probabilities are kept for the backward pass
 SCORES = 1 << 19  # scores alive at a time: what a CPU's caches hold
 QUERIES = 128  # queries at a time; keys after the last of them are not multiplied
 
 
-@entrance(narrowed=("q", "k", "v"))
+@entrance(narrowed=("q", "k", "v"), forward_mode=True)
 def attention(
     q: Tensor,
     k: Tensor,
@@ -43,6 +43,7 @@ def attention(
         # bf16 that leave out most of what is masked are three times as fast again.
         plain = documents is None and alibi_slopes is None and not dropout and q.numel() > 0
         if plain and T <= LONGEST and q.shape == k.shape == v.shape:
+            refuse_forward_mode("attention", (q, k, v))
             return _in_bf16(q, k, v, q.shape[3] ** -0.5 if scale is None else scale, window)[0]
         q, k, v = q.float(), k.float(), v.float()
     elif alibi_slopes is not None:
@@ -57,7 +58,7 @@ def attention(
     return _sdpa(q, k, v, mask, mask is None, scale, dropout).to(dtype)
 
 
-@entrance(narrowed=("q", "k", "v"))
+@entrance(narrowed=("q", "k", "v"), forward_mode=True)
 def decode_attention(
     q: Tensor,
     k: Tensor,

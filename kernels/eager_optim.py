@@ -7,7 +7,7 @@ from torch.optim.adamw import adamw as torch_adamw
 from minillm.kernels._entrance import entrance
 
 
-@entrance()
+@entrance(forward_mode=True)
 def newton_schulz(g: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
     """As reference.newton_schulz, but every product in `dtype`, which may be bf16.
 

@@ -1,5 +1,7 @@
 """Operations under torch.func, forward-mode derivatives, autocast and torch.compile."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -80,6 +82,28 @@ def test_forward_mode_of_the_eager_loss_is_refused(generator):
     tensors = tuple(inputs("linear_cross_entropy", generator))
     with pytest.raises(RuntimeError, match="linear_cross_entropy: no forward-mode derivative"):
         torch.func.jvp(total("eager", "linear_cross_entropy"), tensors, tensors)
+
+
+@pytest.mark.parametrize(("name", "options"), [
+    ("attention", {"softcap": 5.0}), ("decode_attention", {"softcap": 5.0}), ("newton_schulz", {}),
+])  # fmt: skip
+def test_forward_mode_of_the_eager_table_is_not_refused_where_pytorch_has_it(
+    generator, name, options
+):
+    tensors, tangents = inputs(name, generator), inputs(name, generator)
+    operation = partial(getattr(eager, name), **options)
+    _, ours = torch.func.jvp(operation, tuple(tensors), tuple(tangents))
+    wide = [[x.double() for x in group] for group in (tensors, tangents)]
+    ahead, behind = (
+        operation(*(x + sign * 1e-6 * dx for x, dx in zip(*wide, strict=True))) for sign in (1, -1)
+    )
+    torch.testing.assert_close(ours.double(), (ahead - behind) / 2e-6, rtol=1e-4, atol=1e-4)
+
+
+def test_forward_mode_of_bf16_attention_is_refused(generator):
+    tensors = tuple(x.bfloat16() for x in inputs("attention", generator))
+    with pytest.raises(RuntimeError, match="attention: no forward-mode derivative"):
+        torch.func.jvp(eager.attention, tensors, tensors)
 
 
 @pytest.mark.parametrize("table", ["eager", "triton"])
