@@ -8,7 +8,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-TEST = ["pytest>=8", "hypothesis>=6.100", "ruff>=0.8"]
+TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.8"]
 PARQUET = ["pyarrow>=15"]
 PDF = ["pypdf>=4"]
 
