@@ -78,7 +78,7 @@ def train(settings: Settings, run: Path | None, ranks: Ranks) -> None:
             held.enter_context(lock or nullcontext())
         with console.busy("reading the text, building the model ...", ranks.rank == 0):
             t = set_up(settings, run, ranks)
-        if t.progress.ended and t.progress.step >= t.plan.steps:
+        if t.is_done:
             ranks.say(nothing_left(t))
             return
         t.progress.ended = False

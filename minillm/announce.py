@@ -83,6 +83,11 @@ def nothing_left(t: Training) -> str:
     """Return one line for a run that is resumed, and has already done all that it was asked for."""
     step, c = t.progress.step, t.config
     resume = shell_command("train", "--resume", t.run)
+    if step < t.plan.steps:
+        return (
+            f"{t.run} stopped early at step {step}, after {t.progress.evaluations_without_gain} "
+            f"evaluations without gain; train on: {resume} --steps N"
+        )
     if not t.asked:
         return f"{t.run} is finished at step {step}; train on: {resume} --steps N"
     total = f"--steps {c.steps}" if c.steps is not None else f"--epochs {c.epochs:g}"

@@ -17,14 +17,12 @@ from minillm.ownership import RUN, claims, is_plain_file, is_run
 from minillm.runs import checkpoints_of, is_of
 from minillm.setting import parts_of
 from minillm.settings import Settings
-from minillm.storage import sync_folder
+from minillm.storage import file_digest, read_json, sync_folder
 from minillm.tokenizer import KINDS
 
 # The files that a run writes into its folder, each by way of NAME.tmp. It also has checkpoints/.
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")
-FILES = (
-    "config.json", *TOKENIZERS, "metrics.jsonl", "samples.txt", "bad-steps.jsonl", "report.html",
-)  # fmt: skip
+FILES = ("config.json", *TOKENIZERS, "metrics.jsonl", "samples.txt", "bad-steps.jsonl")
 # All that a run without config.json may have: it was killed before its first step.
 BEGUN = {"lock", "config.json.tmp", *(name + end for name in TOKENIZERS for end in ("", ".tmp"))}
 # The content of `lock`, by which a folder without config.json is known to be a run that has begun.
@@ -97,6 +95,11 @@ def check_out(
             f"--out {run} exists; continue it with {shell_command('train', '--resume', run)}, or "
             "replace it with --overwrite"
         )
+    if other := _other_tokenizer(run):
+        raise UsageError(
+            f"--out {run}: {other.name} in it is not the tokenizer that the run was trained with; "
+            "move it elsewhere, or name another folder"
+        )
     for name in (*FILES, "lock", "checkpoints"):
         path = run / name
         fits = path.is_dir() if name == "checkpoints" else path.is_file()
@@ -106,6 +109,15 @@ def check_out(
                 "of another kind; remove it, or name another folder"
             )
     _refuse_sources(run, sources)
+
+
+def _other_tokenizer(run: Path) -> Path | None:
+    """Return the second tokenizer in a run's folder, which is not the run's, if there is one."""
+    there = [path for name in TOKENIZERS if (path := run / name).is_file()]
+    if len(there) < 2:
+        return None
+    stated = read_json(run / "config.json")["tokenizer_sha256"]
+    return next((path for path in there if file_digest(path) != stated), None)
 
 
 def is_free(folder: Path) -> bool:

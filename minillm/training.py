@@ -99,6 +99,12 @@ class Training:
         """Who trains it."""
         return self.sharding.ranks
 
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is left: all steps are done, or early stopping has ended the run."""
+        p, patience = self.progress, self.config.early_stop
+        return p.ended and (p.step >= self.plan.steps or 0 < patience <= p.evaluations_without_gain)
+
     @contextmanager
     def aside(self) -> Iterator[None]:
         """What is done inside is no part of a step's time."""

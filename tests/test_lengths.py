@@ -84,8 +84,12 @@ def test_an_early_stop_may_be_gone_beyond(train, tmp_path, capfd):
     for steps, end in (("60", 15), ("80", 21)):
         assert train("--resume", run, "--steps", steps) == 0 and max(metrics(run)) == end
         assert "stopping early: 2 evaluations without gain" in capfd.readouterr().err
-    # Who asks for nothing more gets to the next evaluation, and a true count.
-    assert train("--resume", run) == 0 and max(metrics(run)) == 24
+    # Who asks for nothing more gets nothing more, however often.
+    for _ in range(2):
+        assert train("--resume", run) == 0 and max(metrics(run)) == 21
+        said = capfd.readouterr().err.splitlines()[-1]
+        assert f"{run} stopped early at step 21, after 2 evaluations without gain; " in said
+    assert train("--resume", run, "--early-stop", "3") == 0 and max(metrics(run)) == 24
     assert "stopping early: 3 evaluations without gain" in capfd.readouterr().err
 
 

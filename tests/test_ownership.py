@@ -118,7 +118,8 @@ def test_overwrite_keeps_files_that_it_did_not_make(tiny_run, train, tmp_path, c
     (elsewhere / "model-00001-of-00001.safetensors").write_text("mine")
     last = run / "checkpoints" / "step-00000008"
     users = {
-        run / "thesis.tex": "mine", run / "notes.tmp": "mine", run / "texts" / "a.txt": "mine",
+        run / "report.html": "mine", run / "thesis.tex": "mine", run / "notes.tmp": "mine",
+        run / "texts" / "a.txt": "mine",
         run / "scratch.tmp" / "a.txt": "mine", run / "checkpoints" / "notes.txt": "mine",
         run / "checkpoints" / "step-1" / "model.pt": "mine", last / "notes.txt": "mine",
         run / "checkpoints" / ".step-00000009.tmp" / "notes.txt": "mine",
@@ -139,6 +140,16 @@ def test_overwrite_keeps_files_that_it_did_not_make(tiny_run, train, tmp_path, c
     assert tree(elsewhere) == {"model-00001-of-00001.safetensors": b"mine"}
     assert '"step": 99' not in (run / "metrics.jsonl").read_text()
     assert sorted(runs.checkpoints_of(run)) == [8]
+
+
+def test_a_second_tokenizer_in_a_run_is_not_overwritten(tiny_run, train, tmp_path, capsys):
+    """Such as that of a model which somebody has exported into the same folder."""
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    (run / "tokenizer.model").write_text("mine")
+    before = tree(run)
+    assert train("--out", run, "--overwrite") == 2
+    assert "tokenizer.model in it is not the tokenizer" in capsys.readouterr().err
+    assert tree(run) == before
 
 
 def test_overwriting_a_run_leaves_nothing_of_it(tiny_run, tmp_path):
