@@ -20,10 +20,11 @@ from xml.parsers import expat
 
 from minillm.errors import UnavailableError, UsageError
 from minillm.htmltext import html_text
-from minillm.plaintext import decode, shown, whole_characters
+from minillm.plaintext import decode, refuse_others, shown, whole_characters
 from minillm.rows import read_bytes
 
 LIMIT = 256 << 20  # bytes unpacked from one file
+ZIP = b"PK\x03\x04"  # how a zip archive begins
 NO_PDF = 'reading .pdf needs pypdf: pip install "minillm[pdf]"'
 # Deleted text, text in the place it was moved from, properties, and a second form of a text box.
 NOT_WORDS = frozenset(("del", "moveFrom", "pPr", "rPr", "tblPr", "sectPr", "Fallback"))
@@ -144,6 +145,7 @@ def _archive(path: Path, what: str) -> Iterator[Callable[[str], bytes]]:
     raises KeyError if there is no such member; left alone, that is damage too.
     """
     left, data = LIMIT, path.read_bytes()  # in memory, so that no error below is of the disk
+    refuse_others(data, shown(path), but=ZIP)
     try:
         with zipfile.ZipFile(BytesIO(data)) as archive:
 

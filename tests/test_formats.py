@@ -160,6 +160,18 @@ def test_a_damaged_word_document_is_named(tmp_path, damage):
         texts(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["a.docx", "a.epub"])
+@pytest.mark.parametrize("start, what", [
+    (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an Office document with a password, or an old one"),
+    (b"{\\rtf1 ", "RTF; save it as .docx or plain text"),
+    (b"%PDF-1.4", "a PDF; let its name end in .pdf"),
+])  # fmt: skip
+def test_a_document_that_is_another_kind_of_file_is_called_that(tmp_path, name, start, what):
+    (tmp_path / name).write_bytes(start + bytes(600))
+    with pytest.raises(UsageError, match=f"{name}: is {what}"):
+        texts(tmp_path)
+
+
 @pytest.mark.parametrize(
     "changed, message",
     [
