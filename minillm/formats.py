@@ -47,7 +47,8 @@ def _notebook(path: Path, errors: str, encoding: str) -> str:
     """Return the sources of a Jupyter notebook's markdown and code cells, without their outputs."""
     try:
         book = json.loads(decode(read_bytes(path), shown(path), errors))
-        cells = book["cells"] if "cells" in book else book["worksheets"][0]["cells"]  # format 3
+        sheets = [book] if "cells" in book else book["worksheets"]  # format 3
+        cells = [cell for sheet in sheets for cell in sheet["cells"]]
         kept = [cell for cell in cells if cell["cell_type"] in ("markdown", "code", "heading")]
         sources = [cell["source"] if "source" in cell else cell["input"] for cell in kept]
         return "\n\n".join("".join(source) for source in sources if source) + "\n"

@@ -107,6 +107,14 @@ def test_a_notebook_gives_its_cells_without_outputs(tmp_path):
     assert texts(tmp_path) == ["# Head\ntext\n\nx = 1\n"]
 
 
+def test_an_old_notebook_gives_the_cells_of_all_its_sheets(tmp_path):
+    first = [{"cell_type": "heading", "level": 1, "source": "Head"}]
+    second = [{"cell_type": "code", "input": ["x = 1\n", "y"], "outputs": ["secret"]}]
+    sheets = [{"cells": first}, {"cells": second}]
+    (tmp_path / "a.ipynb").write_text(json.dumps({"worksheets": sheets, "nbformat": 3}))
+    assert texts(tmp_path) == ["Head\n\nx = 1\ny\n"]
+
+
 def test_a_pdf_needs_pypdf(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pypdf", None)
     monkeypatch.setattr(documents.importlib.util, "find_spec", lambda name: None)
