@@ -93,10 +93,17 @@ def _about(error: UnicodeDecodeError, data: bytes, encoding: str) -> str:
     what = f"byte 0x{byte:02x} at offset {error.start} is not {'UTF-8' if utf8 else encoding}"
     if not utf8:
         return f"{what}; name another --encoding or pass --errors replace"
-    # The curly quotes and dashes of Windows; no other common encoding has printable text there.
-    if 0x91 <= byte <= 0x97:
+    if 0x91 <= byte <= 0x97 or _like_windows(data):
         return f"{what}; it looks like Windows text: pass --encoding cp1252 or --errors replace"
     return f"{what}; convert the file, name its --encoding or pass --errors replace"
+
+
+def _like_windows(data: bytes) -> bool:
+    """Return whether bytes are likely to be of cp1252: few are not ASCII, as in Latin scripts, and
+    some of these are the curly quotes and dashes of Windows, where Latin-1 has nothing.
+    """
+    others = data.translate(None, bytes(range(128)))
+    return len(others) <= len(data) / 3 and any(byte in others for byte in range(0x91, 0x98))
 
 
 def whole_characters(text: str, where: str, errors: str = "strict") -> str:

@@ -310,6 +310,18 @@ def test_the_quotes_of_windows_hint_at_their_encoding(tmp_path, byte):
         texts(tmp_path)
 
 
+def test_the_quotes_of_windows_are_seen_behind_other_letters_but_not_in_other_scripts(tmp_path):
+    text = "d\u00e9j\u00e0 vu, she said: \u201cno\u201d"
+    (tmp_path / "a.txt").write_bytes(text.encode("cp1252"))
+    with pytest.raises(UsageError, match=r"byte 0xe9 at offset 1 .*--encoding cp1252"):
+        texts(tmp_path)
+    (tmp_path / "a.txt").write_bytes(
+        "\u041f\u0440\u0438\u0432\u0435\u0442".encode("cp866") + b"\x93"
+    )
+    with pytest.raises(UsageError, match="byte 0x8f at offset 0 .* name its --encoding"):
+        texts(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["no-such", "hex", "rot13", "undefined", ""])
 def test_an_encoding_that_is_none_is_refused(tmp_path, name):
     (tmp_path / "a.txt").write_text("a")
