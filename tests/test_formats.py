@@ -255,6 +255,13 @@ def test_a_json_file_of_faulty_rows_is_named(tmp_path):
         texts(tmp_path / "a.json")
 
 
+@pytest.mark.parametrize("row", [{"text": None}, {"id": 3}, {"messages": [{"content": "a"}]}, 3])
+def test_a_row_without_any_text_says_what_to_do(tmp_path, row):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "a"}) + "\n" + json.dumps(row))
+    with pytest.raises(UsageError, match='a.jsonl:2: .* "text"; take the row out, or give it'):
+        texts(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.jsonl.gz"])
 def test_the_column_of_rows_can_be_named(tmp_path, name):
     row = json.dumps({"title": "t", "body": "b"})
@@ -291,7 +298,7 @@ def test_what_a_folder_passes_over_is_counted(tmp_path):
 
 def test_a_folder_without_text_says_what_is_in_it(tmp_path):
     (tmp_path / "a.csv").write_text("x")
-    with pytest.raises(UsageError, match=r"no text in this folder; .*it has 1 file \(1 .csv\)"):
+    with pytest.raises(UsageError, match=r"no text in this folder, .*; it has 1 file \(1 .csv\)"):
         documents.find([str(tmp_path)])
 
 
