@@ -123,11 +123,26 @@ def _typed(path: Path, key: str, value: Any, f: Field) -> Any:
             f"{path}: {key} = {json.dumps(value, default=str)} is a {type(value).__name__}, "
             f"expected {NAMED[kind]}"
         )
-    if kind is str and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
-        raise UsageError(f"{path}: {key} holds a NUL or half a character")
+    if kind is str:
+        value = _checked(path, key, value, "is_path" in f.metadata)
     if kind in (bool, str) and not f.metadata.keys() & {"choices", "is_path"}:
         return value
     try:
         return parser_of(f)(str(value))
     except ArgumentTypeError as error:
         raise UsageError(f"{path}: {key}: {error}") from None
+
+
+def _checked(path: Path, key: str, text: str, is_path: bool) -> str:
+    """Return the text of a setting; UsageError if it holds a NUL or half a character.
+
+    is_path: half characters may be there for the bytes of a file's name that is not UTF-8.
+    """
+    try:
+        text = places.as_path(text) if is_path else text
+        text.encode("utf-8", "surrogateescape" if is_path else "strict")
+        if "\0" not in text:
+            return text
+    except UnicodeEncodeError:
+        pass
+    raise UsageError(f"{path}: {key} holds a NUL or half a character")

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from minillm.bpe import check_vocab_size, choose_vocab_size
 from minillm.errors import CorruptError, UsageError
 from minillm.heldout import about
 from minillm.shards import Corpus, open_corpus
-from minillm.split import NEITHER, Part, Split, parts, split
+from minillm.split import NEITHER, Split, held_out_names, parts, split
 from minillm.storage import VERSION, building, json_digest, write_durably
 from minillm.survey import Text, survey
 from minillm.tokenizer import (
@@ -96,7 +97,9 @@ def prepare(
     key = _key(text, settings)
     folder = Path(cache_dir, key[:16]) if out is None else Path(out)
     if os.path.lexists(folder) and not _is_empty_folder(folder):
-        return _found(folder, key, out is None, say)
+        # The same text may have had other names when it was prepared.
+        names = held_out_names(text, plan, NAMES)
+        return _found(folder, key, out is None, names, say)
     say(f"corpus    preparing {documents.shown(text.source.description)} in {folder}")
     if made is None:
         made = _train(text, plan, tokenizer, vocab_size, say)
@@ -184,9 +187,9 @@ def _is_empty_folder(folder: Path) -> bool:
     return folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())
 
 
-def _found(folder: Path, key: str, is_cache: bool, say: Say) -> Corpus:
+def _found(folder: Path, key: str, is_cache: bool, names: tuple[str, ...], say: Say) -> Corpus:
     if shards.is_prepared(folder):
-        corpus = open_corpus(folder)
+        corpus = replace(open_corpus(folder), held_out=names)
         if corpus.key == key:
             say(about(corpus))
             return corpus
@@ -247,9 +250,9 @@ def _write(
     }
     said = time.monotonic()
     done = 0
-    names: list[str] = []
+    pieces = ((part.side, part.text) for part in parts(text, plan))
     try:
-        for ids, size in encoding.encode(_noting(names, parts(text, plan)), made, file, workers):
+        for ids, size in encoding.encode(pieces, made, file, workers):
             for side, side_ids in ids.items():
                 writers[side].add(side_ids)
             done += size
@@ -266,7 +269,7 @@ def _write(
         "dtype": shards.dtype_for(made.vocab_size),
         "bytes_per_split": plan.bytes,
         "documents": plan.documents,
-        "held_out": names,
+        "held_out": held_out_names(text, plan, NAMES),
         "shards": [entry for side in shards.SPLITS for entry in writers[side].close()],
     }
 
@@ -283,12 +286,3 @@ def _about_unknown(text: Text, made: Tokenizer) -> str:
         f"(U+{ord(c):04X}) is not among the {made.vocab_size} characters of the tokenizer; take it "
         "out of the text, or use --tokenizer byte"
     )
-
-
-def _noting(names: list[str], found: Iterator[Part]) -> Iterator[tuple[str, str]]:
-    """Stream (side, text) of the parts; add the names of the first ones held out to `names`."""
-    for part in found:
-        if part.side == "val" and len(names) < NAMES:
-            start, _, path = part.name.rpartition("the end of ")
-            names.append(("the end of " if start or part.name != path else "") + Path(path).name)
-        yield part.side, part.text

@@ -229,7 +229,9 @@ def _expand(word: str, wanted: Callable[[Path], bool], skipped: Counter[str]) ->
         files = _walk(path, wanted, frozenset(), here)
         if not files:
             why = about_skipped(here).replace("text      skipped", "; it has")
-            raise UsageError(f"{shown(path)}: no text in this folder; .txt, .md, .docx ...?{why}")
+            raise UsageError(
+                f"{shown(path)}: no text in this folder, such as .txt, .md or .docx files{why}"
+            )
         skipped.update(here)
         return files
     if not stat.S_ISREG(mode):

@@ -20,10 +20,11 @@ from xml.parsers import expat
 
 from minillm.errors import UnavailableError, UsageError
 from minillm.htmltext import html_text
-from minillm.plaintext import decode, shown, whole_characters
+from minillm.plaintext import decode, refuse_others, shown, whole_characters
 from minillm.rows import read_bytes
 
 LIMIT = 256 << 20  # bytes unpacked from one file
+ZIP = b"PK\x03\x04"  # how a zip archive begins
 NO_PDF = 'reading .pdf needs pypdf: pip install "minillm[pdf]"'
 # Deleted text, text in the place it was moved from, properties, and a second form of a text box.
 NOT_WORDS = frozenset(("del", "moveFrom", "pPr", "rPr", "tblPr", "sectPr", "Fallback"))
@@ -46,7 +47,8 @@ def _notebook(path: Path, errors: str, encoding: str) -> str:
     """Return the sources of a Jupyter notebook's markdown and code cells, without their outputs."""
     try:
         book = json.loads(decode(read_bytes(path), shown(path), errors))
-        cells = book["cells"] if "cells" in book else book["worksheets"][0]["cells"]  # format 3
+        sheets = [book] if "cells" in book else book["worksheets"]  # format 3
+        cells = [cell for sheet in sheets for cell in sheet["cells"]]
         kept = [cell for cell in cells if cell["cell_type"] in ("markdown", "code", "heading")]
         sources = [cell["source"] if "source" in cell else cell["input"] for cell in kept]
         return "\n\n".join("".join(source) for source in sources if source) + "\n"
@@ -144,6 +146,7 @@ def _archive(path: Path, what: str) -> Iterator[Callable[[str], bytes]]:
     raises KeyError if there is no such member; left alone, that is damage too.
     """
     left, data = LIMIT, path.read_bytes()  # in memory, so that no error below is of the disk
+    refuse_others(data, shown(path), but=ZIP)
     try:
         with zipfile.ZipFile(BytesIO(data)) as archive:
 

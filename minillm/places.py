@@ -3,12 +3,18 @@
 A run is given to others, who have nothing to do with the names of a user's folders, and it is moved
 together with its text. So no absolute path is written. A path that has nothing but the root of the
 file system in common with the run's folder is kept as its last name only.
+
+A file states a path in proper characters. Where Python takes all text for ASCII, the path that it
+opens has a surrogate for each other byte: `as_path` and `as_text` turn one into the other.
 """
 
 import glob
 import os
+import sys
 from pathlib import Path
 from typing import Any
+
+from minillm.terminal import decoded
 
 # Settings that are paths. `tokenizer` may be one.
 PATHS = ("data", "val", "init_from", "cache_dir", "tokenizer")
@@ -42,7 +48,8 @@ def path_stated(run: Path, path: str) -> str:
     if path in NAMES:
         return path
     target = Path(path).resolve()
-    return target.name if _root_only(run, path) else os.path.relpath(target, run.resolve())
+    short = target.name if _root_only(run, path) else os.path.relpath(target, run.resolve())
+    return as_text(short)
 
 
 def path_found(run: Path, path: str) -> str:
@@ -50,12 +57,30 @@ def path_found(run: Path, path: str) -> str:
 
     Earlier releases stated it as the user had typed it: absolute, or seen from the current folder.
     """
+    path = as_path(path)
     if path in NAMES or Path(path).is_absolute():
         return path
     there = os.path.normpath(run.resolve() / path)
     if _exists(there) or (path.startswith(os.pardir) and not _exists(path)):
         return there
     return path
+
+
+def as_path(text: str) -> str:
+    """Return a path that a file states in the form in which it can be opened here.
+
+    Raises UnicodeEncodeError if no path can have these characters.
+    """
+    try:
+        os.fsencode(text)
+        return text
+    except UnicodeEncodeError:
+        return os.fsdecode(text.encode("utf-8", sys.getfilesystemencodeerrors()))
+
+
+def as_text(value: Any) -> Any:
+    """Return the value of a setting in the form in which a file states it."""
+    return _each(value, decoded)
 
 
 def equal(name: str, one: Any, other: Any) -> bool:

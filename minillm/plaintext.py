@@ -23,8 +23,21 @@ NOT_TEXT = {
     b"\x7fELF": "a binary program, not text",
     b"%PDF-": "a PDF; let its name end in .pdf",
     b"{\\rtf": "RTF; save it as .docx or plain text",
-    b"\xd0\xcf\x11\xe0": "an old or protected Office document; save it as .docx or plain text",
+    b"\xd0\xcf\x11\xe0": (
+        "an Office document with a password, or an old one; save it as .docx without a password, "
+        "or as plain text"
+    ),
 }
+
+
+def refuse_others(data: bytes, where: str, but: bytes = b"") -> None:
+    """Raise UsageError if `data` begins as a kind of file does that is no text.
+
+    but: the beginning that is expected.
+    """
+    for start, what in NOT_TEXT.items():
+        if start != but and data.startswith(start):
+            raise UsageError(f"{where}: is {what}")
 
 
 def shown(path: str | Path) -> str:
@@ -57,9 +70,10 @@ def decode(data: bytes, where: str, errors: str = "strict", encoding: str = "utf
     encoding: a name that check_encoding lets pass.
     """
     utf8 = is_utf8(encoding)
-    for start, what in {**(ORDER_MARKS if utf8 else {}), **NOT_TEXT}.items():
-        if data.startswith(start):
+    for start, what in ORDER_MARKS.items():
+        if utf8 and data.startswith(start):
             raise UsageError(f"{where}: is {what}")
+    refuse_others(data, where)
     nul = data.find(b"\0") if utf8 else -1
     if nul >= 0:
         raise UsageError(f"{where}: NUL byte at offset {nul}: binary, not text")
@@ -79,10 +93,17 @@ def _about(error: UnicodeDecodeError, data: bytes, encoding: str) -> str:
     what = f"byte 0x{byte:02x} at offset {error.start} is not {'UTF-8' if utf8 else encoding}"
     if not utf8:
         return f"{what}; name another --encoding or pass --errors replace"
-    # The curly quotes and dashes of Windows; no other common encoding has printable text there.
-    if 0x91 <= byte <= 0x97:
+    if 0x91 <= byte <= 0x97 or _like_windows(data):
         return f"{what}; it looks like Windows text: pass --encoding cp1252 or --errors replace"
     return f"{what}; convert the file, name its --encoding or pass --errors replace"
+
+
+def _like_windows(data: bytes) -> bool:
+    """Return whether bytes are likely to be of cp1252: few are not ASCII, as in Latin scripts, and
+    some of these are the curly quotes and dashes of Windows, where Latin-1 has nothing.
+    """
+    others = data.translate(None, bytes(range(128)))
+    return len(others) <= len(data) / 3 and any(byte in others for byte in range(0x91, 0x98))
 
 
 def whole_characters(text: str, where: str, errors: str = "strict") -> str:

@@ -14,6 +14,8 @@ from typing import Any
 from minillm.errors import CorruptError, UnavailableError, UsageError
 from minillm.plaintext import decode, shown, whole_characters
 
+GIVE_TEXT = "take the row out, or give it a text"
+
 
 def read_bytes(path: Path) -> bytes:
     """Return what a file holds, unpacked if its name ends in .gz; CorruptError if it is damaged."""
@@ -110,9 +112,8 @@ def _text_of(row: Any, where: str, column: str, errors: str) -> str:
     text = row.get(column) if isinstance(row, dict) else row
     if not isinstance(text, str):
         others = [n for n, v in row.items() if isinstance(v, str)] if isinstance(row, dict) else []
-        raise UsageError(
-            f'{where}: expected a JSON object with a string under "{column}"{_hint(others)}'
-        )
+        advice = _hint(others) or f"; {GIVE_TEXT}"
+        raise UsageError(f'{where}: expected a JSON object with a string under "{column}"{advice}')
     # "\ud800" is valid JSON but half a character: no UTF-8 can hold it.
     return whole_characters(text, where, errors)
 
@@ -141,7 +142,8 @@ def parquet_rows(path: Path, column: str) -> Iterator[tuple[str, str]]:
                 for text in batch.column(0).to_pylist():
                     number += 1
                     if not isinstance(text, str):
-                        raise UsageError(f"{shown(path)}:{number}: the row has no text")
+                        where = f"{shown(path)}:{number}"
+                        raise UsageError(f"{where}: the row has no text; {GIVE_TEXT}")
                     yield f"{shown(path)}:{number}", text
     except ArrowException as error:
         raise CorruptError(f"{shown(path)}: damaged parquet file ({error})") from None

@@ -9,14 +9,17 @@ tokenize.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from minillm.errors import UsageError
 from minillm.survey import Text, fingerprint, survey
+from minillm.terminal import decoded
 
-__all__ = ["Part", "Split", "Text", "parts", "split", "survey"]
+__all__ = ["Part", "Split", "Text", "held_out_names", "parts", "split", "survey"]
 
 SIDES = ("train", "val")
 TRAIN, VAL, NEITHER = 0, 1, 2
@@ -92,6 +95,24 @@ def parts(text: Text, plan: Split) -> Iterator[Part]:
         count += 1
     if count != len(hashes):
         raise UsageError(f"{text.source.description}: lost a document while it was being read")
+
+
+def held_out_names(text: Text, plan: Split, limit: int) -> tuple[str, ...]:
+    """Return the names of the first `limit` documents that are held out, in reading order.
+
+    Reads as many documents as it takes to come to them.
+    """
+    if text.validation is not None:
+        found = (Path(d.name).name for d in text.validation.documents(text.errors))
+    else:
+        numbered = enumerate(text.documents())
+        found = (
+            "the end of " * (n in plan.cuts) + Path(d.name).name
+            for n, d in numbered
+            if n in plan.cuts or plan.side[n : n + 1] == VAL
+        )
+    held_out = plan.documents["val"]
+    return tuple(decoded(name) for name in islice(found, min(limit, held_out)))
 
 
 def _split_whole(text: Text, side: np.ndarray, rule: str) -> Split:

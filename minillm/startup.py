@@ -273,4 +273,5 @@ def facts_of(settings: Settings, corpus: Corpus, launch: str | None) -> dict:
 
 def config_text(settings: Settings) -> str:
     """The settings as JSON that --config takes."""
-    return json_text({k: v for k, v in settings.flat().items() if v is not None}, indent=1)
+    stated = {k: places.as_text(v) for k, v in settings.flat().items() if v is not None}
+    return json_text(stated, indent=1)

@@ -107,6 +107,14 @@ def test_a_notebook_gives_its_cells_without_outputs(tmp_path):
     assert texts(tmp_path) == ["# Head\ntext\n\nx = 1\n"]
 
 
+def test_an_old_notebook_gives_the_cells_of_all_its_sheets(tmp_path):
+    first = [{"cell_type": "heading", "level": 1, "source": "Head"}]
+    second = [{"cell_type": "code", "input": ["x = 1\n", "y"], "outputs": ["secret"]}]
+    sheets = [{"cells": first}, {"cells": second}]
+    (tmp_path / "a.ipynb").write_text(json.dumps({"worksheets": sheets, "nbformat": 3}))
+    assert texts(tmp_path) == ["Head\n\nx = 1\ny\n"]
+
+
 def test_a_pdf_needs_pypdf(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pypdf", None)
     monkeypatch.setattr(documents.importlib.util, "find_spec", lambda name: None)
@@ -157,6 +165,18 @@ DAMAGED = {
 def test_a_damaged_word_document_is_named(tmp_path, damage):
     damage(tmp_path / "a.docx")
     with pytest.raises(UsageError, match="a.docx: a Word document, but damaged"):
+        texts(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.docx", "a.epub"])
+@pytest.mark.parametrize("start, what", [
+    (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an Office document with a password, or an old one"),
+    (b"{\\rtf1 ", "RTF; save it as .docx or plain text"),
+    (b"%PDF-1.4", "a PDF; let its name end in .pdf"),
+])  # fmt: skip
+def test_a_document_that_is_another_kind_of_file_is_called_that(tmp_path, name, start, what):
+    (tmp_path / name).write_bytes(start + bytes(600))
+    with pytest.raises(UsageError, match=f"{name}: is {what}"):
         texts(tmp_path)
 
 
@@ -235,6 +255,13 @@ def test_a_json_file_of_faulty_rows_is_named(tmp_path):
         texts(tmp_path / "a.json")
 
 
+@pytest.mark.parametrize("row", [{"text": None}, {"id": 3}, {"messages": [{"content": "a"}]}, 3])
+def test_a_row_without_any_text_says_what_to_do(tmp_path, row):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "a"}) + "\n" + json.dumps(row))
+    with pytest.raises(UsageError, match='a.jsonl:2: .* "text"; take the row out, or give it'):
+        texts(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.jsonl.gz"])
 def test_the_column_of_rows_can_be_named(tmp_path, name):
     row = json.dumps({"title": "t", "body": "b"})
@@ -271,7 +298,7 @@ def test_what_a_folder_passes_over_is_counted(tmp_path):
 
 def test_a_folder_without_text_says_what_is_in_it(tmp_path):
     (tmp_path / "a.csv").write_text("x")
-    with pytest.raises(UsageError, match=r"no text in this folder; .*it has 1 file \(1 .csv\)"):
+    with pytest.raises(UsageError, match=r"no text in this folder, .*; it has 1 file \(1 .csv\)"):
         documents.find([str(tmp_path)])
 
 
@@ -287,6 +314,18 @@ def test_the_encoding_can_be_named(tmp_path, encoding):
 def test_the_quotes_of_windows_hint_at_their_encoding(tmp_path, byte):
     (tmp_path / "a.txt").write_bytes(b"it" + bytes([byte]) + b"s")
     with pytest.raises(UsageError, match=f"a.txt: byte 0x{byte:x} at offset 2 .*--encoding cp1252"):
+        texts(tmp_path)
+
+
+def test_the_quotes_of_windows_are_seen_behind_other_letters_but_not_in_other_scripts(tmp_path):
+    text = "d\u00e9j\u00e0 vu, she said: \u201cno\u201d"
+    (tmp_path / "a.txt").write_bytes(text.encode("cp1252"))
+    with pytest.raises(UsageError, match=r"byte 0xe9 at offset 1 .*--encoding cp1252"):
+        texts(tmp_path)
+    (tmp_path / "a.txt").write_bytes(
+        "\u041f\u0440\u0438\u0432\u0435\u0442".encode("cp866") + b"\x93"
+    )
+    with pytest.raises(UsageError, match="byte 0x8f at offset 0 .* name its --encoding"):
         texts(tmp_path)
 
 

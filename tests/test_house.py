@@ -12,12 +12,12 @@ import pytest
 FLOORS = {
     0: "__init__ buckets cache commands/__init__ flags/__init__ guard help_text json_text "
     "kernels kernels/_entrance kernels/_interpreter kernels/_tanh kernels/eager_sampling "
-    "kernels/reference_optim kernels/reference_sampling machine_errors offload outlook places "
+    "kernels/reference_optim kernels/reference_sampling machine_errors offload outlook "
     "positions precision presets profiling/__init__ profiling/dry profiling/occupancy "
     "profiling/pivot profiling/sass profiling/style profiling/timing profiling/ttir schedule "
     "scripts sentencepieces terminal units",
     1: "console errors kernels/_launch kernels/_loss kernels/eager_optim kernels/reference "
-    "pieces plan_text profiling/bound profiling/calls profiling/columns profiling/plot "
+    "pieces places plan_text profiling/bound profiling/calls profiling/columns profiling/plot "
     "profiling/roofline profiling/tables versions",
     2: "bpe cli exit_rules foreign kernels/_attention_blocks kernels/_rope_kernels kernels/_rows "
     "kernels/adamw kernels/eager_attention kernels/eager_loss kernels/linear_cross_entropy "

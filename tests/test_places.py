@@ -1,13 +1,20 @@
 """A run names no absolute path, and is resumed from any folder, after a move, without its text."""
 
+import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from minillm import errors, places, runs, storage, world
 from minillm.checkpoint import open_checkpoint
+from minillm.config_files import read_config
 from minillm.scripts import train as train_script
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -132,3 +139,41 @@ def test_paths_there_and_back(tmp_path):
     assert places.stated(run, several) == {"data": ["../../x.txt", "../../*.txt"]}
     assert places.found(run, places.stated(run, several)) == several
     assert places.same(str(tmp_path / "x.txt"), str(tmp_path / "a" / ".." / "x.txt"))
+
+
+TOLD_ASCII = """
+import sys
+from pathlib import Path
+from minillm import places
+from minillm.flags import train
+run = Path(sys.argv[1])
+text = places.found(run, {"data": "../t\\u00e9xt.txt"})["data"]
+assert Path(text).read_bytes() == b"here"
+assert places.stated(run, {"data": text}) == {"data": "../t\\u00e9xt.txt"}
+train.parse(["--config", str(run / "config.toml")])
+"""
+
+
+def test_paths_in_files_are_found_where_python_is_told_ascii(tmp_path):
+    """In a run's files and in a file for --config, which are UTF-8 under any locale."""
+    run, text = tmp_path / "r\u00e9", tmp_path / "t\u00e9xt.txt"
+    run.mkdir()
+    text.write_bytes(b"here")
+    (run / "config.toml").write_text(f"data = '{text}'", encoding="utf-8")
+    told = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", TOLD_ASCII, run],
+        cwd=ROOT, capture_output=True, timeout=300, env={**os.environ, **told},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_name_that_is_not_utf8_is_taken_from_a_config_file(tmp_path):
+    """As --print-config prints it; half a character of another kind is in no file's name."""
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"data": "caf\udce9.txt"}), encoding="ascii")
+    assert read_config(file)["data"] == "caf\udce9.txt"
+    for bad in ({"data": "caf\ud800"}, {"data": "a\0b"}, {"sample_prompt": "caf\udce9"}):
+        file.write_text(json.dumps(bad), encoding="ascii")
+        with pytest.raises(errors.UsageError, match="NUL or half a character"):
+            read_config(file)

@@ -114,6 +114,21 @@ def test_what_is_held_out_is_said_by_name_up_to_three(tmp_path):
     assert line.count(".txt") == 3 and line.endswith("more") and " and " in line
 
 
+@pytest.mark.parametrize("given", [False, True], ids=["share", "named"])
+def test_what_is_held_out_has_its_present_name_where_the_text_was_prepared_before(tmp_path, given):
+    """The cache goes by the content of the text alone, so that its files may have been renamed."""
+    text, other = tmp_path / "old.txt", tmp_path / "other.txt"
+    other.write_text(novel(1, 3000))
+    said = []
+    for name in ("old.txt", "new.txt"):
+        text = text.rename(tmp_path / name) if text.exists() else text
+        text.write_text(novel(0, 3000))
+        settings = {"val": [str(text)]} if given else {}
+        make(other if given else text, None, cache_dir=tmp_path / "c", say=said.append, **settings)
+        assert said[-1].splitlines()[1].endswith(f": {'' if given else 'the end of '}{name}")
+    assert "found prepared" in said[-1]
+
+
 def test_little_held_out_text_is_warned_of(tmp_path):
     rows = "".join(json.dumps({"text": text}) + "\n" for text in ("ab", "cd", "ef"))
     (tmp_path / "rows.jsonl").write_text(rows)
