@@ -48,6 +48,7 @@ def prepare(
     errors: str = "strict",
     encoding: str = "utf-8",
     text_column: str = "text",
+    whole_documents: bool = False,
     workers: int | None = None,
     shard_tokens: int = SHARD_TOKENS,
     say: Say = print,
@@ -64,6 +65,7 @@ def prepare(
     errors: "strict" or "replace", for bytes that are not of the encoding.
     encoding: of the text.
     text_column: where rows of .jsonl, .json and .parquet files have their text.
+    whole_documents: hold out no tails of documents, see split.
     workers: processes that encode; None takes the cores, from 4 MB on.
     say: gets each line to show.
     """
@@ -78,7 +80,7 @@ def prepare(
     )  # fmt: skip
     if line := documents.about_skipped(text.survey.skipped):
         say(line)
-    plan = split(text, val_fraction)
+    plan = split(text, val_fraction, whole_documents)
     if n := int((plan.side == NEITHER).sum()):
         verb = "is validation text too and is" if n == 1 else "are validation text too and are"
         say(f"text      {n} of the documents to train on {verb} left out")

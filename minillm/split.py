@@ -52,13 +52,15 @@ class Part(NamedTuple):
     name: str
 
 
-def split(text: Text, fraction: float) -> Split:
+def split(text: Text, fraction: float, whole: bool = False) -> Split:
     """Hold out `fraction` (0 to 0.5) of the bytes of `text`, or its validation text.
 
     A document that would take the held-out share above twice the fraction is passed over. Where the
     others do not reach the fraction, each of the large ones gives its tail. With a fraction above 0
     both sides get text. A single document is cut after int(n_characters * (1 - fraction))
     characters, as nanoGPT does with 0.1.
+
+    whole: hold out whole documents in any case, as releases did for which runs state no rule.
     """
     if not 0 <= fraction <= 0.5:
         raise UsageError(f"--val-fraction {fraction}: expected 0 (nothing held out) to 0.5")
@@ -72,7 +74,9 @@ def split(text: Text, fraction: float) -> Split:
     groups = _groups(text)
     order, group_of, group_sizes = groups
     chosen = _chosen(group_sizes, np.arange(len(group_sizes)), fraction)
-    if group_sizes[chosen].sum() < fraction * sizes.sum():
+    if whole and not len(chosen):
+        chosen = [int(group_sizes.argmin())]
+    if not whole and group_sizes[chosen].sum() < fraction * sizes.sum():
         return _split_tails(text, fraction, groups)
     side = np.zeros(len(sizes), np.int8)
     side[order] = np.isin(group_of, chosen)

@@ -137,15 +137,17 @@ def find_corpus(settings: Settings, run: Path | None, say: Callable[[str], None]
 
 def _prepare_again(settings: Settings, run: Path, say: Callable[[str], None]) -> Corpus:
     """As for the run's first step: with the vocabulary size it asked for, and its own tokenizer."""
-    asked = runs.read_facts(run)["asked_vocab_size"]
-    train = settings.train
+    facts, train = runs.read_facts(run), settings.train
+    asked, stated = facts["asked_vocab_size"], facts.get("corpus_settings") or {}
     if train.tokenizer not in KINDS:
         train = replace(train, tokenizer=str(runs.tokenizer_path(run)))
     model = replace(settings.model, vocab_size=asked)
-    return _prepare(replace(settings, model=model, train=train), say)
+    return _prepare(replace(settings, model=model, train=train), say, "split" not in stated)
 
 
-def _prepare(settings: Settings, say: Callable[[str], None]) -> Corpus:
+def _prepare(
+    settings: Settings, say: Callable[[str], None], whole_documents: bool = False
+) -> Corpus:
     train = settings.train
     paths = parts_of(train.data)
     late = sorted(settings.given & PREPARED)
@@ -164,6 +166,7 @@ def _prepare(settings: Settings, say: Callable[[str], None]) -> Corpus:
         errors=train.errors,
         encoding=train.encoding,
         text_column=train.text_column,
+        whole_documents=whole_documents,
         say=say,
     )
 

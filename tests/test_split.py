@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -198,3 +199,21 @@ def test_the_split_of_a_changed_rule_has_another_key(tmp_path):
     assert corpus.settings["split"] == "tails"
     text = survey(documents.find([str(folder)]), "strict", False)
     assert split(text, 0.05).rule == "tails" and split(text, 0).rule == "documents"
+
+
+def test_a_run_of_whole_documents_keeps_them_when_its_text_is_prepared_again(
+    train, tmp_path, monkeypatch, capfd
+):
+    """Earlier releases held out whole documents only; their runs state no rule."""
+    folder, cache = write(tmp_path / "texts", [3000, 2900, 3]), tmp_path / "cache"
+    with monkeypatch.context() as earlier:
+        earlier.setattr(corpus_module, "split", lambda text, x, whole: split(text, x, True))
+        assert train("--data", folder, "--cache-dir", cache, "--out", tmp_path / "run") == 0
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())["corpus_settings"]
+    assert "split" not in settings
+    shutil.rmtree(cache)
+    assert train("--resume", tmp_path / "run", "--steps", "9") == 0, capfd.readouterr().err
+    # A new run of the same text takes the ends of the long ones.
+    assert train("--data", folder, "--cache-dir", cache, "--out", tmp_path / "new") == 0
+    settings = json.loads((tmp_path / "new" / "config.json").read_text())["corpus_settings"]
+    assert settings["split"] == "tails"
