@@ -15,6 +15,7 @@ from pathlib import Path
 
 from minillm import machine_errors, terminal
 
+LINE = 500  # characters of an error line; two long paths fit
 HANGUP = 141  # 128 + SIGPIPE: the reader of our standard output went away
 # Signals that ask a process to end; SIGINT is Python's own KeyboardInterrupt. A scheduler sends
 # SIGUSR1, SIGUSR2 or SIGXCPU before it takes the machine away, a terminal SIGHUP when it closes.
@@ -119,7 +120,7 @@ def run(
         if code == 1 or "--debug" in argv:
             traceback.print_exc()
             return code
-        text = one_line(_text(error), 300 - len(f"{name}: error: "))
+        text = one_line(_text(error), LINE - len(f"{name}: error: "))
         if may_say(text):
             complain(f"{name}: error: {text}")
         return code

@@ -31,5 +31,5 @@ def one_error(name: str, err: str) -> str:
     """The last line of standard error; it is the only error, printable and not too long."""
     assert "Traceback" not in err and err.endswith("\n") and err.count(f"{name}: error: ") == 1, err
     line = err.splitlines()[-1]
-    assert line.startswith(f"{name}: error: ") and line.isprintable() and len(line) <= 300, line
+    assert line.startswith(f"{name}: error: ") and line.isprintable() and len(line) <= 500, line
     return line
