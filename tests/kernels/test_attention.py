@@ -255,6 +255,7 @@ BACKWARD = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "old", "new"),
     [(_attention_forward, *case) for case in FORWARD]

@@ -72,7 +72,9 @@ def test_values(compare, device, B, T, more, G, share, D, dtype, is_ragged, name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize(
+    "arch", [*(pytest.param(a, marks=pytest.mark.slow) for a in (80, 90)), 100]
+)
 def test_every_row_of_the_tables(compare, device, monkeypatch, dtype, arch):
     if not torch.cuda.is_available():
         monkeypatch.setattr(_launch, "arch", lambda: arch)

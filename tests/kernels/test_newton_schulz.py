@@ -50,7 +50,11 @@ def check_square(compare, s, op=symmetric_square):
     compare([op(s, B, C)], [plain_square(s)], [plain_square(s.double())])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [DTYPES[0], *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in DTYPES[1:])],
+    ids=str,
+)
 @pytest.mark.parametrize("tall", [False, True])
 def test_default_tiles(compare, device, arch, dtype, tall):
     """Each row of the tables; five and six tiles a side; sizes that divide by 16 and do not."""
