@@ -174,7 +174,7 @@ def test_ascii_forced_on_python_changes_no_text(tiny_run, tmp_path, way):
     value = {"--prompt": [prompt], "--prompt-file": [file]}.get(way, [])
     flags = ["--max-tokens", "3", "--json", "--stop", "\u00e9\u00e9", way, *value]
     done = subprocess.run(
-        [sys.executable, ROOT / "sample.py", run, *flags], input=prompt.encode() + b"\n",
+        [sys.executable, "-m", "minillm", "sample", run, *flags], input=prompt.encode() + b"\n",
         capture_output=True, timeout=300, env={**os.environ, **ASCII, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -202,11 +202,11 @@ def test_ascii_forced_on_python_trains_and_plans(tmp_path):
     prompt = ["--sample-prompt", "na\u00ef"]
     commands = (
         (
-            [ROOT / "train.py", "--data", text, "--out", "r\u00e9", *tiny.split(), *prompt],
+            ["-m", "minillm", "train", "--data", text, "--out", "r\u00e9", *tiny.split(), *prompt],
             0,
             "r\u00e9",
         ),
-        ([ROOT / "train.py", "--resume", "r\u00e9", "--steps", "7"], 0, "r\u00e9: step 7"),
+        (["-m", "minillm", "train", "--resume", "r\u00e9", "--steps", "7"], 0, "r\u00e9: step 7"),
         (["-m", "minillm", "prepare", "n\u00e9ant.txt"], 2, "n\u00e9ant.txt: no such file"),
         (["-m", "minillm", "plan", "--data", "n\u00e9ant.txt"], 2, "n\u00e9ant.txt"),
     )
