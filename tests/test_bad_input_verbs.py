@@ -130,7 +130,7 @@ def here(tmp_path, monkeypatch) -> Path:
         "infinite.toml": b"grad_clip = inf\n",
         "float.json": b'{"steps": 1e9}',
         "escape.json": b'{"k\\u001b[31m\\n": 1}',
-        "name.json": b'{"' + b"k" * 400 + b'": 1}',
+        "name.json": b'{"' + b"k" * 600 + b'": 1}',
     }
     for name, data in content.items():
         Path(name).write_bytes(data)

@@ -122,7 +122,7 @@ def outcome(name: str, case: Case, place: dict[str, str]) -> str:
     assert out.getvalue() == ""
     line = said.removesuffix("\n").split("\n")[-1]
     assert line.startswith(f"{name}: error: "), said
-    assert line.isprintable() and len(line) <= 300 and said.count("error: ") >= 1, said
+    assert line.isprintable() and len(line) <= 500 and said.count("error: ") >= 1, said
     assert len(line) > len(f"{name}: error: ") + 8, said
     return str(code)
 
