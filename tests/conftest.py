@@ -14,7 +14,7 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
-from minillm import errors, ownership, storage, world
+from minillm import errors, launch, ownership, storage, world
 from minillm.scripts import train as train_script
 from minillm.shards import is_prepared
 
@@ -42,6 +42,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def generator() -> torch.Generator:
     """The same numbers in every run."""
     return torch.Generator().manual_seed(1337)
+
+
+@pytest.fixture(autouse=True)
+def commands_of_a_checkout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have messages name the scripts of a checkout, also where a wheel is tested.
+
+    test_hints.py tests how commands are named.
+    """
+    if request.path.name != "test_hints.py":
+        monkeypatch.setattr(launch, "_started", lambda verb: ("python", f"{verb}.py"))
 
 
 @pytest.fixture(autouse=True)
