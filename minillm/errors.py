@@ -90,7 +90,7 @@ def run(
     """Run `body(argv)`; print a refusal as `name: error: ...` and return the exit code.
 
     `--debug` among the arguments lets every traceback through.    may_say: asked before a refusal
-    is printed, so that of many processes that refuse alike one says so.
+    is printed, so that of several processes with the same refusal only one prints it.
     """
     _mend_streams()
     try:

@@ -26,7 +26,6 @@ from minillm.storage import check_place, file_digest
 from minillm.tokenizer import KINDS
 from minillm.versions import commit, versions
 
-# What a prepared folder has decided.
 HELD = ("parameters", "gradients", "masters", "moments")  # by a rank, of plan.memory
 
 
