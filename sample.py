@@ -13,7 +13,7 @@ from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from minillm import errors
+from minillm import errors, program
 from minillm.flags import sample as flags
 from minillm.launch import answer
 
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
         except errors.UsageError as error:
             if not args.interactive:
                 raise
-            note(f"error: {errors.one_line(str(error))}")
+            note(f"error: {program.one_line(str(error))}")
 
 
 def prompts(args: Namespace) -> Iterator[str]:
@@ -211,4 +211,4 @@ def note(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(errors.run("sample.py", main, sys.argv[1:]))
+    sys.exit(program.run("sample.py", main, sys.argv[1:]))

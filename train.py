@@ -15,7 +15,7 @@ from functools import partial
 from math import gcd
 from pathlib import Path
 
-from minillm import errors
+from minillm import program
 from minillm.flags import train as flags
 from minillm.launch import answer, launched, shell_command
 
@@ -297,4 +297,4 @@ def begin_run(held: ExitStack, t: Training, settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(leave(errors.run("train.py", main, sys.argv[1:], first_to_say)))
+    sys.exit(leave(program.run("train.py", main, sys.argv[1:], first_to_say)))

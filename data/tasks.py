@@ -234,6 +234,6 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(HOME))  # so that a checkout serves without an installation
-    from minillm import errors
+    from minillm import program
 
-    sys.exit(errors.run("tasks.py", main, sys.argv[1:]))
+    sys.exit(program.run("tasks.py", main, sys.argv[1:]))

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
-from minillm import __version__, errors
+from minillm import __version__, errors, program
 from minillm.cli import nearest
 from minillm.launch import PACKAGES, answered, shell_command
 
@@ -23,7 +23,7 @@ def main() -> int:
     """Run the verb on the command line; returns the exit code."""
     verb, rest = (sys.argv[1:2] or [None])[0], sys.argv[2:]
     if verb not in VERBS:
-        return errors.run("minillm", _about, sys.argv[1:])
+        return program.run("minillm", _about, sys.argv[1:])
     # Help and refusals come first: they need no torch, whose import takes seconds.
     needs = ("numpy", "sentencepiece") if verb == "prepare" else PACKAGES
     code = answered(f"minillm {verb}", import_module(f"minillm.flags.{verb}").parse, rest, needs)
@@ -31,10 +31,10 @@ def main() -> int:
         return code
     body: Callable[[Sequence[str]], None] = import_module(VERBS[verb][0]).main
     if verb != "train":
-        return errors.run(f"minillm {verb}", body, rest)
+        return program.run(f"minillm {verb}", body, rest)
     from minillm.ranks import first_to_say, leave
 
-    return leave(errors.run("minillm train", body, rest, first_to_say))
+    return leave(program.run("minillm train", body, rest, first_to_say))
 
 
 def _about(argv: Sequence[str]) -> None:

@@ -2,7 +2,7 @@
 
 Rates are the dense ones of the makers' data sheets, without structured sparsity, and for the tensor
 cores those with fp32 accumulation, which is what training uses. They are upper limits and none of
-them was measured here. What this file does not do: say what share of them a training reaches.
+them was measured here. What share of them training reaches is an assumption, which stands below.
 """
 
 import re
@@ -12,6 +12,12 @@ from minillm.cli import nearest
 from minillm.errors import UsageError
 
 GIB = 2**30
+# Assumed where neither a card's sheet nor a flag of `minillm plan` says otherwise.
+MFU = 0.4  # share of the peak rate that training reaches
+OVERLAP = 0.7  # share of the communication that runs during the computation
+LATENCY_US = 5.0  # of a message between GPUs
+NODE_GPUS = 8
+HOST_GBS = 25.0  # between a GPU and the memory of its host
 TRITON_CAPABILITY = (8, 0)  # the oldest compute capability that the Triton kernels support
 
 

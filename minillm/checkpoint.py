@@ -18,10 +18,11 @@ import torch
 
 from minillm.agreement import agree, gather
 from minillm.config import ModelConfig
-from minillm.errors import CorruptError, UsageError, one_line
+from minillm.errors import CorruptError, UsageError
 from minillm.launch import shell_command
 from minillm.model import GPT
 from minillm.ops import select
+from minillm.program import one_line
 from minillm.ranks import Ranks
 from minillm.reading import Checkpoint, read_state, verified
 from minillm.runs import TRIES, folder_of, listing, load_run_tokenizer, read_config, require_run

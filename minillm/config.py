@@ -7,14 +7,16 @@ choices of them.
 from argparse import ArgumentTypeError
 from dataclasses import dataclass, fields
 
-from minillm import cli, schedule
+from minillm import cli
+from minillm.encodings import check_encoding
 from minillm.errors import UsageError
-from minillm.plaintext import check_encoding
 from minillm.presets import PRESETS
 from minillm.setting import check_range, parts_of, setting, several
 from minillm.shape import ModelConfig, nearest_divisor
 
 __all__ = ["PRESETS", "ModelConfig", "TrainConfig"]
+
+SCHEDULES = ("cosine", "wsd", "linear", "constant")  # implemented in schedule.py
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class TrainConfig:
     )  # fmt: skip
     warmup: int = setting(100, "length of the warm-up in steps (0: none)", low=0)
     schedule: str = setting(
-        "cosine", "shape of the learning rate after the warm-up", choices=schedule.KINDS
+        "cosine", "shape of the learning rate after the warm-up", choices=SCHEDULES
     )
     decay_fraction: float = setting(
         0.2, "share of the whole run, its last part, over which the schedule wsd decays the rate; "

@@ -24,10 +24,11 @@ from errno import ELOOP, ENAMETOOLONG
 from pathlib import Path
 
 from minillm import formats, rows
+from minillm.encodings import check_encoding, is_utf8
 from minillm.errors import UsageError
 from minillm.ownership import product, product_around
 from minillm.pickles import refuse_pickle
-from minillm.plaintext import ERRORS, check_encoding, decode, is_utf8, shown
+from minillm.plaintext import ERRORS, decode, shown
 from minillm.storage import naming
 
 # What counts as text in a folder; a file named one by one may have any ending.

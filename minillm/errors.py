@@ -1,30 +1,10 @@
 """Errors that a user can cause, each with the exit code its process ends with.
 
-Code 1 (a bug of ours) is whatever is not named here. What this room does not do: catch bugs.
+Code 1, a bug of ours, belongs to every error that is not named here. program.py turns errors into
+exit codes.
 """
 
-import errno
-import os
 import signal
-import sys
-import threading
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-
-from minillm import machine_errors, terminal
-
-LINE = 500  # characters of an error line; two long paths fit
-HANGUP = 141  # 128 + SIGPIPE: the reader of our standard output went away
-# Signals that ask a process to end; SIGINT is Python's own KeyboardInterrupt. A scheduler sends
-# SIGUSR1, SIGUSR2 or SIGXCPU before it takes the machine away, a terminal SIGHUP when it closes.
-# SIGBREAK is Windows'; each system has some of them.
-ENDING = tuple(
-    getattr(signal, name)
-    for name in ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGBREAK")
-    if hasattr(signal, name)
-)
 
 
 class MinillmError(Exception):
@@ -64,154 +44,8 @@ class PeerLostError(MinillmError):
 
 
 class Terminated(BaseException):
-    """A signal of ENDING has come: no Exception, so that nothing but `run` catches it."""
+    """A signal of ENDING has come: no Exception, so that nothing but program.run catches it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
         self.signal = number
-
-
-def one_line(text: str, limit: int = 300) -> str:
-    """`text` on one printable line of at most `limit` characters (control characters escaped).
-
-    What is too long loses its middle: at the end stands what to do.
-    """
-    line = " ".join(terminal.decoded(text).split("\n"))
-    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
-    return line if len(line) <= limit else line[: limit // 2 - 3] + "..." + line[-limit // 2 :]
-
-
-def run(
-    name: str,
-    body: Callable[[Sequence[str]], None],
-    argv: Sequence[str],
-    may_say: Callable[[str], bool] = lambda text: True,
-) -> int:
-    """Run `body(argv)`; print a refusal as `name: error: ...` and return the exit code.
-
-    `--debug` among the arguments lets every traceback through.    may_say: asked before a refusal
-    is printed, so that of several processes with the same refusal only one prints it.
-    """
-    _mend_streams()
-    try:
-        try:
-            with _terminated_in_order():
-                body(argv)
-        finally:
-            sys.stdout.flush()  # at exit a reader that went away would be no BrokenPipeError
-        return 0
-    except SystemExit as stop:  # argparse: --help is 0, wrong usage is 2
-        code = stop.code or 0
-        return code if isinstance(code, int) else 2
-    except KeyboardInterrupt:
-        complain(f"\n{name}: interrupted")
-        return 130
-    except Terminated as end:
-        how = "terminated" if end.signal == signal.SIGTERM else f"ended by {end}"
-        complain(f"{name}: {how}")
-        return 128 + end.signal
-    except BrokenPipeError:
-        _give_up_full_streams()
-        return HANGUP
-    except Exception as error:
-        code = _code(error)
-        if code == 1:
-            complain(f"{name}: this is a bug in minillm; please report what follows")
-        if code == 1 or "--debug" in argv:
-            traceback.print_exc()
-            return code
-        text = one_line(_text(error), LINE - len(f"{name}: error: "))
-        if may_say(text):
-            complain(f"{name}: error: {text}")
-        return code
-
-
-@contextmanager
-def _terminated_in_order() -> Iterator[None]:
-    """Inside, the signals of ENDING are exceptions as SIGINT is: what is half written is taken
-    away.
-    """
-
-    def stop(number: int, frame: object) -> None:
-        raise Terminated(number)
-
-    before = take_signals(ENDING, stop)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def take_signals(numbers: Sequence[int], handler: Callable[[int, object], None]) -> dict:
-    """Set `handler` for these signals; return the handlers that they had before, by number.
-
-    A signal that was being ignored stays ignored: nohup does that to SIGHUP, and a shell to SIGINT
-    of a job in the background. Only the main thread may set handlers; elsewhere nothing is done.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        return {}
-    found = {number: signal.getsignal(number) for number in numbers}
-    # None: the handler is not Python's, and could not be put back.
-    taken = {n: h for n, h in found.items() if h not in (signal.SIG_IGN, None)}
-    for number in taken:
-        signal.signal(number, handler)
-    return taken
-
-
-def complain(line: str, write: Callable[..., None] = print) -> bool:
-    """Print one line on standard error, as far as that can be written to.
-
-    write: called with the line and `file`.
-    Return False if it has no reader any longer: the other end of the pipe has been closed.
-    """
-    read = True
-    try:
-        write(line, file=sys.stderr)
-        sys.stderr.flush()
-    except OSError as error:  # of a terminal that was closed: EIO
-        read = not isinstance(error, BrokenPipeError)
-    _give_up_full_streams()
-    return read
-
-
-def _give_up_full_streams() -> None:
-    """What cannot be written goes nowhere: Python would try again at exit, and complain itself."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def _mend_streams() -> None:
-    """Closed standard streams become the null device; the others read and write UTF-8."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
-    terminal.use_utf8()
-
-
-def _code(error: Exception) -> int:
-    if isinstance(error, MinillmError):
-        return error.code
-    if machine_errors.advice(error):
-        return 4
-    if isinstance(error, OSError):  # a name that none can have is wrong input
-        return 2 if error.errno in (errno.ENAMETOOLONG, errno.ELOOP) else 5
-    return 1
-
-
-def _text(error: Exception) -> str:
-    if isinstance(error, MinillmError):
-        return str(error)
-    if found := machine_errors.advice(error):
-        return f"{found[0]}; {found[1]}"
-    if isinstance(error, OSError):
-        name = error.filename  # text or bytes; of a bare file descriptor a number
-        name = os.fsdecode(name) if isinstance(name, bytes) else str(name or "")
-        name = name if len(name) <= 120 else "..." + name[-117:]
-        if error.errno == errno.ENOENT and not name:  # only the current folder has no name
-            return "the folder that this was started in is gone; change to another"
-        return f"{name}: {error.strerror}" if name else error.strerror or str(error)
-    return str(error)

@@ -13,10 +13,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from minillm.agreement import agree
-from minillm.checkpoint import Checkpoint
 from minillm.model import GPT
 from minillm.optim import Recipe, squares
-from minillm.pieces import Piece, bytes_of, whole_pieces
+from minillm.pieces import Piece, TensorSource, bytes_of, whole_pieces
 from minillm.ranks import Ranks
 
 
@@ -86,12 +85,12 @@ class Full:
             start = self._start(piece.name)
             yield replace(piece, start=start, stop=start + piece.stop)
 
-    def load(self, past: Checkpoint) -> None:
+    def load(self, past: TensorSource) -> None:
         """As sharding.Replicated's; each rank reads its rows."""
         agree(self.ranks, lambda: self._read(past))
 
     @torch.no_grad()
-    def _read(self, past: Checkpoint) -> None:
+    def _read(self, past: TensorSource) -> None:
         past.check_fit("model", dict(self.model.named_parameters()))
         owner = {p: o for o in self.optimizers for g in o.param_groups for p in g["params"]}
         kinds = {key.partition(".")[0] for key in past.names("optimizer")}

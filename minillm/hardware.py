@@ -9,14 +9,12 @@ from dataclasses import dataclass
 
 import torch
 
-from minillm import cards, links, world
-from minillm.cards import GIB, Card
+from minillm import cards, ceilings, links, world
+from minillm.cards import GIB, HOST_GBS, LATENCY_US, MFU, NODE_GPUS, OVERLAP, Card
 from minillm.config import TrainConfig
 from minillm.errors import UnavailableError, UsageError
-from minillm.flags.plan import HOST_GBS, LATENCY_US, MFU, NODE_GPUS, OVERLAP
 from minillm.links import Link, Network
 from minillm.plan_fit import Capacity
-from minillm.profiling import machine
 from minillm.units import digits, si, size
 
 # For GPUs that are not in the table: one direction, GB/s.
@@ -158,7 +156,7 @@ def _here(args: Namespace, train: TrainConfig, width: int) -> Hardware:
     together = bool(args.links) and args.gpus > 1  # ranks that share this machine's processors
     if device.type == "cpu":
         world.set_threads(1 if together else train.threads)
-    name, notes = machine.name(device), []
+    name, notes = ceilings.name(device), []
     peak, said = args.flops, _of(args.flops, f"measured here, {name}")
     if peak is None:
         peak = world.measured_peak_flops(device, dtype)
@@ -168,7 +166,7 @@ def _here(args: Namespace, train: TrainConfig, width: int) -> Hardware:
         said += f", whose {threads} processors {args.gpus} ranks share"
     memory = args.memory_gbs
     if memory is None:
-        memory = machine.ceilings(device, (), quick=True)["memory_gbps"]
+        memory = ceilings.ceilings(device, (), quick=True)["memory_gbps"]
     notes.append(
         f"peak {si(peak, 'FLOP/s')} per rank: {said}; "
         f"memory {si(1e9 * memory, 'B/s')}: {_of(args.memory_gbs, 'measured here')}"

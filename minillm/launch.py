@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from minillm import errors
+from minillm import program
 from minillm.errors import UnavailableError, UsageError
 
 PACKAGES = ("torch", "numpy", "sentencepiece", "tqdm", "safetensors")
@@ -53,7 +53,7 @@ def answered(
             raise UnavailableError(f"{names}: not installed here; install with pip install {names}")
         parsed.append(args)
 
-    code = errors.run(name, work, argv)
+    code = program.run(name, work, argv)
     return None if parsed else code
 
 

@@ -10,9 +10,9 @@ from typing import Any, TextIO
 
 from minillm import console, launch
 from minillm.console import Bar, Fact, View, clock
-from minillm.errors import complain
 from minillm.json_text import json_text
 from minillm.outlook import Outlook
+from minillm.program import complain
 from minillm.storage import write_durably
 from minillm.table import Table, speed
 

@@ -5,7 +5,8 @@ What this room does not do: collectives (zero.py), files (checkpoint.py).
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +16,23 @@ from minillm.buckets import Bucket
 
 # read(kind, name, start, stop): elements [start, stop) of that state of a parameter; None: unknown.
 Read = Callable[[str, str, int, int], Tensor | None]
+
+
+class TensorSource(Protocol):
+    """Where weights and optimiser states are read from; a verified checkpoint is one.
+
+    folder: named in errors
+    tensors: returns all tensors of a kind ("model", "optimizer") by name
+    piece: returns elements of one tensor, see Read
+    names: returns the names of the tensors of a kind
+    check_fit: raises CorruptError unless a kind has the names and shapes of the tensors given
+    """
+
+    folder: Path
+    tensors: Callable[[str], dict[str, Tensor]]
+    piece: Read
+    names: Callable[[str], Collection[str]]
+    check_fit: Callable[[str, dict[str, Tensor]], None]
 
 
 @dataclass(frozen=True)

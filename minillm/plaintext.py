@@ -6,6 +6,7 @@ This module does not open files or know formats (documents.py, rows.py, formats.
 import os
 from pathlib import Path
 
+from minillm.encodings import is_utf8
 from minillm.errors import UsageError
 
 ERRORS = ("strict", "replace")
@@ -44,22 +45,6 @@ def shown(path: str | Path) -> str:
     """Return the path for a message: its end only, when it would fill the whole line."""
     text = os.fspath(path)
     return text if len(text) <= 120 else "..." + text[-117:]
-
-
-def check_encoding(name: str) -> None:
-    """Raise UsageError if `name` is no encoding of text that Python knows."""
-    try:
-        "".encode(name)
-        b"".decode(name)
-    except (LookupError, ValueError):
-        raise UsageError(
-            f"--encoding {name}: no such encoding; try utf-8, cp1252, latin-1, utf-16 or gb18030"
-        ) from None
-
-
-def is_utf8(encoding: str) -> bool:
-    """Whether `encoding` is a name of UTF-8."""
-    return encoding.lower().replace("_", "-") in ("utf-8", "utf8", "utf-8-sig")
 
 
 def decode(data: bytes, where: str, errors: str = "strict", encoding: str = "utf-8") -> str:

@@ -18,8 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minillm import console
-from minillm.errors import PeerLostError, UnavailableError, complain
+from minillm.errors import PeerLostError, UnavailableError
 from minillm.launch import World, launched, shell_command
+from minillm.program import complain
 
 
 class Ranks:

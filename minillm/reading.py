@@ -17,9 +17,9 @@ from minillm.agreement import agree
 from minillm.errors import CorruptError
 from minillm.ranks import Ranks
 from minillm.state import check_state
-from minillm.statetensors import load_into, refuse_misfit, refuse_states, refuse_values
+from minillm.statetensors import load_into, refuse_misfit, refuse_values
 from minillm.storage import file_digest, read_json
-from minillm.tensorfiles import FILE, TensorFiles, files_by_kind
+from minillm.tensorfiles import FILE, Stored, TensorFiles, files_by_kind
 
 # What a system says of a file that is gone since it was listed, of a medium that has lost data, and
 # of a thing that is no file.
@@ -230,3 +230,31 @@ def _or_corrupt(path: Path, read: Callable[[], T]) -> T:
         if error.errno not in DAMAGED:
             raise
         raise CorruptError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def refuse_states(
+    source: Path,
+    found: dict[str, Stored],
+    kinds: dict[str, frozenset[str]],
+    shapes: dict[str, tuple[int, ...]],
+) -> None:
+    """Raise CorruptError unless the optimiser states `found`, KIND.PARAMETER, are what they must.
+
+    source: the file that should have what is missing.    kinds: parameter -> its states, all of
+    which must be there; none at all is the state before the first step.    shapes: of the
+    parameters; a state has that of its own, "step" is one number.
+    """
+    expected = {f"{kind}.{name}" for name, own in kinds.items() for kind in own}
+    missing, extra = sorted(expected - found.keys()), sorted(found.keys() - expected)
+    if extra:
+        path = found[extra[0]].parts[0].path
+        raise CorruptError(f"{path}: holds {extra[0]}, which the run's optimiser does not know")
+    if found and missing:
+        raise CorruptError(f"{source}: lacks {missing[0]}, which the run's optimiser keeps")
+    for key, t in found.items():
+        kind, _, name = key.partition(".")
+        shape = () if kind == "step" else shapes[name]
+        if t.shape != shape or not t.dtype.is_floating_point:
+            raise CorruptError(
+                f"{t.parts[0].path}: {key} is {t.dtype} {list(t.shape)}, expected {list(shape)}"
+            )

@@ -3,9 +3,10 @@
 import json
 from typing import TextIO
 
-from minillm.errors import DivergedError, one_line
+from minillm.errors import DivergedError
 from minillm.generate import generate
 from minillm.meter import append
+from minillm.program import one_line
 from minillm.stream import TextStream
 from minillm.training import Training, averaged
 

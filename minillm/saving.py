@@ -10,24 +10,26 @@ read checkpoints (checkpoint.py).
 """
 
 import errno
+import math
 import re
 import shutil
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 from torch import Tensor
 
 from minillm.agreement import agree, gather
 from minillm.discarding import carry_over, clear, discard, discard_all, is_of_others, own_names
-from minillm.errors import CorruptError
+from minillm.errors import CorruptError, DivergedError
 from minillm.ownership import remove_files
 from minillm.placing import is_temporary, lock
 from minillm.ranks import Ranks
 from minillm.runs import checkpoints_of, require_run, step_folders
-from minillm.statetensors import require_finite
 from minillm.storage import file_digest, read_json, sync_folder, write_json, write_whole
-from minillm.tensorfiles import file_bytes, file_name, files_by_kind, range_of
+from minillm.tensorfiles import file_bytes, file_name, files_by_kind, key_of, range_of
 
 ALONE = Ranks()
 MARGIN = 1.1  # of free space: the header, state.json and whatever else is written meanwhile
@@ -200,3 +202,34 @@ def _is_whole(folder: Path) -> bool:
         return all(file_digest(folder / name) == files[name]["sha256"] for name in files)
     except (CorruptError, OSError):
         return False
+
+
+def sharded_tensors(
+    pieces: Iterable[Any], shapes: dict[str, tuple[int, ...]]
+) -> dict[str, dict[str, Tensor]]:
+    """What checkpoint.save wants of a rank that keeps pieces of parameters: "model", "optimizer".
+
+    pieces: of elements [p.start, p.stop) of parameter p.name, row by row: p.master, their values,
+    and p.state, kind -> their state: (stop - start,), or () for one number for all of them.
+    shapes: of the whole parameters.
+    """
+    model, optimizer = {}, {}
+    for p in pieces:
+        whole = p.stop - p.start == math.prod(shapes[p.name])
+        key, shape = (p.name, shapes[p.name]) if whole else (key_of(p.name, p.start, p.stop), (-1,))
+        model[key] = p.master.view(shape)
+        for kind, value in p.state.items():
+            if value.dim():
+                optimizer[f"{kind}.{key}"] = value.view(shape)
+            else:
+                optimizer[f"{kind}.{p.name}"] = value
+    return {"model": model, "optimizer": optimizer}
+
+
+def require_finite(kind: str, named: dict[str, Tensor]) -> None:
+    """Raise DivergedError, naming the tensor, unless every value is finite."""
+    for name, t in named.items():
+        # The sum is finite only if all of them are, and nine times cheaper than looking at each;
+        # a sum may also be too large where none of them is.
+        if not torch.isfinite(t.detach().sum()) and not torch.isfinite(t.detach()).all():
+            raise DivergedError(f"{name} of the {kind} is not finite; no checkpoint is written")

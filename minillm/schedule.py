@@ -9,8 +9,6 @@ import math
 from bisect import bisect_right
 from dataclasses import dataclass, replace
 
-KINDS = ("cosine", "wsd", "linear", "constant")
-
 
 @dataclass(frozen=True)
 class Schedule:

@@ -19,10 +19,9 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from minillm.agreement import agree
-from minillm.checkpoint import Checkpoint
 from minillm.model import GPT
 from minillm.optim import Recipe, squares
-from minillm.pieces import Piece, bytes_of, whole_pieces
+from minillm.pieces import Piece, TensorSource, bytes_of, whole_pieces
 from minillm.ranks import Ranks
 from minillm.statetensors import load_optimizer_tensors, load_weights
 from minillm.zero import ZeroOptimizer
@@ -89,7 +88,7 @@ class Replicated:
         mine = self.ranks.share_of(self.parameters)
         yield from whole_pieces({name: self.parameters[name] for name in mine}, self.optimizers)
 
-    def load(self, past: Checkpoint) -> None:
+    def load(self, past: TensorSource) -> None:
         """Take all weights and states from a checkpoint."""
         load_weights(self.model, past.tensors("model"), past.folder)
         for optimizer in self.optimizers:
@@ -158,14 +157,14 @@ class Flat:
         for optimizer in self.optimizers:
             yield from optimizer.pieces()
 
-    def load(self, past: Checkpoint) -> None:
+    def load(self, past: TensorSource) -> None:
         """As Replicated's; each rank reads its shards."""
         past.check_fit("model", dict(self.model.named_parameters()))
         agree(self.ranks, lambda: self._read(past))  # before any rank waits for the others
         for optimizer in self.optimizers:
             optimizer.load(past.piece)
 
-    def _read(self, past: Checkpoint) -> None:
+    def _read(self, past: TensorSource) -> None:
         """Read this rank's weights once, so that damage is met here."""
         for piece in self.pieces():
             past.piece("model", piece.name, piece.start, piece.stop)
@@ -195,7 +194,7 @@ class Sharding(Protocol):
     step: Callable[[Tensor | None], None]
     drop: Callable[[], None]
     pieces: Callable[[], Iterator[Piece]]
-    load: Callable[[Checkpoint], None]
+    load: Callable[[TensorSource], None]
     bytes: Callable[[], dict[str, int]]
     gathered: Callable[[], AbstractContextManager]
 

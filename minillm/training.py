@@ -22,11 +22,12 @@ from minillm.pace import Pacer
 from minillm.precision import LossScale
 from minillm.ranks import Ranks
 from minillm.recurrence import draw
+from minillm.saving import sharded_tensors
 from minillm.schedule import Schedule
 from minillm.sharding import Sharding
 from minillm.shards import Corpus
 from minillm.state import RESUMED, check_state
-from minillm.statetensors import load_into, sharded_tensors
+from minillm.statetensors import load_into
 from minillm.watch import EASY, Stopped, Watch
 
 

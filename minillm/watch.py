@@ -2,7 +2,7 @@
 
     signals that ask   the first is noted, for the loop to save and end; the second ends the process
     it to end          at once, code 128 + signal, whatever it is busy with. They are SIGINT and
-                       errors.ENDING: SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, SIGXCPU
+                       signals.ENDING: SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, SIGXCPU
     no sign of life    the stacks of all threads, and code 7
 
 One thread sees to both. It counts its own ticks and no clock, so that a process that was stopped
@@ -20,8 +20,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from minillm.errors import ENDING, take_signals
 from minillm.ranks import Ranks
+from minillm.signals import ENDING, take_signals
 
 SIGNALS = (signal.SIGINT, *ENDING)
 TICK_S = 1.0

@@ -14,7 +14,7 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
-from minillm import errors, launch, ownership, storage, world
+from minillm import launch, ownership, program, signals, storage, world
 from minillm.scripts import train as train_script
 from minillm.shards import is_prepared
 
@@ -129,7 +129,7 @@ def default_signals() -> Iterator[None]:
 
     Where pytest runs in the background, or under nohup, some of them are ignored.
     """
-    found = {n: signal.getsignal(n) for n in (signal.SIGINT, *errors.ENDING)}
+    found = {n: signal.getsignal(n) for n in (signal.SIGINT, *signals.ENDING)}
     ignored = [number for number, handler in found.items() if handler is signal.SIG_IGN]
     for number in ignored:
         usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
@@ -183,7 +183,7 @@ def train(text_file: Path) -> Callable[..., int]:
             words += [str(w) for pair in tiny.items() if pair[0] not in words for w in pair]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(world, "measured_peak_flops", lambda device, dtype: 1e10)
-            return errors.run("train.py", train_script.main, words)
+            return program.run("train.py", train_script.main, words)
 
     return run
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import sys
 
-from minillm import errors
+from minillm import program
 from minillm.model import GPT
 from minillm.ranks import leave
 from minillm.scripts import train as script
@@ -38,7 +38,7 @@ def main(rank: int, calls: set[int], value: float, flags: list[str]) -> int:
         return around(t, row)
 
     GPT.forward, script.look_around = spoilt, look_around
-    code = errors.run("train.py", script.main, flags)
+    code = program.run("train.py", script.main, flags)
     print(json.dumps(digests), flush=True)
     return code
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from minillm import errors
+from minillm import program
 from minillm.commands import plan, prepare, profile
 from minillm.scripts import sample
 from minillm.scripts import train as train_script
@@ -19,7 +19,7 @@ MAINS: dict[str, Callable[[Sequence[str]], None]] = {
 def refusal(name: str, words: Sequence[str], code: int, capfd) -> str:
     """The line that `name` refuses `words` with, after a look at its form and the exit code."""
     capfd.readouterr()
-    given = errors.run(name, MAINS[name], list(words))
+    given = program.run(name, MAINS[name], list(words))
     out, err = capfd.readouterr()
     assert given == code, err
     line = one_error(name, err)

@@ -21,8 +21,8 @@ from minillm.optim import state_kinds
 from minillm.plan import Job
 from minillm.plan import memory as planned
 from minillm.ranks import Ranks
+from minillm.saving import sharded_tensors
 from minillm.sharding import Sharding
-from minillm.statetensors import sharded_tensors
 from tests.sharding_toy import (
     BF16,
     F32,

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minillm import __main__ as verbs
-from minillm import errors, runs, storage
+from minillm import program, runs, storage
 from minillm.scripts import sample
 from minillm.scripts import train as train_script
 
@@ -263,7 +263,7 @@ def test_config_files(train, tmp_path, capfd, content, ending, fragment):
     path = tmp_path / f"c.{ending}"
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    code = errors.run(
+    code = program.run(
         "train.py", train_script.main, ["--config", str(path), "--out", str(tmp_path / "x")]
     )
     check(code, 2, fragment, "train.py", capfd)
@@ -272,7 +272,7 @@ def test_config_files(train, tmp_path, capfd, content, ending, fragment):
 @pytest.mark.parametrize("flags, code, fragment", SAMPLE)
 def test_sample(place, tiny_run, capfd, flags, code, fragment):
     words = [str(tiny_run), *filled(flags, place, tiny_run)]
-    given = errors.run("sample.py", sample.main, words)
+    given = program.run("sample.py", sample.main, words)
     err = capfd.readouterr().err
     lines = err.splitlines(keepends=True)
     if "seed 0, " not in lines[0] and lines[0].startswith(str(tiny_run)):
@@ -291,7 +291,7 @@ def char_run(train, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("character", ["z", "\U0001f642", "\0", "\udcff"])
 def test_a_prompt_beyond_the_characters(char_run, capfd, character):
     words = [str(char_run), "--prompt", "the" + character]
-    assert errors.run("sample.py", sample.main, words) == 2
+    assert program.run("sample.py", sample.main, words) == 2
     line = capfd.readouterr().err.splitlines()[-1]
     assert line.startswith(f"sample.py: error: character {character!a} at position 3 is not among")
 
@@ -306,7 +306,7 @@ def test_no_run(tmp_path, place, monkeypatch, capfd):
         (["no\nname\udcff"], r"no name\udcff: no such run"),
         (["a", "b"], "unexpected argument 'b'"),
     ):
-        check(errors.run("sample.py", sample.main, words), 2, fragment, "sample.py", capfd)
+        check(program.run("sample.py", sample.main, words), 2, fragment, "sample.py", capfd)
 
 
 def weights(run: Path) -> Path:
@@ -386,7 +386,7 @@ DAMAGE = {
 def test_damaged_runs(tiny_run, place, tmp_path, capfd, damage, code, fragment):
     run = shutil.copytree(tiny_run, tmp_path / "run")
     damage(run, place)
-    given = errors.run("sample.py", sample.main, [str(run), "--checkpoint", "8"])
+    given = program.run("sample.py", sample.main, [str(run), "--checkpoint", "8"])
     check(given, code, fragment, "sample.py", capfd)
 
 
@@ -450,11 +450,11 @@ def test_more_samples_than_memory(tiny_run, monkeypatch, capfd):
     """16 tokens of 2 x 16 floats take 2 KiB a sample."""
     monkeypatch.setattr(sample.world, "available_memory", lambda device: 5 << 11)
     words = [str(tiny_run), "--num-samples", "6", "--max-tokens", "3"]
-    assert errors.run("sample.py", sample.main, words) == 4
+    assert program.run("sample.py", sample.main, words) == 4
     line = capfd.readouterr().err.splitlines()[-1]
     assert line.startswith("sample.py: error: --num-samples 6 needs ") and "at most 5 fit" in line
     words[2] = "5"
-    assert errors.run("sample.py", sample.main, words) == 0
+    assert program.run("sample.py", sample.main, words) == 0
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from minillm import errors
+from minillm import program
 from tests.refusals import MAINS, refusal
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="these names are of POSIX systems")
@@ -80,7 +80,7 @@ def test_what_cannot_be_read(here, tiny_run, capfd, command, flag, more, other, 
     there = kind in ("fifo", "endless")
     assert other in line if there else any(what in line for what in (*ABSENT, "no file")), line
     # The name, or its end; what does not print is escaped.
-    assert errors.one_line(NAMES[kind])[-30:].rstrip("/") in line
+    assert program.one_line(NAMES[kind])[-30:].rstrip("/") in line
 
 
 @pytest.mark.parametrize("kind", UNWRITABLE)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minillm import corpus, errors
+from minillm import corpus, program
 from minillm.commands import prepare
 from minillm.scripts import sample
 from minillm.shards import open_corpus
@@ -157,7 +157,7 @@ PROMPTS = ["", "<|endoftext|></s><s>", "\u202e\U0001f468\u200d\U0001f469", "a\0b
 @pytest.mark.parametrize("prompt", PROMPTS, ids=ascii)
 def test_a_prompt_is_plain_text(tiny_run, capfd, prompt):
     words = [str(tiny_run), "--prompt", prompt, "--max-tokens", "3", "--threads", "1"]
-    assert errors.run("sample.py", sample.main, words) == 0
+    assert program.run("sample.py", sample.main, words) == 0
     out, err = capfd.readouterr()
     assert out.startswith(prompt) and "3 tokens in" in err
     # Bytes are tokens here, and the mark of a document comes first.
@@ -173,7 +173,7 @@ EDGES = [
 @pytest.mark.parametrize("words", EDGES, ids=" ".join)
 def test_an_extreme_that_is_fine(tiny_run, capfd, words):
     words = [str(tiny_run), *words, "--max-tokens", "3", "--threads", "1"]
-    assert errors.run("sample.py", sample.main, words) == 0
+    assert program.run("sample.py", sample.main, words) == 0
     assert "3 tokens in" in capfd.readouterr().err
 
 
@@ -191,7 +191,7 @@ def test_prompt_files(tiny_run, tmp_path, capfd, name, data, fragment):
     if data is None:
         os.truncate(path, (100 << 20) + 1)
     words = [str(tiny_run), "--prompt-file", str(path)]
-    assert errors.run("sample.py", sample.main, words) == 2
+    assert program.run("sample.py", sample.main, words) == 2
     assert fragment in capfd.readouterr().err.splitlines()[-1]
 
 
@@ -214,7 +214,7 @@ FINE = {
 def test_text_that_only_looks_bad(here, capfd, data, words, vocabulary):
     Path("odd.txt").write_bytes(data)
     argv = ["odd.txt", "--out", "made", "--workers", "1", *words]
-    assert errors.run("minillm prepare", prepare.main, argv) == 0
+    assert program.run("minillm prepare", prepare.main, argv) == 0
     made = open_corpus("made")
     assert vocabulary in (None, made.vocab_size) and made.vocab_size < 600
     text = data.decode("utf-8", "replace").encode()

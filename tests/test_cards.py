@@ -10,13 +10,12 @@ import pytest
 import torch
 
 from minillm import __main__ as verbs
-from minillm import cards, plan, plan_fit, units, world
+from minillm import cards, ceilings, plan, plan_fit, units, world
 from minillm.cards import CARDS, GIB
 from minillm.config import PRESETS, ModelConfig
 from minillm.errors import UsageError
 from minillm.plan import Job
 from minillm.plan_fit import Budget, Capacity
-from minillm.profiling import machine
 
 GPUS = (1, 8, 64)
 
@@ -34,7 +33,7 @@ def planned(monkeypatch, capfd, tmp_path):
     monkeypatch.setattr(world, "measured_peak_flops", lambda device, dtype: 1e12)
     monkeypatch.setattr(world, "set_threads", lambda wish: (1, "in a test"))
     monkeypatch.setattr(world, "available_memory", lambda device: 8 * GIB)
-    monkeypatch.setattr(machine, "ceilings", lambda *args, **options: {"memory_gbps": 10.0})
+    monkeypatch.setattr(ceilings, "ceilings", lambda *args, **options: {"memory_gbps": 10.0})
     monkeypatch.setattr(plan_fit.activations, "activation_line", made_up_line)
     monkeypatch.chdir(tmp_path)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minillm import errors, runs, saving, statetensors, storage
+from minillm import program, runs, saving, statetensors, storage
 from minillm.checkpoint import ALONE, load_run, open_checkpoint, prune, save
 from minillm.config import ModelConfig
 from minillm.errors import CorruptError, UsageError
@@ -109,7 +109,7 @@ def test_damage_to_any_file_is_noticed(run, name, what, capsys):
     data[len(data) // 2] ^= 4
     changed = {"flip": bytes(data), "cut": bytes(data[:-9]), "empty": b""}
     path.unlink() if what == "gone" else path.write_bytes(changed[what])
-    code = errors.run("sample.py", sample.main, [str(run), "--checkpoint", "8"])
+    code = program.run("sample.py", sample.main, [str(run), "--checkpoint", "8"])
     message = capsys.readouterr().err
     if name.endswith((WEIGHTS, "optimizer-00001-of-00001.safetensors")):
         assert code == 0  # it reads the averaged weights alone

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minillm import errors, training
+from minillm import program, training
 from minillm.checkpoint import open_checkpoint, save
 from minillm.config import ModelConfig, TrainConfig
 from minillm.model import GPT
@@ -162,7 +162,7 @@ def test_one_process_samples_and_resumes_what_several_saved(tiny_run, sharded_ru
     texts = []
     for run in (tiny_run, sharded_run):
         flags = [str(run), "--prompt", "the", "--max-tokens", "12", "--json"]
-        assert errors.run("sample.py", sample.main, flags) == 0
+        assert program.run("sample.py", sample.main, flags) == 0
         texts.append(json.loads(capsys.readouterr().out)["tokens"])
     assert texts[0] == texts[1]
     plain = shutil.copytree(tiny_run, sharded_run.with_name("plain"))

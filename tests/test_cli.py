@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minillm.cli import Parser, duration, edits, nearest, real, whole
-from minillm.errors import UsageError, run
+from minillm.errors import UsageError
+from minillm.program import run
 
 
 def parser():

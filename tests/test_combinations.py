@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minillm import errors
+from minillm import program
 from minillm.config import ModelConfig
 from minillm.errors import UsageError
 from minillm.exit_rules import ExitRule
@@ -137,5 +137,5 @@ def test_padding_is_no_target():
     (["--exit-patience", "2"], "add it"),
 ])  # fmt: skip
 def test_flags_that_do_nothing_are_refused(tiny_run, flags, words, capsys):
-    assert errors.run("sample.py", script.main, [str(tiny_run), *flags]) == UsageError.code
+    assert program.run("sample.py", script.main, [str(tiny_run), *flags]) == UsageError.code
     assert words in capsys.readouterr().err.splitlines()[-1]

@@ -13,7 +13,8 @@ from minillm import documents, encoding, shards, split
 from minillm.commands import prepare as command
 from minillm.corpus import prepare
 from minillm.data import Tokens
-from minillm.errors import CorruptError, UnavailableError, UsageError, run
+from minillm.errors import CorruptError, UnavailableError, UsageError
+from minillm.program import run
 from minillm.tokenizer import train_tokenizer
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from minillm import configure, errors, runs
+from minillm import configure, program, runs
 from minillm.commands import prepare as command
 from minillm.config import TrainConfig
 from minillm.errors import UsageError
@@ -71,12 +71,12 @@ def test_column_and_encoding_train(place, train, capfd):
 
 def test_lists_of_paths_go_round_by_config_files(place, capsys):
     words = ["--data", "a.txt", "b.txt", "--val", "v.txt", "--encoding", "cp1252"]
-    assert errors.run("train.py", script.main, [*words, "--print-config"]) == 0
+    assert program.run("train.py", script.main, [*words, "--print-config"]) == 0
     Path("c.json").write_text(capsys.readouterr().out)
     settings = configure.resolve({}, "c.json", None)
     assert settings.train.data == ("a.txt", "b.txt") and settings.train.val == "v.txt"
     assert settings.train.encoding == "cp1252"
-    assert errors.run("train.py", script.main, ["--config", "c.json", "--print-config"]) == 0
+    assert program.run("train.py", script.main, ["--config", "c.json", "--print-config"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(Path("c.json").read_text())
     Path("c.toml").write_text('data = ["a.txt"]\nval = ["v.txt", "b.txt"]\n')
     train = configure.resolve({}, "c.toml", None).train
@@ -105,7 +105,7 @@ def test_lists_of_paths_go_round_by_config_files(place, capsys):
 def test_paths_that_do_not_fit_are_refused(place, capfd, words, message):
     Path("one.txt").write_text("abcdefghijklmnopqrst")
     argv = ["a.txt", "b.txt", "--out", "prepared", "--tokenizer", "byte"]
-    assert errors.run("minillm prepare", command.main, argv) == 0
+    assert program.run("minillm prepare", command.main, argv) == 0
     small = ["--threads", "1", "--n-layer", "1", "--seq-len", "4"]
     assert message in refusal("train.py", [*words, *small], 2, capfd).replace("\n", " ")
 
@@ -119,10 +119,10 @@ def test_faulty_lists_in_a_config_file_are_named(place, content):
 
 def test_the_command_takes_the_same_flags(place, capfd):
     argv = ["a.txt", "rows.json", "--val", "v.txt", "--text-column", "body", "--tokenizer", "byte"]
-    assert errors.run("minillm prepare", command.main, [*argv, "--out", "c"]) == 0
+    assert program.run("minillm prepare", command.main, [*argv, "--out", "c"]) == 0
     assert open_corpus("c").documents == {"train": 5, "val": 1}
     argv = ["windows.txt", "--encoding", "cp1252", "--out", "d"]
-    assert errors.run("minillm prepare", command.main, argv) == 0
+    assert program.run("minillm prepare", command.main, argv) == 0
 
 
 def test_what_a_folder_passes_over_is_said_at_the_start(place, train, capfd):

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minillm import errors
-from minillm.errors import one_line, run
+from minillm.program import one_line, run
 
 
 def raising(error):
@@ -101,7 +101,9 @@ def test_a_long_message_loses_its_middle():
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no SIGPIPE and no SIGINT")
 def test_a_reader_that_goes_away_is_no_error():
-    program = "import sys; from minillm import errors; sys.exit(errors.run('x', BODY, []))"
+    program = (
+        "import sys; from minillm import errors, program; sys.exit(program.run('x', BODY, []))"
+    )
     body = "lambda argv: [print('y' * 100, flush=True) for _ in range(100000)]"
     process = subprocess.Popen(
         [sys.executable, "-c", program.replace("BODY", body)],

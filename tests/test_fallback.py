@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from minillm import checkpoint, errors, reading, runs, storage
+from minillm import checkpoint, program, reading, runs, storage
 from minillm.checkpoint import load_run, open_checkpoint, save, set_aside
 from minillm.errors import CorruptError
 from minillm.scripts import sample
@@ -80,7 +80,7 @@ def test_none_is_good(run):
         open_checkpoint(run)
     with pytest.raises(CorruptError, match="--checkpoint 4 is refused; no other is good"):
         open_checkpoint(run, "4")
-    assert errors.run("sample.py", sample.main, [str(run)]) == 3
+    assert program.run("sample.py", sample.main, [str(run)]) == 3
 
 
 def test_one_that_was_asked_for_is_no_others_place(run):
@@ -147,7 +147,7 @@ def test_whoever_looks_at_the_newest_one(run, tmp_path, monkeypatch):
 
 def test_sample_goes_on_and_says_from_where(run, capsys):
     flip(run / LAST / FILES[2])
-    assert errors.run("sample.py", sample.main, [str(run), "--max-tokens", "3"]) == 0
+    assert program.run("sample.py", sample.main, [str(run), "--max-tokens", "3"]) == 0
     first, second, _ = capsys.readouterr().err.splitlines()
     assert first.startswith("warning: ") and first.endswith("going on from step 4")
     assert ", step 4, " in second
@@ -276,5 +276,5 @@ def test_a_failing_medium_without_a_way_out(run, monkeypatch, capsys, name):
         return real(path)
 
     monkeypatch.setattr(Path, "read_bytes", fail)
-    assert errors.run("sample.py", sample.main, [str(run)]) == 5
+    assert program.run("sample.py", sample.main, [str(run)]) == 5
     assert capsys.readouterr().err == f"sample.py: error: {run / name}: Input/output error\n"

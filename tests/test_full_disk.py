@@ -74,7 +74,7 @@ def test_the_last_checkpoint_must_be_saved(train, tmp_path, full_at, capfd):
 def test_a_step_that_never_ends(tmp_path, text_file):
     """A process of its own, which ends with 7 and the stacks, and whose run goes on."""
     script = (
-        "import sys, time\nfrom minillm import errors\n"
+        "import sys, time\nfrom minillm import program\n"
         "from minillm.scripts import train as script\n"
         "whole, calls = script.accumulate, []\n"
         "def hanging(*args):\n"
@@ -82,7 +82,7 @@ def test_a_step_that_never_ends(tmp_path, text_file):
         "    if len(calls) == 6: time.sleep(600)\n"
         "    return whole(*args)\n"
         "script.accumulate = hanging\n"
-        "sys.exit(errors.run('train.py', script.main, sys.argv[1:]))"
+        "sys.exit(program.run('train.py', script.main, sys.argv[1:]))"
     )
     flags = [
         "--data", str(text_file), "--cache-dir", str(tmp_path / "cache"), "--tokenizer", "byte",

@@ -18,7 +18,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from minillm import errors
+from minillm import program
 from minillm.commands import plan, prepare, profile
 from minillm.flags import plan as plan_flags
 from minillm.flags import prepare as prepare_flags
@@ -114,7 +114,7 @@ def outcome(name: str, case: Case, place: dict[str, str]) -> str:
 
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = errors.run(name, body, argv)
+        code = program.run(name, body, argv)
     said = err.getvalue()
     if code == 0:
         return "valid" if reached else "shown"

@@ -30,7 +30,7 @@ from minillm.optim import state_kinds
 from minillm.pickles import HEAD, is_pickle, is_safetensors, refuse_pickle
 from minillm.pieces import Piece
 from minillm.ranks import Ranks
-from minillm.statetensors import sharded_tensors
+from minillm.saving import sharded_tensors
 from minillm.tensorfiles import TensorFiles, file_bytes
 from minillm.tokenizer import load_tokenizer
 from tests.thread_ranks import together

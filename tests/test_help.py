@@ -6,7 +6,7 @@ from importlib import import_module
 
 import pytest
 
-from minillm import errors
+from minillm import program
 from minillm.__main__ import VERBS
 from minillm.config import PRESETS
 from minillm.configure import resolve
@@ -20,7 +20,7 @@ def shown(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
 
     def run(verb: str, *words: str) -> str:
-        assert errors.run(verb, FLAGS[verb].parse, words) == 0
+        assert program.run(verb, FLAGS[verb].parse, words) == 0
         return capsys.readouterr().out
 
     return run

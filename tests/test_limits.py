@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from minillm import errors, foreign, reading, runs, shards, storage, tensorfiles
+from minillm import foreign, program, reading, runs, shards, storage, tensorfiles
 from minillm.checkpoint import load_run, open_checkpoint
 from minillm.errors import CorruptError, UnavailableError
 from minillm.scripts import sample
@@ -203,7 +203,7 @@ def test_pickles_are_refused_by_name_and_by_content(run, train, tmp_path, capsys
         line = capsys.readouterr().err
         assert line.count("\n") == 1 and str(path) in line and "pickled" in line
     for words in ([str(path)], [str(run), "--checkpoint", str(path)]):
-        assert errors.run("sample.py", sample.main, words) == 2
+        assert program.run("sample.py", sample.main, words) == 2
         line = capsys.readouterr().err
         assert line.count("\n") == 1 and str(path) in line
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minillm import errors, launch
+from minillm import launch, program
 from minillm.launch import answered
 from tests.conftest import TINY
 
@@ -74,17 +74,17 @@ def raising(error: Exception):
 
 @pytest.mark.parametrize("error, words", MACHINES, ids=lambda x: str(x)[:40])
 def test_what_the_machine_lacks_is_one_line_and_code_4(error, words, capsys):
-    assert errors.run("x.py", raising(error), []) == 4
+    assert program.run("x.py", raising(error), []) == 4
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and said.startswith("x.py: error: ") and words in said, said
     assert "bug" not in said
-    assert errors.run("x.py", raising(error), ["--debug"]) == 4
+    assert program.run("x.py", raising(error), ["--debug"]) == 4
     assert "Traceback" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", OURS, ids=lambda x: str(x)[:40])
 def test_faults_of_ours_are_still_bugs(error, capsys):
-    assert errors.run("x.py", raising(error), []) == 1
+    assert program.run("x.py", raising(error), []) == 1
     assert "this is a bug in minillm" in capsys.readouterr().err
 
 
@@ -95,13 +95,13 @@ def test_a_bug_while_an_error_of_the_machine_is_handled_is_a_bug(capsys):
         except torch.OutOfMemoryError:
             raise KeyError("micro") from None if argv else KeyError("micro")
 
-    assert errors.run("x.py", body, []) == 1
-    assert errors.run("x.py", body, ["x"]) == 1
+    assert program.run("x.py", body, []) == 1
+    assert program.run("x.py", body, ["x"]) == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_torch_without_cuda_is_the_machines(capsys):
-    assert errors.run("x.py", lambda argv: torch.zeros(1, device="cuda"), []) == 4
+    assert program.run("x.py", lambda argv: torch.zeros(1, device="cuda"), []) == 4
     assert "--device cpu" in capsys.readouterr().err
 
 
@@ -110,7 +110,7 @@ def test_triton_without_a_c_compiler_is_the_machines(monkeypatch, tmp_path, caps
     monkeypatch.setenv("PATH", "/nonexistent")
     monkeypatch.delenv("CC", raising=False)
     body = lambda argv: build._build("x", "x.c", str(tmp_path), [], [], [], [])  # noqa: E731
-    assert errors.run("x.py", body, []) == 4
+    assert program.run("x.py", body, []) == 4
     assert "Failed to find C compiler" in (said := capsys.readouterr().err), said
     assert "--kernels eager" in said
 

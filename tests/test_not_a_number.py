@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from minillm import errors, ladder
+from minillm import ladder, program
 from minillm.errors import DivergedError
 from minillm.evaluate import evaluate
 from minillm.exit_rules import DEFAULTS, ExitRule
@@ -94,7 +94,7 @@ def test_weights_that_overflow_are_refused_by_the_script(tiny_run, capsys, monke
 
     monkeypatch.setattr(script.checkpoint, "load_run", large)
     for flags in (["--json"], ["--temperature", "0"], ["--num-samples", "2"]):
-        assert errors.run("sample.py", script.main, [str(tiny_run), *flags]) == 6
+        assert program.run("sample.py", script.main, [str(tiny_run), *flags]) == 6
         out, err = capsys.readouterr()
         assert "NaN" not in out and "Infinity" not in out
         assert "error: new token 1 of sample 0" in err.splitlines()[-1]

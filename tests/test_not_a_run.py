@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from minillm import errors
+from minillm import program
 from minillm.errors import CorruptError, UsageError
 from minillm.runs import read_config, require_run
 from minillm.scripts import sample as script
@@ -68,7 +68,7 @@ def test_the_message_says_what_it_is(folder, monkeypatch, capsys):
     assert str(refused.value) == "none: no such run"
     with pytest.raises(UsageError, match="--checkpoint 4$"):
         require_run(folder / STEP)
-    assert errors.run("sample.py", script.main, ["huginn"]) == 2
+    assert program.run("sample.py", script.main, ["huginn"]) == 2
     assert "in the layout of huginn-0125" in capsys.readouterr().err
     assert require_run(folder / "runs" / "a") == folder / "runs" / "a"
 

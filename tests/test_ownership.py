@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from minillm import errors, placing, runs
+from minillm import placing, program, runs
 from minillm.checkpoint import open_checkpoint, prune, save, set_aside, tidy
 from minillm.commands import prepare, profile
 from minillm.errors import UsageError
@@ -78,11 +78,11 @@ def test_folders_of_others_are_never_written_to(project, train, monkeypatch, cap
         assert train("--out", ".", "--overwrite") == 2
         monkeypatch.chdir(home)
         words = [str(text_file), "--out", str(folder), "--tokenizer", "byte"]
-        assert errors.run("prepare", prepare.main, words) == 2
+        assert program.run("prepare", prepare.main, words) == 2
         words = ["--suite", "model", "--quick", "--out", str(folder), "--device", "cpu"]
-        assert errors.run("profile", profile.main, words) == 2
+        assert program.run("profile", profile.main, words) == 2
         for path in folder.iterdir():
-            assert errors.run("profile", profile.main, ["--trace", str(path), "--quick"]) == 2
+            assert program.run("profile", profile.main, ["--trace", str(path), "--quick"]) == 2
             if path.is_file():
                 assert train("--out", path, "--overwrite") == 2
     assert tree(project) == before
@@ -102,7 +102,7 @@ def test_folders_of_others_are_not_taken_for_runs(project, train, tmp_path, caps
         capsys.readouterr()
         assert train("--resume", project / name) == 2
         assert train("--init-from", project / name) == 2
-        assert errors.run("sample.py", sample.main, [str(project / name)]) == 2
+        assert program.run("sample.py", sample.main, [str(project / name)]) == 2
         said = capsys.readouterr().err.splitlines()
         assert len(said) == 3 and all(none[name] in line for line in said), said
     assert not is_prepared(project / "site")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from minillm import errors, places, runs, storage, world
+from minillm import errors, places, program, runs, storage, world
 from minillm.checkpoint import open_checkpoint
 from minillm.config_files import read_config
 from minillm.scripts import train as train_script
@@ -76,7 +76,7 @@ def test_a_run_is_resumed_from_any_folder(train, project, tmp_path, monkeypatch)
     ):
         monkeypatch.chdir(folder)
         words = ["--resume", run, "--steps", str(step), "--threads", "1"]
-        assert errors.run("train.py", train_script.main, words) == 0
+        assert program.run("train.py", train_script.main, words) == 0
         assert open_checkpoint(Path(run)).step == step
     assert {p.name for p in project.iterdir()} == {"words.txt", "runs", "cache"}
 
@@ -89,7 +89,7 @@ def test_a_run_is_resumed_after_a_move(train, project, tmp_path, monkeypatch):
 
     def resumed(folder: Path, *flags: str | Path) -> int:
         words = ["--resume", folder, "--steps", str(open_checkpoint(folder).step + 1), *flags]
-        return errors.run("train.py", train_script.main, [*map(str, words), "--threads", "1"])
+        return program.run("train.py", train_script.main, [*map(str, words), "--threads", "1"])
 
     moved = project.rename(tmp_path / "moved")
     run = moved / "runs" / "first"

@@ -6,14 +6,13 @@ import sys
 import pytest
 
 from minillm import __main__ as verbs
-from minillm import plan, runs, world
+from minillm import ceilings, plan, runs, world
 from minillm.config import PRESETS, ModelConfig
 from minillm.errors import UsageError
 from minillm.links import ROUNDS, Link, alone, nodes
 from minillm.model import GPT
 from minillm.ops import EAGER
 from minillm.plan import Job
-from minillm.profiling import machine
 
 MIB = 2**20
 MODEL = ModelConfig(vocab_size=1000, seq_len=64, n_layer=4, n_head=4, d_model=64)
@@ -187,7 +186,7 @@ def planned(monkeypatch, capfd, tmp_path):
     """planned(*flags) -> (exit code, output, errors), where a rank has 1 TFLOP/s."""
     monkeypatch.setattr(world, "measured_peak_flops", lambda device, dtype: 1e12)
     monkeypatch.setattr(world, "set_threads", lambda wish: (1, "in a test"))
-    monkeypatch.setattr(machine, "ceilings", lambda *args, **options: {"memory_gbps": 10.0})
+    monkeypatch.setattr(ceilings, "ceilings", lambda *args, **options: {"memory_gbps": 10.0})
     monkeypatch.chdir(tmp_path)
 
     def run(*flags):

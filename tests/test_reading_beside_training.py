@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minillm import checkpoint, errors, reading, runs, tensorfiles
+from minillm import checkpoint, errors, program, reading, runs, tensorfiles
 from minillm.checkpoint import load_run, open_checkpoint, prune, while_there
 from minillm.errors import CorruptError
 from minillm.scripts import sample
@@ -51,7 +51,7 @@ def test_sampling_looks_again_when_a_checkpoint_is_deleted(
         return whole(*args, **options)
 
     monkeypatch.setattr(module, name, late)
-    assert errors.run("sample.py", sample.main, [str(run), "--max-tokens", "3"]) == 0
+    assert program.run("sample.py", sample.main, [str(run), "--max-tokens", "3"]) == 0
     said = capsys.readouterr().err
     assert "step 8" in said and "warning" not in said and len(said.splitlines()) == 2
     assert not (run / "checkpoints" / "step-00000004").exists()
@@ -157,7 +157,7 @@ def test_a_run_without_optimiser_files_can_be_read_but_not_resumed(
         assert torch.equal(p, expected[name])
     for which in ("last", "best", "4"):
         words = [str(run), "--checkpoint", which, "--max-tokens", "3"]
-        assert errors.run("sample.py", sample.main, words) == 0
+        assert program.run("sample.py", sample.main, words) == 0
     assert train("--init-from", run, "--out", tmp_path / "next", "--steps", "1") == 0
     capsys.readouterr()
     assert train("--resume", run, "--steps", "12") == 3

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minillm import errors
+from minillm import program
 from minillm.checkpoint import load_run
 from minillm.scripts import train as script
 
@@ -44,7 +44,7 @@ def test_more_iterations_answer_over_more_hops(tmp_path):
     tasks.main(["register", "--out", str(tmp_path / "corpus"), *sizes, "--train", "18000"])
     for name, flags in (("recurrent", RECURRENT), ("fixed", ["--n-layer", "3", "--init", "zero"])):
         words = ["--data", tmp_path / "corpus", "--out", tmp_path / name, *COMMON, *flags]
-        assert errors.run("train.py", script.main, [str(w) for w in words]) == 0
+        assert program.run("train.py", script.main, [str(w) for w in words]) == 0
     ours = accuracy(tmp_path / "recurrent", tasks, [1, 4, 16])
     fixed = accuracy(tmp_path / "fixed", tasks, [])[1]
     told = {r: [round(a, 2) for a in by_hop] for r, by_hop in {**ours, "fixed": fixed}.items()}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from minillm import errors, ladder, training, validation, world
+from minillm import ladder, program, training, validation, world
 from minillm.checkpoint import open_checkpoint
 from minillm.config import ModelConfig, TrainConfig
 from minillm.model import GPT
@@ -235,7 +235,7 @@ def recurrent_run(train, tmp_path_factory) -> Path:
 
 
 def sampled(capfd, *words) -> tuple[int, str, str]:
-    code = errors.run("sample.py", sample.main, [*map(str, words), "--max-tokens", "9"])
+    code = program.run("sample.py", sample.main, [*map(str, words), "--max-tokens", "9"])
     said = capfd.readouterr()
     return code, said.out, said.err
 

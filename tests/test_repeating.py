@@ -11,8 +11,8 @@ import pytest
 
 from minillm.commands import prepare
 from minillm.configure import resolve
-from minillm.errors import run as ending
 from minillm.presets import PRESETS
+from minillm.program import run as ending
 from minillm.scripts import train as script
 from minillm.storage import read_json
 from tests.test_configure import parse, settle

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minillm import errors, placing, runs
+from minillm import placing, program, runs
 from minillm.checkpoint import load_run, save
 from minillm.errors import UsageError
 from minillm.scripts import sample
@@ -142,7 +142,7 @@ def test_a_run_that_ended_before_its_first_checkpoint(train, tmp_path, monkeypat
     assert said().endswith(
         f"exists; continue it with python train.py --resume {run}, or replace it with --overwrite"
     )
-    assert errors.run("sample.py", sample.main, [str(run)]) == 2
+    assert program.run("sample.py", sample.main, [str(run)]) == 2
     assert said() == (
         f"sample.py: error: {run} holds no checkpoint yet; train on: python train.py --resume {run}"
     )

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from minillm import errors
+from minillm import program
 from minillm.checkpoint import load_run
 from minillm.flags import sample as flags
 from minillm.generate import generate
@@ -19,7 +19,7 @@ def sample(tiny_run, capsysbinary):
     """sample(*flags) -> what went to standard output, as text, and to standard error."""
 
     def run(*flags: str) -> tuple[str, str]:
-        code = errors.run("sample.py", script.main, [str(tiny_run), *flags])
+        code = program.run("sample.py", script.main, [str(tiny_run), *flags])
         out, err = (stream.decode() for stream in capsysbinary.readouterr())
         assert code == 0, err
         return out, err
@@ -152,7 +152,7 @@ def test_special_tokens_in_a_prompt_are_plain_text(tiny_run, sample):
 def test_without_a_run_the_newest_is_taken(tiny_run, tmp_path, monkeypatch, capsys):
     shutil.copytree(tiny_run, tmp_path / "runs" / "nano-1")
     monkeypatch.chdir(tmp_path)
-    assert errors.run("sample.py", script.main, ["--prompt", "def ", "--max-tokens", "9"]) == 0
+    assert program.run("sample.py", script.main, ["--prompt", "def ", "--max-tokens", "9"]) == 0
     out, err = capsys.readouterr()
     assert out.startswith("def ") and "nano-1, step 8" in err
 
@@ -172,7 +172,7 @@ def test_the_space_at_a_prompts_end_is_given_back_to_the_model(bpe_run, capsys, 
     """The first new token begins with it, and it is printed once."""
     tokenizer = load_run(bpe_run)[1]
     flags = ["--prompt", prompt, "--max-tokens", "8", "--num-samples", "8", *heat]
-    assert errors.run("sample.py", script.main, [str(bpe_run), *flags, "--json"]) == 0
+    assert program.run("sample.py", script.main, [str(bpe_run), *flags, "--json"]) == 0
     found = objects(capsys.readouterr().out)
     assert len(found) == 8
     for x in found:
@@ -180,7 +180,7 @@ def test_the_space_at_a_prompts_end_is_given_back_to_the_model(bpe_run, capsys, 
         assert prompt + x["text"] == prompt[:-1] + tokenizer.decode(x["tokens"])
     if heat[1] == "0":
         assert found[0]["text"] and not found[0]["text"].startswith(" ")
-    assert errors.run("sample.py", script.main, [str(bpe_run), *flags]) == 0
+    assert program.run("sample.py", script.main, [str(bpe_run), *flags]) == 0
     shown = capsys.readouterr().out.split("-" * 20 + "\n")
     assert shown == [prompt + x["text"] + "\n" for x in found]
 
@@ -188,7 +188,7 @@ def test_the_space_at_a_prompts_end_is_given_back_to_the_model(bpe_run, capsys, 
 def test_a_prompt_that_needs_no_healing_may_go_on_anyhow(bpe_run, capsys):
     """No longer token begins like a line break: whatever the model likes comes next."""
     flags = ["--prompt", "the cat\n", "--max-tokens", "1", "--num-samples", "8", "--json"]
-    assert errors.run("sample.py", script.main, [str(bpe_run), *flags]) == 0
+    assert program.run("sample.py", script.main, [str(bpe_run), *flags]) == 0
     found = objects(capsys.readouterr().out)
     assert not any(x["text"].startswith("\n\n") for x in found)
     assert len({x["text"] for x in found}) > 1

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minillm.config import SCHEDULES
 from minillm.presets import PRESETS
-from minillm.schedule import KINDS, plain
+from minillm.schedule import plain
 
 PEAK, LOW, WARM, STEPS = 3e-3, 2e-4, 10, 110
 
@@ -31,7 +32,7 @@ def by_hand(kind, step):
     return PEAK
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SCHEDULES)
 def test_closed_forms(kind):
     schedule = plain(kind, PEAK, LOW, WARM, 0.25, STEPS)
     assert schedule.steps == STEPS
@@ -46,7 +47,7 @@ SCHEDULES = st.builds(
     lambda kind, peak, low, warmup, fraction, steps: plain(
         kind, peak, peak * low, warmup, fraction, steps
     ),
-    kind=st.sampled_from(KINDS),
+    kind=st.sampled_from(SCHEDULES),
     peak=st.floats(1e-5, 1),
     low=st.floats(0, 1),
     warmup=st.integers(0, 60),

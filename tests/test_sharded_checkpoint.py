@@ -17,7 +17,7 @@ from minillm.checkpoint import open_checkpoint, save
 from minillm.errors import CorruptError, UnavailableError, UsageError
 from minillm.ranks import Ranks
 from minillm.runs import checkpoints_of
-from minillm.statetensors import sharded_tensors
+from minillm.saving import sharded_tensors
 from minillm.tensorfiles import file_name, key_of
 from tests.thread_ranks import together, well
 

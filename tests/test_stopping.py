@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from minillm import encoding, errors, training, validation
+from minillm import encoding, signals, training, validation
 from minillm.checkpoint import open_checkpoint
 from minillm.runs import checkpoints_of
 from minillm.scripts import train as script
@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.skipif(os.name != "posix", reason="not on this system"),
     pytest.mark.usefixtures("default_signals"),
 ]
-NOTICES = [signal.Signals(n) for n in errors.ENDING if n != signal.SIGTERM]
+NOTICES = [signal.Signals(n) for n in signals.ENDING if n != signal.SIGTERM]
 FLAGS = ["--ema", "0.5", "--steps", "8", "--eval-every", "4", "--keep-last", "9"]
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from minillm import errors
+from minillm import program
 from minillm.data import IGNORED, Batches, evaluation_windows
 from minillm.errors import CorruptError, UsageError
 from minillm.sequences import write_sequences
@@ -163,7 +163,7 @@ def test_train_py_takes_them(train, corpus, tmp_path):
 )
 def test_refusals_are_one_line(tasks, tmp_path, capsys, words, message):
     argv = [*words.split(), "--out", str(tmp_path / "a")]
-    assert errors.run("tasks.py", tasks.main, argv) == 2
+    assert program.run("tasks.py", tasks.main, argv) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("tasks.py: error: ") and message in line
     assert not (tmp_path / "a").exists()

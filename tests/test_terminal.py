@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from minillm import errors, terminal
+from minillm import errors, program, terminal
 from minillm.flags import prepare as prepare_flags
 from minillm.flags import train as train_flags
 from minillm.generate import Token
@@ -70,11 +70,11 @@ def test_what_a_model_writes_cannot_steer_the_terminal(screen, tiny_run, monkeyp
 
     monkeypatch.setattr(script, "generate", generate)
     flags = [str(tiny_run), "--prompt", "\x1b[31m", "--num-samples", "2"]
-    assert errors.run("sample.py", script.main, flags) == 0
+    assert program.run("sample.py", script.main, flags) == 0
     assert capsys.readouterr().out.count("\x1b[31m" + WICKED) == 2
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", screen.stream)
-        assert errors.run("sample.py", script.main, flags) == 0
+        assert program.run("sample.py", script.main, flags) == 0
     shown = screen.text()
     assert shown.count(r"\x1b[31m" + HARMLESS) == 2 and "\x1b" not in shown
 
@@ -95,7 +95,7 @@ def test_other_lines_cannot_either(screen, say, tmp_path, monkeypatch):
         def refuse(argv):
             raise errors.UsageError(WICKED)
 
-        assert errors.run("x", refuse, []) == 2
+        assert program.run("x", refuse, []) == 2
     shown = screen.text()
     assert r"\x1b]0;gone\x07" in shown and "h\u00e9" in shown
     assert not any(c in shown for c in ("\x1b]", "\x07", "\x9b", "\b", "\u202e"))
@@ -106,7 +106,7 @@ def test_text_that_the_locale_hid_is_read_as_utf8():
     assert terminal.decoded("plain h\u00e9") == "plain h\u00e9"
     for kept in ("caf\udce9", "\ud83d", "\udcc3\udca9\ud800"):
         assert terminal.decoded(kept) == kept
-    assert errors.one_line("no caf\udcc3\udca9") == "no caf\u00e9"
+    assert program.one_line("no caf\udcc3\udca9") == "no caf\u00e9"
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])

@@ -27,7 +27,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from minillm import errors  # noqa: E402
+from minillm import errors, program  # noqa: E402
 from minillm.checkpoint import load_run, open_checkpoint  # noqa: E402
 from minillm.corpus import prepare  # noqa: E402
 from minillm.data import Tokens  # noqa: E402
@@ -82,7 +82,7 @@ def make(place: Path) -> list[Victim]:
     (place / "some.txt").write_text(text[:8000], encoding="utf-8", newline="")
     run = place / "run"
     given = ["--data", place / "some.txt", "--out", run, "--cache-dir", place / "prepared"]
-    if errors.run("train.py", train_script.main, [*map(str, given), *FLAGS.split()]):
+    if program.run("train.py", train_script.main, [*map(str, given), *FLAGS.split()]):
         sys.exit("the run to damage could not be made")
     corpus = prepare([str(place / "all.txt")], tokenizer="char", cache_dir=place, say=lambda s: s)
     return [Victim(run, RUN_FILES, read_run), Victim(corpus.folder, CORPUS_FILES, read_corpus)]

@@ -24,7 +24,7 @@ import torch._dynamo  # noqa: F401 - each child would import it anew
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import minillm  # noqa: E402
-from minillm import checkpoint, errors, startup, training, world  # noqa: E402
+from minillm import checkpoint, program, startup, training, world  # noqa: E402
 from minillm.checkpoint import open_checkpoint  # noqa: E402
 from minillm.ranks import first_to_say, leave  # noqa: E402
 from minillm.runs import checkpoints_of  # noqa: E402
@@ -98,7 +98,7 @@ class Child:
             os.dup2(out, 2)
             os.environ.update(place or {})
             _watch(self.board, "--resume" in argv, die_at, slow_save_s)
-            code = leave(errors.run("train.py", train.main, argv, first_to_say))
+            code = leave(program.run("train.py", train.main, argv, first_to_say))
         except KeyboardInterrupt:  # at the very end; Python itself ends so
             code = 130
         finally:

@@ -27,8 +27,11 @@ import torch.distributed as dist
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from minillm import links, world  # noqa: E402
-from minillm.profiling import machine  # noqa: E402
+from minillm import (  # noqa: E402
+    ceilings,  # noqa: E402
+    links,
+    world,
+)
 from minillm.ranks import Ranks, connect  # noqa: E402
 
 KIB = 1024
@@ -161,7 +164,7 @@ def write(path: Path, size: int, entry: dict) -> None:
     content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"worlds": {}}
     cpu = torch.device("cpu")
     content["machine"] = (
-        f"{machine.name(cpu)}, {world.available_threads()} cores, shared; torch "
+        f"{ceilings.name(cpu)}, {world.available_threads()} cores, shared; torch "
         f"{torch.__version__}, gloo over loopback, one thread a rank"
     )
     content["worlds"][str(size)] = entry

@@ -5,15 +5,12 @@ from collections.abc import Sequence
 from functools import partial
 
 from minillm import cards
+from minillm.cards import HOST_GBS, LATENCY_US, MFU, NODE_GPUS, OVERLAP
 from minillm.cli import Parser, path, real, whole
 from minillm.errors import UsageError
 from minillm.flags import train
 from minillm.launch import shell_command
 from minillm.settings import ALIASES
-
-MFU, OVERLAP = 0.4, 0.7
-LATENCY_US, NODE_GPUS, HOST_GBS = 5.0, 8, 25.0
-
 
 COMMON = (
     *("gpu", "gpus", "preset", "zero", "n_layer", "n_head", "d_model", "seq_len"),

@@ -11,13 +11,13 @@ from collections.abc import Callable
 import torch
 
 from minillm import world
+from minillm.ceilings import DTYPES
 from minillm.config import ModelConfig
 from minillm.model import GPT
 from minillm.ops import EAGER
 from minillm.profiling.implementations import Absent, our_table, said
-from minillm.profiling.machine import DTYPES
 from minillm.profiling.operations import Effort, Row
-from minillm.profiling.timing import LEAST, MOST, middle
+from minillm.stopwatch import LEAST, MOST, middle
 
 NOT_COMPILED = "`generate` meets keys of another length, for the compiler a shape, with each token"
 

@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from minillm.errors import UnavailableError, one_line
+from minillm.errors import UnavailableError
 from minillm.kernels import reference
 from minillm.ops import EAGER, Ops, select
 from minillm.profiling.workloads import Problem
+from minillm.program import one_line
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,

@@ -18,8 +18,8 @@ from torch import Tensor
 from minillm.profiling import interpreted, precision, roofline, sizes
 from minillm.profiling.implementations import Absent, implementations, our_table, said
 from minillm.profiling.pivot import WRONG
-from minillm.profiling.timing import Timing, Trial, on_cpu, on_gpu
 from minillm.profiling.workloads import BACKWARD, BOTH, Data, Problem
+from minillm.stopwatch import Timing, Trial, on_cpu, on_gpu
 
 Row = dict[str, Any]
 MOST = 0.5  # relative error, beyond which numbers are wrong whatever their dtype
@@ -43,7 +43,7 @@ def run(
 ) -> list[Row]:
     """The rows of all problems.
 
-    roofs: see machine.ceilings.    say: is told of progress.    save: is given all rows so far
+    roofs: see ceilings.ceilings.    say: is told of progress.    save: is given all rows so far
     after each problem.
     """
     rows: list[Row] = []

@@ -19,7 +19,7 @@ Row = dict[str, Any]
 def bandwidth(roofs: Mapping[str, Any], n_bytes: float) -> tuple[float, str]:
     """Return the bandwidth for a working set of `n_bytes`, in GB/s, and the roof's name.
 
-    roofs: see machine.ceilings. Without "cached_gbps" there is one bandwidth, that of the memory.
+    roofs: see ceilings.ceilings. Without "cached_gbps" there is one bandwidth, that of the memory.
     Of the sizes measured, the largest that is not above `n_bytes` counts, and a larger one that was
     faster, so that the roof errs to the high side.
     """
@@ -32,7 +32,10 @@ def bandwidth(roofs: Mapping[str, Any], n_bytes: float) -> tuple[float, str]:
 
 
 def rows(measured: Iterable[Row], roofs: Mapping[str, Any]) -> list[Row]:
-    """A row for each row of the suite `kernels` that has a time.    roofs: see machine.ceilings."""
+    """A row for each row of the suite `kernels` that has a time.
+
+    roofs: see ceilings.ceilings
+    """
     found = []
     for row in measured:
         if not row["tflops"]:

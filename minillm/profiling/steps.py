@@ -15,14 +15,14 @@ import torch
 from torch import nn
 
 from minillm import world
+from minillm.ceilings import DTYPES
 from minillm.config import ModelConfig
 from minillm.model import GPT
 from minillm.ops import EAGER, Ops
 from minillm.optim import make_optimizers, set_learning_rate
 from minillm.profiling.implementations import Absent, our_table, said
-from minillm.profiling.machine import DTYPES
 from minillm.profiling.operations import Effort, Row
-from minillm.profiling.timing import LEAST, MOST, summary
+from minillm.stopwatch import LEAST, MOST, summary
 
 WARMUP = 5
 
@@ -88,7 +88,7 @@ def run(
     quick: bool,
     say: Callable[[str], None],
 ) -> list[Row]:
-    """A row for eager, compiled, ours and ours in a compiled model.    roofs: machine.ceilings."""
+    """A row for eager, compiled, ours and ours in a compiled model.    roofs: ceilings.ceilings."""
     ours, chosen = our_table(device), size(device.type, quick)
     rows = []
     for name, ops, compiled in (

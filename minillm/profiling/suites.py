@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from minillm import world
+from minillm import ceilings, world
 from minillm.errors import UnavailableError
-from minillm.profiling import decoding, machine, operations, roofline, sizes, steps
+from minillm.profiling import decoding, operations, roofline, sizes, steps
 from minillm.profiling.operations import Effort, Row
 from minillm.storage import write_durably
 
@@ -49,8 +49,8 @@ class Job:
         """The ceilings of this machine, measured when first asked for."""
         self.say(f"ceilings of {self.about['device']}")
         # Whatever --dtype says, some operations have fp32 data.
-        dtypes = tuple(machine.DTYPES) if self.device.type == "cuda" else ("fp32", self.dtype)
-        found = machine.ceilings(self.device, tuple(dict.fromkeys(dtypes)), self.quick)
+        dtypes = tuple(ceilings.DTYPES) if self.device.type == "cuda" else ("fp32", self.dtype)
+        found = ceilings.ceilings(self.device, tuple(dict.fromkeys(dtypes)), self.quick)
         self.about["ceilings"] = found
         return found
 

@@ -15,17 +15,17 @@ from pathlib import Path
 
 import torch
 
+from minillm.ceilings import DTYPES
 from minillm.cli import not_one_of
 from minillm.errors import UnavailableError, UsageError
 from minillm.json_text import json_text
 from minillm.kernels import reference
 from minillm.profiling import precision, ranks
 from minillm.profiling.implementations import said
-from minillm.profiling.machine import DTYPES
 from minillm.profiling.operations import MOST, Row, release, trial_of
 from minillm.profiling.pivot import WRONG
-from minillm.profiling.timing import on_gpu
 from minillm.profiling.workloads import BACKWARD, BOTH, FORWARD, Problem
+from minillm.stopwatch import on_gpu
 from minillm.storage import write_durably
 
 TILES = Path(reference.__file__).parent / "tiles"

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minillm.ceilings import DTYPES
 from minillm.positions import rope_tables
-from minillm.profiling.machine import DTYPES
 
 FORWARD, BACKWARD = "forward", "backward"
 # Where the gradients are made in the forward pass, the two cannot be told apart.

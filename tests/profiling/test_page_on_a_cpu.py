@@ -6,7 +6,8 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from minillm.profiling import machine, operations, page, report, roofline, sizes
+from minillm import ceilings
+from minillm.profiling import operations, page, report, roofline, sizes
 
 ABOUT = {
     "device": "Some CPU", "driver": None, "torch": "2.0", "triton": None, "python": "3.11",
@@ -143,7 +144,7 @@ def test_nothing_measured_here_is_over_its_roof():
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        roofs = machine.ceilings(device, ("fp32",), quick=True)
+        roofs = ceilings.ceilings(device, ("fp32",), quick=True)
         ops = ("rms_norm", "add_rms_norm", "swiglu", "rope", "adamw", "decode_attention")
         problems = sizes.problems(ops, "cpu", "fp32", quick=True)
         effort = operations.Effort(0.02, False)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minillm import errors
+from minillm import ceilings, program, stopwatch
 from minillm.commands import profile
 from minillm.flags import profile as flags
 from minillm.kernels import eager
@@ -27,7 +27,6 @@ from minillm.profiling import (
     sizes,
     steps,
     suites,
-    timing,
 )
 from minillm.profiling.workloads import BACKWARD, BOTH, FORWARD, Problem
 
@@ -38,13 +37,13 @@ ROOFS = {"fp32_tflops": 1.0, "bf16_tflops": 2.0, "fp16_tflops": 2.0, "memory_gbp
 
 def run(*flags: object) -> int:
     words = ["--device", "cpu", "--threads", "1", *map(str, flags)]
-    return errors.run("minillm profile", profile.main, words)
+    return program.run("minillm profile", profile.main, words)
 
 
 @pytest.fixture
 def fixed_roofs(monkeypatch):
     """Ceilings that need not be measured."""
-    monkeypatch.setattr(machine, "ceilings", lambda device, dtypes, quick: dict(ROOFS))
+    monkeypatch.setattr(ceilings, "ceilings", lambda device, dtypes, quick: dict(ROOFS))
 
 
 @pytest.fixture
@@ -141,16 +140,16 @@ def test_the_roofline_suite(tmp_path, fixed_roofs, no_interpreter):
 
 AUDIT = """
 import sys
-from minillm import errors
+from minillm import program
 from minillm.commands import profile
 from minillm.profiling import audit, cases
 if __name__ == "__main__":
     two = [cases.Case(90, "swiglu", "bf16", 2048), cases.Case(80, "adamw", "bf16", 0)]
     cases.subset = lambda: two
-    well = errors.run("minillm profile", profile.main, [*sys.argv[1:], "--op", "swiglu"])
+    well = program.run("minillm profile", profile.main, [*sys.argv[1:], "--op", "swiglu"])
     audit.faults = lambda row: ["planted"]
     sys.argv[sys.argv.index("--out") + 1] += "-faulty"
-    print(well, errors.run("minillm profile", profile.main, [*sys.argv[1:], "--op", "adamw"]))
+    print(well, program.run("minillm profile", profile.main, [*sys.argv[1:], "--op", "adamw"]))
 """
 
 
@@ -215,7 +214,7 @@ def test_wrong_input_is_one_line(flags, code, message, capsys):
 
 def test_mps_has_no_kernels_to_compare(capsys):
     for name in ("mps", "mps:0"):
-        assert errors.run("minillm profile", profile.main, ["--device", name]) == 2
+        assert program.run("minillm profile", profile.main, ["--device", name]) == 2
         said = capsys.readouterr().err
         assert f"--device {name}: no kernels" in said and len(said.splitlines()) == 1
 
@@ -233,8 +232,8 @@ def test_a_folder_of_others_is_refused_before_anything_is_measured(tmp_path, cap
 def test_without_triton_the_rest_is_measured(tmp_path):
     code = (
         "import sys; sys.modules['triton'] = None\n"
-        "from minillm import errors; from minillm.commands import profile\n"
-        "sys.exit(errors.run('minillm profile', profile.main, sys.argv[1:]))"
+        "from minillm import program; from minillm.commands import profile\n"
+        "sys.exit(program.run('minillm profile', profile.main, sys.argv[1:]))"
     )
     words = ("--suite", "model", "--quick", "--device", "cpu", "--threads", "1", "--out", tmp_path)
     env = {**os.environ, "PYTHONPATH": str(HOME)}
@@ -261,11 +260,11 @@ def fake_clock(*durations: float):
 
 def test_the_median_is_of_all_runs_and_the_first_is_not_timed():
     now, work = fake_clock(100.0, 1.0, 2.0, 3.0, 4.0, 90.0)  # the first warms up
-    found = timing.on_cpu([timing.Trial(work)], seconds=0.0, now=now)
-    assert found == [timing.Timing(3e6, pytest.approx(found[0].spread_us), 5)]
-    middle, spread = timing.middle([1.0, 2.0, 3.0, 4.0, 5.0])
+    found = stopwatch.on_cpu([stopwatch.Trial(work)], seconds=0.0, now=now)
+    assert found == [stopwatch.Timing(3e6, pytest.approx(found[0].spread_us), 5)]
+    middle, spread = stopwatch.middle([1.0, 2.0, 3.0, 4.0, 5.0])
     assert middle == 3 and spread == pytest.approx(3.6)
-    assert timing.summary([2.0]) == timing.Timing(2e6, 0.0, 1)
+    assert stopwatch.summary([2.0]) == stopwatch.Timing(2e6, 0.0, 1)
 
 
 def test_trials_take_turns_and_preparing_is_not_timed():
@@ -282,10 +281,10 @@ def test_trials_take_turns_and_preparing_is_not_timed():
         clock[0] += 50
         return "given"
 
-    trials = [timing.Trial(tick("a", 1.0), prepare), timing.Trial(tick("b", 2.0))]
-    a, b = timing.on_cpu(trials, seconds=0.0, now=lambda: clock[0])
-    assert (a.median_us, b.median_us, a.runs) == (1e6, 2e6, timing.LEAST)
-    assert order[2:] == [("a", "given"), ("b", None)] * timing.LEAST
+    trials = [stopwatch.Trial(tick("a", 1.0), prepare), stopwatch.Trial(tick("b", 2.0))]
+    a, b = stopwatch.on_cpu(trials, seconds=0.0, now=lambda: clock[0])
+    assert (a.median_us, b.median_us, a.runs) == (1e6, 2e6, stopwatch.LEAST)
+    assert order[2:] == [("a", "given"), ("b", None)] * stopwatch.LEAST
 
 
 @pytest.fixture
@@ -329,20 +328,20 @@ def gpu(monkeypatch):
 
 def test_on_a_gpu_events_are_around_the_run_alone(gpu):
     kernel, log = gpu
-    trial = timing.Trial(kernel("backward", 3.0), kernel("forward", 50.0))
-    found = timing.on_gpu(trial, seconds=0.0, device=CPU)
-    assert (found.median_us, found.spread_us, found.runs) == (3000.0, 0.0, timing.LEAST)
-    assert log[-3:] == ["forward", "hold", "backward"] and log.count("hold") == timing.LEAST
+    trial = stopwatch.Trial(kernel("backward", 3.0), kernel("forward", 50.0))
+    found = stopwatch.on_gpu(trial, seconds=0.0, device=CPU)
+    assert (found.median_us, found.spread_us, found.runs) == (3000.0, 0.0, stopwatch.LEAST)
+    assert log[-3:] == ["forward", "hold", "backward"] and log.count("hold") == stopwatch.LEAST
 
 
 def test_on_a_gpu_each_trial_is_by_itself_and_its_memory_is_told(gpu, monkeypatch):
     kernel, _ = gpu
-    monkeypatch.setattr(operations, "on_gpu", lambda t, s, d: timing.on_gpu(t, s, CPU))
+    monkeypatch.setattr(operations, "on_gpu", lambda t, s, d: stopwatch.on_gpu(t, s, CPU))
 
     def fails(_) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
 
-    trials = {"eager": timing.Trial(fails), "triton": timing.Trial(kernel("k", 1.0))}
+    trials = {"eager": stopwatch.Trial(fails), "triton": stopwatch.Trial(kernel("k", 1.0))}
     found = operations._timed(trials, torch.device("cuda"), 0.0)
     assert found["eager"] == (None, None, "OutOfMemoryError: CUDA out of memory. Tried to allocate")
     assert found["triton"][0].median_us == 1000.0 and found["triton"][1:] == (4000, "")
@@ -426,9 +425,9 @@ def test_compiled_code_is_tried(monkeypatch):
 
 
 def test_the_measured_ceilings_are_of_this_machine():
-    found = machine.ceilings(CPU, ["fp32"], quick=True)
+    found = ceilings.ceilings(CPU, ["fp32"], quick=True)
     assert 1e-4 < found["fp32_tflops"] < 100 and 0.1 < found["memory_gbps"] < 10000
-    assert list(found["cached_gbps"]) == [str(n) for n in machine.WORKING_SETS]
+    assert list(found["cached_gbps"]) == [str(n) for n in ceilings.WORKING_SETS]
     assert all(0.01 < gbps < 100000 for gbps in found["cached_gbps"].values())
     assert machine.folder_name(CPU).rsplit("-", 3)[0] == machine.folder_name(CPU)[:-11]
 
@@ -436,9 +435,9 @@ def test_the_measured_ceilings_are_of_this_machine():
 def test_a_large_product_that_is_interrupted_does_not_lower_the_ceiling_of_a_cpu(monkeypatch):
     """On a CPU with neighbours no long product runs undisturbed, and short operations do."""
     speeds = {512: 0.017, 256: 0.09, 128: 0.08}
-    monkeypatch.setattr(machine, "_product_tflops", lambda n, *_: speeds[n])
-    monkeypatch.setattr(machine, "_streaming_gbps", lambda *_: 10.0)
-    assert machine.ceilings(CPU, ["fp32"], quick=True)["fp32_tflops"] == 0.09
+    monkeypatch.setattr(ceilings, "_product_tflops", lambda n, *_: speeds[n])
+    monkeypatch.setattr(ceilings, "_streaming_gbps", lambda *_: 10.0)
+    assert ceilings.ceilings(CPU, ["fp32"], quick=True)["fp32_tflops"] == 0.09
 
 
 def test_a_fault_of_the_audit_outlives_the_suites_behind_it(tmp_path, capsys, monkeypatch):
@@ -533,6 +532,6 @@ def test_an_error_not_known_is_not_wrong():
 
 def test_ceilings_are_measured_once_a_run(monkeypatch):
     calls = []
-    monkeypatch.setattr(machine, "ceilings", lambda *_: calls.append(1) or dict(ROOFS))
+    monkeypatch.setattr(ceilings, "ceilings", lambda *_: calls.append(1) or dict(ROOFS))
     job = suites.Job(CPU, ("swiglu",), "fp32", True, {"device": "x"}, lambda line: None)
     assert job.roofs is job.roofs and calls == [1] and job.about["ceilings"] == ROOFS

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minillm.profiling import timing
+from minillm import stopwatch
 
 CPU = torch.device("cpu")
 CACHE = 4096  # bytes of the level-2 cache
@@ -58,10 +58,10 @@ def gpu(monkeypatch):
 
         return work
 
-    def measure(run_s: float, prepare_s: float, seconds: float) -> tuple[list, timing.Timing]:
-        trial = timing.Trial(takes("run", run_s), takes("prepare", prepare_s))
+    def measure(run_s: float, prepare_s: float, seconds: float) -> tuple[list, stopwatch.Timing]:
+        trial = stopwatch.Trial(takes("run", run_s), takes("prepare", prepare_s))
         with told:
-            found = timing.on_gpu(trial, seconds, CPU, now=lambda: clock[0])
+            found = stopwatch.on_gpu(trial, seconds, CPU, now=lambda: clock[0])
         return told.log, found
 
     return measure
@@ -77,16 +77,16 @@ def timed(log: list) -> list:
 
 def test_each_run_is_prepared_then_the_cache_is_flushed_and_the_stream_is_held(gpu):
     log, found = gpu(run_s=0.02, prepare_s=0.3, seconds=0.0)
-    assert found == timing.Timing(1000.0, 0.0, timing.LEAST)
+    assert found == stopwatch.Timing(1000.0, 0.0, stopwatch.LEAST)
     names = [name for name, _ in timed(log)]
     once = ["prepare", "zero_", "sum", "hold", "record", "run", "record"]
-    assert names == once * timing.LEAST + ["wait"]
+    assert names == once * stopwatch.LEAST + ["wait"]
 
 
 def test_the_cache_is_left_with_lines_that_were_only_read(gpu):
     log, _ = gpu(run_s=0.02, prepare_s=0.0, seconds=0.0)
     flushes = [entry for entry in timed(log) if isinstance(entry[1], torch.Tensor)]
-    assert len(flushes) == 2 * timing.LEAST
+    assert len(flushes) == 2 * stopwatch.LEAST
     for (write, written), (read, other) in zip(flushes[::2], flushes[1::2], strict=True):
         assert write.endswith("_") and not read.endswith("_")
         assert written.data_ptr() != other.data_ptr()
@@ -97,7 +97,7 @@ def test_the_cache_is_left_with_lines_that_were_only_read(gpu):
 def test_the_stream_is_held_until_the_host_has_launched_the_run_alone(gpu, run_s):
     log, _ = gpu(run_s, prepare_s=0.3, seconds=0.0)
     holds = [cycles for name, cycles in log if name == "hold"]
-    assert len(holds) == timing.LEAST and len(set(holds)) == 1
+    assert len(holds) == stopwatch.LEAST and len(set(holds)) == 1
     fastest = 2.95e9  # cycles a second of the fastest GPUs there are
     assert holds[0] > 0 and run_s < holds[0] / fastest < 0.1
 
@@ -115,4 +115,4 @@ def test_there_are_as_many_runs_as_fit(gpu):
 
 
 def test_there_are_not_too_many_runs(gpu):
-    assert gpu(run_s=1e-5, prepare_s=0.0, seconds=1.0)[1].runs == timing.MOST
+    assert gpu(run_s=1e-5, prepare_s=0.0, seconds=1.0)[1].runs == stopwatch.MOST

@@ -7,7 +7,8 @@ import types
 import pytest
 import torch
 
-from minillm.profiling import timing, tune
+from minillm import stopwatch
+from minillm.profiling import tune
 from minillm.profiling.workloads import BACKWARD, BOTH, FORWARD, Problem
 
 CPU = torch.device("cpu")
@@ -46,7 +47,7 @@ def gpu(monkeypatch, tmp_path):
         trial.once()
         if made.last["BLOCK_N"] > 8:
             raise RuntimeError("out of resource: shared memory")
-        return timing.Timing(made.time(made.last), 1.0, 5)
+        return stopwatch.Timing(made.time(made.last), 1.0, 5)
 
     def job_for(operation, kernel, size):
         job = tune.Job(Problem("swiglu", {"N": 5, "F": size - 208}, "fp32"), FORWARD)
