@@ -13,24 +13,26 @@ from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from minillm import errors, program
+from minillm import errors
 from minillm.flags import sample as flags
-from minillm.launch import answer
+from minillm.runtime import program
+from minillm.runtime.launch import answer
 
 if __name__ == "__main__":  # help and refusals need no torch, whose import takes seconds
     answer("sample.py", flags.parse, sys.argv[1:])
 
-from minillm import checkpoint, runs, terminal, world
-from minillm.cache import slots
-from minillm.exit_rules import exit_rule
-from minillm.generate import generate
-from minillm.json_text import json_text
-from minillm.model import GPT
-from minillm.requests import check_recurrence
-from minillm.speculate import speculate
-from minillm.stream import TextStream
-from minillm.terminal import visible
-from minillm.tokenizer import Tokenizer
+from minillm.checkpoint import find as checkpoint, run_folder as runs
+from minillm.data.tokenizer import Tokenizer
+from minillm.inference.exit_rules import exit_rule
+from minillm.inference.generate import generate
+from minillm.inference.sampling_params import check_recurrence
+from minillm.inference.speculative import speculate
+from minillm.inference.text_stream import TextStream
+from minillm.model.gpt import GPT
+from minillm.model.kv_cache import slots
+from minillm.runtime import device as world, terminal
+from minillm.runtime.json_text import json_text
+from minillm.runtime.terminal import visible
 
 SEPARATOR = "\n" + "-" * 20 + "\n"
 ONE_THREAD_BELOW = 20_000_000  # parameters: smaller matrices are not worth sharing out

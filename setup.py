@@ -11,6 +11,11 @@ from setuptools import setup
 TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.8"]
 PARQUET = ["pyarrow>=15"]
 PDF = ["pypdf>=4"]
+WINGS = (
+    "runtime", "config", "optim", "data", "model", "distributed", "checkpoint", "inference",
+    "planning", "flags", "training", "convert", "profiling", "profiling.audit", "profiling.timing",
+    "profiling.page", "commands",
+)  # fmt: skip
 
 setup(
     name="minillm",
@@ -19,13 +24,7 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
-    packages=[
-        "minillm",
-        "minillm.commands",
-        "minillm.flags",
-        "minillm.profiling",
-        "minillm.kernels",
-    ],
+    packages=["minillm", *(f"minillm.{wing}" for wing in WINGS), "minillm.kernels"],
     package_data={"minillm.kernels": ["tiles/*.json"]},
     py_modules=["minillm.scripts.train", "minillm.scripts.sample"],
     package_dir={"minillm.kernels": "kernels", "minillm.scripts": "."},

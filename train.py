@@ -1,10 +1,8 @@
 """Train a decoder on text: from raw files to a run folder you can sample from.
 
-    python train.py                                  this Python's own source files, two minutes
-    python train.py --data my.txt --time-limit 10m   your text, your time
-    python train.py --resume                         go on with the newest run
-
-It reads from top to bottom: what to do, on which data, with which model; the loop; the end.
+python train.py                                  this Python's own source files, two minutes
+python train.py --data my.txt --time-limit 10m   your text, your time
+python train.py --resume                         go on with the newest run
 """
 
 import sys
@@ -15,33 +13,33 @@ from functools import partial
 from math import gcd
 from pathlib import Path
 
-from minillm import program
 from minillm.flags import train as flags
-from minillm.launch import answer, launched, shell_command
+from minillm.runtime import program
+from minillm.runtime.launch import answer, launched, shell_command
 
 if __name__ == "__main__":  # help and refusals need no torch, whose import takes seconds
     answer("train.py", flags.parse, sys.argv[1:])
 
 import torch
 
-from minillm import checkpoint, console, placing, runs, startup, world
-from minillm.agreement import agree, in_turn
-from minillm.announce import announce, farewell, meter_of, nothing_left
-from minillm.configure import LENGTHS, as_of
-from minillm.gradients import accumulate, clip_factor, compiled, mean_flops
-from minillm.microbatch import largest_that_fits, seconds_per_step
-from minillm.mishaps import keep, report, roll_back
-from minillm.model import GPT
+from minillm.checkpoint import find as checkpoint, placing, run_folder as runs
+from minillm.config.flags import Settings
+from minillm.config.resolve import LENGTHS, as_of
+from minillm.distributed.agreement import agree, in_turn
+from minillm.distributed.ranks import Ranks, connected, first_to_say, leave, named
+from minillm.distributed.strategies import shard
+from minillm.model.gpt import GPT
+from minillm.model.recurrence import state_keys
 from minillm.ops import EAGER, select
-from minillm.optim import Average, recipes, set_learning_rate
-from minillm.pace import Pacer, due, wished_steps
-from minillm.precision import start_scale
-from minillm.ranks import Ranks, connected, first_to_say, leave, named
-from minillm.recurrence import state_keys
-from minillm.samples import show_sample, take_sample
-from minillm.settings import Settings
-from minillm.sharding import shard
-from minillm.training import (
+from minillm.optim.build import Average, recipes, set_learning_rate
+from minillm.optim.loss_scale import start_scale
+from minillm.runtime import console, device as world
+from minillm.training import setup as startup
+from minillm.training.budget import Pacer, due, wished_steps
+from minillm.training.microbatch import largest_that_fits, seconds_per_step
+from minillm.training.recovery import keep, report, roll_back
+from minillm.training.samples import show_sample, take_sample
+from minillm.training.state import (
     Training,
     heed,
     peak_mib,
@@ -51,8 +49,10 @@ from minillm.training import (
     restore,
     share_plan,
 )
-from minillm.validation import findings, judge, note_best
-from minillm.watch import Stopped, Watch
+from minillm.training.steps import accumulate, clip_factor, compiled, mean_flops
+from minillm.training.summary import announce, farewell, meter_of, nothing_left
+from minillm.training.validation import findings, judge, note_best
+from minillm.training.watchdog import Stopped, Watch
 
 
 def main(argv: Sequence[str]) -> None:

@@ -14,12 +14,12 @@ import sys
 import tokenize
 from pathlib import Path
 
-from minillm.checkpoint import load_run
-from minillm.data import Tokens
-from minillm.generate import generate
-from minillm.runs import corpus_of
-from minillm.shards import Corpus, open_corpus
-from minillm.stream import TextStream
+from minillm.checkpoint.find import load_run
+from minillm.checkpoint.run_folder import corpus_of
+from minillm.data.batches import Tokens
+from minillm.data.shards import Corpus, open_corpus
+from minillm.inference.generate import generate
+from minillm.inference.text_stream import TextStream
 
 SAMPLES, TOKENS = 20, 200
 

@@ -190,9 +190,9 @@ def sequences(task: Task, part: str, count: int, seed: int = 0):
 
 def main(argv: list[str]) -> None:
     """Make the corpus that the command line describes."""
-    from minillm import cli
+    from minillm.data.labelled import write_sequences
     from minillm.errors import UsageError
-    from minillm.sequences import write_sequences
+    from minillm.runtime import cli
 
     p = cli.Parser(prog="tasks.py", description=__doc__.split("\n")[0])
     p.add_argument("task", choices=tuple(TASKS))
@@ -234,6 +234,6 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(HOME))  # so that a checkout serves without an installation
-    from minillm import program
+    from minillm.runtime import program
 
     sys.exit(program.run("tasks.py", main, sys.argv[1:]))

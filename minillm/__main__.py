@@ -4,9 +4,10 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
-from minillm import __version__, errors, program
-from minillm.cli import nearest
-from minillm.launch import PACKAGES, answered, shell_command
+from minillm import __version__, errors
+from minillm.runtime import program
+from minillm.runtime.cli import nearest
+from minillm.runtime.launch import PACKAGES, answered, shell_command
 
 VERBS = {
     "train": ("minillm.scripts.train", "train a decoder on text"),
@@ -32,7 +33,7 @@ def main() -> int:
     body: Callable[[Sequence[str]], None] = import_module(VERBS[verb][0]).main
     if verb != "train":
         return program.run(f"minillm {verb}", body, rest)
-    from minillm.ranks import first_to_say, leave
+    from minillm.distributed.ranks import first_to_say, leave
 
     return leave(program.run("minillm train", body, rest, first_to_say))
 

@@ -14,9 +14,9 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
-from minillm import launch, ownership, program, signals, storage, world
+from minillm.data.shards import is_prepared
+from minillm.runtime import device as world, files as storage, launch, ownership, program, signals
 from minillm.scripts import train as train_script
-from minillm.shards import is_prepared
 
 if not torch.cuda.is_available():  # before any kernel is defined: they are interpreted
     os.environ["TRITON_INTERPRET"] = "1"

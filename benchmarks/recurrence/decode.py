@@ -16,14 +16,14 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from minillm.checkpoint import load_run  # noqa: E402
-from minillm.data import evaluation_windows  # noqa: E402
-from minillm.exit_rules import DEFAULTS, ExitRule  # noqa: E402
-from minillm.exits import read_next  # noqa: E402
-from minillm.model import GPT  # noqa: E402
-from minillm.recurrence import state_keys  # noqa: E402
-from minillm.runs import corpus_of  # noqa: E402
-from minillm.shards import open_corpus  # noqa: E402
+from minillm.checkpoint.find import load_run
+from minillm.checkpoint.run_folder import corpus_of
+from minillm.data.batches import evaluation_windows
+from minillm.data.shards import open_corpus
+from minillm.inference.early_exit import read_next
+from minillm.inference.exit_rules import DEFAULTS, ExitRule
+from minillm.model.gpt import GPT
+from minillm.model.recurrence import state_keys
 
 ROWS = 32
 WAYS = [

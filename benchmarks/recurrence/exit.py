@@ -21,10 +21,10 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 sys.path.insert(0, str(HERE))
 
-from register import load_tasks  # noqa: E402
+from register import load_tasks
 
-from minillm.checkpoint import load_run  # noqa: E402
-from minillm.exits import ExitRule, read  # noqa: E402
+from minillm.checkpoint.find import load_run
+from minillm.inference.early_exit import ExitRule, read
 
 MOST, COUNT, KEPT = 48, 512, 0.995
 FIXED = (1, 2, 4, 6, 9, 12, 18, 24, 36, 48)

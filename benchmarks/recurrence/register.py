@@ -22,8 +22,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))
 
-from minillm.checkpoint import load_run  # noqa: E402
-from minillm.model import GPT  # noqa: E402
+from minillm.checkpoint.find import load_run
+from minillm.model.gpt import GPT
 
 STEPS, MEAN, LENGTH = 700, 6, 32
 GRID = ("0.0025", "0.005", "0.01", "0.02", "0.04")

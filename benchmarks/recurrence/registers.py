@@ -18,11 +18,11 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 sys.path.insert(0, str(HERE))
 
-from exit import spearman  # noqa: E402
-from register import ROOT, call, load_tasks, solved, train_arms  # noqa: E402
+from exit import spearman
+from register import ROOT, call, load_tasks, solved, train_arms
 
-from minillm.exits import ExitRule, read  # noqa: E402
-from minillm.model import GPT  # noqa: E402
+from minillm.inference.early_exit import ExitRule, read
+from minillm.model.gpt import GPT
 
 STEPS, MEAN, LENGTH, REGISTERS = 2500, 6, 48, 3
 GRID = ("0.0025", "0.005", "0.01", "0.02")

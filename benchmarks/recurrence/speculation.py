@@ -19,10 +19,10 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from minillm import world  # noqa: E402
-from minillm.checkpoint import load_run  # noqa: E402
-from minillm.generate import Token, generate  # noqa: E402
-from minillm.speculate import Tally, speculate  # noqa: E402
+from minillm.checkpoint.find import load_run
+from minillm.inference.generate import Token, generate
+from minillm.inference.speculative import Tally, speculate
+from minillm.runtime import device as world
 
 PROMPTS = ("def ", "import ", "class ", "    return ", '"""')
 TOKENS, ROUNDS = 100, 5

@@ -17,9 +17,9 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 sys.path.insert(0, str(HERE))
 
-from register import ROOT, call, last, rows, seconds  # noqa: E402
+from register import ROOT, call, last, rows, seconds
 
-from minillm.checkpoint import load_run  # noqa: E402
+from minillm.checkpoint.find import load_run
 
 GRID = ("0.01", "0.02", "0.05", "0.1", "0.2")
 RECURRENT = ["--preset", "nano", "--recurrent", "1,2,1", "--mean-recurrence", "4"]

@@ -27,13 +27,14 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from minillm import errors, program  # noqa: E402
-from minillm.checkpoint import load_run, open_checkpoint  # noqa: E402
-from minillm.corpus import prepare  # noqa: E402
-from minillm.data import Tokens  # noqa: E402
-from minillm.runs import newest_settings, read_config, read_facts  # noqa: E402
-from minillm.scripts import train as train_script  # noqa: E402
-from minillm.shards import open_corpus  # noqa: E402
+from minillm import errors
+from minillm.checkpoint.find import load_run, open_checkpoint
+from minillm.checkpoint.run_folder import newest_settings, read_config, read_facts
+from minillm.data.batches import Tokens
+from minillm.data.prepare import prepare
+from minillm.data.shards import open_corpus
+from minillm.runtime import program
+from minillm.scripts import train as train_script
 
 PAGE = 4096
 EDGE = 8  # bytes at both ends of a file, each of which is damaged in any case

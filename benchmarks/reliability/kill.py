@@ -27,8 +27,8 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE)]
 
-from kill_trials import KINDS, Course, Kill, impatient_trial, kill_trial, stop_trial  # noqa: E402
-from killing import PHASES  # noqa: E402
+from kill_trials import KINDS, Course, Kill, impatient_trial, kill_trial, stop_trial
+from killing import PHASES
 
 
 def repeated(

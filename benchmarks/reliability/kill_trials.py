@@ -16,10 +16,10 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
-from killing import COUNTERS, Child, last_step, place_of, traces  # noqa: E402
+from killing import COUNTERS, Child, last_step, place_of, traces
 
-from minillm.runs import checkpoints_of  # noqa: E402
-from tests.processes import free_port  # noqa: E402
+from minillm.checkpoint.run_folder import checkpoints_of
+from tests.support.processes import free_port
 
 TIMES = 4  # that a run is killed at most
 EVERY = 2  # steps from save to save

@@ -23,12 +23,14 @@ import torch._dynamo  # noqa: F401 - each child would import it anew
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import minillm  # noqa: E402
-from minillm import checkpoint, program, startup, training, world  # noqa: E402
-from minillm.checkpoint import open_checkpoint  # noqa: E402
-from minillm.ranks import first_to_say, leave  # noqa: E402
-from minillm.runs import checkpoints_of  # noqa: E402
-from minillm.scripts import train  # noqa: E402
+import minillm
+from minillm.checkpoint import find as checkpoint
+from minillm.checkpoint.find import open_checkpoint
+from minillm.checkpoint.run_folder import checkpoints_of
+from minillm.distributed.ranks import first_to_say, leave
+from minillm.runtime import device as world, program
+from minillm.scripts import train
+from minillm.training import setup as startup, state as training
 
 for _, name, _ in pkgutil.iter_modules(minillm.__path__, "minillm."):
     if name not in ("minillm.__main__", "minillm.kernels"):

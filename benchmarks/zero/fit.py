@@ -27,12 +27,9 @@ import torch.distributed as dist
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from minillm import (  # noqa: E402
-    ceilings,  # noqa: E402
-    links,
-    world,
-)
-from minillm.ranks import Ranks, connect  # noqa: E402
+from minillm.distributed.ranks import Ranks, connect
+from minillm.planning import network as links
+from minillm.runtime import ceilings, device as world
 
 KIB = 1024
 BUCKET = 25600 * KIB  # 25 MiB, the largest that training sends

@@ -14,14 +14,15 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from minillm import plan, world  # noqa: E402
-from minillm.agreement import gather  # noqa: E402
-from minillm.config import ModelConfig  # noqa: E402
-from minillm.model import GPT  # noqa: E402
-from minillm.ops import EAGER  # noqa: E402
-from minillm.optim import recipes, set_learning_rate  # noqa: E402
-from minillm.ranks import connect  # noqa: E402
-from minillm.sharding import shard  # noqa: E402
+from minillm.config.train import ModelConfig
+from minillm.distributed.agreement import gather
+from minillm.distributed.ranks import connect
+from minillm.distributed.strategies import shard
+from minillm.model.gpt import GPT
+from minillm.ops import EAGER
+from minillm.optim.build import recipes, set_learning_rate
+from minillm.planning import estimate as plan
+from minillm.runtime import device as world
 
 KINDS = ("parameters", "gradients", "masters", "moments")
 CASES = [

@@ -22,14 +22,15 @@ from torch.nn.parallel import DistributedDataParallel
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from minillm import links, plan, world  # noqa: E402
-from minillm.config import ModelConfig  # noqa: E402
-from minillm.gradients import clip_factor  # noqa: E402
-from minillm.model import GPT  # noqa: E402
-from minillm.ops import EAGER  # noqa: E402
-from minillm.optim import recipes, set_learning_rate  # noqa: E402
-from minillm.ranks import Ranks, connect  # noqa: E402
-from minillm.sharding import shard  # noqa: E402
+from minillm.config.train import ModelConfig
+from minillm.distributed.ranks import Ranks, connect
+from minillm.distributed.strategies import shard
+from minillm.model.gpt import GPT
+from minillm.ops import EAGER
+from minillm.optim.build import recipes, set_learning_rate
+from minillm.planning import estimate as plan, network as links
+from minillm.runtime import device as world
+from minillm.training.steps import clip_factor
 
 OURS = {f"stage {s}": s for s in range(4)}
 

@@ -6,24 +6,27 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from minillm import documents, hardware, plan, plan_fit, startup, terminal
-from minillm.bpe import choose_vocab_size
-from minillm.config import ModelConfig, TrainConfig
-from minillm.data import Batches
+from minillm.config.fields import parts_of
+from minillm.config.flags import Settings
+from minillm.config.train import ModelConfig, TrainConfig
+from minillm.data import documents
+from minillm.data.batches import Batches
+from minillm.data.bpe import choose_vocab_size
+from minillm.data.shards import Corpus, is_prepared
+from minillm.data.tokenizer import load_tokenizer
 from minillm.errors import UsageError
 from minillm.flags import plan as flags
-from minillm.hardware import Hardware, Speeds
-from minillm.json_text import json_text
-from minillm.launch import World
-from minillm.links import Network
-from minillm.pace import wished_steps
-from minillm.plan_fit import Budget, Verdict
-from minillm.plan_text import shown
-from minillm.setting import parts_of
-from minillm.settings import Settings
-from minillm.shards import Corpus, is_prepared
-from minillm.tokenizer import load_tokenizer
-from minillm.units import span
+from minillm.planning import estimate as plan, fit as plan_fit, hardware
+from minillm.planning.fit import Budget, Verdict
+from minillm.planning.hardware import Hardware, Speeds
+from minillm.planning.network import Network
+from minillm.planning.tables import shown
+from minillm.runtime import terminal
+from minillm.runtime.json_text import json_text
+from minillm.runtime.launch import World
+from minillm.runtime.units import span
+from minillm.training import setup as startup
+from minillm.training.budget import wished_steps
 
 DEFAULT_TEXT = 11_000_000  # bytes of the default corpus, about
 CHARACTERS = 65  # of tiny shakespeare

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from minillm import terminal
-from minillm.corpus import prepare
+from minillm.data.prepare import prepare
+from minillm.data.shards import is_prepared
 from minillm.errors import UsageError
 from minillm.flags import prepare as flags
-from minillm.shards import is_prepared
+from minillm.runtime import terminal
 
 
 def main(argv: Sequence[str]) -> None:

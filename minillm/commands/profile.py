@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
-from minillm import terminal, world
 from minillm.errors import UnavailableError
 from minillm.flags import profile as flags
-from minillm.profiling import machine, report, sizes, suites, trace, tune
+from minillm.profiling.page import report
+from minillm.profiling.timing import machine, sizes, suites, trace, tune
+from minillm.runtime import device as world, terminal
 
 
 def main(argv: Sequence[str]) -> None:

@@ -4,13 +4,13 @@ from argparse import SUPPRESS, Namespace
 from collections.abc import Sequence
 from functools import partial
 
-from minillm import cards
-from minillm.cards import HOST_GBS, LATENCY_US, MFU, NODE_GPUS, OVERLAP
-from minillm.cli import Parser, path, real, whole
+from minillm.config.flags import ALIASES
 from minillm.errors import UsageError
 from minillm.flags import train
-from minillm.launch import shell_command
-from minillm.settings import ALIASES
+from minillm.planning import cards
+from minillm.planning.cards import HOST_GBS, LATENCY_US, MFU, NODE_GPUS, OVERLAP
+from minillm.runtime.cli import Parser, path, real, whole
+from minillm.runtime.launch import shell_command
 
 COMMON = (
     *("gpu", "gpus", "preset", "zero", "n_layer", "n_head", "d_model", "seq_len"),

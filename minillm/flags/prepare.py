@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from minillm import documents
-from minillm.cli import Parser, path, path_text, real, whole
+from minillm.data import documents
 from minillm.errors import UsageError
-from minillm.launch import shell_command
-from minillm.storage import check_place
-from minillm.terminal import decoded
+from minillm.runtime.cli import Parser, path, path_text, real, whole
+from minillm.runtime.files import check_place
+from minillm.runtime.launch import shell_command
+from minillm.runtime.terminal import decoded
 
 
 def parse(argv: Sequence[str]) -> Namespace:

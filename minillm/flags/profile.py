@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from minillm.cli import Parser, check_device, path, whole
 from minillm.errors import UsageError
-from minillm.launch import shell_command
-from minillm.storage import check_place
+from minillm.runtime.cli import Parser, check_device, path, whole
+from minillm.runtime.files import check_place
+from minillm.runtime.launch import shell_command
 
 SUITES = ("kernels", "model", "decode", "audit", "roofline")
 BY_OP = ("kernels", "audit", "roofline")

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from minillm import cli
 from minillm.errors import UsageError
-from minillm.exit_rules import DEFAULTS, LONGEST, exit_rule
-from minillm.launch import shell_command
-from minillm.terminal import decoded
+from minillm.inference.exit_rules import DEFAULTS, LONGEST, exit_rule
+from minillm.runtime import cli
+from minillm.runtime.launch import shell_command
+from minillm.runtime.terminal import decoded
 
 COMMON = (
     *("run", "prompt", "interactive", "max_tokens", "num_samples", "temperature", "top_k", "top_p"),

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from minillm import cli, documents
-from minillm.config_files import read_config
-from minillm.configure import resolve
+from minillm.config.config_files import read_config
+from minillm.config.flags import ALIASES, Settings, add_flags, notes
+from minillm.config.resolve import resolve
+from minillm.data import documents
 from minillm.errors import UsageError
-from minillm.launch import shell_command
-from minillm.settings import ALIASES, Settings, add_flags, notes
+from minillm.runtime import cli
+from minillm.runtime.launch import shell_command
 
 NEWEST = object()  # --resume without a name
 ELSEWHERE = "--resume goes on in its own folder; drop --out, --init-from and such"

@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
-from minillm.kernels import adamw as room
-from minillm.kernels import reference
+from minillm.kernels import adamw as room, reference
 from minillm.kernels.adamw import adamw
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

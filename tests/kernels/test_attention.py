@@ -2,11 +2,15 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
-from minillm.kernels import _attention_backward, _attention_blocks, _attention_forward, _launch
-from minillm.kernels import attention as room
+from minillm.kernels import (
+    _attention_backward,
+    _attention_blocks,
+    _attention_forward,
+    _launch,
+    attention as room,
+)
 from minillm.kernels.attention import attention
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -4,11 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
-from minillm.kernels import _launch, reference
-from minillm.kernels import decode_attention as room
+from minillm.kernels import _launch, decode_attention as room, reference
 from minillm.kernels.decode_attention import decode_attention
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

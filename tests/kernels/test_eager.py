@@ -417,7 +417,7 @@ MEASURE = """
 import torch
 import torch.nn.functional as F
 from minillm.kernels import eager
-from minillm.world import peak_memory
+from minillm.runtime.device import peak_memory
 torch.set_num_threads(1)
 
 def peak():

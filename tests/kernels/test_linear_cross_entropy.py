@@ -6,13 +6,11 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minillm.kernels import _loss, reference
-from minillm.kernels import linear_cross_entropy as room
+from minillm.kernels import _loss, linear_cross_entropy as room, reference
 from minillm.kernels.linear_cross_entropy import linear_cross_entropy
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

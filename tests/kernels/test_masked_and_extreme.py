@@ -8,8 +8,14 @@ import math
 import pytest
 import torch
 
-from minillm.kernels import attention, decode_attention, eager, linear_cross_entropy, reference
-from minillm.kernels import sample as sampling
+from minillm.kernels import (
+    attention,
+    decode_attention,
+    eager,
+    linear_cross_entropy,
+    reference,
+    sample as sampling,
+)
 
 ATTENTIONS = {
     "reference": reference.attention,

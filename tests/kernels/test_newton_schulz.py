@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
-from minillm.kernels import _launch, eager, reference
-from minillm.kernels import newton_schulz as room
+from minillm.kernels import _launch, eager, newton_schulz as room, reference
 from minillm.kernels.newton_schulz import newton_schulz, symmetric_square, xxt
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

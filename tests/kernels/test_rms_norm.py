@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
-from minillm.kernels import _rows
-from minillm.kernels import rms_norm as room
+from minillm.kernels import _rows, rms_norm as room
 from minillm.kernels.rms_norm import add_rms_norm, rms_norm
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
-from minillm.kernels import _rope_kernels, reference, rope_cache
-from minillm.kernels import rope as room
+from minillm.kernels import _rope_kernels, reference, rope as room, rope_cache
 from minillm.kernels.rope import rope
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

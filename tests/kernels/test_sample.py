@@ -9,11 +9,9 @@ import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
-from minillm.kernels import _launch, reference
-from minillm.kernels import sample as room
+from minillm.kernels import _launch, reference, sample as room
 from minillm.kernels.sample import sample, uniform
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from minillm.kernels import sandwich_norm as room
 from minillm.kernels.sandwich_norm import sandwich_norm

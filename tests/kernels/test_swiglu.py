@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
-from minillm.kernels import reference
-from minillm.kernels import swiglu as room
+from minillm.kernels import reference, swiglu as room
 from minillm.kernels.swiglu import geglu, relu2, swiglu
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

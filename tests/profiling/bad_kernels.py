@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from minillm.profiling.audit import audit
-from minillm.profiling.cases import Case
+from minillm.profiling.audit.audit import audit
+from minillm.profiling.audit.cases import Case
 
 
 @triton.jit

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from minillm.profiling import cases
-from minillm.profiling.audit import audit, faults, markdown
+from minillm.profiling.audit import cases
+from minillm.profiling.audit.audit import audit, faults, markdown
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow  # compilers run: half a minute, and a minute or two for our kernels

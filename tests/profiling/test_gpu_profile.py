@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from minillm.profiling import machine, sizes
+from minillm.profiling.timing import machine, sizes
 
-HOME = Path(machine.__file__).resolve().parents[2]
+HOME = Path(machine.__file__).resolve().parents[3]
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),

@@ -6,8 +6,9 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from minillm import ceilings
-from minillm.profiling import operations, page, report, roofline, sizes
+from minillm.profiling.page import page, report
+from minillm.profiling.timing import operations, roofline, sizes
+from minillm.runtime import ceilings
 
 ABOUT = {
     "device": "Some CPU", "driver": None, "torch": "2.0", "triton": None, "python": "3.11",

@@ -14,11 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from minillm import ceilings, program, stopwatch
 from minillm.commands import profile
 from minillm.flags import profile as flags
 from minillm.kernels import eager
-from minillm.profiling import (
+from minillm.profiling.timing import (
     implementations,
     machine,
     operations,
@@ -28,9 +27,10 @@ from minillm.profiling import (
     steps,
     suites,
 )
-from minillm.profiling.workloads import BACKWARD, BOTH, FORWARD, Problem
+from minillm.profiling.timing.workloads import BACKWARD, BOTH, FORWARD, Problem
+from minillm.runtime import ceilings, program, stopwatch
 
-HOME = Path(machine.__file__).resolve().parents[2]  # where minillm is imported from
+HOME = Path(machine.__file__).resolve().parents[3]  # where minillm is imported from
 CPU = torch.device("cpu")
 ROOFS = {"fp32_tflops": 1.0, "bf16_tflops": 2.0, "fp16_tflops": 2.0, "memory_gbps": 100.0}
 
@@ -140,9 +140,9 @@ def test_the_roofline_suite(tmp_path, fixed_roofs, no_interpreter):
 
 AUDIT = """
 import sys
-from minillm import program
+from minillm.runtime import program
 from minillm.commands import profile
-from minillm.profiling import audit, cases
+from minillm.profiling.audit import audit, cases
 if __name__ == "__main__":
     two = [cases.Case(90, "swiglu", "bf16", 2048), cases.Case(80, "adamw", "bf16", 0)]
     cases.subset = lambda: two

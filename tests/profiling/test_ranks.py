@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from minillm.profiling import page, ranks, report
+from minillm.profiling.page import page, ranks, report
 
-HOME = Path(ranks.__file__).resolve().parents[2]
+HOME = Path(ranks.__file__).resolve().parents[3]
 
 
 @pytest.mark.parametrize(
@@ -71,8 +71,9 @@ def test_the_report_tells_them():
 LAUNCHED = """
 import json
 from minillm.kernels import _launch
-from minillm.profiling import audit, cases, ranks
-from minillm.profiling.dry import dry_gpu
+from minillm.profiling.audit import audit, cases
+from minillm.profiling.page import ranks
+from minillm.profiling.audit.dry import dry_gpu
 case = cases.Case(90, "attention", "bf16", 64, ("mha",))
 audited = {row["kernel"]: row["bound_tflops"] for row in audit.audit_case(case)}
 with dry_gpu(90):

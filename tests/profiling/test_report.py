@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 from minillm.errors import UsageError
-from minillm.profiling import page, pivot, plot, report
+from minillm.profiling.page import page, pivot, plot, report
 
 ABOUT = {
     "device": "Invented 9000",

@@ -2,9 +2,9 @@
 
 import pytest
 
-from minillm.profiling import sass, ttir
-from minillm.profiling.bound import bound
-from minillm.profiling.occupancy import ARCHS, ctas_per_sm, occupancy
+from minillm.profiling.audit import sass, ttir
+from minillm.profiling.audit.bound import bound
+from minillm.profiling.audit.occupancy import ARCHS, ctas_per_sm, occupancy
 
 
 def code(*lines: str) -> sass.Code:

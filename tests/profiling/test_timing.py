@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minillm import stopwatch
+from minillm.runtime import stopwatch
 
 CPU = torch.device("cpu")
 CACHE = 4096  # bytes of the level-2 cache

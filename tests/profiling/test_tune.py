@@ -7,9 +7,9 @@ import types
 import pytest
 import torch
 
-from minillm import stopwatch
-from minillm.profiling import tune
-from minillm.profiling.workloads import BACKWARD, BOTH, FORWARD, Problem
+from minillm.profiling.timing import tune
+from minillm.profiling.timing.workloads import BACKWARD, BOTH, FORWARD, Problem
+from minillm.runtime import stopwatch
 
 CPU = torch.device("cpu")
 TILE = {"BLOCK_N": 4, "BLOCK_F": 256, "num_warps": 4}
@@ -23,8 +23,7 @@ def gpu(monkeypatch, tmp_path):
     tables: swiglu's.    spoil: of a tile, what its results are multiplied by.
     """
     pytest.importorskip("triton")
-    from minillm.kernels import _launch
-    from minillm.kernels import swiglu as room
+    from minillm.kernels import _launch, swiglu as room
 
     if not _launch.interpreted():
         pytest.skip("made-up times are for a machine without a GPU")

@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from minillm.kernels import reference
 from minillm.ops import EAGER
-from minillm.profiling import decoding, implementations, operations, precision, sizes, steps
-from minillm.profiling.workloads import BACKWARD, BOTH, FORWARD, Problem
+from minillm.profiling.timing import decoding, implementations, operations, precision, sizes, steps
+from minillm.profiling.timing.workloads import BACKWARD, BOTH, FORWARD, Problem
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

@@ -1,0 +1,224 @@
+"""Where a new run may go, and which process writes it.
+
+A folder that is not a run of ours is never emptied, and of a run only the files that it wrote.
+"""
+
+import glob
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import TextIO
+
+from minillm.checkpoint.discarding import discard_all
+from minillm.checkpoint.run_folder import checkpoints_of, is_of
+from minillm.config.fields import parts_of
+from minillm.config.flags import Settings
+from minillm.data.tokenizer import KINDS
+from minillm.errors import UsageError
+from minillm.runtime.files import file_digest, read_json, sync_folder
+from minillm.runtime.launch import shell_command
+from minillm.runtime.ownership import RUN, claims, is_plain_file, is_run
+
+# The files that a run writes into its folder, each by way of NAME.tmp. It also has checkpoints/.
+TOKENIZERS = ("tokenizer.model", "tokenizer.json")
+FILES = ("config.json", *TOKENIZERS, "metrics.jsonl", "samples.txt", "bad-steps.jsonl")
+# All that a run without config.json may have: it was killed before its first step.
+BEGUN = {"lock", "config.json.tmp", *(name + end for name in TOKENIZERS for end in ("", ".tmp"))}
+# The content of `lock`, by which a folder without config.json is known to be a run that has begun.
+MARK = b"minillm writes a run in this folder; the process that does holds a lock on this file.\n"
+
+
+def lock(run: Path) -> TextIO | None:
+    """A file by which nobody else may write the run until it is closed, however the process ends.
+
+    Raises UsageError if another process holds it. Windows has no such lock: None.
+    """
+    path = run / "lock"
+    with suppress(FileExistsError), path.open("xb", buffering=0) as made:
+        made.write(MARK)
+        os.fsync(made.fileno())
+    if 0 < path.stat().st_size < len(MARK) and MARK.startswith(path.read_bytes()):
+        _mark(path)  # half of it was written by a process that was killed
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    file = path.open("a", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        by = _holder(file)
+        file.close()
+        raise UsageError(f"{run} is being written by {by}; wait, or name another") from None
+    return file
+
+
+def _mark(lock: Path) -> None:
+    """Write MARK, or what is missing of it, into a lock file of ours, and wait for the disk."""
+    with lock.open("ab", buffering=0) as file:
+        file.write(MARK[lock.stat().st_size :])
+        os.fsync(file.fileno())
+
+
+def _holder(file: TextIO) -> str:
+    """Who has locked a file, as far as the system says."""
+    inode, table = os.fstat(file.fileno()).st_ino, Path("/proc/locks")
+    for line in table.read_text(encoding="utf-8").splitlines() if table.is_file() else ():
+        words = line.split()
+        if words[1] == "FLOCK" and words[5].endswith(f":{inode}") and int(words[4]) > 0:
+            return f"process {words[4]}"
+    return "another process"
+
+
+def check_out(
+    run: Path, overwrite: bool, launch: str | None = None, sources: Iterable[tuple[str, str]] = ()
+) -> None:
+    """Raise UsageError unless `run` is free: absent, empty, or a run that may be overwritten.
+
+    A run that `launch` itself has begun, and not brought to a checkpoint, may always be.
+
+    sources: (flag, path) of what the same command reads, which must not be overwritten
+    """
+    if not run.exists() or (run.is_dir() and is_free(run)):
+        return
+    if not run.is_dir():
+        raise UsageError(f"--out {run} is a file; name a folder")
+    if not is_run(run):
+        what = "holds other things than a run"
+        if claims(run, RUN):
+            what = "is a run whose config.json is damaged or of a newer minillm, so that its files "
+            what += "cannot be told from yours"
+        raise UsageError(f"--out {run} {what}; name another folder")
+    if not overwrite and (checkpoints_of(run) or not is_of(run, launch)):
+        raise UsageError(
+            f"--out {run} exists; continue it with {shell_command('train', '--resume', run)}, or "
+            "replace it with --overwrite"
+        )
+    if other := _other_tokenizer(run):
+        raise UsageError(
+            f"--out {run}: {other.name} in it is not the tokenizer that the run was trained with; "
+            "move it elsewhere, or name another folder"
+        )
+    for name in (*FILES, "lock", "checkpoints"):
+        path = run / name
+        fits = path.is_dir() if name == "checkpoints" else path.is_file()
+        if path.is_symlink() or (path.exists() and not fits):
+            raise UsageError(
+                f"--out {run}: {name} in it is not what minillm wrote there, but a link or a thing "
+                "of another kind; remove it, or name another folder"
+            )
+    _refuse_sources(run, sources)
+
+
+def _other_tokenizer(run: Path) -> Path | None:
+    """Return the second tokenizer in a run's folder, which is not the run's, if there is one."""
+    there = [path for name in TOKENIZERS if (path := run / name).is_file()]
+    if len(there) < 2:
+        return None
+    stated = read_json(run / "config.json")["tokenizer_sha256"]
+    return next((path for path in there if file_digest(path) != stated), None)
+
+
+def is_free(folder: Path) -> bool:
+    """Return whether a folder is empty, or holds only what a run has before its config.json."""
+    names = {path.name for path in folder.iterdir()}
+    if not names:
+        return True
+    lock = folder / "lock"
+    if not names <= BEGUN or not is_plain_file(lock):
+        return False
+    held = lock.read_bytes() if lock.stat().st_size <= len(MARK) else b"?"
+    # Alone, half of the mark is enough: a process was killed while it wrote it.
+    return held == MARK if names != {"lock"} else MARK.startswith(held)
+
+
+def sources(settings: Settings, config_file: str | None = None) -> list[tuple[str, str]]:
+    """Return (flag, path) of all that a command reads, and that must not be overwritten by it."""
+    train = settings.train
+    read = [("--data", path) for path in parts_of(train.data)]
+    read += [("--val", path) for path in parts_of(train.val)]
+    tokenizer = None if train.tokenizer in KINDS else train.tokenizer
+    single = {"--init-from": train.init_from, "--tokenizer": tokenizer, "--config": config_file}
+    return read + [(flag, path) for flag, path in single.items() if path]
+
+
+def _refuse_sources(run: Path, sources: Iterable[tuple[str, str]]) -> None:
+    """Raise UsageError if the command reads something that overwriting `run` would delete."""
+    place = run.resolve()
+    own = {place, *(place / name for name in FILES)}
+    for flag, source in sources:
+        for path in {source, *glob.glob(source, recursive=True)}:  # noqa: PTH207
+            found = Path(path).resolve()
+            if found in own or place / "checkpoints" in (found, *found.parents):
+                raise UsageError(
+                    f"--overwrite would delete {flag} {path}, which is part of --out {run}; name "
+                    "another folder"
+                )
+
+
+def make_run(
+    out: str | None,
+    name: str,
+    overwrite: bool,
+    launch: str | None = None,
+    sources: Iterable[tuple[str, str]] = (),
+) -> tuple[Path, TextIO | None]:
+    """Make a run folder without files of a run, and lock it: `out`, or runs/name-N.
+
+    A run that check_out allows to overwrite is emptied; what others have put into it stays. Of two
+    processes that ask for the same `out` one gets it, the other UsageError.
+    """
+    if out is None:
+        run = _make_next(Path("runs"), name)
+        return run, lock(run)
+    run, sources = Path(out), list(sources)
+    check_out(run, overwrite, launch, sources)
+    run.mkdir(parents=True, exist_ok=True)
+    sync_folder(run.parent)
+    held = lock(run)
+    try:
+        check_out(run, overwrite, launch, sources)  # now that nobody else can write it
+        _empty(run)
+    except BaseException:
+        if held:
+            held.close()
+        raise
+    return run, held
+
+
+def _empty(run: Path) -> None:
+    """Delete the files of a run. Killed on the way, the folder is still a run, or free.
+
+    config.json is deleted last. It stays, until it is replaced, where others have put files into
+    the folder: without it they would make a folder that is not ours of it.
+    """
+    if is_run(run):
+        lock = run / "lock"
+        if MARK.startswith(lock.read_bytes()):  # empty in earlier releases
+            _mark(lock)
+        discard_all(run / "checkpoints")
+    for path in run.iterdir():
+        if is_temporary(path) or (path.name in FILES[1:] and is_plain_file(path)):
+            path.unlink()
+    if {path.name for path in run.iterdir()} == {"lock", "config.json"}:
+        (run / "config.json").unlink()
+
+
+def is_temporary(path: Path) -> bool:
+    """Return whether a file in a run's folder is one of the run's, under its temporary name."""
+    name = path.name.removesuffix(".tmp")
+    return name != path.name and name in FILES and is_plain_file(path)
+
+
+def _make_next(root: Path, name: str) -> Path:
+    """Make the first of root/name-1, root/name-2, ... that nobody else has."""
+    n = 1
+    while True:
+        try:
+            run = root / f"{name}-{n}"
+            run.mkdir(parents=True)
+            sync_folder(root)
+            return run
+        except FileExistsError:
+            n += 1

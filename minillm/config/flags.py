@@ -1,0 +1,143 @@
+"""The settings of a run together, and the flags of its command line.
+
+Flags are made from the fields of ModelConfig and TrainConfig; there is no second list. How presets,
+files and flags are merged stands in configure.py.
+"""
+
+import argparse
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Sequence
+from dataclasses import Field, asdict, dataclass, fields
+from typing import Any
+
+from minillm.config.train import PRESETS, ModelConfig, TrainConfig
+from minillm.runtime import cli
+from minillm.runtime.terminal import decoded
+
+ALIASES = {
+    "--block-size": "--seq-len",
+    "--n-embd": "--d-model",
+    "--max-iters": "--steps",
+    "--eval-interval": "--eval-every",
+    "--out-dir": "--out",
+    "--warmup-iters": "--warmup",
+    "--eval-iters": "--eval-batches",
+    "--lr": "--learning-rate",
+    "--min-lr": "--min-learning-rate",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A resolved configuration; `given` names what the user himself set."""
+
+    model: ModelConfig
+    train: TrainConfig
+    given: frozenset[str]
+
+    def flat(self) -> dict[str, Any]:
+        """Every setting by its name, as --config takes it."""
+        values = {**asdict(self.model), **asdict(self.train)}
+        return {name: values[name] for name in sorted(all_flags())}
+
+
+def add_flags(parser: cli.Parser) -> None:
+    """Give the parser one flag for each field, grouped by what it configures."""
+    for f in all_flags().values():
+        if "group" in f.metadata:
+            group = parser.add_argument_group(f.metadata["group"])
+        flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
+        options = {"dest": f.name, "default": None}
+        if kind_of(f) is bool:
+            words = {"nargs": "?", "const": True, "type": _boolean, "metavar": "true|false"}
+            group.add_argument(flag, help=text, **words, **options)
+            opposite = {"action": "store_const", "const": False, "help": argparse.SUPPRESS}
+            group.add_argument("--no-" + flag[2:], **opposite, **options)
+        else:
+            metavar = _metavar(f)
+            if "choices" in f.metadata and not metavar.startswith("{"):
+                text += ": " + ", ".join(f.metadata["choices"])
+            what = {"type": parser_of(f), "metavar": metavar}
+            what |= {"nargs": "+"} if f.metadata.get("many") else {}
+            group.add_argument(flag, help=text.replace("%", "%%"), **what, **options)
+
+
+def notes(settings: Settings) -> dict[str, str]:
+    """Return what help says of each setting's value, by name: whence it is, and which."""
+    flat, chosen = settings.flat(), PRESETS.get(settings.train.preset, {})
+    return {name: text for name, f in all_flags().items()
+            if (text := _note(f, flat[name], name in settings.given, name in chosen))}  # fmt: skip
+
+
+def _note(f: Field, value: Any, is_given: bool, is_chosen: bool) -> str:
+    if is_given:
+        return f"given: {_shown(f, value)}"
+    derived = None if is_chosen else f.metadata.get("derived")
+    if value is None:
+        return f"default: {derived}" if derived else ""
+    if derived and f.name != "preset":
+        return f"default: {derived}; here {_shown(f, value)}"
+    return f"default: {_shown(f, value)}"
+
+
+def _shown(f: Field, value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if f.name == "time_limit":
+        return f"{value:g}s"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def all_flags() -> dict[str, Field]:
+    """The fields that are settings, of model and training, by name."""
+    return {f.name: f for owner in (ModelConfig, TrainConfig) for f in fields(owner) if f.metadata}
+
+
+def kind_of(f: Field) -> type:
+    """int, float, bool or str."""
+    words = str(f.type.__name__ if isinstance(f.type, type) else f.type).split(" | ")
+    return {"int": int, "float": float, "bool": bool, "str": str}[words[0]]
+
+
+def _metavar(f: Field) -> str:
+    if "metavar" in f.metadata:
+        return f.metadata["metavar"]
+    if "choices" in f.metadata:
+        braces = "{" + ",".join(f.metadata["choices"]) + "}"
+        return braces if len(braces) <= 40 else "NAME"
+    if "parse" in f.metadata:
+        return "TIME"
+    return {int: "N", float: "X", str: "TEXT"}[kind_of(f)]
+
+
+def parser_of(f: Field) -> Callable[[str], Any]:
+    """What turns a flag's text into the field's value, or refuses it."""
+    rules = f.metadata
+    if "parse" in rules:
+        return rules["parse"]
+    if "choices" in rules:
+        return _one_of(rules["choices"])
+    if rules.get("is_path"):
+        return cli.path_text
+    if kind_of(f) is int:
+        return cli.whole(rules["low"], rules.get("high"))
+    if kind_of(f) is float:
+        return cli.real(rules["low"], rules.get("high"))
+    return decoded
+
+
+def _one_of(choices: Sequence[str]) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text in choices:
+            return text
+        raise ArgumentTypeError(cli.not_one_of(text, choices))
+
+    return parse
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() in ("true", "yes", "1"):
+        return True
+    if text.lower() in ("false", "no", "0"):
+        return False
+    raise ArgumentTypeError(f"{text!r} is not true or false")

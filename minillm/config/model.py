@@ -1,0 +1,264 @@
+"""What a decoder looks like: one frozen configuration, checked when it is made.
+
+Each field is also a flag, see settings.py.
+"""
+
+from argparse import ArgumentTypeError
+from dataclasses import dataclass, fields
+from itertools import count
+
+from minillm.config.fields import check_range, setting
+from minillm.errors import UsageError
+
+POSITIONS = ("rope", "learned", "sinusoidal", "alibi", "none")
+NORMS = ("rmsnorm", "layernorm")
+MLPS = ("swiglu", "geglu", "gelu", "gelu-tanh", "relu2")
+GATED = ("swiglu", "geglu")
+INITS = ("gpt2", "zero", "takase")
+STYLES = ("huginn", "parcae")
+INJECTIONS = ("concat", "add", "diagonal")
+STARTS = ("noise", "zero")
+INJECTED = {"concat": 2, "diagonal": 1}  # square matrices of the injection
+SHALLOW = 8  # mean recurrences up to which gradients go through all iterations
+
+
+def depths_text(text: str) -> str:
+    """PRELUDE,CORE,CODA, checked; argparse.ArgumentTypeError on anything else."""
+    parts = [part.strip() for part in text.split(",")]
+    fits = len(parts) == 3 and all(p.isascii() and p.isdigit() and len(p) < 5 for p in parts)
+    if not fits or int(parts[1]) < 1:
+        raise ArgumentTypeError(
+            f"{text!r} is not PRELUDE,CORE,CODA with a core of at least one block, such as 1,2,1"
+        )
+    return ",".join(str(int(p)) for p in parts)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a decoder. Fields left at None are derived, so that a made config has none.
+
+    Raises UsageError, naming the flag, if the fields do not fit together.
+    """
+
+    vocab_size: int | None = setting(
+        None, "number of tokens in the vocabulary", group="model", low=1, high=1 << 24,
+        derived="the tokenizer's; for bpe chosen from the amount of text",
+    )  # fmt: skip
+    seq_len: int = setting(256, "context length in tokens", low=1, high=1 << 24)
+    n_layer: int = setting(6, "number of blocks", low=1, high=10000)
+    n_head: int = setting(6, "number of query heads", low=1, high=10000)
+    n_kv_head: int | None = setting(
+        None, "number of key/value heads, a divisor of --n-head (1: multi-query attention)", low=1,
+        high=10000, derived="--n-head",
+    )  # fmt: skip
+    d_model: int = setting(384, "width of the residual stream", low=1, high=1 << 20)
+    d_head: int | None = setting(
+        None, "width of an attention head", low=1, high=1 << 20, derived="--d-model / --n-head"
+    )
+    d_ff: int | None = setting(
+        None, "hidden width of the MLP", low=1, high=1 << 24,
+        derived="4 x --d-model; gated MLPs: 8/3 x, rounded up to a multiple of 64",
+    )  # fmt: skip
+    position: str = setting("rope", "position encoding", choices=POSITIONS)
+    rope_base: float = setting(10000.0, "base of the rotary frequencies", low=1.0)
+    norm: str = setting("rmsnorm", "normalisation layer", choices=NORMS)
+    norm_eps: float = setting(
+        1e-6, "number added to the variance before the square root", low=0.0, high=1.0
+    )
+    mlp: str = setting(
+        "swiglu", "type of the MLP; swiglu and geglu are gated", choices=MLPS
+    )  # fmt: skip
+    bias: bool = setting(False, "add biases to linear layers and layer norms")
+    qk_norm: bool = setting(False, "normalise each query and key head with RMSNorm")
+    qk_bias: bool = setting(False, "add learned biases to queries and keys, before the rotation")
+    window: int = setting(
+        0, "length of the sliding attention window in tokens (0: the whole context)", low=0
+    )
+    tie_embeddings: bool = setting(False, "use one matrix for the embedding and the output head")
+    dropout: float = setting(
+        0.0, "dropout rate of embeddings, attention and residual branches (0: none)", low=0.0,
+        high=0.99,
+    )  # fmt: skip
+    logit_softcap: float = setting(
+        0.0, "limit to which tanh caps the logits (0: no limit)", low=0.0
+    )
+    init: str | None = setting(
+        None, "initial weights: zero starts output projections and head at 0; takase is truncated "
+        "and scaled by width and depth",
+        choices=INITS, derived="gpt2; with --recurrent takase, whatever the preset",
+    )  # fmt: skip
+    document_mask: bool = setting(
+        False, "attend only within a document, whose beginning its BOS token marks"
+    )
+    recurrent: str | None = setting(
+        None, "number of blocks before, in and after a core that is run several times, such as "
+        "1,2,1; it replaces --n-layer",
+        group="recurrence", parse=depths_text, metavar="P,R,C",
+    )  # fmt: skip
+    recurrence_style: str = setting(
+        "huginn", "design of the core. huginn: sandwich norms, concatenated injection, random "
+        "start state (Geiping et al. 2025). parcae: pre-norm, QK-norm, contractive diagonal "
+        "injection", choices=STYLES,
+    )  # fmt: skip
+    injection: str | None = setting(
+        None, "how the embedded text enters each iteration", choices=INJECTIONS,
+        derived="huginn: concat, parcae: diagonal",
+    )  # fmt: skip
+    start_state: str | None = setting(
+        None, "state before the first iteration; noise depends on seed, sample and position",
+        choices=STARTS, derived="huginn: noise, parcae: zero",
+    )  # fmt: skip
+    mean_recurrence: int = setting(8, "mean number of iterations of the core", low=1, high=4096)
+    max_recurrence: int | None = setting(
+        None, "largest number of iterations; larger draws are cut to it", low=1, high=16384,
+        derived="4 x --mean-recurrence",
+    )  # fmt: skip
+    backprop_depth: int | None = setting(
+        None, "number of last iterations in each pass that gradients flow through", low=1,
+        high=16384,
+        derived=f"all if --mean-recurrence is at most {SHALLOW}, else {SHALLOW}",
+    )  # fmt: skip
+    bos_id: int | None = None  # the tokenizer's, where documents begin
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            check_range(f, getattr(self, f.name))
+        if self.d_head is None:
+            if self.d_model % self.n_head:
+                raise UsageError(_divisor("--n-head", self.n_head, "--d-model", self.d_model))
+            object.__setattr__(self, "d_head", self.d_model // self.n_head)
+        if self.n_kv_head is None:
+            object.__setattr__(self, "n_kv_head", self.n_head)
+        if self.n_head % self.n_kv_head:
+            raise UsageError(_divisor("--n-kv-head", self.n_kv_head, "--n-head", self.n_head))
+        if self.d_ff is None:
+            wide = -(-8 * self.d_model // 3 // 64) * 64 if self.mlp in GATED else 4 * self.d_model
+            object.__setattr__(self, "d_ff", wide)
+        if self.position == "rope" and self.d_head % 2:
+            raise UsageError(f"--position rope needs an even --d-head; got {self.d_head}")
+        if self.position == "sinusoidal" and self.d_model % 2:
+            raise UsageError(f"--position sinusoidal needs an even --d-model; got {self.d_model}")
+        if self.recurrent is not None:
+            self._derive_recurrence()
+        if self.init is None:
+            object.__setattr__(self, "init", "takase" if self.recurrent is not None else "gpt2")
+        if self.init == "zero" and self.tie_embeddings:
+            raise UsageError("--init zero would zero the embedding that --tie-embeddings shares")
+
+    def _derive_recurrence(self) -> None:
+        try:
+            object.__setattr__(self, "recurrent", depths_text(self.recurrent))
+        except ArgumentTypeError as error:
+            raise UsageError(f"--recurrent: {error}") from None
+        if sum(self.depths) > 10000:
+            raise UsageError(
+                f"--recurrent {self.recurrent} is {sum(self.depths)} blocks; at most 10000"
+            )
+        huginn = self.recurrence_style == "huginn"
+        if huginn and self.norm != "rmsnorm":
+            raise UsageError("--recurrence-style huginn needs --norm rmsnorm")
+        derived = {
+            "n_layer": sum(self.depths),
+            "qk_norm": self.qk_norm or not huginn,
+            "injection": self.injection or ("concat" if huginn else "diagonal"),
+            "start_state": self.start_state or ("noise" if huginn else "zero"),
+            "max_recurrence": self.max_recurrence or 4 * self.mean_recurrence,
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
+        if self.max_recurrence < self.mean_recurrence:
+            raise UsageError(
+                f"--max-recurrence {self.max_recurrence} is below --mean-recurrence "
+                f"{self.mean_recurrence}"
+            )
+        if self.backprop_depth is None:
+            shallow = self.mean_recurrence <= SHALLOW
+            object.__setattr__(self, "backprop_depth", self.max_recurrence if shallow else SHALLOW)
+
+    @property
+    def depths(self) -> tuple[int, int, int]:
+        """Blocks of prelude, core and coda; without recurrence all are prelude."""
+        if self.recurrent is None:
+            return self.n_layer, 0, 0
+        return tuple(map(int, self.recurrent.split(",")))
+
+    @property
+    def effective_layers(self) -> int:
+        """Blocks that a token passes at the mean recurrence."""
+        prelude, core, coda = self.depths
+        return prelude + core * self.mean_recurrence + coda
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP multiplies by a gate."""
+        return self.mlp in GATED
+
+    @property
+    def n_block_parameters(self) -> int:
+        """Parameters of one block's matrices."""
+        attention = (2 * self.n_head + 2 * self.n_kv_head) * self.d_head * self.d_model
+        mlp = (3 if self.gated else 2) * self.d_ff * self.d_model
+        return attention + mlp
+
+    @property
+    def n_matrix_parameters(self) -> int:
+        """Parameters that multiply activations: the blocks' matrices, the head, the injection's."""
+        n = self.n_layer * self.n_block_parameters + (self.vocab_size or 0) * self.d_model
+        return n + INJECTED.get(self.injection, 0) * self.d_model**2 * (self.recurrent is not None)
+
+    @property
+    def n_parameters(self) -> int:
+        """All parameters that are stored, tied ones once."""
+        C = self.d_model
+        n = self.n_matrix_parameters
+        if not self.tie_embeddings:
+            n += (self.vocab_size or 0) * C
+        if self.position == "learned":
+            n += self.seq_len * C
+        heads = self.n_head + 2 * self.n_kv_head
+        per_layer = 2 * self.d_head if self.qk_norm else 0
+        if self.qk_bias:
+            per_layer += (self.n_head + self.n_kv_head) * self.d_head
+        if self.bias:
+            up = 2 * self.d_ff if self.gated else self.d_ff
+            per_layer += heads * self.d_head + C + up + C
+        norms = (2 if self.bias and self.norm == "layernorm" else 1) * C
+        each = 2
+        if self.recurrent is not None:
+            each = 4 if self.recurrence_style == "huginn" else 2
+            n += norms * (self.recurrence_style == "parcae") + 2 * C * (
+                self.injection == "diagonal"
+            )
+        return n + self.n_layer * (per_layer + each * norms) + norms
+
+    def flops_per_token(self, recurrence: float | None = None, grad: float | None = None) -> float:
+        """Forward and backward of a step: 6 N + 12 L H D T of what gradients go through, a third
+        of that of iterations without.
+
+        recurrence: iterations of the core; default: the mean.    grad: how many of them carry
+        gradients; default: as many as --backprop-depth allows.
+        Source: Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
+        """
+        span = min(self.seq_len, self.window or self.seq_len)
+        block = 6 * self.n_block_parameters + 12 * self.n_head * self.d_head * span
+        prelude, core, coda = self.depths
+        once = (prelude + coda) * block + 6 * (self.vocab_size or 0) * self.d_model
+        if self.recurrent is None:
+            return once
+        r = self.mean_recurrence if recurrence is None else recurrence
+        k = min(r, self.backprop_depth) if grad is None else grad
+        # Of a concat the embedding's half is computed once a pass, the state's in each iteration.
+        square = 6 * self.d_model**2
+        in_loop = core * block + (square if self.injection == "concat" else 0)
+        return once + square * (self.injection != "add") + (k + (r - k) / 3) * in_loop
+
+
+def _divisor(flag: str, value: int, whole_flag: str, whole: int) -> str:
+    nearest = nearest_divisor(value, whole)
+    return f"{flag} {value} does not divide {whole_flag} {whole}; nearest: {nearest}"
+
+
+def nearest_divisor(value: int, whole: int) -> int:
+    """The divisor of `whole` that is closest to `value`, the larger of two that are as close."""
+    near = (d for k in count() for d in (value + k, value - k))
+    return next(d for d in near if 0 < d <= whole and whole % d == 0)

@@ -1,0 +1,4 @@
+"""From weights to text.
+
+Start with generate.py, then text_stream.py, early_exit.py and speculative.py.
+"""

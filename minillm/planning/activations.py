@@ -1,0 +1,145 @@
+"""Bytes that a forward pass keeps for its backward, counted on tensors that have a shape alone.
+
+As microbatch.py counts them, but nothing is computed and nothing allocated, so that a model larger
+than this machine can be counted too. What this room does not do: find what fits (microbatch.py).
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from minillm.config.model import ModelConfig
+from minillm.model.gpt import GPT
+from minillm.ops import EAGER, Ops
+
+DEEPEST = 500  # blocks that are worth the seconds to count
+
+
+def activation_bytes(
+    config: ModelConfig,
+    rows: int,
+    dtype: torch.dtype,
+    *,
+    narrow: bool = False,
+    again: bool = False,
+    fused: bool = False,
+) -> float | None:
+    """Return what `rows` sequences keep for their backward pass, see `activation_line`."""
+    line = activation_line(config, dtype, narrow=narrow, again=again, fused=fused)
+    return None if line is None else line[0] + (rows - 1) * line[1]
+
+
+def activation_line(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    *,
+    narrow: bool = False,
+    again: bool = False,
+    fused: bool = False,
+) -> tuple[float, float] | None:
+    """Return the bytes that one sequence keeps, and those that each further one adds.
+
+    They are those at the deepest recurrence that has gradients. Return None if the blocks around a
+    core are too many to be counted.
+
+    narrow: whether the parameters are in `dtype` too; else they are fp32, and their copies in
+    `dtype` are kept
+    again: activation checkpointing; one block, or one iteration's blocks, are kept in addition
+    fused: whether attention keeps only its inputs, its output and one number a row, as on a GPU;
+    else it is PyTorch's on a CPU
+    """
+    r = min(config.max_recurrence, config.backprop_depth) if config.recurrent else None
+    if config.recurrent and config.n_layer > DEEPEST:
+        return None
+    ops = replace(EAGER, attention=_fused_attention) if fused else EAGER
+
+    def both(depth: int, again: bool) -> tuple[float, float]:
+        """Return what one and what two sequences keep; copies of weights are in both once."""
+        return tuple(_at_depth(config, n, dtype, ops, depth, narrow, again) for n in (1, 2))
+
+    one, two = both(r or config.n_layer, again)
+    if again:
+        whole = both(1 if r else config.n_layer, False)
+        share = min(config.depths[1] + 1, config.n_layer) / config.n_layer
+        one, two = one + whole[0] * share, two + whole[1] * share
+    return one, two - one
+
+
+def _at_depth(
+    config: ModelConfig,
+    rows: int,
+    dtype: torch.dtype,
+    ops: Ops,
+    depth: int,
+    narrow: bool,
+    again: bool,
+) -> int:
+    """What is kept at so many iterations, or layers; each from the third on keeps as the third."""
+
+    def kept(n: int) -> int:
+        shape, r = (config, n) if config.recurrent else (replace(config, n_layer=n), None)
+        return _kept(shape, rows, dtype, ops, r, narrow, again)
+
+    return kept(depth) if depth < 3 else kept(2) + (depth - 2) * (kept(3) - kept(2))
+
+
+def _kept(
+    config: ModelConfig,
+    rows: int,
+    dtype: torch.dtype,
+    ops: Ops,
+    recurrence: int | None,
+    narrow: bool,
+    again: bool,
+) -> int:
+    # Some start weights are drawn until they fit, which shapes alone cannot tell.
+    config = replace(config, init="gpt2", bos_id=0 if config.document_mask else None)
+    kept: dict[int, tuple[int, torch.UntypedStorage]] = {}  # holding on, so that no key comes twice
+    with FakeTensorMode():
+        model = GPT(config, ops, dtype)
+        model.checkpointing = again
+        if narrow:
+            _narrow(model, dtype)
+        known = {p.untyped_storage()._cdata for p in model.parameters()}
+
+        def note(t: Tensor) -> Tensor:
+            storage = t.untyped_storage()
+            if storage._cdata not in known:
+                kept[storage._cdata] = (storage.nbytes(), storage)
+            return t
+
+        tokens = torch.zeros((rows, config.seq_len), dtype=torch.int64)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            model(tokens, tokens, recurrence)
+    return sum(size for size, _ in kept.values())
+
+
+def _narrow(model: GPT, dtype: torch.dtype) -> None:
+    """Parameters in another dtype; tied ones stay one."""
+    done: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                done.setdefault(id(p), nn.Parameter(p.detach().to(dtype)))
+                module._parameters[name] = done[id(p)]
+
+
+def _fused_attention(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+    """The shape of attention. q: (B, T, H, D).    k, v: (B, S, G, D).    Returns (B, T, H, D)."""
+    return _Fused.apply(q, k, v)
+
+
+class _Fused(torch.autograd.Function):
+    """What a fused kernel keeps: inputs, output, and the logarithm of each row's sum."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        y = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, y, q.new_empty(q.shape[:3], dtype=torch.float32))
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        raise NotImplementedError("shapes alone have no gradients")

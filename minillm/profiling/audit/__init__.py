@@ -1,0 +1,1 @@
+"""Static audit of the compiled kernels: registers, spills, instructions and bounds."""

@@ -1,0 +1,1 @@
+"""The results of `minillm profile` as an HTML page."""

@@ -1,0 +1,51 @@
+"""Columns that a reader is shown of the suites that are not pivoted."""
+
+from minillm.profiling.page.pivot import brief, exact, per_cent, share, short, size, spread, text
+
+# {suite: {key: (title, writer)}}
+SHOWN = {
+    "model": {
+        "implementation": ("implementation", text),
+        "step_ms": ("step ms", short),
+        "spread_ms": ("spread ms", spread),
+        "tokens_per_s": ("tokens/s", short),
+        "mfu": ("MFU %", share),
+        "peak_bytes": ("peak memory", size),
+        "loss": ("loss", exact),
+    },
+    "roofline": {
+        "op": ("op", text),
+        "shape": ("shape", text),
+        "dtype": ("dtype", text),
+        "direction": ("pass", brief),
+        "implementation": ("implementation", text),
+        "intensity": ("FLOP/byte", short),
+        "tflops": ("TFLOP/s", short),
+        "attainable_tflops": ("attainable", short),
+        "roof": ("roof", text),
+        "percent": ("%", per_cent),
+    },
+    "tune": {
+        "op": ("op", text),
+        "kernel": ("kernel", text),
+        "size": ("size", text),
+        "options": ("tile", text),
+        "median_us": ("median us", short),
+        "bound_tflops": ("bound TFLOP/s", short),
+        "bound_gbps": ("bound GB/s", short),
+        "kept": ("kept", lambda kept: "kept" if kept else ""),
+    },
+    "audit": {
+        "kernel": ("kernel", text),
+        "config": ("config", text),
+        "arch": ("arch", text),
+        "registers": ("registers", text),
+        "spill_bytes": ("spill B", text),
+        "shared_bytes": ("shared", size),
+        "occupancy": ("occupancy %", share),
+        "bound_tflops": ("bound TFLOP/s", short),
+        "bound_gbps": ("bound GB/s", short),
+        "limit": ("limit", text),
+        "tensor_core": ("tensor core", text),
+    },
+}

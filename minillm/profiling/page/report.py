@@ -1,0 +1,299 @@
+"""What a profile leaves behind: results.json, a CSV for each suite, index.html, and text tables."""
+
+import csv
+import io
+import json
+import numbers
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from minillm.errors import UsageError
+from minillm.profiling.page import page, pivot, ranks
+from minillm.profiling.page.columns import SHOWN
+from minillm.profiling.page.pivot import RIVALS, Line, Row, number, per_cent, short, text, times
+from minillm.runtime.files import write_durably
+
+RESULTS = "results.json"
+CASE = ("shape", "dtype", "pass")  # titles of a line's first columns
+
+# The columns of each suite's CSV, always in this order; other keys follow by the alphabet.
+COLUMNS = {
+    "kernels": "suite op shape dtype direction implementation median_us spread_us tflops gbps "
+    "percent_of_ceiling ceiling peak_bytes error interpreted_error note",
+    "model": "implementation step_ms spread_ms tokens_per_s mfu peak_bytes loss note",
+    "decode": "implementation batch context tokens_per_s spread note",
+    "roofline": "op shape dtype direction implementation intensity tflops attainable_tflops "
+    "percent roof",
+    "audit": "kernel op config arch registers spill_bytes shared_bytes tensor_core occupancy "
+    "ctas_per_sm bound_tflops bound_split_tflops bound_sum_tflops bound_gbps limit num_warps "
+    "num_stages serialised loads_128 loads_narrow atomics error",
+    "tune": "op kernel size arch options median_us spread_us error bound_tflops bound_gbps kept "
+    "note",
+}
+
+
+def write(folder: Path, about: dict, suites: dict[str, list[dict]]) -> list[Path]:
+    """Write the results of a run, each file whole or not at all; the paths written.
+
+    Suites that an earlier run left in the same folder, and this one did not measure (or has no
+    rows of), stay; what that run said about its machine stays with them under "earlier". Of a suite
+    measured again, rows of operations that this run has none of stay, before the new, and with them
+    under "earlier", as "SUITE OP", what was said. Numbers that are not finite become null.
+
+    about: device, driver, torch, triton, python, commit, date, command, ceilings.
+    suites: the rows by suite; the page shows kernels, model, decode, roofline, audit and, as plain
+    tables, any other.
+    Raises ValueError for a suite whose name is no plain word, since a file is named after it, and
+    UsageError as refuse_foreign does.
+    """
+    for name in suites:
+        if not re.fullmatch(r"[a-z][a-z0-9_-]*", name):
+            raise ValueError(f"suites: got the name {name!r}, expected a word such as 'kernels'")
+    folder = Path(folder)
+    refuse_foreign(folder, suites)
+    folder.mkdir(parents=True, exist_ok=True)
+    results = _merged(_plain({"about": about, "suites": suites}), read(folder / RESULTS))
+    files = {RESULTS: json.dumps(results, indent=1, allow_nan=False) + "\n"}
+    files |= {f"{name}.csv": _csv(name, rows) for name, rows in results["suites"].items()}
+    files["index.html"] = page.render(
+        results["about"], results["suites"], results.get("earlier", {})
+    )
+    for name, content in files.items():
+        # A lone surrogate, as a damaged path may have, is no reason to lose a run.
+        write_durably(folder / name, content.encode("utf-8", "replace"))
+    return [folder / name for name in files]
+
+
+def _plain(value: object) -> Any:
+    """The value as JSON knows it."""
+    if value is None or isinstance(value, str | bool):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return pivot.number(float(value))
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return str(value)
+
+
+def read(path: Path) -> dict | None:
+    """Return results as they were written; None if there are none, or the file is not of minillm.
+
+    about: of the last run.    suites: rows by suite.    earlier, if any: see write.
+    """
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_bytes())
+        about, suites, earlier = found["about"], found["suites"], found.get("earlier", {})
+        rows = [row for suite in suites.values() for row in suite]
+        if all(isinstance(x, dict) for x in (about, earlier, *earlier.values(), *rows)):
+            return found
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        pass
+    return None
+
+
+def refuse_foreign(folder: Path, suites: Iterable[str]) -> None:
+    """Raise UsageError unless a folder is free for a profile, or has one of an earlier run.
+
+    A file is only overwritten if the earlier run's results say that it wrote it.
+
+    suites: names of those whose files are to be written
+    """
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    found = read(folder / RESULTS)
+    if found is None:
+        raise UsageError(f"--out {folder}: holds other things than a profile; name another folder")
+    for name in (RESULTS, *sorted(_files(suites))):
+        path = folder / name
+        if path.is_symlink() or (path.exists() and name not in {RESULTS, *_files(found["suites"])}):
+            raise UsageError(
+                f"--out {folder}: holds a {name} that minillm did not write; name another folder"
+            )
+
+
+def _files(suites: Iterable[str]) -> set[str]:
+    """Return the names of the files that are written for these suites, beside RESULTS."""
+    suites = set(suites)
+    return {
+        "index.html",
+        *(f"{name}.csv" for name in suites),
+        *(["audit.md"] if "audit" in suites else []),
+    }
+
+
+def _merged(new: dict, old: dict | None) -> dict:
+    """The new results with those rows of the old whose suite or operation the new have none of."""
+    if old is None:
+        return new
+    together, earlier = {**new["suites"]}, {}
+    for suite, rows in old["suites"].items():
+        fresh = together.get(suite) or []
+        ops = {row.get("op") for row in fresh}
+        kept = [row for row in rows if not fresh or row.get("op") not in ops]
+        if kept:
+            together[suite] = [*kept, *fresh]
+            earlier |= _origins(suite, kept, old, whole=not fresh)
+    order = [s for s in pivot.SUITES if s in together]
+    order += sorted(s for s in together if s not in pivot.SUITES)
+    merged = {"about": new["about"], "suites": {s: together[s] for s in order}}
+    return {**merged, "earlier": earlier} if earlier else merged
+
+
+def _origins(suite: str, kept: Sequence[Row], old: dict, whole: bool) -> dict[str, dict]:
+    """What was said of the runs that rows stem from: by suite if whole and of one run, else by op.
+
+    old: the results that they were found in.
+    """
+    before = old.get("earlier", {})
+    ops = dict.fromkeys(text(row.get("op")) for row in kept)
+    said = [before.get(f"{suite} {op}", before.get(suite, old["about"])) for op in ops]
+    if whole and all(one == said[0] for one in said):
+        return {suite: said[0]}
+    return {f"{suite} {op}": one for op, one in zip(ops, said, strict=True)}
+
+
+def _csv(suite: str, rows: Sequence[Row]) -> str:
+    """The rows as CSV: numbers in full, nothing for None."""
+    columns = COLUMNS.get(suite, "").split()
+    columns += sorted({key for row in rows for key in row} - set(columns))
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(columns)
+    for row in rows:
+        cells = (row.get(c) for c in columns)
+        writer.writerow(text(v) if isinstance(v, list) else "" if v is None else v for v in cells)
+    return out.getvalue()
+
+
+def table(suite: str, rows: Sequence[dict]) -> str:
+    """A suite as aligned text for a terminal, without a newline at its end.
+
+    suite kernels: under each op a line for every shape, dtype and direction, a column for each
+    implementation with its median in microseconds; the widest spread of these; how many times as
+    fast as the best other one ours is; our TFLOP/s or GB/s and its per cent of the ceiling; our
+    error and eager's. Under attention, ours against each of the vendors'. Below stands what was not
+    measured, and why.
+    suite tune: the tiles tried, and how well their static bounds told their order.
+    """
+    if not rows:
+        return f"{suite}: nothing was measured"
+    makers: dict[str, Callable[[Sequence[dict]], str]] = {
+        "kernels": _kernels, "decode": _decode, "tune": _tune
+    }  # fmt: skip
+    body = makers[suite](rows) if suite in makers else _columns(suite, rows)
+    return "\n".join([body, *(f"  {said}" for said in pivot.remarks(suite, rows))])
+
+
+def _aligned(header: Sequence[str], body: Sequence[Sequence[str]], left: int) -> str:
+    """Cells in columns; the first `left` to the left, the rest to the right.
+
+    A column in which no line has anything is left out.
+    """
+    keep = [i for i in range(len(header)) if any(line[i] not in ("", "-") for line in body)]
+    cells = [[line[i] for i in keep] for line in (header, *body)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    sides = ["<" if i < left else ">" for i in keep]
+    return "\n".join(
+        "  ".join(f"{c:{s}{w}}" for c, s, w in zip(line, sides, widths, strict=True)).rstrip()
+        for line in cells
+    )
+
+
+def _value(line: pivot.Line, implementation: str) -> str:
+    """A cell of a pivoted table: the number, or what stands for it."""
+    return short(line.measured(implementation), pivot.missing(line.by.get(implementation, {})))
+
+
+def _kernels(rows: Sequence[dict]) -> str:
+    """A table for each op, since each has its own implementations."""
+    units = ("TFLOP/s", "GB/s")
+    found = []
+    for op, its in pivot.grouped(rows, "op").items():
+        names = pivot.present(its)
+        lines, body = [line for line in pivot.lines(its) if _told(line)], []
+        for line in lines:
+            rate, unit = pivot.rate(line.judged)
+            cells = [*_case(line), *(_value(line, name) for name in names)]
+            cells += [per_cent(_widest(line)), times(line.ratio)]
+            cells += [short(rate if unit == one else None) for one in units]
+            cells.append(per_cent(line.judged.get("percent_of_ceiling")))
+            errors = (pivot.accuracy(r) for r in (line.ours, line.by.get("eager", {})))
+            body.append([*cells, *errors])
+        header = [*CASE, *names, "+-%", "vs best", *units, "%", "error", "eager's"]
+        title = "median us; +-%: the widest spread"
+        if any(line.best(ours=True) for line in lines):
+            title += "; %: ours, of the ceiling"
+        elif any(line.judged for line in lines):
+            title += "; %: fastest, of ceiling"
+        if not lines:
+            found.append(f"{op}: nothing was measured")
+            continue
+        found.append(f"{op}, {title}\n{_aligned(header, body, len(CASE))}")
+        against = [line for line in lines if op == "attention" and any(map(line.over, RIVALS))]
+        if against:
+            body = [
+                [*_case(line), *(times(line.over(name)) for name in RIVALS)] for line in against
+            ]
+            found.append(f"{op}, times as fast as\n{_aligned([*CASE, *RIVALS], body, len(CASE))}")
+    return "\n\n".join(found)
+
+
+def _told(line: Line) -> bool:
+    """Whether anything on the line was measured, failed or was wrong."""
+    return bool(pivot.present(line.by.values(), line.value))
+
+
+def _case(line: Line) -> list[str]:
+    """Shape, dtype and direction, this as fwd, bwd, fwd+bwd."""
+    _, shape, dtype, way = line.case
+    return [shape, dtype, pivot.brief(way)]
+
+
+def _widest(line: Line) -> float | None:
+    """The widest spread of a time on the line, in per cent of its median."""
+    spreads = ((number(row.get("spread_us")), line.measured(n)) for n, row in line.by.items())
+    return max((100 * s / us for s, us in spreads if s is not None and us), default=None)
+
+
+def _tune(rows: Sequence[dict]) -> str:
+    found = ranks.correlations(rows)
+    told = f"\n\n{ranks.TITLE}\n{_columns('', found)}" if found else ""
+    return _columns("tune", rows) + told
+
+
+def _decode(rows: Sequence[dict]) -> str:
+    names = pivot.implementations(rows)
+    body = [
+        [*line.case, *(_value(line, name) for name in names), times(line.ratio)]
+        for line in pivot.lines(rows, ("batch", "context"), "tokens_per_s", higher=True)
+        if _told(line)
+    ]
+    if not body:
+        return "decode: nothing was measured"
+    return "tokens/s\n" + _aligned(["batch", "context", *names, "vs best"], body, 0)
+
+
+def _columns(suite: str, rows: Sequence[dict]) -> str:
+    """Return a line for each row that has a measurement, with the columns that a reader wants.
+
+    Of an unknown suite all rows and columns are shown.
+    """
+    rows = pivot.worth_a_line(suite, rows)
+    if not rows:
+        return f"{suite}: nothing was measured"
+    shown = SHOWN.get(suite) or {key: (key, text) for row in rows for key in row}
+    left = next((i for i, k in enumerate(shown) if any(_numeric(r.get(k)) for r in rows)), 9)
+    body = [[words(row.get(key)) for key, (_, words) in shown.items()] for row in rows]
+    return _aligned([title for title, _ in shown.values()], body, left)
+
+
+def _numeric(value: object) -> bool:
+    return pivot.number(value) is not None

@@ -1,0 +1,56 @@
+"""HTML tables of the profile's page: cells, and tables without columns that hold nothing."""
+
+from collections.abc import Iterable, Sequence
+from html import escape
+
+from minillm.profiling.page.pivot import Line, number, times
+
+# A cell: what is shown, what it is sorted by (None: by what is shown), its CSS class.
+Cell = tuple[str, object, str]
+NOTHING = "–"
+
+
+def cell(shown: str, by: object = None, css: str = "") -> Cell:
+    """Return a cell; "-", which stands for what was not measured, becomes a dash."""
+    return (NOTHING if shown == "-" else shown, by, css)
+
+
+def table(header: Sequence[str], body: Iterable[Sequence[Cell]], css: str = "") -> str:
+    """Return a table that the page's script lets a reader sort, or "" if it would hold nothing.
+
+    A column in which no line has anything is left out. The table scrolls where the page is narrow.
+    """
+    lines = [list(line) for line in body]
+    kept = [i for i in range(len(header)) if any(line[i][0] not in (NOTHING, "") for line in lines)]
+    if not kept:
+        return ""
+    header, lines = [header[i] for i in kept], [[line[i] for i in kept] for line in lines]
+    right = {i for line in lines for i, one in enumerate(line) if number(one[1]) is not None}
+
+    def made(tag: str, i: int, shown: str, kind: str = "", more: str = "") -> str:
+        kinds = f"{kind} n".strip() if i in right else kind
+        return f"<{tag}{f' class={kinds!r}' if kinds else ''}{more}>{escape(shown)}</{tag}>"
+
+    head = "".join(made("th", i, title, more=' scope="col"') for i, title in enumerate(header))
+    rows = []
+    for line in lines:
+        cells = []
+        for i, (shown, by, kind) in enumerate(line):
+            x = number(by)
+            cells.append(made("td", i, shown, kind, f' data-v="{x!r}"' if x is not None else ""))
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    return (
+        f'<div class="scroll {css}"><table class="sort"><thead><tr>{head}</tr></thead>\n'
+        f"<tbody>{chr(10).join(rows)}</tbody></table></div>\n"
+    )
+
+
+def ratio(line: Line) -> Cell:
+    """Return how many times as fast as the best other implementation ours is, and which that is."""
+    shown, value, css = speedup(line.ratio)
+    return cell("-" if value is None else f"{shown} {line.best(ours=False)}", value, css)
+
+
+def speedup(value: float | None) -> Cell:
+    """Return a ratio, coloured by whether it is a gain."""
+    return cell(times(value), value, "" if value is None else "win" if value >= 1 else "lose")

@@ -1,0 +1,1 @@
+"""Measure the kernels and the model: time, accuracy and the roofline."""

@@ -1,0 +1,90 @@
+"""How far results are from the truth, which is the reference's in fp64."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor
+
+from minillm.kernels import reference
+from minillm.profiling.timing.workloads import BACKWARD, BOTH, FORWARD, Data, Problem
+
+Results = dict[str, list[Tensor]]  # by direction; BOTH has those of either
+ROWS = 2048  # of logits that the truth has at a time
+
+
+def results(function: Callable, data: Data, convert: Callable = lambda x: x) -> Results:
+    """What an operation returns, and the gradients of its leaves for the data's dy.
+
+    Of an operation that works in place, the tensors as it leaves them; `data` stays as it is.
+    """
+    leaves = {n: convert(x).detach().clone().requires_grad_() for n, x in data.leaves.items()}
+    others = {n: _copied(x, convert) for n, x in data.others.items()}
+    y = function(**leaves, **others)
+    if y is None:
+        y = [*others["params"], *others["exp_avgs"], *others["exp_avg_sqs"]]
+    y = [y] if isinstance(y, Tensor) else list(y)
+    grads: list[Tensor] = []
+    if leaves:
+        dy = [convert(x) for x in data.dy]
+        grads = list(torch.autograd.grad(y, list(leaves.values()), dy))
+    y = [t.detach() for t in y]
+    return {FORWARD: y, BACKWARD: grads, BOTH: y + grads}
+
+
+def truth(problem: Problem, data: Data, function: Callable | None = None) -> Results:
+    """The reference's results in fp64, of the part of the data that it is computed for.
+
+    function: instead of the reference, as with further arguments.
+    """
+    if problem.op == "linear_cross_entropy":
+        function = _in_chunks
+    function = getattr(reference, problem.op) if function is None else function
+    leaves = {n: data.part(x) for n, x in data.leaves.items()}
+    others = {n: data.part(x) if isinstance(x, Tensor) else x for n, x in data.others.items()}
+    part = replace(data, leaves=leaves, others=others, dy=[data.part(x) for x in data.dy])
+    return results(function, part, _wide)
+
+
+def errors(function: Callable, data: Data, true: Results) -> dict[str, float]:
+    """For each direction the largest error of a result: rms(y - truth) / rms(truth).
+
+    Of whole numbers, the share that differs. Not a number where a result is none.
+    """
+    found = results(function, data)
+    return {
+        direction: max((_error(data.part(y), t) for y, t in zip(ys, true[direction], strict=True)),
+                       key=lambda e: math.inf if math.isnan(e) else e, default=math.nan)
+        for direction, ys in found.items()
+    }  # fmt: skip
+
+
+def _error(y: Tensor, true: Tensor) -> float:
+    if not true.is_floating_point():
+        return (y != true).double().mean().item()
+    return ((y.double() - true).square().mean() / true.square().mean()).sqrt().item()
+
+
+def _in_chunks(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
+    """reference.linear_cross_entropy, whose fp64 logits would fill the memory, by rows."""
+    total = x.new_zeros(())
+    for rows in torch.arange(len(x), device=x.device).split(ROWS):
+        total = total + len(rows) / len(x) * torch.utils.checkpoint.checkpoint(
+            reference.linear_cross_entropy, x[rows], w, targets[rows], use_reentrant=False
+        )
+    return total
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.double()
+
+
+def _copied(x: Any, convert: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(x, list):
+        return [_copied(y, convert) for y in x]
+    if not isinstance(x, Tensor):
+        return x
+    return convert(x).clone() if x.is_floating_point() else x

@@ -1,0 +1,43 @@
+"""A trace of training steps, kernel by kernel, for ui.perfetto.dev or chrome://tracing."""
+
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from minillm.ops import select
+from minillm.profiling.timing import steps
+from minillm.runtime import device as world
+
+STEPS = 3
+
+
+def write(path: Path, device: torch.device, dtype: str, quick: bool) -> str:
+    """Trace STEPS steps of the suite `model`'s model into `path`; ".gz" at its end compresses.
+
+    Returns what was traced, in words: the kernels are ours on a GPU that can run them.
+    Raises OSError if the file cannot be written, or is there already.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.open("xb").close()  # before the work, and in our words if it cannot be
+    try:
+        return _write(path, device, dtype, quick)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _write(path: Path, device: torch.device, dtype: str, quick: bool) -> str:
+    ops = select("auto", device)
+    step = steps.Step(steps.size(device.type, quick), ops, dtype, device)
+    step()  # compiles, allocates
+    activities = [ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities, record_shapes=True, acc_events=True) as traced:
+        for n in range(STEPS):
+            with record_function(f"step {n}"):
+                step()
+        world.synchronize(device)
+    traced.export_chrome_trace(str(path))
+    return f"{STEPS} steps, {ops.name} kernels ({ops.why})"

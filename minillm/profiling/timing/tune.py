@@ -1,0 +1,252 @@
+"""`--tune`: measure the tiles around those in kernels/tiles on this GPU, and keep what is faster.
+
+For each entry of this architecture's tables: every neighbour (a size doubled or halved, a stage
+more or less, a switch turned) is run through the public operation; one that fails, or whose error
+against fp64 is over 1.5 times the present tile's and a unit of the dtype, is out. The fastest is
+the next centre, twice. What is kept must win once more against the tile it replaces, by 2 %. All
+that was tried is told, with the static bound of its code.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from minillm.errors import UnavailableError, UsageError
+from minillm.kernels import reference
+from minillm.profiling.page import ranks
+from minillm.profiling.page.pivot import WRONG
+from minillm.profiling.timing import precision
+from minillm.profiling.timing.implementations import said
+from minillm.profiling.timing.operations import MOST, Row, release, trial_of
+from minillm.profiling.timing.workloads import BACKWARD, BOTH, FORWARD, Problem
+from minillm.runtime.ceilings import DTYPES
+from minillm.runtime.cli import not_one_of
+from minillm.runtime.files import write_durably
+from minillm.runtime.json_text import json_text
+from minillm.runtime.stopwatch import on_gpu
+
+TILES = Path(reference.__file__).parent / "tiles"
+GAIN = 0.98  # of the present time, at most, for a tile to be kept
+ROUNDS = 2
+SECONDS = 0.1  # of runs for each tile
+Options = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Job:
+    """The problem by which one entry of a table is measured.    extra: further arguments."""
+
+    problem: Problem
+    direction: str
+    extra: dict = field(default_factory=dict)
+
+
+def job_for(operation: str, kernel: str, size: int) -> Job | None:
+    """The job of the entry `size` of a kernel's table; None if it is too small to matter."""
+    words = kernel.split()
+    dtype = "fp32" if "fp32" in words else "bf16"
+    backward = BACKWARD if {"bwd", "dq", "dkdv", "delta"} & set(words) else FORWARD
+    if operation == "attention":
+        T = 1024 if dtype == "fp32" else 4096
+        sizes = {"B": 16384 // T, "T": T, "H": 2048 // size, "D": size}
+        extra = {"softcap": 30.0} if "capped" in words else {}
+        return Job(Problem("attention", sizes, dtype), backward, extra)
+    if operation == "decode_attention":
+        heads = 32 if "many" in words else 4
+        sizes = {"B": 16, "S": 8192, "H": 4 * heads, "G": 4, "D": size}
+        combines = kernel == "combine"
+        return None if combines else Job(Problem(operation, sizes, dtype), FORWARD)
+    if operation == "rms_norm":
+        op = "sandwich_norm" if "sandwich" in words else "rms_norm"
+        return Job(Problem(op, {"N": (1 << 25) // size, "C": size}, dtype), backward)
+    if operation == "rope":
+        sizes = {"B": 8, "T": 2048, "H": 2048 // size, "G": 2048 // size, "D": size}
+        return Job(Problem(operation, sizes, dtype), backward)
+    if operation == "swiglu":
+        F = min(size, 5632)
+        return Job(Problem(operation, {"N": (1 << 26) // F, "F": F}, dtype), backward)
+    if operation == "adamw":
+        return Job(Problem(operation, {"L": 12, "C": 768}, dtype), FORWARD)
+    if operation == "linear_cross_entropy":
+        # Few columns, so that it is not the products that are measured.
+        sizes = {"N": 8192, "C": 64, "V": min(size, 50304)}
+        return Job(Problem(operation, sizes, dtype), BOTH)
+    if operation == "newton_schulz":
+        M = min(size, 2048)
+        return Job(Problem(operation, {"B": 4, "M": M, "N": M}, dtype), FORWARD)
+    if operation == "sample" and kernel == "sample":
+        return Job(Problem(operation, {"B": 64, "V": min(size, 50304)}, "fp32"), FORWARD)
+    return None
+
+
+def neighbours(options: Options) -> list[Options]:
+    """The tiles one change away, and those with blocks and warps changed together."""
+    found: list[Options] = []
+    for name, value in options.items():
+        if isinstance(value, bool):
+            changed = [not value]
+        elif name in ("num_stages", "STAGES"):
+            changed = [value - 1, value + 1]
+        else:
+            changed = [value // 2, value * 2]
+        highest = 32 if name == "num_warps" else 6 if "STAGES" in name.upper() else 1 << 16
+        found += [{**options, name: v} for v in changed if isinstance(v, bool) or 1 <= v <= highest]
+    warps = options.get("num_warps", 0)
+    for name in (n for n in options if n.startswith("BLOCK")):
+        for times in (0.5, 2):
+            both = {**options, name: int(options[name] * times), "num_warps": int(warps * times)}
+            if both[name] >= 1 and 1 <= both["num_warps"] <= 32:
+                found.append(both)
+    return found
+
+
+def check(operations: Sequence[str], device: torch.device) -> list[str]:
+    """The operations to tune, all that have a table if none is named.
+
+    Raises UsageError on one that has no table, UnavailableError without a GPU that runs Triton.
+    """
+    known = sorted(path.stem for path in TILES.glob("*.json"))
+    for name in operations:
+        if name not in known:
+            raise UsageError(f"--tune {not_one_of(name, known)}")
+    if device.type != "cuda":
+        raise UnavailableError("--tune measures tiles on a GPU, and there is none here")
+    return list(operations) or known
+
+
+def run(
+    operations: Sequence[str],
+    device: torch.device,
+    quick: bool,
+    say: Callable[[str], None],
+    save: Callable[[list[Row]], None] = lambda rows: None,
+) -> list[Row]:
+    """Tune the tables of some operations in place and on the disk; a row for each tile tried.
+
+    quick: one round, and only of bf16 without features.    save: is given all rows so far after
+    each entry, when its table is on the disk.
+    """
+    from minillm.kernels import _launch
+    from minillm.ops import select
+
+    table, arch, rows = select("triton", device), _launch.arch(), []
+    for operation in operations:
+        # The very dictionary that launches read: changed in place, it is what the next one takes.
+        tables = _launch._tables(operation)
+        for kernel, arches in tables.items():
+            if quick and {"fp32", "capped", "many"} & set(kernel.split()):
+                continue
+            entries = arches[f"sm_{arch}"]
+            for size in entries:
+                job = job_for(operation, kernel, int(size))
+                if job is None:
+                    continue
+                function = partial(getattr(table, job.problem.op), **job.extra)
+                bound = partial(ranks.bound_of, kernel=kernel, arch=arch)
+                tuned = Entry(entries, size, job, function, device, bound)
+                found = list(tuned.tried(1 if quick else ROUNDS))
+                where = {"op": operation, "kernel": kernel, "size": int(size), "arch": f"sm_{arch}"}
+                rows += [{**where, **row, "options": _words(row["options"])} for row in found]
+                say(f"{operation} {kernel} {size}: {len(found)} tiles, {tuned.verdict}")
+                write_durably(TILES / f"{operation}.json", text(tables).encode())
+                save(rows)
+                release(device)
+    return rows
+
+
+class Entry:
+    """One entry of a table while it is tuned.
+
+    bound: of launches and a tile, see ranks.    verdict: what came of it, in words.
+    """
+
+    def __init__(
+        self, entries: dict, size: str, job: Job, function: Callable, device, bound: Callable
+    ) -> None:
+        self.entries, self.size, self.job, self.function = entries, size, job, function
+        self.device, self.bound, self.verdict = device, bound, ""
+        self.data = job.problem.data(device)
+        extended = partial(getattr(reference, job.problem.op), **job.extra)
+        self.true = precision.truth(job.problem, self.data, extended)
+        self.allowed = MOST
+
+    def tried(self, rounds: int) -> Iterator[Row]:
+        """Try the tiles; the rows of all of them. The entry then holds the best."""
+        present = dict(self.entries[self.size])
+        first = self._row(present)
+        if first["median_us"] is None:
+            self.verdict = f"the present one stays unjudged: {first['note']}"
+            yield {**first, "kept": True}
+            return
+        unit = torch.finfo(DTYPES[self.job.problem.dtype]).eps
+        self.allowed = 1.5 * first["error"] + unit
+        seen, best, rows = [present], first, [first]
+        for _ in range(rounds):
+            centre = best
+            for options in neighbours(centre["options"]):
+                if options not in seen:
+                    seen.append(options)
+                    rows.append(self._row(options))
+                    if rows[-1]["median_us"] and rows[-1]["median_us"] < best["median_us"]:
+                        best = rows[-1]
+            if best is centre:
+                break
+        kept = first
+        if best is not first:
+            again = [self._row(row["options"])["median_us"] for row in (best, first)]
+            if None not in again and again[0] < GAIN * again[1]:
+                kept = best
+        self.entries[self.size] = kept["options"]
+        self.verdict = "the present one stays"
+        if kept is not first:
+            times = first["median_us"] / kept["median_us"]
+            self.verdict = f"{_words(kept['options'])} is {times:.2f} times as fast"
+        for row in rows:
+            yield {**row, "kept": row is kept}
+
+    def _row(self, options: Options) -> Row:
+        """Run with one tile, judge and time it."""
+        row = dict.fromkeys(("median_us", "spread_us", "error", "bound_tflops", "bound_gbps"))
+        row = {"options": options, **row, "note": ""}
+        held = self.entries[self.size]
+        self.entries[self.size] = options
+        try:
+            with ranks.launches() as launched:
+                errors = precision.errors(self.function, self.data, self.true)
+            row["error"] = worst(errors, self.job.problem.directions)
+            if row["error"] > self.allowed:
+                return {**row, "note": WRONG}
+            row |= self.bound(launched, options=options)
+            trial = trial_of(self.function, self.data, self.job.direction)
+            timing = on_gpu(trial, SECONDS, self.device)
+            return {**row, "median_us": timing.median_us, "spread_us": timing.spread_us}
+        except Exception as e:  # does not compile, does not fit: a loser with a reason
+            return {**row, "note": said(e)}
+        finally:
+            self.entries[self.size] = held
+
+
+def worst(errors: dict[str, float], directions: Sequence[str]) -> float:
+    """The largest error; infinite if one is no number, or that of a direction is not there."""
+    found = [errors.get(direction, math.nan) for direction in directions]
+    return math.inf if any(map(math.isnan, found)) else max(found)
+
+
+def _words(options: Options) -> str:
+    return " ".join(f"{name}={value}" for name, value in options.items())
+
+
+def text(tables: dict) -> str:
+    """Tables of tiles as their files have them: a line an entry."""
+    kernels = []
+    for kernel, arches in tables.items():
+        blocks = []
+        for arch, entries in arches.items():
+            lines = [f'      "{size}": {json_text(row)}' for size, row in entries.items()]
+            blocks.append(f'    "{arch}": {{\n' + ",\n".join(lines) + "\n    }")
+        kernels.append(f'  "{kernel}": {{\n' + ",\n".join(blocks) + "\n  }")
+    return "{\n" + ",\n".join(kernels) + "\n}\n"

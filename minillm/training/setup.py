@@ -1,0 +1,281 @@
+"""From a command line of train.py to its settings, its run folder and its corpus."""
+
+import json
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from minillm.checkpoint import placing, run_folder as runs
+from minillm.config.config_files import read_config
+from minillm.config.fields import parts_of
+from minillm.config.flags import Settings
+from minillm.config.resolve import PREPARED, as_train_config, meant_for_a_core, resolve
+from minillm.config.train import ModelConfig, TrainConfig
+from minillm.data.batches import ORDER, Batches
+from minillm.data.held_out import require_validation
+from minillm.data.prepare import prepare
+from minillm.data.shards import Corpus, is_prepared, open_corpus
+from minillm.data.tokenizer import KINDS
+from minillm.distributed.agreement import gather
+from minillm.distributed.ranks import Ranks
+from minillm.errors import UnavailableError, UsageError
+from minillm.planning import estimate as plan
+from minillm.runtime import device as world, relative_paths as places
+from minillm.runtime.files import check_place, file_digest
+from minillm.runtime.json_text import json_text
+from minillm.runtime.launch import World, shell_command
+from minillm.runtime.versions import commit, versions
+from minillm.training.resuming import resumed
+
+HELD = ("parameters", "gradients", "masters", "moments")  # by a rank, of plan.memory
+
+
+def begin(args: Namespace, here: World, preset: str | None = None) -> tuple[Settings, Path | None]:
+    """The settings and, where a run is resumed, its folder.
+
+    preset: what holds where the user names none; None: the one that fits the device here.
+    here: a launch that torchrun has started again goes on with its own run, whatever the flags.
+    Raises UsageError if the flags do not fit together or --out is in use.
+    """
+    if args.resume is not None:
+        return resumed(args)
+    if preset is None:
+        device = args.device
+        if device is None and args.config is not None:
+            device = read_config(Path(args.config)).get("device")
+        preset = "nano" if world.pick_device(device or "auto").type == "cpu" else "tiny"
+    settings = resolve(vars(args), args.config, preset)
+    train = settings.train
+    if here.attempt and (run := runs.run_of(here.launch, train.out)) is not None:
+        model, past = runs.read_config(run)
+        past |= runs.newest_settings(run)
+        # The places of the same command line are known better than from the run's files.
+        past |= {name: x for name in places.PATHS[:-1] if (x := getattr(train, name, None))}
+        return Settings(model, as_train_config(run, past), frozenset()), run
+    if train.init_from:
+        flags = {name for name, value in vars(args).items() if value is not None}
+        settings = _inherit(settings, Path(train.init_from), flags)
+    if train.out and here.rank == 0:
+        out = Path(train.out)
+        placing.check_out(out, train.overwrite, here.launch, placing.sources(settings, args.config))
+    for flag, place in (("--out", train.out or "runs"), ("--cache-dir", train.cache_dir)):
+        check_place(flag, Path(place))
+    return settings, None
+
+
+def _inherit(settings: Settings, source: Path, flags: set[str]) -> Settings:
+    """The model's shape and the tokenizer of run `source`; the training of `settings`.
+
+    How often a core runs may be set anew: with a new mean, what else is not given follows it.
+    flags: settings that the command line names; the others of `settings.given` are from a file.
+    Raises UsageError on what `source` fixes, and on settings of a core that it has not.
+    """
+    model, _ = runs.read_config(source)
+    often = {"mean_recurrence", "max_recurrence", "backprop_depth"}
+    fixed = (asdict(model).keys() | {"tokenizer"}) - often - {"dropout"}
+    tokenizer = str(runs.tokenizer_path(source))
+    own = asdict(model) | {"tokenizer": tokenizer}
+    asked = runs.read_facts(source)["asked_vocab_size"]
+    given = {name: value for name, value in settings.flat().items() if name in settings.given}
+    for name in sorted(fixed & given.keys()):
+        # A file states all that its run had, and the vocabulary size as it was asked for.
+        same = given[name] == own[name] or (name == "vocab_size" and given[name] == asked)
+        if name in flags or not same:
+            raise UsageError(
+                f"--{name.replace('_', '-')} cannot be set with --init-from: {source} fixes it"
+            )
+    idle = meant_for_a_core(given)
+    if idle and model.recurrent is None:
+        raise UsageError(
+            f"--{idle[0].replace('_', '-')} is of recurrent depth; {source} has no core to run "
+            "again; leave it out"
+        )
+    wished = {name: given[name] for name in often & given.keys()}
+    derived = ["max_recurrence", "backprop_depth"] if "mean_recurrence" in wished else []
+    if "max_recurrence" in wished:
+        derived.append("backprop_depth")
+    wished = {**dict.fromkeys(derived), **wished, "dropout": settings.model.dropout}
+    train = replace(settings.train, tokenizer=tokenizer)
+    return Settings(replace(model, **wished), train, settings.given - fixed)
+
+
+def find_corpus(settings: Settings, run: Path | None, say: Callable[[str], None]) -> Corpus:
+    """The prepared text: of a run to resume the very same, else of --data.
+
+    run: the folder to resume, or None.
+    """
+    train = settings.train
+    if run is None:
+        corpus = _prepare(settings, say)
+        if train.init_from and corpus.tokenizer().sha256 != file_digest(Path(train.tokenizer)):
+            raise UsageError(
+                f"--data {' '.join(parts_of(train.data))} was prepared with another tokenizer than "
+                f"{train.init_from}'s"
+            )
+        return require_validation(corpus, train.early_stop)
+    facts = runs.read_facts(run)
+    there = [p for p in runs.corpus_places(run, train.cache_dir) if is_prepared(p)]
+    if there and not {"data", "val"} & settings.given:
+        corpus = open_corpus(there[0])
+    else:
+        try:
+            corpus = _prepare_again(settings, run, say)
+        except UsageError as error:
+            hint = "say where with --data" + " and --val" * (train.val is not None)
+            raise UsageError(
+                f"{error}; if the text has moved, {hint}, or with --cache-dir if it is prepared"
+            ) from None
+    if corpus.key != facts["corpus_key"]:
+        given = {"data", "val"} & settings.given
+        where = "" if given else "; if that has moved, say where with --data"
+        raise UsageError(
+            f"the text is not what {run} was trained on{where}; start a new run with its weights: "
+            f"{shell_command('train', '--init-from', run)}"
+        )
+    return require_validation(corpus, train.early_stop)
+
+
+def _prepare_again(settings: Settings, run: Path, say: Callable[[str], None]) -> Corpus:
+    """As for the run's first step: with the vocabulary size it asked for, and its own tokenizer."""
+    facts, train = runs.read_facts(run), settings.train
+    asked, stated = facts["asked_vocab_size"], facts.get("corpus_settings") or {}
+    if train.tokenizer not in KINDS:
+        train = replace(train, tokenizer=str(runs.tokenizer_path(run)))
+    model = replace(settings.model, vocab_size=asked)
+    return _prepare(replace(settings, model=model, train=train), say, "split" not in stated)
+
+
+def _prepare(
+    settings: Settings, say: Callable[[str], None], whole_documents: bool = False
+) -> Corpus:
+    train = settings.train
+    paths = parts_of(train.data)
+    late = sorted(settings.given & PREPARED)
+    prepared = len(paths) == 1 and is_prepared(paths[0])
+    if late and prepared:
+        flag = "--" + late[0].replace("_", "-")
+        raise UsageError(f"{flag}: {paths[0]} is prepared already; drop {flag}, or prepare anew")
+    sized = train.tokenizer == "bpe" or "vocab_size" in settings.given
+    return prepare(
+        paths or None,
+        tokenizer=train.tokenizer,
+        vocab_size=settings.model.vocab_size if sized and not train.init_from else None,
+        val_fraction=train.val_fraction,
+        val=None if prepared else parts_of(train.val),
+        cache_dir=Path(train.cache_dir),
+        errors=train.errors,
+        encoding=train.encoding,
+        text_column=train.text_column,
+        whole_documents=whole_documents,
+        say=say,
+    )
+
+
+def batches_of(
+    run: Path | None, corpus: Corpus, seq_len: int, config: TrainConfig, ranks: int
+) -> Batches:
+    """Return the batches of a new run, or of `run` in the data order that it began with."""
+    order = ORDER if run is None else runs.data_order(run)
+    return Batches(corpus, seq_len, config.batch_size, config.seed, ranks, order)
+
+
+def rows_of_a_rank(config: TrainConfig, size: int) -> int:
+    """Sequences of a step on each of `size` ranks, of which all do the same work.
+
+    Raises UsageError if they do not divide.
+    """
+    if config.batch_size % size:
+        raise UsageError(
+            f"--batch-size {config.batch_size} is not a multiple of {size} ranks; nearest: "
+            f"{max(1, round(config.batch_size / size)) * size}"
+        )
+    rows = config.batch_size // size
+    if rows % config.recurrence_groups:
+        raise UsageError(
+            f"--recurrence-groups {config.recurrence_groups} does not divide the {rows} sequences "
+            f"of each of {size} ranks"
+        )
+    return rows
+
+
+def fit_to_corpus(settings: Settings, corpus: Corpus) -> ModelConfig:
+    """The model with the tokenizer's vocabulary and, where the corpus has sequences with targets of
+    their own and --seq-len was not given, their length.
+
+    Raises UsageError if a document mask is asked for and documents have no mark, or if the
+    tokenizer cannot encode --sample-prompt.
+    """
+    model, bos = settings.model, corpus.tokenizer().bos_id
+    if corpus.sequence and "seq_len" not in settings.given:
+        model = replace(model, seq_len=corpus.sequence)
+    _check_sample_prompt(settings.train.sample_prompt or "", corpus)
+    if model.document_mask and bos is None:
+        raise UsageError("--document-mask needs documents marked by BOS; --tokenizer char has none")
+    return replace(model, vocab_size=corpus.vocab_size, bos_id=bos)
+
+
+def _check_sample_prompt(prompt: str, corpus: Corpus) -> None:
+    """Raise UsageError now if no sample could continue `prompt` later."""
+    if prompt and corpus.sequence:
+        raise UsageError(
+            f"--sample-prompt: no samples are taken of {corpus.folder}, whose answers are not the "
+            "next tokens; leave it out"
+        )
+    try:
+        corpus.tokenizer().encode(prompt)
+    except UsageError as error:
+        raise UsageError(f"--sample-prompt: {error}") from None
+
+
+def require_memory(model: ModelConfig, config: TrainConfig, ranks: Ranks) -> None:
+    """Raise UnavailableError if a rank's weights and optimiser alone cannot fit on its device."""
+    job = plan.Job(model, ranks.size, config.batch_size, None, optimizer=config.optimizer)
+    each = plan.memory(job, config.zero)
+    need = max(4 * model.n_parameters, sum(each[kind] for kind in HELD))  # it is built whole
+    room = room_of_a_rank(ranks)
+    if room is not None and need > room:
+        raise UnavailableError(
+            f"{model.n_parameters:,} parameters need {need / 2**30:,.1f} GiB to train and "
+            f"{room / 2**30:,.1f} GiB are free; reduce --d-model or --n-layer"
+        )
+
+
+def room_of_a_rank(ranks: Ranks) -> int | None:
+    """Bytes that this rank may take: of a CPU's its share among the ranks of this machine."""
+    room = world.available_memory(ranks.device)
+    shared = ranks.device.type == "cpu" and room is not None
+    return room // ranks.world.local_size if shared else room
+
+
+def refuse_differences(ranks: Ranks, corpus: Corpus, settings: Settings, run: Path | None) -> None:
+    """Raise UsageError unless all ranks train the same: text, settings, run to resume."""
+    own = ("device", "threads", "data", "val")
+    config = {n: x for n, x in settings.flat().items() if n not in own}
+    told = {"text": corpus.key, "settings": json.dumps(config, sort_keys=True, default=str),
+            "run to resume": str(run)}  # fmt: skip
+    every = gather(ranks, told)
+    for what in told:
+        if len({each[what] for each in every}) > 1:
+            raise UsageError(f"the ranks do not have the same {what}; see that all machines agree")
+
+
+def facts_of(settings: Settings, corpus: Corpus, launch: str | None) -> dict:
+    """What config.json says beside the settings: versions, commit, corpus, torchrun's name."""
+    return {
+        "versions": versions(),
+        "git_commit": commit(),
+        "launch": launch,
+        "corpus": str(corpus.folder),
+        "corpus_key": corpus.key,
+        "corpus_settings": corpus.settings,
+        "data_order": ORDER,
+        "asked_vocab_size": settings.model.vocab_size,
+        "tokenizer_sha256": corpus.tokenizer().sha256,
+    }
+
+
+def config_text(settings: Settings) -> str:
+    """The settings as JSON that --config takes."""
+    stated = {k: places.as_text(v) for k, v in settings.flat().items() if v is not None}
+    return json_text(stated, indent=1)

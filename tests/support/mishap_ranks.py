@@ -1,0 +1,48 @@
+"""One rank of test_mishap_ranks.py: train.py, in which this rank's loss is spoilt at some calls.
+
+    mishap_ranks.py RANK CALLS VALUE train.py's flags...
+
+Prints, as JSON, a digest of the weights after every step.
+"""
+
+import hashlib
+import json
+import sys
+
+from minillm.distributed.ranks import leave
+from minillm.model.gpt import GPT
+from minillm.runtime import program
+from minillm.runtime.device import launched
+from minillm.scripts import train as script
+
+
+def main(rank: int, calls: set[int], value: float, flags: list[str]) -> int:
+    """The exit code of the training."""
+    seen, digests, forward, around = [], [], GPT.forward, script.look_around
+
+    def spoilt(self, *args, **kwargs):
+        loss = forward(self, *args, **kwargs)
+        if not self.training:
+            return loss
+        seen.append(1)
+        bad = launched().rank == rank and len(seen) - 1 in calls
+        return loss * value if bad else loss
+
+    def look_around(t, row):
+        digest = hashlib.sha256()
+        for _, p in sorted(t.model.named_parameters()):
+            p = p.full_tensor() if hasattr(p, "full_tensor") else p
+            assert p.isfinite().all()
+            digest.update(p.detach().numpy().tobytes())
+        digests.append(digest.hexdigest())
+        return around(t, row)
+
+    GPT.forward, script.look_around = spoilt, look_around
+    code = program.run("train.py", script.main, flags)
+    print(json.dumps(digests), flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    calls = {int(n) for n in sys.argv[2].split(",")}
+    sys.exit(leave(main(int(sys.argv[1]), calls, float(sys.argv[3]), sys.argv[4:])))
