@@ -116,7 +116,7 @@ def _code(error: Exception) -> int:
 
 def _text(error: Exception) -> str:
     if isinstance(error, MinillmError):
-        return str(error)
+        return error.with_flags()
     if found := machine_errors.advice(error):
         return f"{found[0]}; {found[1]}"
     if isinstance(error, OSError):

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, strategies as st
 
 from minillm import errors
+from minillm.errors import UsageError, parameter
 from minillm.runtime.program import one_line, run
 
 
@@ -115,3 +116,14 @@ def test_a_reader_that_goes_away_is_no_error():
     assert process.stderr.read() == b""
     assert process.wait(30) == 128 + signal.SIGPIPE
     process.stderr.close()
+
+
+def test_an_error_names_a_parameter_in_python_and_a_flag_on_the_command_line(capfd):
+    def body(argv):
+        raise UsageError(f"{parameter('top_k')} -1: expected 0 or more; see {parameter('seed')}")
+
+    with pytest.raises(UsageError, match=r"^top_k -1: expected 0 or more; see seed$"):
+        body([])
+    assert run("sample.py", body, []) == 2
+    line = "sample.py: error: --top-k -1: expected 0 or more; see --seed\n"
+    assert capfd.readouterr().err == line
