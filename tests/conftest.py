@@ -17,6 +17,7 @@ from torch import Tensor
 from minillm.data.shards import is_prepared
 from minillm.runtime import device as world, files as storage, launch, ownership, program, signals
 from minillm.scripts import train as train_script
+from minillm.training import samples
 
 if not torch.cuda.is_available():  # before any kernel is defined: they are interpreted
     os.environ["TRITON_INTERPRET"] = "1"
@@ -146,6 +147,9 @@ TINY = {
 }  # fmt: skip
 
 
+SAMPLED = 20  # tokens of each sample, of 200: more than the 16 that a context holds
+
+
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Some 6 kB of sentences of ten words, the same on every machine."""
@@ -161,7 +165,8 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(text_file: Path) -> Callable[..., int]:
     """train(*flags) -> exit code: train.py in this process, tiny where the flags say nothing.
 
-    The machine's peak, which takes 0.2 s to time (test_world.py does), is set to 10 GFLOP/s.
+    The machine's peak, which takes 0.2 s to time (test_world.py does), is set to 10 GFLOP/s, and
+    samples are short: they took longer than all else.
     """
 
     def run(*flags: str | Path) -> int:
@@ -183,6 +188,7 @@ def train(text_file: Path) -> Callable[..., int]:
             words += [str(w) for pair in tiny.items() if pair[0] not in words for w in pair]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(world, "measured_peak_flops", lambda device, dtype: 1e10)
+            patch.setattr(samples, "SAMPLE_TOKENS", min(SAMPLED, samples.SAMPLE_TOKENS))
             return program.run("train.py", train_script.main, words)
 
     return run

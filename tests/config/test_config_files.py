@@ -16,6 +16,7 @@ from minillm.runtime.files import read_json
 from minillm.runtime.program import run as ending
 from minillm.scripts import train as script
 from tests.config.test_resolve import parse, settle
+from tests.support.broad import broad
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def bpe_flags(tmp_path_factory) -> list:
 # -- the way back ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@broad("name", PRESETS, quick=4)
 def test_a_printed_preset_and_a_flag_are_that_preset_and_the_flag(tmp_path, name):
     """What follows from others is no wish: it follows what the command line changes, too."""
     file = tmp_path / "a.json"

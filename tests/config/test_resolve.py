@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import cache
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import strategies as st
 
 from minillm.config.flags import ALIASES, Settings, add_flags
 from minillm.config.presets import PRESETS
@@ -13,6 +13,7 @@ from minillm.config.resolve import changed, read_config, resolve
 from minillm.config.train import ModelConfig, TrainConfig
 from minillm.errors import UsageError
 from minillm.runtime import cli
+from tests.support.broad import searched
 
 
 @cache
@@ -248,7 +249,7 @@ VALUES = {
 }
 
 
-@given(st.fixed_dictionaries({}, optional=VALUES))
+@searched(25, 100, values=st.fixed_dictionaries({}, optional=VALUES))
 def test_any_settings_read_back_the_same(tmp_path_factory, values):
     if values.get("preset", "").endswith("-recurrent"):
         for name in ("n_layer", "qk_norm"):  # may be refused beside the preset's own

@@ -19,6 +19,7 @@ from minillm.inference.generate import generate
 from minillm.model.gpt import GPT
 from minillm.model.recurrence import state_keys
 from minillm.ops import EAGER, select
+from tests.support.broad import broad
 
 C, H, D, F, V, T = 32, 4, 8, 40, 29, 24
 CONFIG = {
@@ -147,9 +148,9 @@ def distance(model, w, config, r, keys=None):
 SKELETONS = [(1, 2, 1), (2, 4, 2), (0, 1, 0)]
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("depths", SKELETONS, ids=str)
-@pytest.mark.parametrize("files", [1, 3])
+@broad("tied", [True, False], quick=2, ids=["tied", "untied"])
+@broad("depths", SKELETONS, ids=str)
+@broad("files", [1, 3], quick=(1,))
 def test_same_logits(tmp_path, depths, tied, files):
     names = ("n_layers_in_prelude", "n_layers_in_recurrent_block", "n_layers_in_coda")
     config = {**CONFIG, **dict(zip(names, depths, strict=True)), "tie_embeddings": tied}
@@ -208,7 +209,7 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
+@broad("mistake", MISTAKES, quick=(0, 4, 6))
 def test_a_mistake_in_the_mapping_would_be_seen(tmp_path, mistake, monkeypatch):
     def mistaken(tensors, config):
         w = weights_from(tensors, config)
@@ -403,6 +404,7 @@ def test_biases_while_decoding(options, pieces):
     assert torch.allclose(torch.cat(found, 1), model(TOKENS), rtol=0, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_biases_with_kernels():
     pytest.importorskip("triton")
     device = "cuda" if torch.cuda.is_available() else "cpu"

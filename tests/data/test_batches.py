@@ -12,6 +12,7 @@ from minillm.data import batches as data, shards
 from minillm.data.batches import ROUNDS, Batches, Tokens, evaluation_windows, permute, warnings_for
 from minillm.data.tokenizer import train_tokenizer
 from minillm.errors import CorruptError, UsageError
+from tests.support.broad import broad
 
 
 def write_corpus(folder, train, val=(), shard_tokens=10**6, vocab_size=None):
@@ -162,7 +163,7 @@ def test_smallest_corpora(tmp_path):
         Batches(write_corpus(tmp_path / "few", numbers(8)), 8, 3, seed=0)
 
 
-@pytest.mark.parametrize("n", [9, 10, 15, 16, 17, 23, 24, 25, 31, 40, 1000])
+@broad("n", [9, 10, 15, 16, 17, 23, 24, 25, 31, 40, 1000], quick=(0, 3, 10))
 def test_every_token_is_a_target_in_some_epoch(tmp_path, n):
     """A target is a token behind the first of a window; the first of all tokens has none before."""
     seq_len = 8

@@ -11,6 +11,7 @@ from minillm.inference.generate import generate
 from minillm.model.gpt import GPT
 from minillm.model.recurrence import state_keys
 from minillm.ops import EAGER
+from tests.support.broad import broad
 
 SHAPE = {"vocab_size": 31, "seq_len": 24, "n_head": 2, "d_model": 16, "d_ff": 24}
 NEVER = {"confidence": 1.0, "kl": 0.0, "latent": 0.0}
@@ -31,7 +32,7 @@ def text(rows: int = 3, T: int = 12) -> torch.Tensor:
     return (torch.arange(rows * T) * 7 + 3).reshape(rows, T) % 31
 
 
-@pytest.mark.parametrize("by", RULES)
+@broad("by", RULES, quick=(1,))
 @pytest.mark.parametrize("at_once", [True, False])
 @torch.no_grad()
 def test_a_rule_that_never_holds_is_the_fixed_recurrence(model, by, at_once):
@@ -66,13 +67,13 @@ def sampled(model, prompts, by, **options) -> list[list[tuple[int, int]]]:
     made = [[] for _ in prompts]
     rule = ExitRule(by, {"confidence": 0.3, "kl": 0.02, "latent": 0.5}[by], 1)
     for token in generate(
-        model, prompts, max_tokens=40, seed=4, recurrence=9, exit_rule=rule, **options
+        model, prompts, max_tokens=24, seed=4, recurrence=9, exit_rule=rule, **options
     ):
         made[token.row].append((token.id, token.recurrence))
     return made
 
 
-@pytest.mark.parametrize("by", RULES)
+@broad("by", RULES)
 @pytest.mark.parametrize("cache", ["full", "slot"])
 def test_a_batch_gives_what_each_row_gives_alone(model, by, cache):
     """Tokens and iterations; rows leave the core at different times, and some early. Beyond the

@@ -13,6 +13,7 @@ from minillm.kernels import reference
 from minillm.model.gpt import GPT
 from minillm.model.kv_cache import KVCache
 from minillm.ops import EAGER
+from tests.support.broad import broad
 
 SHAPE = {"vocab_size": 40, "seq_len": 16, "n_layer": 2, "n_head": 4, "d_model": 32, "d_ff": 64}
 GREEDY, SAMPLED = {"temperature": 0.0}, {"temperature": 1.0, "top_p": 0.9, "seed": 3}
@@ -49,8 +50,8 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@broad("options", [GREEDY, SAMPLED], quick=(1,), ids=["greedy", "sampled"])
+@broad("variant", VARIANTS, quick=(0, 3, 5, 8, 9, 10, 11), ids=str)
 def test_a_cache_changes_no_token(variant, options):
     model = make_model(**variant)
     prompts = [[1, 2, 3], [7] * 11, [4], list(range(25))]  # the last is longer than seq_len
@@ -76,7 +77,7 @@ def test_a_broken_cache_is_seen_by_these_tests(position, monkeypatch):
 
 
 @pytest.mark.parametrize("position", ["rope", "learned", "alibi"])
-@pytest.mark.parametrize("length", [1, 9, 16, 17, 40])
+@broad("length", [1, 9, 16, 17, 40], quick=(2, 4))
 def test_beyond_seq_len_the_context_is_cut_to_its_last_half(position, length):
     model = make_model(position=position)
     T = model.config.seq_len

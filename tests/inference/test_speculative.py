@@ -12,6 +12,7 @@ from minillm.inference.generate import generate
 from minillm.inference.speculative import Tally, speculate
 from minillm.model.gpt import GPT
 from minillm.ops import EAGER
+from tests.support.broad import broad
 
 PROMPTS = [[1, 2, 3, 4, 5], [7], [3, 4, 9, 30, 2, 2, 8]]
 SAMPLING = {"greedy": {"temperature": 0.0}, "sampled": {"temperature": 1.2, "top_k": 12}}
@@ -33,9 +34,9 @@ def rows(tokens) -> list[list[int]]:
     return [made[row] for row in sorted(made)]
 
 
-@pytest.mark.parametrize("style", ["huginn", "parcae"])
+@broad("style", ["huginn", "parcae"])
 @pytest.mark.parametrize("how", SAMPLING)
-@pytest.mark.parametrize(("few", "lookahead"), [(1, 4), (3, 2), (4, 7)])
+@broad(("few", "lookahead"), [(1, 4), (3, 2), (4, 7)], quick=(1,))
 def test_the_tokens_are_those_of_plain_decoding(style, how, few, lookahead):
     """Rows of different lengths, several tokens apart, beyond the context's end as well."""
     model, tally = model_of(recurrence_style=style), Tally()
@@ -49,6 +50,7 @@ def test_the_tokens_are_those_of_plain_decoding(style, how, few, lookahead):
     assert len({id for row in plain for id, _ in row}) > 3
 
 
+@pytest.mark.slow
 def test_a_good_draft_is_accepted_and_a_bad_one_mostly_not():
     shares = []
     for few in (1, 39):

@@ -14,6 +14,7 @@ from minillm.model.gpt import GPT
 from minillm.model.recurrence import state_keys
 from minillm.ops import EAGER
 from tests.convert.test_huginn import CONFIG, C, D, H, mlp, norm, published, write
+from tests.support.broad import broad
 
 SHAPE = {"vocab_size": 31, "seq_len": 24, "n_head": 2, "d_model": 16, "d_ff": 24}
 PROMPTS = [[5, 7, 1, 2], [3], [9, 9, 30, 4, 8, 2]]
@@ -100,8 +101,9 @@ def next_logits(w, config, token: int, at: int, start, r: int, past: dict):
     return norm(w["transformer.ln_f.weight"], x) @ w["transformer.wte.weight"].T, kept
 
 
+@broad("r", [1, 2, 4, 8], quick=(1,))
 @torch.no_grad()
-def test_huginn_hands_on_what_the_published_implementation_does(tmp_path):
+def test_huginn_hands_on_what_the_published_implementation_does(tmp_path, r):
     """42 tokens of greedy decoding in float64, all of them, and with an exit rule as well."""
     config = {**CONFIG, "block_size": 64}
     w = {n: t for n, t in published(config).items() if n != "freqs_cis"}
@@ -110,19 +112,18 @@ def test_huginn_hands_on_what_the_published_implementation_does(tmp_path):
     prompt, count = [3, 11, 28, 7, 7], 42
     place, x = model.embedded(torch.tensor([prompt]), None)
     starts = model.start_state(x, state_keys(0, torch.tensor([0])), place)[0]
-    for r in (1, 2, 4, 8):
-        past: dict = {}
-        for at, token in enumerate(prompt):
-            logits, kept = next_logits(w, config, token, at, starts[at], r, past)
-        theirs = [int(logits.argmax())]
-        while len(theirs) < count:
-            at = len(prompt) + len(theirs) - 1
-            logits, kept = next_logits(w, config, theirs[-1], at, kept, r, past)
-            theirs.append(int(logits.argmax()))
-        for rule in (None, NEVER) if r == 2 else (None,):
-            ours = ids_of(model, [prompt], recurrence=r, max_tokens=count, exit_rule=rule)[0]
-            assert ours == theirs, r
-        assert len(set(theirs)) > 5
+    past: dict = {}
+    for at, token in enumerate(prompt):
+        logits, kept = next_logits(w, config, token, at, starts[at], r, past)
+    theirs = [int(logits.argmax())]
+    while len(theirs) < count:
+        at = len(prompt) + len(theirs) - 1
+        logits, kept = next_logits(w, config, theirs[-1], at, kept, r, past)
+        theirs.append(int(logits.argmax()))
+    for rule in (None, NEVER) if r == 2 else (None,):
+        ours = ids_of(model, [prompt], recurrence=r, max_tokens=count, exit_rule=rule)[0]
+        assert ours == theirs, r
+    assert len(set(theirs)) > 5
 
 
 @pytest.mark.parametrize("style", ["huginn", "parcae"])
@@ -134,7 +135,7 @@ def test_against_an_oracle(style):
     assert cold != ours  # it is another computation
 
 
-@pytest.mark.parametrize(
+@broad(
     "options",
     [
         {},
@@ -142,6 +143,7 @@ def test_against_an_oracle(style):
         {"exit_rule": NEVER},
         {"exit_rule": ExitRule("confidence", 0.4, 0)},
     ],
+    quick=(0, 2),
     ids=str,
 )
 def test_a_batch_gives_what_each_row_gives_alone(options):

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import strategies as st
 
 from minillm.kernels import adamw as room, reference
 from minillm.kernels.adamw import adamw
+from tests.support.broad import broad, searched
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # A scalar, nothing, odd sizes, one block, a block and one more, more than one program.
@@ -46,15 +47,16 @@ def check_steps(compare, *args, op=adamw, **options):
 
 
 @pytest.mark.parametrize("grad", DTYPES, ids=str)
-@pytest.mark.parametrize("copy", [None, *DTYPES], ids=str)
+@broad("copy", [None, *DTYPES], quick=(0, 3), ids=str)
 def test_values(compare, device, launches, grad, copy):
     """One launch a step, for every dtype of gradients and copies."""
     check_steps(compare, SHAPES, grad, copy, device)
     assert launches == {"_adamw_kernel": 3}
 
 
-@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
+@searched(
+    3,
+    10,
     sizes=st.lists(st.integers(0, 3000), min_size=1, max_size=6),
     grad=st.sampled_from(DTYPES),
     betas=st.sampled_from([(0.9, 0.95), (0.0, 0.999), (0.95, 0.0)]),
@@ -148,7 +150,7 @@ def test_repeats(device):
     assert all(map(torch.equal, *runs))
 
 
-@pytest.mark.parametrize(
+@broad(
     ("old", "new"),
     [
         ("p -= decay * p", "p += decay * p"),
@@ -163,6 +165,7 @@ def test_repeats(device):
         ("p.to(COPY)", "m.to(COPY)"),
         ("np.arange(len(rows), dtype=np.int32)", "np.zeros(len(rows), dtype=np.int32)"),
     ],
+    quick=(0, 1, 7),
 )
 def test_a_broken_copy_is_seen(broken, compare, device, old, new):
     copy = broken(room, old, new)

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import strategies as st
 
 from minillm.kernels import _launch, decode_attention as room, reference
 from minillm.kernels.decode_attention import decode_attention
+from tests.support.broad import broad, searched
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SPLIT, COMBINE = "_decode_attention_kernel", "_decode_attention_combine_kernel"
@@ -54,10 +55,7 @@ def check(compare, q, k, v, lengths=None, op=decode_attention, **others):
     )
 
 
-@settings(
-    max_examples=16, suppress_health_check=[HealthCheck.function_scoped_fixture], print_blob=False
-)
-@given(
+@searched(5, 16,
     B=st.integers(1, 3), T=st.integers(1, 5), more=st.integers(0, 300), G=st.integers(1, 2),
     share=st.integers(1, 4), D=st.integers(1, 128), dtype=st.sampled_from(DTYPES),
     is_ragged=st.booleans(), names=st.sets(st.sampled_from(FEATURES)), seed=st.integers(0, 99),
@@ -69,10 +67,9 @@ def test_values(compare, device, B, T, more, G, share, D, dtype, is_ragged, name
     check(compare, q, k, v, lengths, **options(names, H, device))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "arch", [*(pytest.param(a, marks=pytest.mark.slow) for a in (80, 90)), 100]
-)
+@pytest.mark.parametrize("arch", [80, 90, 100])
 def test_every_row_of_the_tables(compare, device, monkeypatch, dtype, arch):
     if not torch.cuda.is_available():
         monkeypatch.setattr(_launch, "arch", lambda: arch)
@@ -84,14 +81,14 @@ def test_every_row_of_the_tables(compare, device, monkeypatch, dtype, arch):
 
 
 @pytest.mark.parametrize("names", [(), ("window", "alibi_slopes")])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@broad("dtype", DTYPES, ids=str)
 def test_many_queries(compare, device, dtype, names):
     """Several blocks of queries, the last with rows to spare; a head's rows across two blocks."""
     q, k, v = inputs(device, dtype, 2, 23, 70, 3, 1, 24)
     check(compare, q, k, v, ragged(2, 23, 70, device), **options(names, 3, device))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@broad("dtype", DTYPES, ids=str)
 def test_a_view_of_a_bigger_cache(compare, device, dtype):
     """A layer and the first entries of all, as KVCache hands them out; q out of a fused product."""
     numbers = torch.Generator().manual_seed(1)
@@ -159,7 +156,7 @@ def test_launches_and_repeats(device, launches):
     assert launches == {SPLIT: 4, COMBINE: 3}
 
 
-@pytest.mark.parametrize(
+@broad(
     ("old", "new"),
     [
         ("bottom + split * share", "bottom + split * (share + 1)"),
@@ -171,6 +168,7 @@ def test_launches_and_repeats(device, launches):
         ("bias(s, slopes", "bias(s, -slopes"),
         ("parts * weight[:, None]", "parts"),
     ],
+    quick=(0, 5),
 )
 def test_a_broken_copy_is_seen(broken, compare, device, old, new):
     copy = broken(room, old, new)
@@ -211,8 +209,8 @@ def test_there_is_no_gradient(device):
 
 
 def test_opcheck_and_compile(device):
-    q, k, v = inputs(device, torch.float32)
-    slopes, lengths = torch.ones(4, device=device), torch.tensor([9, 150], device=device)
+    q, k, v = inputs(device, torch.float32, S=30, H=2, G=1, D=16)
+    slopes, lengths = torch.ones(2, device=device), torch.tensor([9, 30], device=device)
     for some in ((None, None), (lengths, slopes)):
         torch.library.opcheck(room._decode_attention, (q, k, v, *some, 0.2, 40, 3.0))
     compiled = torch.compile(decode_attention, fullgraph=True, backend="aot_eager")

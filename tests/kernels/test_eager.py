@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from minillm.kernels import eager, eager_attention, eager_loss, reference
+from tests.support.broad import broad
 
 B, H, G, D, C = 2, 4, 2, 8, 24
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
@@ -303,7 +304,7 @@ def test_linear_cross_entropy_in_chunks(monkeypatch, generator, name, rows):
     torch.testing.assert_close(y, truth[0], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", HEADS)
+@broad("name", HEADS)
 def test_linear_cross_entropy_gradcheck(monkeypatch, generator, name):
     chunks_of(monkeypatch, 4)
     options = HEADS[name]

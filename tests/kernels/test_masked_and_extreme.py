@@ -16,6 +16,7 @@ from minillm.kernels import (
     reference,
     sample as sampling,
 )
+from tests.support.broad import broad
 
 ATTENTIONS = {
     "reference": reference.attention,
@@ -58,9 +59,9 @@ def one_query(q, k, v, at, window=0, softcap=0.0, alibi_slopes=None):
     return torch.einsum("hs,shd->hd", s.softmax(-1), v)
 
 
-@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
+@broad("garbage", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("T", [1, 4])
-@pytest.mark.parametrize("name", OPTIONS)
+@broad("name", OPTIONS, quick=(0, 5))
 @pytest.mark.parametrize("table", DECODES)
 @torch.no_grad()
 def test_entries_beyond_lengths_do_not_reach_the_result(generator, table, name, T, garbage):
@@ -129,7 +130,7 @@ def test_rows_that_do_not_count_may_hold_anything(generator, table, dtype, garba
 FAR = [-(2.0**100), -(2.0**70), 2.0**70, 2.0**100]  # sums of powers of two are exact
 
 
-@pytest.mark.parametrize("score", FAR)
+@broad("score", FAR, quick=(0, 3))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("table", ATTENTIONS)
 @torch.no_grad()
@@ -172,7 +173,7 @@ def test_gradients_of_attention_to_scores_below_1e20(generator, table):
     assert dq.isfinite().all() and dk.isfinite().all()
 
 
-@pytest.mark.parametrize("logit", FAR)
+@broad("logit", FAR, quick=(0, 3))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("table", LOSSES)
 def test_the_loss_of_logits_beyond_1e20(table, dtype, logit):
@@ -192,7 +193,7 @@ def test_the_loss_of_logits_beyond_1e20(table, dtype, logit):
         assert LOSSES[table](x[:1], w, torch.tensor([7])).item() == 0
 
 
-@pytest.mark.parametrize("logit", FAR)
+@broad("logit", FAR, quick=(0, 3))
 @pytest.mark.parametrize(
     "options", [{}, {"top_k": 32}, {"top_p": 0.9999999, "min_p": 0.5}], ids=str
 )

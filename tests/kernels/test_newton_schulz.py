@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from minillm.kernels import _launch, eager, newton_schulz as room, reference
 from minillm.kernels.newton_schulz import newton_schulz, symmetric_square, xxt
+from tests.support.broad import broad
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SMALL = {"BLOCK_M": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
@@ -48,11 +49,8 @@ def check_square(compare, s, op=symmetric_square):
     compare([op(s, B, C)], [plain_square(s)], [plain_square(s.double())])
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    [DTYPES[0], *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in DTYPES[1:])],
-    ids=str,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tall", [False, True])
 def test_default_tiles(compare, device, arch, dtype, tall):
     """Each row of the tables; five and six tiles a side; sizes that divide by 16 and do not."""
@@ -100,20 +98,21 @@ def test_tiles_are_mirrored(device):
         assert torch.equal(y[:, :m, m:], y[:, m:, :m].mT)
 
 
-@pytest.mark.parametrize("shape", [(40, 40), (33, 90), (90, 33), (2, 3, 24, 48), (2, 48, 24)])
+@broad("shape", [(40, 40), (33, 90), (90, 33), (2, 3, 24, 48), (2, 48, 24)], quick=(1, 3))
 def test_newton_schulz_in_fp32(compare, device, arch, shape):
     g = normal(shape, torch.float32, device)
     compare([newton_schulz(g)], [reference.newton_schulz(g)], [reference.newton_schulz(g.double())])
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("shape", [(40, 40), (90, 33), (3, 64, 128), (2, 128, 64)])
+@broad("shape", [(40, 40), (90, 33), (3, 64, 128), (2, 128, 64)], quick=(1,))
 def test_newton_schulz_in_16_bits(compare, device, arch, dtype, shape):
     """Five rounded steps multiply their errors: the yardstick is the same iteration, rounded."""
     g = normal(shape, dtype, device)
     compare([newton_schulz(g)], [eager.newton_schulz(g)], [reference.newton_schulz(g.double())])
 
 
+@pytest.mark.slow
 def test_strides_scales_and_steps(compare, device):
     """A view; gradients that are tiny, or whose norm is above fp16's range; no step, one step."""
     g = normal((4, 24, 40), torch.float32, device)
@@ -149,7 +148,7 @@ def test_launches_and_repeats(device, launches):
     assert torch.equal(first, second) and torch.equal(g, before) and first.is_contiguous()
 
 
-@pytest.mark.parametrize(
+@broad(
     ("old", "new"),
     [
         ("+ c * y", "- c * y"),
@@ -160,6 +159,7 @@ def test_launches_and_repeats(device, launches):
         ("i = r - n % 2", "i = r"),
         ("tl.program_id(0) // tiles", "tl.program_id(0) // tiles * 0"),
     ],
+    quick=(0, 5),
 )
 def test_a_broken_copy_is_seen(broken, compare, device, old, new):
     copy = broken(room, old, new)

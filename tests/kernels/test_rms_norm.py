@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import strategies as st
 
 from minillm.kernels import _rows, rms_norm as room
 from minillm.kernels.rms_norm import add_rms_norm, rms_norm
+from tests.support.broad import broad, searched
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 WIDE = {"BLOCK_N": 2, "BLOCK_C": 64, "STAGES": 2, "num_warps": 1}
@@ -44,14 +45,13 @@ def few_programs(monkeypatch, *rooms) -> None:
 
 # One column is left out: y is then x / |x| whatever x, dx cancels, and rounding is all there is.
 @pytest.mark.parametrize("op", [rms_norm, add_rms_norm], ids=lambda op: op.__name__)
-@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(N=st.integers(1, 40), C=st.integers(2, 300), dtype=st.sampled_from(DTYPES))
+@searched(3, 8, N=st.integers(1, 40), C=st.integers(2, 300), dtype=st.sampled_from(DTYPES))
 def test_values_and_gradients(check, device, op, N, C, dtype):
     check(op, inputs(op, (N, C), dtype, device), eps=1e-5)
 
 
 @pytest.mark.parametrize("op", [rms_norm, add_rms_norm], ids=lambda op: op.__name__)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@broad("dtype", DTYPES, quick=(2,), ids=str)
 def test_strides(check, device, op, dtype):
     """A slice of columns, a slice of rows, a transposed tensor, an expanded one; weights apart."""
     for change in (
@@ -91,7 +91,7 @@ def test_gradients_of_any_strides(device):
         assert all(torch.equal(a, b) for a, b in zip(ours, same, strict=True))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@broad("dtype", DTYPES, quick=(2,), ids=str)
 @pytest.mark.parametrize("op", [rms_norm, add_rms_norm], ids=lambda op: op.__name__)
 def test_wide_rows(check, device, launches, monkeypatch, wide, op, dtype):
     """Rows of which the backward pass holds only a part at a time."""
@@ -143,7 +143,7 @@ def test_empty(device, launches, op):
 @pytest.mark.parametrize("op", [rms_norm, add_rms_norm], ids=lambda op: op.__name__)
 def test_launches_and_repeats(device, launches, op):
     """One launch forward, one backward; twice the same bits."""
-    values = inputs(op, (300, 100), torch.float32, device).values()
+    values = inputs(op, (60, 100), torch.float32, device).values()
 
     def run():
         leaves = [t.detach().requires_grad_() for t in values]
@@ -156,7 +156,7 @@ def test_launches_and_repeats(device, launches, op):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize(
+@broad(
     ("kernel", "old", "new"),
     [
         ("narrow", "y = x * rstd", "y = -x * rstd"),
@@ -172,7 +172,7 @@ def test_launches_and_repeats(device, launches, op):
         ("wide", " - x * mean) * rstd", " - x * mean)"),
         ("wide", "tl.store(dw_ptr + columns, dw, mask=columns < C)\n            dx",
          "tl.store(dw_ptr + columns, dw, mask=columns < C - 1)\n            dx"),
-    ],
+    ], quick=(0, 1, 6),
 )  # fmt: skip
 def test_a_broken_copy_is_seen(broken, check, device, monkeypatch, wide, kernel, old, new):
     copy = broken(room, old, new)

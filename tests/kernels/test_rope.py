@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import strategies as st
 
 from minillm.kernels import _rope_kernels, reference, rope as room, rope_cache
 from minillm.kernels.rope import rope
+from tests.support.broad import broad, searched
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SETTINGS = {"suppress_health_check": [HealthCheck.function_scoped_fixture]}
 
 
 def inputs(device, dtype=torch.float32, B=2, T=37, H=6, G=2, D=32, norm=True):
@@ -26,8 +26,7 @@ def angles(device, T, D):
     return {"cos": turn.cos().to(device), "sin": turn.sin().to(device)}
 
 
-@settings(max_examples=12, **SETTINGS)
-@given(
+@searched(2, 12,
     B=st.integers(1, 3), T=st.integers(1, 50), H=st.integers(1, 9), G=st.integers(1, 5),
     half=st.integers(2, 128), norm=st.booleans(), dtype=st.sampled_from(DTYPES),
 )  # fmt: skip
@@ -37,8 +36,8 @@ def test_values_and_gradients(check, device, B, T, H, G, half, norm, dtype):
     check(rope, given_, **turned, eps=1e-5)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("D", [32, 64, 96, 128])
+@broad("dtype", DTYPES, quick=(0, 2), ids=str)
+@broad("D", [32, 64, 96, 128])
 def test_head_widths(check, device, dtype, D):
     for norm in (False, True):
         given_, turned = inputs(device, dtype, D=D, norm=norm)
@@ -48,7 +47,7 @@ def test_head_widths(check, device, dtype, D):
 def test_strides_and_angles(check, device):
     """Heads before time, time in steps, rows of a batch with angles of their own, in bf16; sines
     that lie in memory otherwise than cosines; weights with gaps."""
-    given_, turned = inputs(device)
+    given_, turned = inputs(device, T=13)
     q, k = given_["q"], given_["k"]
     other = {n: x.flip(0).bfloat16() for n, x in turned.items()}
     each = {n: torch.stack((turned[n].bfloat16(), other[n])) for n in turned}
@@ -85,7 +84,7 @@ def test_launches_and_repeats(device, launches):
     """One launch forward for q and k, one backward; twice the same bits."""
 
     def run():
-        given_, turned = inputs(device, torch.bfloat16, T=100)
+        given_, turned = inputs(device, torch.bfloat16, T=20)
         leaves = {n: x.detach().requires_grad_() for n, x in given_.items()}
         y = rope(**leaves, **turned)
         return *y, *torch.autograd.grad([t.square().sum() for t in y], list(leaves.values()))
@@ -151,7 +150,7 @@ def test_a_cache_of_another_dtype(device):
         torch.testing.assert_close(cache, theirs[name], rtol=2**-7, atol=0)
 
 
-@pytest.mark.parametrize(
+@broad(
     ("old", "new"),
     [
         ("y1 = x1 * cos - x2 * sin", "y1 = x1 * cos + x2 * sin"),
@@ -161,6 +160,7 @@ def test_a_cache_of_another_dtype(device):
         ("dw2 += tl.sum(dx2 * x2, 0, keep_dims=True)", "dw2 = tl.sum(dx2 * x2, 0, keep_dims=True)"),
         ("is_q = group < groups", "is_q = group <= groups"),
     ],
+    quick=(0, 2),
 )
 def test_a_broken_copy_is_seen(broken, check, device, monkeypatch, old, new):
     copy = broken(_rope_kernels, old, new)
@@ -171,7 +171,7 @@ def test_a_broken_copy_is_seen(broken, check, device, monkeypatch, old, new):
         check(rope, given_, **turned)
 
 
-@pytest.mark.parametrize(
+@broad(
     ("old", "new"),
     [
         ("at += first_position", "at += 0"),
@@ -181,6 +181,7 @@ def test_a_broken_copy_is_seen(broken, check, device, monkeypatch, old, new):
         ("v_rows = b * v_stride_b + t * v_stride_t", "v_rows = b * v_stride_b + at * v_stride_t"),
         ("+ at * v_out_stride_t", "+ t * v_out_stride_t"),
     ],
+    quick=(0, 3),
 )
 def test_a_broken_copy_is_seen_in_the_cache(broken, device, monkeypatch, old, new):
     copy = broken(_rope_kernels, old, new)
@@ -196,6 +197,7 @@ def test_a_broken_copy_is_seen_in_the_cache(broken, device, monkeypatch, old, ne
     assert wrong
 
 
+@pytest.mark.slow
 def test_opcheck(device):
     given_, turned = inputs(device, B=1, T=5, H=2, G=1, D=16)
     leaves = {n: x.clone().requires_grad_() for n, x in given_.items()}

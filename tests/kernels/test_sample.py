@@ -9,10 +9,11 @@ import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import strategies as st
 
 from minillm.kernels import _launch, reference, sample as room
 from minillm.kernels.sample import sample, uniform
+from tests.support.broad import broad, searched
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LAST = 1 - 2**-24  # the largest number that uniform makes
@@ -60,10 +61,7 @@ def check(logits, u, op=sample, **options):
     return tokens
 
 
-@settings(
-    max_examples=16, suppress_health_check=[HealthCheck.function_scoped_fixture], print_blob=False
-)
-@given(
+@searched(4, 16,
     V=st.integers(1, 1200), dtype=st.sampled_from(DTYPES), spread=st.sampled_from([0.1, 1.0, 8.0]),
     temperature=st.sampled_from([0.0, 0.3, 1.0, 2.5]), top_k=st.integers(0, 60),
     top_p=st.sampled_from([1.0, 0.95, 0.5, 0.01]), min_p=st.sampled_from([0.0, 0.01, 0.3]),
@@ -78,7 +76,7 @@ def test_draws(device, V, dtype, spread, temperature, top_k, top_p, min_p, seed)
 
 
 @pytest.mark.parametrize("options", FILTERS, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@broad("dtype", DTYPES, ids=str)
 def test_every_token_that_is_kept(device, dtype, options):
     """A number from the middle of each interval draws its token: nothing is missing or too much."""
     logits = draws(1, 23, dtype, device)[0]
@@ -88,7 +86,7 @@ def test_every_token_that_is_kept(device, dtype, options):
     assert torch.equal(tokens, p.nonzero()[:, 0])
 
 
-@pytest.mark.parametrize("V", [1024, 1025, 20011])
+@broad("V", [1024, 1025, 20011], quick=2)
 def test_every_row_of_the_tables(device, monkeypatch, V):
     logits, u = draws(3, V, torch.float32, device, seed=V)
     for arch in (80, 90, 100):
@@ -107,12 +105,12 @@ def test_the_largest_vocabulary(device):
     check_interval(sample(logits, u), logits, u)
 
 
-@pytest.mark.parametrize("u", [0.0, 0.4, LAST])
-@pytest.mark.parametrize(
+@broad("u", [0.0, 0.4, LAST], quick=(2,))
+@broad(
     "options",
     [{"top_k": 1}, {"top_k": 2}, {"top_k": 3}, {"top_p": 0.0}, {"top_p": 0.5}, {"min_p": 1.0},
      {"top_k": 2, "top_p": 0.6}, {"temperature": 1e-40}, {"temperature": 1e30, "top_k": 4},
-     {"temperature": 0.0}],
+     {"temperature": 0.0}], quick=(1, 4, 5, 6, 9),
     ids=str,
 )  # fmt: skip
 def test_ties(device, options, u):
@@ -150,7 +148,7 @@ def test_what_is_barred_is_never_drawn(device):
             assert (tokens % 100 == 7).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@broad("dtype", DTYPES, ids=str)
 def test_strides(device, dtype):
     """The true vocabulary of padded logits, every other row, a transposed tensor; numbers too."""
     logits, u = draws(4, 96, dtype, device)
@@ -167,11 +165,11 @@ def test_empty_and_single(device):
     assert uniform(1, u[:0].long(), u[:0].long()).shape == (0,)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], print_blob=False)
-@given(
+@searched(
+    15, 100,
     seed=st.integers(-(2**65), 2**65),
     words=st.lists(st.tuples(*[st.integers(-(2**63), 2**63 - 1)] * 2), min_size=1, max_size=9),
-)
+)  # fmt: skip
 def test_uniform(device, seed, words):
     """The reference's bits; columns of a table are strided."""
     table = torch.tensor(words, dtype=torch.int64, device=device)
@@ -196,7 +194,7 @@ def test_launches_and_repeats(device, launches):
     assert launches == {"_sample_kernel": 12, "_uniform_kernel": 1}
 
 
-@pytest.mark.parametrize(
+@broad(
     ("old", "new"),
     [
         ("(x - peak) * factor", "(x + peak) * factor"),
@@ -211,7 +209,7 @@ def test_launches_and_repeats(device, launches):
         ("before = after", "before = after * 0"),
         ("tl.maximum(floor, border)", "tl.minimum(floor, border)"),
         ("floor = tl.full([], min_p", "floor = tl.full([], top_p"),
-    ],
+    ], quick=(1, 7),
 )  # fmt: skip
 def test_a_broken_copy_is_seen(broken, device, old, new):
     copy = broken(room, old, new)

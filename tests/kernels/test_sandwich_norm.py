@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import strategies as st
 
 from minillm.kernels import sandwich_norm as room
 from minillm.kernels.sandwich_norm import sandwich_norm
+from tests.support.broad import broad, searched
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NARROW = {"BLOCK_N": 4, "num_warps": 4}
@@ -36,13 +37,12 @@ def wide(monkeypatch, copy=room) -> None:
 
 
 # One column is left out: h is then +-w_post whatever x, gradients cancel, and rounding is all.
-@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(N=st.integers(1, 40), C=st.integers(2, 300), dtype=st.sampled_from(DTYPES))
+@searched(4, 8, N=st.integers(1, 40), C=st.integers(2, 300), dtype=st.sampled_from(DTYPES))
 def test_values_and_gradients(check, device, N, C, dtype):
     check(sandwich_norm, inputs((N, C), dtype, device), eps=1e-5)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@broad("dtype", DTYPES, quick=(2,), ids=str)
 def test_strides(check, device, dtype):
     """A slice of columns, a slice of rows, a transposed tensor, an expanded one; weights apart."""
     for change in (
@@ -65,7 +65,7 @@ def test_weights_of_every_dtype(check, device, dtype):
     check(sandwich_norm, values | {"w_pre": values["w_pre"].to(dtype)})
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@broad("dtype", DTYPES, quick=(2,), ids=str)
 def test_wide_rows(check, device, launches, monkeypatch, dtype):
     """Rows of which the backward pass holds only a part at a time."""
     wide(monkeypatch)
@@ -75,7 +75,7 @@ def test_wide_rows(check, device, launches, monkeypatch, dtype):
     assert launches == {"_sandwich_norm_fwd_kernel": 2, "_sandwich_norm_wide_bwd_kernel": 2}
 
 
-@pytest.mark.parametrize("C", [8192, 16384])
+@broad("C", [8192, 16384])
 def test_the_widest(check, device, launches, C):
     """As the tables have it, without a patched tile."""
     check(sandwich_norm, inputs((2, C), torch.bfloat16, device))
@@ -145,7 +145,7 @@ def test_empty(device, launches):
 
 def test_launches_and_repeats(device, launches):
     """One launch forward, one backward; twice the same bits."""
-    values = inputs((300, 100), torch.float32, device).values()
+    values = inputs((60, 100), torch.float32, device).values()
 
     def run():
         leaves = [t.detach().requires_grad_() for t in values]
@@ -157,7 +157,7 @@ def test_launches_and_repeats(device, launches):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize(
+@broad(
     ("kernel", "old", "new"),
     [
         ("narrow", "x += load_tile(residual_ptr", "x -= load_tile(residual_ptr"),
@@ -176,7 +176,7 @@ def test_launches_and_repeats(device, launches):
         ("wide", "for i in range(blocks)", "for i in range(blocks - 1)"),
         ("wide", "tl.static_range(3)", "tl.static_range(1, 3)"),
         ("wide", " - s * mean_post) * rstd_post", " - s * mean_post)"),
-    ],
+    ], quick=(0, 2, 8),
 )  # fmt: skip
 def test_a_broken_copy_is_seen(broken, check, device, monkeypatch, kernel, old, new):
     copy = broken(room, old, new)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from minillm.kernels import attention, decode_attention, eager, linear_cross_entropy
+from tests.support.broad import broad
 
 ATTENTIONS = {"eager": eager.attention, "triton": attention.attention}
 DECODES = {"eager": eager.decode_attention, "triton": decode_attention.decode_attention}
@@ -55,7 +56,7 @@ def error(x, truth):
 
 
 @pytest.mark.parametrize("window", [0, 9])
-@pytest.mark.parametrize("size", [1, 2, 8])
+@broad("size", [1, 2, 8], quick=(2,))
 @pytest.mark.parametrize("table", ATTENTIONS)
 def test_bf16_attention_errs_at_most_twice_as_much_as_pytorchs(generator, table, size, window):
     """Values and gradients, as large as the scores may be; and without gradients the same."""

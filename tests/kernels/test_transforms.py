@@ -16,6 +16,7 @@ from minillm.kernels import (
     rope,
     swiglu,
 )
+from tests.support.broad import broad
 
 B, T, H, D, C = 2, 5, 2, 8, 16
 ANGLES = torch.linspace(0, 3, T * D // 2).reshape(T, D // 2)
@@ -128,9 +129,9 @@ def test_func_grad_of_bf16_attention(generator):
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-@pytest.mark.parametrize(("name", "table"), [("linear_cross_entropy", "eager"),
+@broad(("name", "table"), [("linear_cross_entropy", "eager"),
     ("linear_cross_entropy", "triton"), ("rms_norm", "triton"), ("attention", "triton"),
-])  # fmt: skip
+], quick=3)  # fmt: skip
 def test_gradients_a_sample(generator, name, table):
     """torch.func.vmap over torch.func.grad."""
     first, *rest = inputs(name, generator)
@@ -167,7 +168,7 @@ MIXED = {
 }
 
 
-@pytest.mark.parametrize("dtypes", MIXED)
+@broad("dtypes", MIXED, quick=(1, 4))
 @pytest.mark.parametrize("name", TRITON)
 def test_autocast_gives_what_the_eager_table_gives(generator, name, dtypes):
     """The same dtypes, the same numbers to bf16, and gradients in the dtypes of the inputs."""
@@ -201,7 +202,7 @@ def test_autocast_in_fp16_and_not_of_fp64(generator):
     assert torch.equal(exact, eager.linear_cross_entropy(x.double(), w.double(), TARGETS))
 
 
-@pytest.mark.parametrize("name", WITH_GRADIENTS)
+@broad("name", WITH_GRADIENTS, quick=(0, 4))
 def test_the_eager_table_compiles_as_one_graph(generator, name):
     tensors = inputs(name, generator)
     dtype = torch.bfloat16 if name == "attention" else torch.float32

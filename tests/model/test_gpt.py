@@ -15,6 +15,7 @@ from minillm.model import gpt as model_file
 from minillm.model.gpt import GPT
 from minillm.model.positions import alibi_slopes, rope_tables, sinusoidal_table
 from minillm.ops import EAGER
+from tests.support.broad import broad
 
 BASE = {"vocab_size": 23, "seq_len": 16, "n_layer": 2, "n_head": 4, "d_model": 16, "d_ff": 24}
 BOS = 0
@@ -275,7 +276,7 @@ NANOGPT = [
 ]
 
 
-@pytest.mark.parametrize("preset, V, count", NANOGPT)
+@broad("preset, V, count", NANOGPT, quick=2)
 def test_nanogpt_presets_have_its_parameters(preset, V, count):
     config = preset_config(preset, vocab_size=V)
     C, L, T = config.d_model, config.n_layer, config.seq_len

@@ -15,6 +15,7 @@ from minillm.kernels import reference
 from minillm.model.gpt import GPT
 from minillm.ops import EAGER, Ops, select
 from minillm.optim.build import make_optimizers
+from tests.support.broad import broad
 
 # sandwich_norm is recurrent depth's; this model has no such block.
 NAMES = [f.name for f in fields(Ops) if f.name not in ("name", "why", "sandwich_norm")]
@@ -171,7 +172,7 @@ def agree(these, those):
     return all(a.allclose(b, rtol=1e-4, atol=1e-4) for a, b in zip(these, those, strict=True))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@broad("name", NAMES, quick=4)
 def test_a_wrong_operation_is_seen(name):
     mlp = name if name in ("geglu", "relu2") else "swiglu"
     right = answers(EAGER, mlp)

@@ -7,6 +7,7 @@ from minillm.config.train import ModelConfig
 from minillm.model.gpt import GPT
 from minillm.model.recurrence import state_keys
 from minillm.ops import EAGER, select
+from tests.support.broad import broad
 
 SHAPE = {"vocab_size": 31, "seq_len": 16, "n_layer": 2, "n_head": 2, "d_model": 16, "d_ff": 24}
 RECURRENT = {"recurrent": "1,1,1", "mean_recurrence": 3}
@@ -80,7 +81,7 @@ def test_a_mask_of_ones_is_no_mask():
     torch.testing.assert_close(ours, model(tokens))
 
 
-@pytest.mark.parametrize("before", [2, 11])
+@broad("before", [2, 11])
 @torch.no_grad()
 def test_padding_with_kernels(before, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")

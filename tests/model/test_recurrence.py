@@ -14,6 +14,7 @@ from minillm.kernels import reference
 from minillm.model.gpt import GPT
 from minillm.model.recurrence import draw, start_noise, state_keys
 from minillm.ops import EAGER
+from tests.support.broad import broad
 
 SHAPE = {"vocab_size": 31, "seq_len": 16, "n_head": 2, "d_model": 16, "d_ff": 24}
 STYLES = ("huginn", "parcae")
@@ -324,7 +325,7 @@ def sampled(model: GPT, prompts, **options) -> list[list[int]]:
     return made
 
 
-@pytest.mark.parametrize("style", STYLES)
+@broad("style", STYLES)
 @pytest.mark.parametrize(
     "options", [{}, {"position": "alibi", "window": 5}, {"n_kv_head": 1}], ids=str
 )

@@ -18,15 +18,17 @@ from minillm.model.gpt import GPT
 from minillm.ops import EAGER, Ops, select
 from minillm.optim.build import make_optimizers, set_learning_rate
 from minillm.training import samples
+from tests.support.broad import broad
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SHAPE = {"vocab_size": 50, "seq_len": 48, "n_layer": 2, "n_head": 4, "d_model": 64, "d_ff": 96}
+SHAPE = {"vocab_size": 50, "seq_len": 48, "n_layer": 2, "n_head": 2, "d_model": 32, "d_ff": 48}
 TOKENS = ((torch.arange(2 * 41) * 7 + 3) % 50).reshape(2, 41)
 
 CONFIGS = {
     "rope and swiglu": {},
     "grouped heads, qk-norm, window, documents": {
-        "n_kv_head": 2, "qk_norm": True, "window": 9, "document_mask": True, "bos_id": 3,
+        "n_head": 4, "n_kv_head": 2, "d_model": 64, "qk_norm": True, "window": 9,
+        "document_mask": True, "bos_id": 3,
     },
     "alibi, geglu, soft-cap, tied": {
         "position": "alibi", "mlp": "geglu", "logit_softcap": 5.0, "tie_embeddings": True,
@@ -104,7 +106,7 @@ def alike(ours: dict[str, Tensor], theirs: dict[str, Tensor], share: float) -> N
         assert error <= share * y.square().mean().sqrt() + 1e-9, f"{name}: {error:.3g}"
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@broad("name", CONFIGS, quick=(1, 4))
 def test_loss_and_gradients(triton_ops, launches, name):
     ours = loss_and_gradients(model_of(triton_ops, **CONFIGS[name]))
     assert launches == expected(**CONFIGS[name])
@@ -113,7 +115,7 @@ def test_loss_and_gradients(triton_ops, launches, name):
 
 
 def test_in_bf16_no_further_from_fp32_than_the_reference(triton_ops):
-    options = {"n_kv_head": 2, "qk_norm": True}
+    options = {"n_kv_head": 1, "qk_norm": True}
     exact = loss_and_gradients(model_of(EAGER, **options))
     names = [n for n in Ops.__dataclass_fields__ if n not in ("name", "why")]
     plain = Ops(name="reference", **{n: getattr(reference, n) for n in names})
@@ -133,13 +135,13 @@ def test_torch_compile_takes_the_whole_model_as_one_graph(triton_ops):
     alike(loss_and_gradients(model, compiled), plain, 1e-6)
 
 
-@pytest.mark.parametrize("options", [{}, {"position": "alibi", "window": 9}], ids=str)
+@broad("options", [{}, {"position": "alibi", "window": 9}], quick=(1,), ids=str)
 def test_the_same_tokens(triton_ops, options):
     """Prompts of two lengths: ragged rows in the cache, and beyond the context's end."""
     drawn = []
     for ops in (triton_ops, EAGER):
-        model = model_of(ops, seq_len=16, **options).eval()
-        made = generate(model, [[1, 2, 3, 4, 5], [7]], max_tokens=14, top_k=20, top_p=0.9, seed=3)
+        model = model_of(ops, seq_len=10, **options).eval()
+        made = generate(model, [[1, 2, 3, 4, 5], [7]], max_tokens=8, top_k=20, top_p=0.9, seed=3)
         drawn.append([(token.row, token.id) for token in made])
     assert drawn[0] == drawn[1] and len({id for _, id in drawn[0]}) > 5
 

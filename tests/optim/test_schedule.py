@@ -9,6 +9,7 @@ from hypothesis import given, settings, strategies as st
 from minillm.config.presets import PRESETS
 from minillm.config.train import SCHEDULES
 from minillm.optim.schedule import plain
+from tests.support.broad import broad
 
 PEAK, LOW, WARM, STEPS = 3e-3, 2e-4, 10, 110
 
@@ -134,7 +135,7 @@ def test_a_run_shorter_than_its_warmup_only_warms_up():
     assert schedule.learning_rate(100) <= 1.0
 
 
-@pytest.mark.parametrize("name", ["nanogpt-char-cpu", "nanogpt-char", "nanogpt-124m"])
+@broad("name", ["nanogpt-char-cpu", "nanogpt-char", "nanogpt-124m"], quick=2)
 def test_nanogpt_presets_have_its_rates(name):
     p = PRESETS[name]
     ours = plain(

@@ -9,6 +9,7 @@ from minillm.ops import EAGER
 from minillm.planning import activations
 from minillm.planning.activations import activation_bytes
 from minillm.training import microbatch
+from tests.support.broad import broad
 
 CPU = torch.device("cpu")
 TINY = {"vocab_size": 50, "seq_len": 16, "n_layer": 4, "n_head": 2, "d_model": 32}
@@ -21,8 +22,8 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("dtype, again", [(torch.float32, False), (torch.bfloat16, True)], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@broad("dtype, again", [(torch.float32, False), (torch.bfloat16, True)], quick=(1,), ids=str)
+@broad("shape", SHAPES, quick=(3,), ids=str)
 def test_as_counted_by_running(shape, again, dtype):
     config = ModelConfig(**{**TINY, **shape})
     model = GPT(config, EAGER, dtype)

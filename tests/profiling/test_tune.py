@@ -10,6 +10,7 @@ import torch
 from minillm.profiling.timing import tune
 from minillm.profiling.timing.workloads import BACKWARD, BOTH, FORWARD, Problem
 from minillm.runtime import stopwatch
+from tests.support.broad import broad
 
 CPU = torch.device("cpu")
 TILE = {"BLOCK_N": 4, "BLOCK_F": 256, "num_warps": 4}
@@ -79,7 +80,7 @@ def test_the_fastest_tile_is_kept_and_losers_are_told(gpu):
     assert "2.00 times as fast" in gpu.said[0]
 
 
-@pytest.mark.parametrize("factor", [math.nan, 1.01, 0.0])
+@broad("factor", [math.nan, 1.01, 0.0])
 def test_a_tile_with_wrong_numbers_is_out_however_fast(gpu, factor):
     gpu.spoil = lambda tile: factor if tile["BLOCK_N"] == 8 else 1.0
     rows = tuned(gpu)
@@ -89,7 +90,7 @@ def test_a_tile_with_wrong_numbers_is_out_however_fast(gpu, factor):
     assert gpu.entry["256"] == {"BLOCK_N": 4, "BLOCK_F": 256, "num_warps": 2}  # the next best
 
 
-@pytest.mark.parametrize("us, kept", [(99.0, TILE), (98.1, TILE), (97.0, WIDER)])
+@broad("us, kept", [(99.0, TILE), (98.1, TILE), (97.0, WIDER)], quick=(2,))
 def test_a_tile_must_gain_two_per_cent(gpu, us, kept):
     gpu.time = lambda tile: us if tile == WIDER else 100.0 if tile == TILE else 200.0
     tuned(gpu)
@@ -120,6 +121,7 @@ def test_errors_are_those_of_all_directions_of_the_problem():
         assert tune.worst(errors, both) == math.inf
 
 
+@pytest.mark.slow
 def test_the_bound_of_what_was_launched_is_told(gpu, monkeypatch):
     def bound_of(launched, kernel, options, arch):
         assert (launched, kernel, arch) == ([], "fwd", 90)  # an interpreter compiles nothing
@@ -131,6 +133,7 @@ def test_the_bound_of_what_was_launched_is_told(gpu, monkeypatch):
         assert row["bound_tflops"] is None
 
 
+@pytest.mark.slow
 def test_each_entry_is_saved_before_the_next(gpu):
     saved, spoil = [], gpu.spoil
 

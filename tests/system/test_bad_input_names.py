@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from minillm.commands import plan
 from minillm.runtime import program
 from tests.support.refusals import MAINS, refusal
 
@@ -63,7 +64,9 @@ UNWRITABLE = {
 
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
-    """The folder to stand in, with unpleasant names."""
+    """The folder to stand in, with unpleasant names, on a machine that need not be timed."""
+    monkeypatch.setattr(plan.hardware.world, "measured_peak_flops", lambda device, dtype: 1e10)
+    monkeypatch.setattr(plan.hardware.machine, "ceilings", lambda *_, **__: {"memory_gbps": 10.0})
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text("the cat sat on a mat\n" * 40)
     os.mkfifo("fifo")

@@ -15,6 +15,7 @@ import pytest
 from minillm.checkpoint import read as reading
 from minillm.data import batches as data, shards
 from minillm.runtime import files as storage
+from tests.support.broad import broad
 
 FILE = Path(__file__).resolve().parents[2] / "benchmarks" / "reliability" / "damage.py"
 pytestmark = pytest.mark.skipif(not FILE.is_file(), reason="the source tree is not here")
@@ -40,7 +41,7 @@ def outcomes(bench, victims, count: int) -> Counter:
     return Counter(trial for victim in victims for trial in bench.trials(victim, count, seed=count))
 
 
-@pytest.mark.parametrize("count", [20, pytest.param(200, marks=pytest.mark.slow)])
+@broad("count", [20, 200], quick=0)
 def test_every_damage_is_refused_and_the_file_named(bench, victims, count):
     counts = outcomes(bench, victims, count)
     assert {outcome for _, _, outcome in counts} == {"refused"}, counts
@@ -80,5 +81,5 @@ def test_without_a_protection_damage_goes_through(bench, victims, monkeypatch, p
     for victim in victims:
         files = {kind: name for kind, name in victim.files.items() if kind in kinds}
         few = replace(victim, files=files)
-        found |= {kind for kind, _, outcome in bench.trials(few, 40) if outcome != "refused"}
+        found |= {kind for kind, _, outcome in bench.trials(few, 20) if outcome != "refused"}
     assert found == kinds

@@ -20,6 +20,7 @@ FLAGS = [
     "--recurrent", "1,1,1", "--n-layer", "3", "--mean-recurrence", "2", "--recurrence-groups", "2",
     "--dropout", "0.1", "--ema", "0.9", "--schedule", "cosine", "--warmup", "3",
     "--steps", str(STEPS), "--save-every", str(BROKEN), "--keep-last", "9", "--log-every", "1",
+    "--eval-every", "10",
 ]  # fmt: skip
 KINDS = {
     "muon": ["--optimizer", "muon", "--learning-rate", "0.02"],

@@ -5,7 +5,7 @@ then is replaced by `Reached`. 10,000 cases in all:
 
     pytest tests/system/test_fuzz_arguments.py -m slow -s
 
-Without -m slow it is a tenth of them. They are drawn alike in every run.
+Without -m slow it is an eightieth of them. They are drawn alike in every run.
 """
 
 import contextlib
@@ -162,7 +162,7 @@ def check(n: int, place: dict[str, str]) -> None:
 
 
 def test_random_arguments(place):
-    check(FULL // 10, place)
+    check(FULL // 80, place)
 
 
 @pytest.mark.slow

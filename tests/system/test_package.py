@@ -29,6 +29,7 @@ WHERE = (
 )
 
 
+@pytest.mark.slow
 def test_bare_checkout_finds_kernels_and_scripts(tmp_path):
     files = run(sys.executable, "-c", WHERE, cwd=tmp_path, path=ROOT).split()
     assert files == [str(ROOT / f) for f in ("kernels/eager.py", "train.py", "sample.py")]
@@ -38,6 +39,7 @@ def test_a_script_given_by_its_path_runs_from_elsewhere(tmp_path):
     assert run(sys.executable, ROOT / "train.py", "--print-config", cwd=tmp_path).startswith("{")
 
 
+@pytest.mark.slow
 def test_kernels_does_not_shadow_the_package_of_that_name(tmp_path):
     other = tmp_path / "kernels"
     other.mkdir()
@@ -86,6 +88,24 @@ def test_wheel_holds_the_very_same_scripts_and_no_setup(wheel):
     assert not (wheel / "train.py").exists() and not (wheel / "kernels").exists()
 
 
+IMPORT_ALL = """
+import importlib, pkgutil, minillm
+for found in pkgutil.walk_packages(minillm.__path__, "minillm."):
+    if not found.name.endswith("__main__"):
+        print(importlib.import_module(found.name).__file__)
+"""
+
+
+@pytest.mark.slow
+def test_wheel_holds_every_file_and_every_module_can_be_imported_from_it(wheel, tmp_path):
+    home = wheel / "minillm"
+    for source, packed in ((ROOT / "minillm", home), (ROOT / "kernels", home / "kernels")):
+        files = [p.relative_to(source) for kind in ("*.py", "*.json") for p in source.rglob(kind)]
+        assert len(files) > 20 and [f for f in files if not (packed / f).is_file()] == []
+    found = run(sys.executable, "-c", IMPORT_ALL, cwd=tmp_path, path=wheel).splitlines()
+    assert len(found) > 100 and all(Path(p).is_relative_to(home) for p in found)
+
+
 @pytest.mark.slow
 def test_wheel_trains_and_samples_away_from_the_checkout(wheel, tmp_path):
     (tmp_path / "text.txt").write_text("to be or not to be, that is the question\n" * 200)
@@ -105,6 +125,23 @@ def test_wheel_trains_and_samples_away_from_the_checkout(wheel, tmp_path):
     assert text.startswith("to be") and len(text) > 20
 
 
+# Of each part of the package, with all that starts programs, reads the wheel's own files or runs
+# kernels: test_triton_model.py runs every kernel, with the wheel's tables.
+ELSEWHERE = """
+    checkpoint/test_find checkpoint/test_hostile_files checkpoint/test_old_formats
+    config/test_resolve convert/test_huginn data/test_batches data/test_documents
+    data/test_formats data/test_prepare data/test_tokenizer distributed/test_zero
+    flags/test_help flags/test_quick_answers inference/test_early_exit inference/test_generate
+    inference/test_speculative model/test_gpt model/test_ops model/test_triton_model
+    optim/test_build planning/test_cards planning/test_estimate profiling/test_profile
+    profiling/test_workloads runtime/test_cli runtime/test_device runtime/test_launch
+    runtime/test_relative_paths runtime/test_terminal system/test_bad_input
+    system/test_bad_input_processes system/test_bad_input_verbs system/test_resume
+    system/test_sample system/test_train training/test_budget_on_resume training/test_evaluate
+    training/test_stopping
+""".split()
+
+
 @pytest.mark.slow
 def test_the_tests_pass_from_the_wheel(wheel, tmp_path):
     shutil.copytree(
@@ -114,8 +151,6 @@ def test_the_tests_pass_from_the_wheel(wheel, tmp_path):
     code = "import minillm; print(minillm.__file__)"
     found = run(sys.executable, "-c", code, cwd=tmp_path, path=wheel)
     assert Path(found.strip()).is_relative_to(wheel)
-    # What reads the tree itself stays at home, and so do the proofs of single kernels, which take
-    # minutes: test_triton_model.py runs every kernel, with the wheel's tables.
-    elsewhere = ["--ignore", "tests/house", "--ignore", "tests/kernels"]
-    run(sys.executable, "-m", "pytest", "-q", "-x", *elsewhere, "-p", "no:cacheprovider",
+    files = [f"tests/{name}.py" for name in ELSEWHERE]
+    run(sys.executable, "-m", "pytest", "-q", "-x", *files, "-p", "no:cacheprovider",
         cwd=tmp_path, path=wheel)  # fmt: skip

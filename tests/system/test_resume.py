@@ -9,6 +9,7 @@ import pytest
 from minillm.checkpoint import placing, run_folder as runs
 from minillm.checkpoint.find import open_checkpoint
 from minillm.training import samples
+from tests.support.broad import broad
 
 MODEL, AVERAGE = "model-00001-of-00001.safetensors", "ema-00001-of-00001.safetensors"
 
@@ -64,7 +65,7 @@ def test_a_new_length_replaces_the_old_one(train, tmp_path, length):
         assert wishes == {"steps": 9, "epochs": None, "time_limit": 3600.0}
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "wsd", "linear"])
+@broad("schedule", ["cosine", "wsd", "linear"])
 def test_a_new_length_has_its_own_schedule(train, tmp_path, schedule):
     """From the checkpoint on the rates are those of a run which was meant to be so long."""
     flags = ["--schedule", schedule, "--warmup", "2", "--learning-rate", "0.01"]

@@ -38,6 +38,7 @@ def table(bench, monkeypatch, run, out, *words) -> list[str]:
     return [path.name, *path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_device_and_a_dtype(bench, monkeypatch, run, tmp_path):
     name, head, _, *lines = table(bench, monkeypatch, run, tmp_path)
     assert name == "speculation.md" and head.endswith("texts that differ |")

@@ -5,6 +5,7 @@ import pytest
 from minillm.checkpoint.find import open_checkpoint
 from minillm.runtime.device import World
 from minillm.scripts import train as script
+from tests.support.broad import broad
 from tests.system.test_train import metrics
 from tests.training.test_stopping import Killed, killed
 
@@ -44,7 +45,7 @@ def test_however_little_time_is_asked_for_there_is_a_step(train, timed):
     assert state_of(timed)["step"] == step + 1
 
 
-@pytest.mark.parametrize("again", [[], ["--time-limit", "0.6s"]])
+@broad("again", [[], ["--time-limit", "0.6s"]])
 def test_more_time_outlives_a_kill_and_is_granted_once_by_a_launch(
     train, timed, monkeypatch, again
 ):

@@ -13,6 +13,7 @@ from minillm.checkpoint.run_folder import checkpoints_of
 from minillm.data.batches import Batches
 from minillm.scripts import train as script
 from minillm.training import recovery as mishaps, state as training
+from tests.support.broad import broad
 
 LAYER = "blocks.0.mlp.down.weight"
 FLAGS = ["--optimizer", "adamw", "--learning-rate", "0.01", "--eval-every", "0", "--ema", "0.5"]
@@ -61,8 +62,8 @@ class Injector:
         return self.around(t, row)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30])
-@pytest.mark.parametrize("bad", [{0}, {5}, {3, 4}])
+@broad("value", [math.nan, math.inf, -math.inf, 1e30], quick=(0, 3))
+@broad("bad", [{0}, {5}, {3, 4}], quick=(2,))
 def test_a_bad_step_moves_nothing_and_is_told(train, tmp_path, monkeypatch, capfd, bad, value):
     injected = Injector(monkeypatch, lambda position: value if position in bad else None)
     assert train("--out", tmp_path / "run", *FLAGS) == 0

@@ -19,8 +19,10 @@ from minillm.ops import EAGER
 from minillm.runtime import device as world, program
 from minillm.scripts import sample, train as script
 from minillm.training import recurrence_metrics as ladder, state as training, validation
+from tests.support.broad import broad
 
 FLAGS = ("--recurrent", "1,1,1", "--mean-recurrence", "3", "--recurrence-groups", "2")
+QUIET = ("--val-fraction", "0")  # evaluations, at five recurrences each, take most of the time
 
 
 def rows(run: Path) -> list[dict]:
@@ -49,9 +51,7 @@ def test_gradients_do_not_depend_on_the_micro_batch():
         torch.testing.assert_close(results, truth, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize(
-    "more", [(), ("--recurrence-curriculum", "--backprop-depth", "2")], ids=str
-)
+@broad("more", [(), ("--recurrence-curriculum", "--backprop-depth", "2")], quick=(1,), ids=str)
 def test_a_resumed_run_draws_and_learns_the_same(train, tmp_path, more):
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     assert train("--out", straight, "--save-every", "4", "--keep-last", "9", *FLAGS, *more) == 0
@@ -71,7 +71,7 @@ def test_a_resumed_run_draws_and_learns_the_same(train, tmp_path, more):
 def test_draws_are_the_published_function_of_the_step(train, tmp_path):
     """Whatever the micro-batch: the mean of the groups' draws stands in each row."""
     for micro in ("1", "2", "4"):
-        assert train("--out", tmp_path / micro, "--micro-batch-size", micro, *FLAGS) == 0
+        assert train("--out", tmp_path / micro, "--micro-batch-size", micro, *FLAGS, *QUIET) == 0
         told = [row["recurrence"] for row in rows(tmp_path / micro) if "recurrence" in row]
         assert told == [sum(draw(1337, step, 2, 3, 12)) / 2 for step in range(8)]
     assert len(set(told)) > 2
@@ -87,7 +87,7 @@ def test_start_states_are_a_function_of_seed_and_sample(train, tmp_path, monkeyp
 
     monkeypatch.setattr(script, "accumulate", noted)
     run = tmp_path / "run"
-    assert train("--out", run, "--steps", "3", "--seed", "5", *FLAGS) == 0
+    assert train("--out", run, "--steps", "3", "--seed", "5", *FLAGS, *QUIET) == 0
     assert train("--resume", run, "--steps", "5") == 0
     assert seen == [state_keys(5, torch.arange(4 * s, 4 * s + 4)).tolist() for s in range(5)]
 

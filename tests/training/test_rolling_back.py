@@ -17,6 +17,7 @@ from minillm.training import (
     recovery as mishaps,
     state as training,
 )
+from tests.support.broad import broad
 from tests.training.test_recovery import FLAGS, Injector, metrics
 
 LONG = [*FLAGS, "--save-every", "10", "--keep-last", "99", "--log-every", "50"]
@@ -27,6 +28,7 @@ def nan_from(start: int, stop: int):
     return lambda n: math.nan if start <= n < stop else None
 
 
+@pytest.mark.slow
 def test_a_hundred_steps_back_if_there_is_such_a_checkpoint(train, tmp_path, monkeypatch, capfd):
     injected = Injector(monkeypatch, nan_from(125, 140))
     assert train("--out", tmp_path / "run", *LONG, "--steps", "150") == 0
@@ -35,6 +37,7 @@ def test_a_hundred_steps_back_if_there_is_such_a_checkpoint(train, tmp_path, mon
     assert sorted(checkpoints_of(tmp_path / "run")) == list(range(10, 151, 10))
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over(train, tmp_path, monkeypatch, capfd):
     def when(n):
         if n == 130:
@@ -60,7 +63,7 @@ def test_where_the_oldest_is_damaged_a_newer_one_is_taken(train, tmp_path, monke
     assert "going on from step 20" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("limit", [[], ["--time-limit", "1h"]])
+@broad("limit", [[], ["--time-limit", "1h"]])
 def test_a_run_that_was_made_longer_stays_so(train, tmp_path, monkeypatch, capfd, limit):
     """Its schedule is not that of the checkpoint, and its pace not that of before."""
     run = tmp_path / "run"

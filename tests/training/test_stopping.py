@@ -16,6 +16,7 @@ from minillm.runtime import signals
 from minillm.runtime.files import read_json
 from minillm.scripts import train as script
 from minillm.training import state as training, validation
+from tests.support.broad import broad
 from tests.system.test_resume import metrics
 
 pytestmark = [
@@ -56,7 +57,7 @@ def killed(*args):
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("where", ["a step", "an evaluation", "a save", "the last evaluation"])
+@broad("where", ["a step", "an evaluation", "a save", "the last evaluation"], quick=(0, 2))
 def test_a_signal_ends_the_run_with_its_step_saved(
     train, tmp_path, monkeypatch, capfd, number, code, where
 ):
