@@ -13,9 +13,6 @@ from torch import Tensor
 from minillm.kernels._entrance import differentiable, entrance, last
 from minillm.kernels._launch import launch, tile
 from minillm.kernels._rows import check_rows, columns_together, load_row, load_tile, share, store
-from minillm.kernels.sandwich_norm import sandwich_norm
-
-__all__ = ["add_rms_norm", "rms_norm", "sandwich_norm"]
 
 
 @triton.jit(do_not_specialize=["N"])

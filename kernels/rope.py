@@ -18,9 +18,6 @@ from minillm.kernels._rope_kernels import (
     grid_of,
     heads_together,
 )
-from minillm.kernels.rope_cache import rope_cache
-
-__all__ = ["rope", "rope_cache"]
 
 
 @torch.library.custom_op("minillm::rope", mutates_args=())

@@ -16,7 +16,7 @@ import torch
 
 from minillm.commands import profile
 from minillm.flags import profile as flags
-from minillm.kernels import eager
+from minillm.ops import EAGER
 from minillm.profiling.timing import (
     implementations,
     machine,
@@ -232,7 +232,7 @@ def test_a_folder_of_others_is_refused_before_anything_is_measured(tmp_path, cap
 def test_without_triton_the_rest_is_measured(tmp_path):
     code = (
         "import sys; sys.modules['triton'] = None\n"
-        "from minillm import program; from minillm.commands import profile\n"
+        "from minillm.commands import profile; from minillm.runtime import program\n"
         "sys.exit(program.run('minillm profile', profile.main, sys.argv[1:]))"
     )
     words = ("--suite", "model", "--quick", "--device", "cpu", "--threads", "1", "--out", tmp_path)
@@ -351,12 +351,12 @@ def test_errors_are_relative_to_the_truth_in_fp64():
     problem = Problem("swiglu", {"N": 8, "F": 16}, "fp32")
     data = problem.data(CPU)
     true = precision.truth(problem, data)
-    exact = precision.errors(eager.swiglu, data, true)
+    exact = precision.errors(EAGER.swiglu, data, true)
     assert exact[FORWARD] < 1e-6 and exact[BACKWARD] < 1e-6
-    off = precision.errors(lambda x: eager.swiglu(x) * 1.01, data, true)
+    off = precision.errors(lambda x: EAGER.swiglu(x) * 1.01, data, true)
     assert off[FORWARD] == pytest.approx(0.01, rel=1e-3)
     assert off[BACKWARD] == pytest.approx(0.01, rel=1e-3)
-    lost = precision.errors(lambda x: eager.swiglu(x) * torch.nan, data, true)
+    lost = precision.errors(lambda x: EAGER.swiglu(x) * torch.nan, data, true)
     assert math.isnan(lost[FORWARD])
 
 
@@ -365,7 +365,7 @@ def test_attention_is_judged_by_a_part_that_does_not_depend_on_the_rest():
     data = problem.data(CPU)
     true = precision.truth(problem, data)
     assert true[FORWARD][0].shape == (1, 24, 1, 16)
-    found = precision.errors(eager.attention, data, true)
+    found = precision.errors(EAGER.attention, data, true)
     assert max(found.values()) < 1e-5
 
 
@@ -420,7 +420,7 @@ def test_compiled_code_is_tried(monkeypatch):
     monkeypatch.setattr(torch, "compile", compiler)
     problem = Problem("swiglu", {"N": 4, "F": 16}, "fp32")
     found = implementations.implementations(problem, CPU, True, "needs a GPU")
-    assert tried == [{"dynamic": False}] and found["compile"] is eager.swiglu
+    assert tried == [{"dynamic": False}] and found["compile"] is EAGER.swiglu
     assert found["triton"] == "needs a GPU"
 
 

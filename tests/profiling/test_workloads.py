@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minillm.kernels import reference
-from minillm.ops import EAGER
+from minillm.ops import EAGER, REFERENCE
 from minillm.profiling.timing import decoding, implementations, operations, precision, sizes, steps
 from minillm.profiling.timing.workloads import BACKWARD, BOTH, FORWARD, Problem
 
@@ -78,7 +77,7 @@ def test_the_pairs_counted_are_those_that_the_mask_shows(more):
     q, k, v = problem.data(CPU).leaves.values()
     options = {n: x for n, x in problem.data(CPU).others.items() if n != "softcap"}
     eye = torch.eye(48)[None, :, None].expand(v.shape)  # so that weights come out
-    seen = (reference.attention(q, k, eye, **options) > 0).sum().item()
+    seen = (REFERENCE.attention(q, k, eye, **options) > 0).sum().item()
     # A query and its own key are seen, but count half.
     assert problem.cost(FORWARD)[0] == 4 * 48 * (seen - 2 * 48 / 2)
 

@@ -78,7 +78,8 @@ def _norm(case: Case) -> None:
 
 
 def _rope(case: Case) -> None:
-    from minillm.kernels.rope import rope, rope_cache
+    from minillm.kernels.rope import rope
+    from minillm.kernels.rope_cache import rope_cache
 
     B, T, H, G, D = 2, 512, 8, 2, case.size
     q, k, v = (case.tensor(B, T, heads, D) for heads in (H, G, G))

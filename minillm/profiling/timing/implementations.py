@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minillm.errors import UnavailableError
-from minillm.kernels import reference
-from minillm.ops import EAGER, Ops, select
+from minillm.ops import EAGER, REFERENCE, Ops, select
 from minillm.profiling.timing.workloads import Problem
 from minillm.runtime.program import one_line
 
@@ -107,7 +106,7 @@ class FusedAdamW:
         self.steps: list[Tensor] = []
 
     def __call__(self, params, grads, exp_avgs, exp_avg_sqs, step, *, lr, weight_decay) -> None:
-        """As reference.adamw, of one rate and one decay."""
+        """As REFERENCE.adamw, of one rate and one decay."""
         if self.given is not grads:
             self.given = grads
             self.grads = [g.to(p.dtype) for g, p in zip(grads, params, strict=True)]
@@ -121,5 +120,5 @@ class FusedAdamW:
 VENDOR: dict[str, Callable] = {"linear_cross_entropy": _cross_entropy}  # and FusedAdamW
 COMPILED: dict[str, Callable] = {
     "linear_cross_entropy": _cross_entropy,
-    "adamw": reference.adamw,
+    "adamw": REFERENCE.adamw,
 }

@@ -9,7 +9,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor
 
-from minillm.kernels import reference
+from minillm.ops import REFERENCE
 from minillm.profiling.timing.workloads import BACKWARD, BOTH, FORWARD, Data, Problem
 
 Results = dict[str, list[Tensor]]  # by direction; BOTH has those of either
@@ -42,7 +42,7 @@ def truth(problem: Problem, data: Data, function: Callable | None = None) -> Res
     """
     if problem.op == "linear_cross_entropy":
         function = _in_chunks
-    function = getattr(reference, problem.op) if function is None else function
+    function = getattr(REFERENCE, problem.op) if function is None else function
     leaves = {n: data.part(x) for n, x in data.leaves.items()}
     others = {n: data.part(x) if isinstance(x, Tensor) else x for n, x in data.others.items()}
     part = replace(data, leaves=leaves, others=others, dy=[data.part(x) for x in data.dy])
@@ -73,7 +73,7 @@ def _in_chunks(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
     total = x.new_zeros(())
     for rows in torch.arange(len(x), device=x.device).split(ROWS):
         total = total + len(rows) / len(x) * torch.utils.checkpoint.checkpoint(
-            reference.linear_cross_entropy, x[rows], w, targets[rows], use_reentrant=False
+            REFERENCE.linear_cross_entropy, x[rows], w, targets[rows], use_reentrant=False
         )
     return total
 

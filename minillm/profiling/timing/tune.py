@@ -17,6 +17,7 @@ import torch
 
 from minillm.errors import UnavailableError, UsageError
 from minillm.kernels import reference
+from minillm.ops import REFERENCE
 from minillm.profiling.page import ranks
 from minillm.profiling.page.pivot import WRONG
 from minillm.profiling.timing import precision
@@ -29,7 +30,7 @@ from minillm.runtime.files import write_durably
 from minillm.runtime.json_text import json_text
 from minillm.runtime.stopwatch import on_gpu
 
-TILES = Path(reference.__file__).parent / "tiles"
+TILES = Path(reference.__file__).parents[1] / "tiles"
 GAIN = 0.98  # of the present time, at most, for a tile to be kept
 ROUNDS = 2
 SECONDS = 0.1  # of runs for each tile
@@ -170,7 +171,7 @@ class Entry:
         self.entries, self.size, self.job, self.function = entries, size, job, function
         self.device, self.bound, self.verdict = device, bound, ""
         self.data = job.problem.data(device)
-        extended = partial(getattr(reference, job.problem.op), **job.extra)
+        extended = partial(getattr(REFERENCE, job.problem.op), **job.extra)
         self.true = precision.truth(job.problem, self.data, extended)
         self.allowed = MOST
 
