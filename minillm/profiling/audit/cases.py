@@ -13,9 +13,10 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from minillm.runtime.device import DTYPES
+
 ARCHS = (80, 90, 100)
 HEAD_WIDTHS = (32, 64, 96, 128)
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MASKS = ("window", "documents", "softcap", "alibi")
 SAMPLING = ("top_k", "top_p", "min_p")
 
