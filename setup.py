@@ -14,7 +14,7 @@ PDF = ["pypdf>=4"]
 WINGS = (
     "runtime", "config", "optim", "data", "model", "distributed", "checkpoint", "inference",
     "planning", "flags", "training", "convert", "profiling", "profiling.audit", "profiling.timing",
-    "profiling.page", "commands",
+    "profiling.page", "profiling.catalogue", "commands",
 )  # fmt: skip
 KERNELS = ("kernels", "kernels.reference", "kernels.eager")
 

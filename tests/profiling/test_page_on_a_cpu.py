@@ -6,8 +6,9 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
+from minillm.profiling.catalogue.problem import problems_of
 from minillm.profiling.page import page, report
-from minillm.profiling.timing import operations, roofline, sizes
+from minillm.profiling.timing import operations, roofline
 from minillm.runtime import ceilings
 
 ABOUT = {
@@ -147,7 +148,7 @@ def test_nothing_measured_here_is_over_its_roof():
     try:
         roofs = ceilings.ceilings(device, ("fp32",), quick=True)
         ops = ("rms_norm", "add_rms_norm", "swiglu", "rope", "adamw", "decode_attention")
-        problems = sizes.problems(ops, "cpu", "fp32", quick=True)
+        problems = problems_of(ops, "cpu", "fp32", quick=True)
         effort = operations.Effort(0.02, False)
         rows = [row for problem in problems for row in operations._solve(
             problem, device, roofs, effort, operations.our_table(device)

@@ -17,17 +17,17 @@ import torch
 from minillm.commands import profile
 from minillm.flags import profile as flags
 from minillm.ops import EAGER
+from minillm.profiling.catalogue.entry import BACKWARD, BOTH, FORWARD
+from minillm.profiling.catalogue.problem import CATALOGUE, Problem, problems_of, small_problem
 from minillm.profiling.timing import (
     implementations,
     machine,
     operations,
     precision,
     roofline,
-    sizes,
     steps,
     suites,
 )
-from minillm.profiling.timing.workloads import BACKWARD, BOTH, FORWARD, Problem
 from minillm.runtime import ceilings, program, stopwatch
 
 HOME = Path(machine.__file__).resolve().parents[3]  # where minillm is imported from
@@ -95,11 +95,11 @@ def test_the_kernels_suite(tmp_path, capsys, no_interpreter):
 
 def test_the_triton_kernels_errors_come_from_the_interpreter(tmp_path, fixed_roofs):
     flags = ("--quick", "--out", tmp_path, "--dtype", "bf16")
-    assert run("--suite", "kernels", *(w for op in sizes.OPS for w in ("--op", op)), *flags) == 0
+    assert run("--suite", "kernels", *(w for op in CATALOGUE for w in ("--op", op)), *flags) == 0
     ours = [r for r in read(tmp_path)["suites"]["kernels"] if r["implementation"] == "triton"]
-    assert {row["op"] for row in ours} == set(sizes.OPS)
+    assert {row["op"] for row in ours} == set(CATALOGUE)
     for row in ours:
-        small = sizes.small(row["op"], row["dtype"]).shape
+        small = small_problem(row["op"], row["dtype"]).shape
         assert row["median_us"] is None and f"interpreter, at {small}, its" in row["note"], row
         assert row["error"] is None and 0 <= row["interpreted_error"] < 0.06, row
 
@@ -369,9 +369,9 @@ def test_attention_is_judged_by_a_part_that_does_not_depend_on_the_rest():
     assert max(found.values()) < 1e-5
 
 
-@pytest.mark.parametrize("op", sizes.OPS)
+@pytest.mark.parametrize("op", CATALOGUE)
 def test_every_operation_has_data_costs_and_directions(op):
-    problem = sizes.small(op, "fp32")
+    problem = small_problem(op, "fp32")
     data = problem.data(CPU)
     assert bool(data.leaves) == (len(problem.directions) > 1) == bool(data.dy)
     for direction in problem.directions:
@@ -380,11 +380,11 @@ def test_every_operation_has_data_costs_and_directions(op):
     again = problem.data(CPU)
     assert all(torch.equal(x, again.leaves[name]) for name, x in data.leaves.items())
     for kind in ("cuda", "cpu"):
-        assert sizes.problems((op,), kind, "bf16") and sizes.problems((op,), kind, "bf16", True)
+        assert problems_of((op,), kind, "bf16") and problems_of((op,), kind, "bf16", True)
 
 
 def test_the_gpus_attention_cells_are_those_of_the_bars():
-    cells = [p.sizes for p in sizes.problems(("attention",), "cuda", "bf16")]
+    cells = [p.sizes for p in problems_of(("attention",), "cuda", "bf16")]
     assert {(s["D"], s["T"]) for s in cells} == {
         (D, 1024 * n) for D in (64, 128) for n in (1, 2, 4, 8, 16)
     }

@@ -7,8 +7,9 @@ import types
 import pytest
 import torch
 
+from minillm.profiling.catalogue.entry import BACKWARD, BOTH, FORWARD
+from minillm.profiling.catalogue.problem import Problem
 from minillm.profiling.timing import tune
-from minillm.profiling.timing.workloads import BACKWARD, BOTH, FORWARD, Problem
 from minillm.runtime import stopwatch
 
 CPU = torch.device("cpu")
@@ -125,7 +126,7 @@ def test_the_bound_of_what_was_launched_is_told(gpu, monkeypatch):
         assert (launched, kernel, arch) == ([], "fwd", 90)  # an interpreter compiles nothing
         return {"bound_gbps": 10.0 * options["num_warps"]}
 
-    monkeypatch.setattr(tune.ranks, "bound_of", bound_of)
+    monkeypatch.setattr(tune.correlation, "bound_of", bound_of)
     for row in tuned(gpu):
         assert row["bound_gbps"] == 10.0 * int(row["options"].rpartition("=")[2])
         assert row["bound_tflops"] is None

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from math import exp, log
 
-from minillm.profiling.page import calls, pivot, plot, ranks
+from minillm.profiling.page import calls, correlation, pivot, plot
 from minillm.profiling.page.columns import SHOWN
 from minillm.profiling.page.pivot import (
     RIVALS,
@@ -203,8 +203,8 @@ def _plain(rows: Sequence[Row], suite: str = "", css: str = "") -> str:
 
 
 def _tune(rows: Sequence[Row]) -> str:
-    found = ranks.correlations(rows)
-    told = f"<p>{ranks.TITLE}:</p>{_plain(found)}" if found else ""
+    found = correlation.correlations(rows)
+    told = f"<p>{correlation.TITLE}:</p>{_plain(found)}" if found else ""
     return told + _plain(rows, "tune", "tall")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from minillm.errors import UsageError
-from minillm.profiling.page import page, pivot, ranks
+from minillm.profiling.page import correlation, page, pivot
 from minillm.profiling.page.columns import SHOWN
 from minillm.profiling.page.pivot import RIVALS, Line, Row, number, per_cent, short, text, times
 from minillm.runtime.files import write_durably
@@ -264,8 +264,8 @@ def _widest(line: Line) -> float | None:
 
 
 def _tune(rows: Sequence[dict]) -> str:
-    found = ranks.correlations(rows)
-    told = f"\n\n{ranks.TITLE}\n{_columns('', found)}" if found else ""
+    found = correlation.correlations(rows)
+    told = f"\n\n{correlation.TITLE}\n{_columns('', found)}" if found else ""
     return _columns("tune", rows) + told
 
 

@@ -15,8 +15,7 @@ from minillm.model.gpt import GPT
 from minillm.ops import EAGER
 from minillm.profiling.timing.implementations import Absent, our_table, said
 from minillm.profiling.timing.operations import Effort, Row
-from minillm.runtime import device as world
-from minillm.runtime.ceilings import DTYPES
+from minillm.runtime.device import DTYPES, synchronize
 from minillm.runtime.stopwatch import LEAST, MOST, middle
 
 NOT_COMPILED = "`generate` meets keys of another length, for the compiler a shape, with each token"
@@ -91,7 +90,7 @@ def _measured(
 
     for made in range(3):
         token(made)
-    world.synchronize(device)
+    synchronize(device)
     end = time.perf_counter() + 2 * effort.seconds
     while len(taken) < LEAST or (time.perf_counter() < end and len(taken) < MOST):
         start = time.perf_counter()

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minillm.errors import UnavailableError
 from minillm.ops import EAGER, REFERENCE, Ops, select
-from minillm.profiling.timing.workloads import Problem
+from minillm.profiling.catalogue.problem import Problem
 from minillm.runtime.program import one_line
 
 BACKENDS = {

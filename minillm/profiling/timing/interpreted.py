@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from minillm.ops import select
+from minillm.profiling.catalogue.problem import Problem
 from minillm.profiling.timing import precision
 from minillm.profiling.timing.implementations import said
-from minillm.profiling.timing.workloads import Problem
 
 ROOT = Path(__file__).resolve().parents[3]
 LIMIT_S = 600

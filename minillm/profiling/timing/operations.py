@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minillm.profiling.catalogue.entry import BACKWARD, BOTH, Data
+from minillm.profiling.catalogue.problem import Problem, small_problem
 from minillm.profiling.page.pivot import WRONG
-from minillm.profiling.timing import interpreted, precision, roofline, sizes
+from minillm.profiling.timing import interpreted, precision, roofline
 from minillm.profiling.timing.implementations import Absent, implementations, our_table, said
-from minillm.profiling.timing.workloads import BACKWARD, BOTH, Data, Problem
 from minillm.runtime.stopwatch import Timing, Trial, on_cpu, on_gpu
 
 Row = dict[str, Any]
@@ -206,7 +207,7 @@ def _row(
 
 def _interpret(rows: list[Row], problems: Sequence[Problem]) -> None:
     """Say in the rows of our kernels what their errors are, interpreted at a small size."""
-    which = {p.op: sizes.small(p.op, p.dtype) for p in problems}
+    which = {p.op: small_problem(p.op, p.dtype) for p in problems}
     for small, answer in zip(which.values(), interpreted.errors(list(which.values())), strict=True):
         for row in rows:
             if row["op"] != small.op or row["implementation"] != "triton":

@@ -10,7 +10,8 @@ import torch.utils.checkpoint
 from torch import Tensor
 
 from minillm.ops import REFERENCE
-from minillm.profiling.timing.workloads import BACKWARD, BOTH, FORWARD, Data, Problem
+from minillm.profiling.catalogue.entry import BACKWARD, BOTH, FORWARD, Data
+from minillm.profiling.catalogue.problem import Problem
 
 Results = dict[str, list[Tensor]]  # by direction; BOTH has those of either
 ROWS = 2048  # of logits that the truth has at a time

@@ -20,8 +20,7 @@ from minillm.ops import EAGER, Ops
 from minillm.optim.build import make_optimizers, set_learning_rate
 from minillm.profiling.timing.implementations import Absent, our_table, said
 from minillm.profiling.timing.operations import Effort, Row
-from minillm.runtime import device as world
-from minillm.runtime.ceilings import DTYPES
+from minillm.runtime.device import DTYPES, synchronize
 from minillm.runtime.stopwatch import LEAST, MOST, summary
 
 WARMUP = 5
@@ -143,12 +142,12 @@ def _measured(name, chosen, ops, compiled, device, dtype, roofs, effort) -> Row:
 def _seconds(step: Step, device: torch.device, seconds: float) -> list[float]:
     """The wall's time of each of some steps, launches and all, as a user waits for them."""
     taken: list[float] = []
-    world.synchronize(device)
+    synchronize(device)
     end = time.perf_counter() + seconds
     while len(taken) < LEAST or (time.perf_counter() < end and len(taken) < MOST):
         start = time.perf_counter()
         step()
-        world.synchronize(device)
+        synchronize(device)
         taken.append(time.perf_counter() - start)
     return taken
 

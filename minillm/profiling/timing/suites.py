@@ -9,13 +9,15 @@ from typing import Any
 import torch
 
 from minillm.errors import UnavailableError
-from minillm.profiling.timing import decoding, operations, roofline, sizes, steps
+from minillm.profiling.catalogue.problem import CATALOGUE, problems_of
+from minillm.profiling.timing import decoding, operations, roofline, steps
 from minillm.profiling.timing.operations import Effort, Row
-from minillm.runtime import ceilings, device as world
+from minillm.runtime import ceilings
+from minillm.runtime.device import available_threads
 from minillm.runtime.files import write_durably
 
 QUICK_ARCH = 90  # what the audit of --quick compiles for
-COVERED = {  # audited operations under a name of sizes.OPS
+COVERED = {  # audited operations under a name of CATALOGUE
     "rope": ("rope", "rope_cache"),
     "swiglu": ("swiglu", "geglu", "relu2"),
     "sample": ("sample", "uniform"),
@@ -57,7 +59,7 @@ class Job:
     def kernels(self, save: Callable[[list[Row]], None]) -> list[Row]:
         """The rows of the suite `kernels`, which `roofline` is drawn from; measured once."""
         if not self._kernels:
-            chosen = sizes.problems(self.ops, self.device.type, self.dtype, self.quick)
+            chosen = problems_of(self.ops, self.device.type, self.dtype, self.quick)
             args = chosen, self.device, self.roofs, self.effort, self.say, save
             self._kernels = operations.run(*args)
         return self._kernels
@@ -106,10 +108,10 @@ def _audit(job: Job, full: bool) -> tuple[list[Row], list[str]]:
     if job.quick and not full:
         chosen = [case for case in chosen if case.arch == QUICK_ARCH]
     wanted = {name for op in job.ops for name in COVERED.get(op, (op,))}
-    if set(job.ops) != set(sizes.OPS):
+    if set(job.ops) != set(CATALOGUE):
         chosen = [case for case in chosen if case.op in wanted]
     job.say(f"audit of {len(chosen)} cases")
-    workers = min(world.available_threads(), len(chosen))
+    workers = min(available_threads(), len(chosen))
     rows = audit.audit(chosen, workers if workers > 1 else 0, job.say)
     faults = [
         f"{row['kernel']} {row['config']} {row['arch']}: {fault}"

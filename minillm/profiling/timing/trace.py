@@ -7,7 +7,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from minillm.ops import select
 from minillm.profiling.timing import steps
-from minillm.runtime import device as world
+from minillm.runtime.device import synchronize
 
 STEPS = 3
 
@@ -38,6 +38,6 @@ def _write(path: Path, device: torch.device, dtype: str, quick: bool) -> str:
         for n in range(STEPS):
             with record_function(f"step {n}"):
                 step()
-        world.synchronize(device)
+        synchronize(device)
     traced.export_chrome_trace(str(path))
     return f"{STEPS} steps, {ops.name} kernels ({ops.why})"

@@ -18,14 +18,15 @@ import torch
 from minillm.errors import UnavailableError, UsageError
 from minillm.kernels import reference
 from minillm.ops import REFERENCE
-from minillm.profiling.page import ranks
+from minillm.profiling.catalogue.entry import BACKWARD, FORWARD
+from minillm.profiling.catalogue.problem import CATALOGUE, Problem, problem_at
+from minillm.profiling.page import correlation
 from minillm.profiling.page.pivot import WRONG
 from minillm.profiling.timing import precision
 from minillm.profiling.timing.implementations import said
 from minillm.profiling.timing.operations import MOST, Row, release, trial_of
-from minillm.profiling.timing.workloads import BACKWARD, BOTH, FORWARD, Problem
-from minillm.runtime.ceilings import DTYPES
 from minillm.runtime.cli import not_one_of
+from minillm.runtime.device import DTYPES
 from minillm.runtime.files import write_durably
 from minillm.runtime.json_text import json_text
 from minillm.runtime.stopwatch import on_gpu
@@ -46,42 +47,22 @@ class Job:
     extra: dict = field(default_factory=dict)
 
 
-def job_for(operation: str, kernel: str, size: int) -> Job | None:
-    """The job of the entry `size` of a kernel's table; None if it is too small to matter."""
-    words = kernel.split()
-    dtype = "fp32" if "fp32" in words else "bf16"
-    backward = BACKWARD if {"bwd", "dq", "dkdv", "delta"} & set(words) else FORWARD
-    if operation == "attention":
-        T = 1024 if dtype == "fp32" else 4096
-        sizes = {"B": 16384 // T, "T": T, "H": 2048 // size, "D": size}
-        extra = {"softcap": 30.0} if "capped" in words else {}
-        return Job(Problem("attention", sizes, dtype), backward, extra)
-    if operation == "decode_attention":
-        heads = 32 if "many" in words else 4
-        sizes = {"B": 16, "S": 8192, "H": 4 * heads, "G": 4, "D": size}
-        combines = kernel == "combine"
-        return None if combines else Job(Problem(operation, sizes, dtype), FORWARD)
-    if operation == "rms_norm":
-        op = "sandwich_norm" if "sandwich" in words else "rms_norm"
-        return Job(Problem(op, {"N": (1 << 25) // size, "C": size}, dtype), backward)
-    if operation == "rope":
-        sizes = {"B": 8, "T": 2048, "H": 2048 // size, "G": 2048 // size, "D": size}
-        return Job(Problem(operation, sizes, dtype), backward)
-    if operation == "swiglu":
-        F = min(size, 5632)
-        return Job(Problem(operation, {"N": (1 << 26) // F, "F": F}, dtype), backward)
-    if operation == "adamw":
-        return Job(Problem(operation, {"L": 12, "C": 768}, dtype), FORWARD)
-    if operation == "linear_cross_entropy":
-        # Few columns, so that it is not the products that are measured.
-        sizes = {"N": 8192, "C": 64, "V": min(size, 50304)}
-        return Job(Problem(operation, sizes, dtype), BOTH)
-    if operation == "newton_schulz":
-        M = min(size, 2048)
-        return Job(Problem(operation, {"B": 4, "M": M, "N": M}, dtype), FORWARD)
-    if operation == "sample" and kernel == "sample":
-        return Job(Problem(operation, {"B": 64, "V": min(size, 50304)}, "fp32"), FORWARD)
-    return None
+def job_for(table: str, kernel: str, size: int) -> Job | None:
+    """Return the job that measures one entry of a table of tiles, or None if it is not tuned.
+
+    table: name of the table's file
+    kernel, size: the keys of the entry in it
+    """
+    words = set(kernel.split())
+    op = "sandwich_norm" if "sandwich" in words else table
+    sizes = CATALOGUE[op].tile_sizes(size, words)
+    if sizes is None:
+        return None
+    problem = problem_at(op, sizes, "fp32" if "fp32" in words else "bf16")
+    direction = BACKWARD if {"bwd", "dq", "dkdv", "delta"} & words else FORWARD
+    if BACKWARD not in problem.directions:
+        direction = problem.directions[-1]
+    return Job(problem, direction, {"softcap": 30.0} if "capped" in words else {})
 
 
 def neighbours(options: Options) -> list[Options]:
@@ -147,7 +128,7 @@ def run(
                 if job is None:
                     continue
                 function = partial(getattr(table, job.problem.op), **job.extra)
-                bound = partial(ranks.bound_of, kernel=kernel, arch=arch)
+                bound = partial(correlation.bound_of, kernel=kernel, arch=arch)
                 tuned = Entry(entries, size, job, function, device, bound)
                 found = list(tuned.tried(1 if quick else ROUNDS))
                 where = {"op": operation, "kernel": kernel, "size": int(size), "arch": f"sm_{arch}"}
@@ -162,7 +143,7 @@ def run(
 class Entry:
     """One entry of a table while it is tuned.
 
-    bound: of launches and a tile, see ranks.    verdict: what came of it, in words.
+    bound: of launches and a tile, see correlation.    verdict: what came of it, in words.
     """
 
     def __init__(
@@ -216,7 +197,7 @@ class Entry:
         held = self.entries[self.size]
         self.entries[self.size] = options
         try:
-            with ranks.launches() as launched:
+            with correlation.launches() as launched:
                 errors = precision.errors(self.function, self.data, self.true)
             row["error"] = worst(errors, self.job.problem.directions)
             if row["error"] > self.allowed:
