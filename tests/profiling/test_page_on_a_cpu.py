@@ -151,7 +151,7 @@ def test_nothing_measured_here_is_over_its_roof():
         problems = problems_of(ops, "cpu", "fp32", quick=True)
         effort = operations.Effort(0.02, False)
         rows = [row for problem in problems for row in operations._solve(
-            problem, device, roofs, effort, operations.our_table(device)
+            problem, device, roofs, effort, operations.triton_table(device)
         )]  # fmt: skip
     finally:
         torch.set_num_threads(before)

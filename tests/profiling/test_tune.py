@@ -50,7 +50,7 @@ def gpu(monkeypatch, tmp_path):
         return stopwatch.Timing(made.time(made.last), 1.0, 5)
 
     def job_for(operation, kernel, size):
-        job = tune.Job(Problem("swiglu", {"N": 5, "F": size - 208}, "fp32"), FORWARD)
+        job = tune.TileJob(Problem("swiglu", {"N": 5, "F": size - 208}, "fp32"), FORWARD)
         return job if kernel == "fwd" else None
 
     monkeypatch.setattr(_launch, "_tables", lambda operation: tables)

@@ -1,4 +1,4 @@
-"""A trace of training steps, kernel by kernel, for ui.perfetto.dev or chrome://tracing."""
+"""Trace of training steps, kernel by kernel, for ui.perfetto.dev or chrome://tracing."""
 
 from pathlib import Path
 
@@ -13,13 +13,16 @@ STEPS = 3
 
 
 def write(path: Path, device: torch.device, dtype: str, quick: bool) -> str:
-    """Trace STEPS steps of the suite `model`'s model into `path`; ".gz" at its end compresses.
+    """Trace STEPS steps of the model of the suite `model` and write the trace to `path`.
 
-    Returns what was traced, in words: the kernels are ours on a GPU that can run them.
-    Raises OSError if the file cannot be written, or is there already.
+    It runs our kernels on a GPU that can, and eager code elsewhere. A path that ends with ".gz" is
+    compressed.
+
+    Returns what was traced, in words.
+    Raises OSError if the file exists or cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.open("xb").close()  # before the work, and in our words if it cannot be
+    path.open("xb").close()  # before the work, so that an error comes early
     try:
         return _write(path, device, dtype, quick)
     except BaseException:
