@@ -237,31 +237,37 @@ def _attention_dq_bwd_kernel(
     store_block(dq_ptr, dq * scale, b, h, row, T, H, BLOCK_T, D, BLOCK_D)
 
 
+def _padded_statistics(
+    y: Tensor, lse: Tensor, dy: Tensor, width: int, block: dict[str, int]
+) -> tuple[Tensor, Tensor]:
+    """Return lse and delta, (B, H, TP), fp32: one number for each row, padded to whole blocks."""
+    B, T, H, D = y.shape
+    TP, shape = padded(T), (B, H, padded(T))
+    lse_padded, delta = (torch.empty(shape, dtype=torch.float32, device=y.device) for _ in range(2))
+    launch(
+        _attention_delta_bwd_kernel, (TP // block["BLOCK_T"] * B * H,),
+        y, dy, lse, lse_padded, delta, *dy.stride()[:3], T, TP, H, D=D, BLOCK_D=width, **block,
+    )  # fmt: skip
+    return lse_padded, delta
+
+
 def backward(
     q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, dy: Tensor, rule: Rule
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk and dv, in the shapes and dtypes of q, k and v.
 
-    q, k, v: as given to `forward`
-    y, lse: as `forward` returned them
+    q, k, v, y, lse: arguments and results of `forward`
     dy: gradient of y, (B, T, H, D)
     """
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     if not q.numel():
         return dq, dk, dv
     q, k, v, dy = map(readable, (q, k, v, dy))
-    B, T, H, D = q.shape
+    B, T, H, _ = q.shape
     TP = padded(T)
-    lse_padded, delta = (
-        torch.empty((B, H, TP), dtype=torch.float32, device=q.device) for _ in range(2)
-    )
     switches = rule.switches(q, k)
     width = switches["BLOCK_D"]
-    block = options("delta", q, rule)
-    launch(
-        _attention_delta_bwd_kernel, (TP // block["BLOCK_T"] * B * H,),
-        y, dy, lse, lse_padded, delta, *dy.stride()[:3], T, TP, H, D=D, BLOCK_D=width, **block,
-    )  # fmt: skip
+    lse_padded, delta = _padded_statistics(y, lse, dy, width, options("delta", q, rule))
     tma = tma_reads(q, k, v, dy)
     strides = [n for x in (q, k, v, dy) for n in x.stride()[:3]]
     slopes = lse if rule.slopes is None else rule.slopes
@@ -276,8 +282,8 @@ def backward(
     block = options("dkdv", q, rule)
     statistics = [lse_padded, delta]
     if tma:
-        rows = [block["BLOCK_T"]]
-        statistics = [TensorDescriptor(x, [x.numel()], [1], rows) for x in statistics]
+        rows = block["BLOCK_T"]
+        statistics = [TensorDescriptor(x, [x.numel()], [1], [rows]) for x in statistics]
     launch(
         _attention_dkdv_bwd_kernel, (triton.cdiv(T, block["BLOCK_S"]) * B * k.shape[2],),
         *blocks(block["BLOCK_T"], block["BLOCK_S"]), *statistics, dk, dv,

@@ -152,7 +152,31 @@ def _(
     return None
 
 
-def _refuse(name: str, x: Tensor, shape: torch.Size, device: torch.device) -> None:
+def _check(
+    lists: dict[str, list[Tensor] | None], rates: dict[str, list[float]], grad_scale: Tensor | None
+) -> None:
+    """Raise ValueError, naming the argument, unless the kernel can take these.
+
+    lists: the lists of tensors by the names of the arguments, "params" first; None: not given
+    rates: the lists of numbers by the names of the arguments
+    """
+    params = lists["params"]
+    given = {name: members for name, members in lists.items() if members is not None}
+    for name, members in {**given, **rates}.items():
+        if len(members) != len(params):
+            raise ValueError(f"{name}: {len(members)} of them, expected {len(params)}, as params")
+    if not params:
+        return
+    device = params[0].device
+    for name, members in given.items():
+        for x, p in zip(members, params, strict=True):
+            _check_tensor(name, x, p.shape, device)
+    if grad_scale is not None and (grad_scale.dim() or grad_scale.device != device):
+        came = f"{tuple(grad_scale.shape)} on {grad_scale.device}"
+        raise ValueError(f"grad_scale: a tensor of shape {came}, expected () on {device}")
+
+
+def _check_tensor(name: str, x: Tensor, shape: torch.Size, device: torch.device) -> None:
     """Raise ValueError unless the kernel can take x in the list called `name`."""
     dtypes = tuple(TRITON) if name in ("grads", "copies") else (torch.float32,)
     if x.dtype not in dtypes:
@@ -204,20 +228,10 @@ def adamw(
     if step < 1:
         raise ValueError(f"step: {step}, expected 1 or more")
     lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    lists["copies"] = [] if copies is None else copies
-    for name, members in {**lists, "lr": lr, "weight_decay": weight_decay}.items():
-        if len(members) != len(params) and not (name == "copies" and copies is None):
-            raise ValueError(f"{name}: {len(members)} of them, expected {len(params)}, as params")
-    if not params:
-        return
-    device = params[0].device
-    for name, members in lists.items():
-        for x, p in zip(members, params, strict=False):
-            _refuse(name, x, p.shape, device)
-    if grad_scale is not None and (grad_scale.dim() or grad_scale.device != device):
-        came = f"{tuple(grad_scale.shape)} on {grad_scale.device}"
-        raise ValueError(f"grad_scale: a tensor of shape {came}, expected () on {device}")
-    _adamw(
-        params, grads, exp_avgs, exp_avg_sqs, lists["copies"], grad_scale, step,
-        lr, weight_decay, *betas, eps,
-    )  # fmt: skip
+    rates = {"lr": lr, "weight_decay": weight_decay}
+    _check({**lists, "copies": copies}, rates, grad_scale)
+    if params:
+        _adamw(
+            params, grads, exp_avgs, exp_avg_sqs, copies or [], grad_scale, step,
+            lr, weight_decay, *betas, eps,
+        )  # fmt: skip

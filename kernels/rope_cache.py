@@ -75,16 +75,8 @@ def rope_cache(
     Cost: reads q, k and v once and writes them once.
     """
     check(q, k, cos, sin, q_weight, k_weight)
-    (B, T, _, D), G = q.shape, k.shape[2]
-    if v.shape != k.shape:
-        raise ValueError(f"v: shape {tuple(v.shape)}, expected k's {tuple(k.shape)}")
-    for name, x in {"cache_k": cache_k, "cache_v": cache_v}.items():
-        if x.dim() != 4 or (x.shape[0], *x.shape[2:]) != (B, G, D) or x.stride(3) != 1:
-            came = f"shape {tuple(x.shape)}, strides {x.stride()}"
-            raise ValueError(f"{name}: {came}, expected ({B}, S, {G}, {D}) of contiguous heads")
-    S = cache_k.shape[1]
-    if cos.dim() != 2 or cos.shape[0] < S or cos.shape[1] != D // 2:
-        raise ValueError(f"cos: shape {tuple(cos.shape)}, expected ({S} or more, {D // 2})")
+    _check_cache(k, v, cos, cache_k, cache_v)
+    (B, T), S = q.shape[:2], cache_k.shape[1]
     if isinstance(positions, Tensor) and positions.dim() == 0:
         positions = positions.expand(B)
     if isinstance(positions, Tensor):
@@ -98,3 +90,17 @@ def rope_cache(
         where = None, positions
     weights = contiguous(q_weight, k_weight)
     return _rope_cache(q, k, v, cos, sin, cache_k, cache_v, *where, *weights, eps)
+
+
+def _check_cache(k: Tensor, v: Tensor, cos: Tensor, cache_k: Tensor, cache_v: Tensor) -> None:
+    """Raise ValueError, naming the argument, on shapes that do not fit those of k."""
+    B, _, G, D = k.shape
+    if v.shape != k.shape:
+        raise ValueError(f"v: shape {tuple(v.shape)}, expected k's {tuple(k.shape)}")
+    for name, x in {"cache_k": cache_k, "cache_v": cache_v}.items():
+        if x.dim() != 4 or (x.shape[0], *x.shape[2:]) != (B, G, D) or x.stride(3) != 1:
+            came = f"shape {tuple(x.shape)}, strides {x.stride()}"
+            raise ValueError(f"{name}: {came}, expected ({B}, S, {G}, {D}) of contiguous heads")
+    S = cache_k.shape[1]
+    if cos.dim() != 2 or cos.shape[0] < S or cos.shape[1] != D // 2:
+        raise ValueError(f"cos: shape {tuple(cos.shape)}, expected ({S} or more, {D // 2})")

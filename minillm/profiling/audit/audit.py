@@ -11,7 +11,7 @@ import torch
 from triton import knobs
 
 from minillm.profiling.audit import sass, ttir
-from minillm.profiling.audit.bound import bound
+from minillm.profiling.audit.bound import Bound, bound
 from minillm.profiling.audit.cases import STREAMING, Case
 from minillm.profiling.audit.dry import Build, dry_gpu
 from minillm.profiling.audit.occupancy import ARCHS, ctas_per_sm, occupancy
@@ -175,11 +175,7 @@ def _row(build: Build, case: Case) -> Row:
         "tensor_core": sass.tensor_core(code),
         "occupancy": occupancy(arch, ctas, held),
         "ctas_per_sm": ctas,
-        "bound_tflops": round(limit.tflops_max, 2),
-        "bound_split_tflops": round(limit.tflops_split, 2),
-        "bound_sum_tflops": round(limit.tflops_sum, 2),
-        "bound_gbps": round(limit.gbps, 1),
-        "limit": limit.unit,
+        **_bounds(limit),
         "num_warps": warps,
         "num_stages": options.num_stages,
         "serialised": sass.serialised(code, asm["ttgir"].count("warp_group_dot_wait")),
@@ -197,6 +193,17 @@ def _row(build: Build, case: Case) -> Row:
         "compile_s": round(build.seconds, 2),
         "hash": options.hash,
         "error": "",
+    }
+
+
+def _bounds(limit: Bound) -> Row:
+    """Return the bounds of a row."""
+    return {
+        "bound_tflops": round(limit.tflops_max, 2),
+        "bound_split_tflops": round(limit.tflops_split, 2),
+        "bound_sum_tflops": round(limit.tflops_sum, 2),
+        "bound_gbps": round(limit.gbps, 1),
+        "limit": limit.unit,
     }
 
 
