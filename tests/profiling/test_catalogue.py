@@ -1,4 +1,4 @@
-"""What is measured: the costs by hand, the data of attention's options, who really computes it."""
+"""Catalogue: costs against figures by hand, attention's options, and the implementations."""
 
 from itertools import pairwise
 
@@ -134,7 +134,7 @@ def test_rope_is_given_the_tables_that_a_model_has():
 
 
 class Operators(TorchDispatchMode):
-    """The names of the operators that are called."""
+    """Record of the names of the operators that are called."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The rank correlation of bounds and speeds: by hand, and of code that was really launched."""
+"""Rank correlation of bounds and speeds: by hand, and for code that was really launched."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The whole profile on a GPU, once: nothing is missing, nothing of ours failed, no number is wrong.
+"""Whole profile on a GPU, once: nothing is missing, none of our kernels fails, no result is wrong.
 
 How fast anything is, a test does not say.
 """
@@ -24,7 +24,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def profiled(tmp_path_factory) -> tuple[subprocess.CompletedProcess, dict]:
-    """The finished process, and its results."""
+    """Return the finished process, and its results."""
     folder = tmp_path_factory.mktemp("profile")
     words = ["--suite", "all", "--quick", "--device", "cuda", "--out", str(folder)]
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""The page of a machine without a GPU: nothing empty, no dot over its roof, every call named."""
+"""Page of a machine without a GPU: nothing empty, no dot above its roof, every call named."""
 
 import re
 from html.parser import HTMLParser
@@ -22,7 +22,7 @@ NEEDS = "needs a GPU to be timed"
 
 
 def kernel(op, name, us=None, **more):
-    """A row of suite kernels as a CPU gives it, where one implementation of five has a time."""
+    """Return a row of the suite kernels of a CPU, where one implementation of five has a time."""
     row = {"suite": "kernels", "op": op, "shape": "N512 C256", "dtype": "fp32",
            "direction": "forward", "implementation": name, "median_us": us, "spread_us": us,
            "tflops": None, "gbps": None, "percent_of_ceiling": None, "ceiling": "memory",
@@ -49,7 +49,7 @@ def suites():
 
 
 class Tables(HTMLParser):
-    """The tables of a page, each as lists of words by row, and its headings in their order."""
+    """Parser of a page: its tables, as lists of words by row, and its headings in order."""
 
     def __init__(self, text):
         super().__init__()
@@ -123,7 +123,7 @@ def test_no_column_or_line_of_the_terminals_tables_is_empty(suite):
 
 
 def test_the_roof_is_that_of_the_level_in_which_the_data_lie():
-    """The larger the data, the lower the roof; beyond the caches it is the memory's."""
+    """Roofs fall as data grow; beyond the caches the roof is that of the memory."""
     roofs = ABOUT["ceilings"]
     by_hand = [(100, 80), (65536, 80), (1 << 20, 80), ((16 << 20) - 1, 80), (16 << 20, 40),
                (64 << 20, 40), (65 << 20, 10), (1 << 30, 10)]  # fmt: skip

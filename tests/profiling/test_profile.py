@@ -193,16 +193,20 @@ def test_the_trace_is_json_with_events(tmp_path, capsys):
         (["--op", "softmax"], 2, "'softmax' is not one of attention"),
         (["--dtype", "fp8"], 2, "is not one of"),
         (["--full"], 2, "--suite audit"),
-        (["--suite", "model", "--op", "rope"], 2, "--op is of kernels, audit, roofline"),
-        (["--suite", "decode", "--op", "rope"], 2, "--op is of kernels, audit, roofline"),
-        (["--trace", "t", "--op", "rope"], 2, "--op is of kernels, audit, roofline"),
+        (["--suite", "model", "--op", "rope"], 2, "--op: only kernels, audit, roofline"),
+        (
+            ["--suite", "decode", "--op", "rope"],
+            2,
+            "--op: only kernels, audit, roofline",
+        ),
+        (["--trace", "t", "--op", "rope"], 2, "--op: only kernels, audit, roofline"),
         (["--quik"], 2, "did you mean --quick"),
         (["--out", __file__], 2, "is not a folder"),
         (["--out", Path(__file__, "sub")], 2, "is not a folder"),
         (["--trace", HOME], 2, "is a folder; name a file"),
         (["--trace", Path(__file__, "x.json")], 2, "is not a folder"),
-        (["--suite", "audit", "--dtype", "fp16"], 2, "--dtype is not of the audit"),
-        (["--tune"], 4, "there is none here"),
+        (["--suite", "audit", "--dtype", "fp16"], 2, "--dtype: the audit and --tune take every"),
+        (["--tune"], 4, "--tune: tiles are measured on a GPU"),
         (["--tune", "softmax"], 2, "--tune 'softmax' is not one of adamw"),
     ],
 )
@@ -246,7 +250,7 @@ def test_without_triton_the_rest_is_measured(tmp_path):
 
 
 def fake_clock(*durations: float):
-    """A clock that is read before and after each run, and now and then between."""
+    """Return a clock that is read before and after each run, and sometimes between."""
     times, step = [0.0], count()
 
     def now() -> float:
@@ -433,7 +437,7 @@ def test_the_measured_ceilings_are_of_this_machine():
 
 
 def test_a_large_product_that_is_interrupted_does_not_lower_the_ceiling_of_a_cpu(monkeypatch):
-    """On a CPU with neighbours no long product runs undisturbed, and short operations do."""
+    """On a shared CPU no long product runs uninterrupted, but short operations do."""
     speeds = {512: 0.017, 256: 0.09, 128: 0.08}
     monkeypatch.setattr(ceilings, "_product_tflops", lambda n, *_: speeds[n])
     monkeypatch.setattr(ceilings, "_streaming_gbps", lambda *_: 10.0)

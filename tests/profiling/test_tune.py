@@ -19,7 +19,7 @@ WIDER = {**TILE, "BLOCK_N": 8}
 
 @pytest.fixture
 def gpu(monkeypatch, tmp_path):
-    """A GPU for the tuner: what it times takes `time` of the tile last launched.
+    """Return a GPU for the tuner, on which a run takes `time` of the tile last launched.
 
     tables: swiglu's.    spoil: of a tile, what its results are multiplied by.
     """
@@ -62,7 +62,7 @@ def gpu(monkeypatch, tmp_path):
 
 
 def tuned(gpu, quick=True, save=lambda rows: None) -> list[dict]:
-    """The rows of the entry 256."""
+    """Return the rows of the entry 256."""
     rows = tune.run(["swiglu"], CPU, quick, gpu.said.append, save)
     return [row for row in rows if row["size"] == 256]
 
@@ -98,7 +98,7 @@ def test_a_tile_must_gain_two_per_cent(gpu, us, kept):
 
 
 def test_a_tile_must_win_once_more(gpu):
-    """The present one was slow at first, as on a GPU whose clocks are not up."""
+    """The present tile is slow at first, as on a GPU whose clocks have not risen."""
     first = iter([300.0])
     gpu.time = lambda tile: next(first, 100.0) if tile == TILE else 150.0
     rows = tuned(gpu)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minillm.errors import UsageError
+from minillm.errors import UsageError, parameter
 from minillm.profiling.page import correlation, page, pivot
 from minillm.profiling.page.columns import SHOWN
 from minillm.profiling.page.pivot import RIVALS, Line, Row, number, per_cent, short, text, times
@@ -111,14 +111,14 @@ def refuse_foreign(folder: Path, suites: Iterable[str]) -> None:
     """
     if not folder.is_dir() or not any(folder.iterdir()):
         return
-    found = read(folder / RESULTS)
+    found, out = read(folder / RESULTS), parameter("out")
     if found is None:
-        raise UsageError(f"--out {folder}: holds other things than a profile; name another folder")
+        raise UsageError(f"{out} {folder}: holds other things than a profile; name another folder")
     for name in (RESULTS, *sorted(_files(suites))):
         path = folder / name
         if path.is_symlink() or (path.exists() and name not in {RESULTS, *_files(found["suites"])}):
             raise UsageError(
-                f"--out {folder}: holds a {name} that minillm did not write; name another folder"
+                f"{out} {folder}: holds a {name} that minillm did not write; name another folder"
             )
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from minillm.errors import UnavailableError, UsageError
+from minillm.errors import UnavailableError, UsageError, parameter
 from minillm.kernels import reference
 from minillm.ops import REFERENCE
 from minillm.profiling.catalogue.entry import BACKWARD, FORWARD
@@ -98,9 +98,9 @@ def check(operations: Sequence[str], device: torch.device) -> list[str]:
     known = sorted(path.stem for path in TILES.glob("*.json"))
     for name in operations:
         if name not in known:
-            raise UsageError(f"--tune {not_one_of(name, known)}")
+            raise UsageError(f"{parameter('tune')} {not_one_of(name, known)}")
     if device.type != "cuda":
-        raise UnavailableError("--tune measures tiles on a GPU, and there is none here")
+        raise UnavailableError(f"{parameter('tune')}: tiles are measured on a GPU; here is none")
     return list(operations) or known
 
 
