@@ -43,8 +43,7 @@ def write(folder: Path, about: dict, suites: dict[str, list[dict]]) -> list[Path
     are not finite become null.
 
     about: device, driver, torch, triton, python, commit, date, command, ceilings
-    suites: rows by suite. The page shows kernels, model, decode, roofline, audit and, as plain
-        tables, any other
+    suites: rows by suite; the page shows unknown suites as plain tables
 
     Raises ValueError if the name of a suite is not a plain word, because a file is named after it,
     and UsageError as refuse_foreign does.
@@ -197,10 +196,7 @@ def table(suite: str, rows: Sequence[dict]) -> str:
 
 
 def _aligned(header: Sequence[str], body: Sequence[Sequence[str]], left: int) -> str:
-    """Return cells in columns, the first `left` aligned to the left, the others to the right.
-
-    Empty columns are left out.
-    """
+    """Return cells in columns that are not empty, the first `left` of them aligned to the left."""
     keep = [i for i in range(len(header)) if any(line[i] not in ("", "-") for line in body)]
     cells = [[line[i] for i in keep] for line in (header, *body)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
