@@ -100,7 +100,8 @@ def check(operations: Sequence[str], device: torch.device) -> list[str]:
         if name not in known:
             raise UsageError(f"{parameter('tune')} {not_one_of(name, known)}")
     if device.type != "cuda":
-        raise UnavailableError(f"{parameter('tune')}: tiles are measured on a GPU; here is none")
+        flag = parameter("tune")
+        raise UnavailableError(f"{flag}: tiles are measured on a GPU, and there is none here")
     return list(operations) or known
 
 
