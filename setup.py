@@ -14,8 +14,9 @@ PDF = ["pypdf>=4"]
 WINGS = (
     "runtime", "config", "optim", "data", "model", "distributed", "checkpoint", "inference",
     "planning", "flags", "training", "convert", "profiling", "profiling.audit", "profiling.timing",
-    "profiling.page", "commands",
+    "profiling.page", "profiling.catalogue", "commands",
 )  # fmt: skip
+KERNELS = ("kernels", "kernels.reference", "kernels.eager")
 
 setup(
     name="minillm",
@@ -26,7 +27,7 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=["minillm", *(f"minillm.{wing}" for wing in WINGS), "minillm.kernels"],
+    packages=["minillm", *(f"minillm.{folder}" for folder in WINGS + KERNELS)],
     package_data={"minillm.kernels": ["tiles/*.json"]},
     py_modules=["minillm.scripts.train", "minillm.scripts.sample"],
     package_dir={"minillm.kernels": "kernels", "minillm.scripts": "."},

@@ -128,7 +128,7 @@ def set_up(settings: Settings, run: Path | None, ranks: Ranks) -> Training:
     threads = "1" if threads == "auto" and ranks.size > 1 else threads
     fixed["threads"], why_threads = world.set_threads(threads)
     dtype = world.pick_dtype(fixed.get("dtype", config.dtype), device, shape.d_model)
-    fixed["dtype"] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    fixed["dtype"] = world.dtype_name(dtype)
     ops = select(
         config.kernels, device,
         d_model=shape.d_model, d_head=shape.d_head, vocab_size=shape.vocab_size,

@@ -1,16 +1,17 @@
-"""Attention backward: three launches, none with atomics, so equal bit for bit from run to run.
+"""Attention backward in three launches, without atomics, so equal bit for bit from run to run.
 
-    delta_i = sum(y_i dy_i)                    a row constant of the softmax's derivative
-    dv_j = sum_i p_ij dy_i                     a program a block of keys and key/value head
+    delta_i = sum(y_i dy_i)                    a constant of each row in the softmax's derivative
+    dv_j = sum_i p_ij dy_i                     one program for each block of keys and key head
     dk_j = scale sum_i ds_ij q_i,   ds_ij = p_ij (dy_i.v_j - delta_i) (1 - tanh^2 if capped)
-    dq_i = scale sum_j ds_ij k_j               a program a block of queries and head
+    dq_i = scale sum_j ds_ij k_j               one program for each block of queries and query head
 
-Probabilities are computed again, from lse. Source: Dao 2023, arXiv:2307.08691, algorithm 2.
+Probabilities are computed a second time, from lse.
+Source: Dao 2023, arXiv:2307.08691, algorithm 2.
 
-The query heads of a group and the blocks of queries are one loop, so that it never drains. A branch
-around the mask, as forward has, would let ptxas wait for every single wgmma of dk and dv, as two
-accumulators are in flight: instead, blocks with a mask and blocks without one have a loop each
-(SPLIT), or all are masked, which takes fewer registers.
+The kernel of dk and dv has one loop over the query heads of a group and the blocks of queries, so
+that its pipeline is filled only once. With a branch around the mask, as in the forward pass, ptxas
+would wait for every single wgmma, because two accumulators are in flight. So blocks with a mask and
+blocks without one have a loop each (SPLIT), or all blocks are masked, which takes fewer registers.
 """
 
 import torch
@@ -41,7 +42,7 @@ def _attention_delta_bwd_kernel(
     y_ptr, dy_ptr, lse_ptr, lse_padded_ptr, delta_ptr, dy_stride_b, dy_stride_t, dy_stride_h,
     T, TP, H, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """delta, and lse again, each row padded to TP numbers: +inf, so that p = exp2(s - lse) is 0."""
+    """Write delta, and a copy of lse, both padded to TP; +inf there makes p = exp2(s - lse) 0."""
     blocks = TP // BLOCK_T
     bh = (tl.program_id(0) // blocks).to(tl.int64)
     row = tl.program_id(0) % blocks * BLOCK_T
@@ -62,8 +63,11 @@ def _attention_delta_bwd_kernel(
 
 @triton.jit
 def _load_row(x, start, ROWS: tl.constexpr, TMA: tl.constexpr):
-    """ROWS numbers of lse or delta. As a plain load each thread would fetch those of its rows of
-    the scores one by one, which costs registers and a third of the loop's instructions."""
+    """Return ROWS numbers of lse or delta.
+
+    By a plain load, without TMA, each thread fetches the numbers of its rows one by one. That costs
+    registers and a third of the instructions of the loop.
+    """
     if TMA:
         numbers = x.load([start])
     else:
@@ -79,7 +83,7 @@ def _add_dk_dv(
     MASKED: tl.constexpr, CAPPED: tl.constexpr, ALIBI: tl.constexpr, EXACT: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv and what the queries row to row + BLOCK_T of head h add to them."""
+    """Return dk and dv with the terms of the queries row to row + BLOCK_T of head h added."""
     qs = load_block(q, b, h, row, q_stride_b, q_stride_t, q_stride_h, T, BLOCK_T, D, BLOCK_D, TMA)
     dys = load_block(
         dy, b, h, row, dy_stride_b, dy_stride_t, dy_stride_h, T, BLOCK_T, D, BLOCK_D, TMA
@@ -99,7 +103,7 @@ def _add_dk_dv(
         i, j = queries[None, :], keys[:, None]
         p = hide(p, i, j, last[:, None], i, 0.0, BOUNDED)
     weights = p.to(dys.dtype)
-    if CAPPED:  # before the product, so that t need not outlive it
+    if CAPPED:  # before the product, so that t needs no registers after it
         p *= 1 - t * t
     dv = tl.dot(weights, dys, dv, input_precision="ieee")
     ds = p * (tl.dot(vs, tl.trans(dys), input_precision="ieee") - deltas[None, :])
@@ -124,7 +128,7 @@ def _attention_dkdv_bwd_kernel(
     b = bg // G
     g = bg % G
     keys = column + tl.arange(0, BLOCK_S)
-    # One past the last query that sees: any key here, every key here, each key.
+    # One past the last query that sees any key of this block, every key, and each key.
     end = T
     full = TP
     ends = tl.zeros([BLOCK_S], tl.int32) + TP
@@ -137,8 +141,8 @@ def _attention_dkdv_bwd_kernel(
         end = tl.minimum(end, column + BLOCK_S - 1 + window)
         full = tl.minimum(full, column + window)
         ends = tl.minimum(ends, keys + window)
-    # Blocks of queries, counted from the one that holds row `column`: the first `left` touch the
-    # diagonal, `middle` ones see every key, the rest crosses an end.
+    # Blocks of queries from the one that holds row `column` on: the first `left` ones touch the
+    # diagonal, the next `middle` ones see every key, and the rest crosses an end.
     first = column // BLOCK_T * BLOCK_T
     total = tl.cdiv(end - first, BLOCK_T)
     left = tl.minimum(tl.cdiv(column + BLOCK_S, BLOCK_T) - column // BLOCK_T, total)
@@ -233,26 +237,37 @@ def _attention_dq_bwd_kernel(
     store_block(dq_ptr, dq * scale, b, h, row, T, H, BLOCK_T, D, BLOCK_D)
 
 
-def backward(
-    q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, dy: Tensor, rule: Rule
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv, in the dtypes of q, k and v; y and lse as forward gave them."""
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    if not q.numel():
-        return dq, dk, dv
-    q, k, v, dy = map(readable, (q, k, v, dy))
-    B, T, H, D = q.shape
-    TP = padded(T)
-    lse_padded, delta = (
-        torch.empty((B, H, TP), dtype=torch.float32, device=q.device) for _ in range(2)
-    )
-    switches = rule.switches(q, k)
-    width = switches["BLOCK_D"]
-    block = options("delta", q, rule)
+def _padded_statistics(
+    y: Tensor, lse: Tensor, dy: Tensor, width: int, block: dict[str, int]
+) -> tuple[Tensor, Tensor]:
+    """Return lse and delta, (B, H, TP), fp32: one number for each row, padded to whole blocks."""
+    B, T, H, D = y.shape
+    TP, shape = padded(T), (B, H, padded(T))
+    lse_padded, delta = (torch.empty(shape, dtype=torch.float32, device=y.device) for _ in range(2))
     launch(
         _attention_delta_bwd_kernel, (TP // block["BLOCK_T"] * B * H,),
         y, dy, lse, lse_padded, delta, *dy.stride()[:3], T, TP, H, D=D, BLOCK_D=width, **block,
     )  # fmt: skip
+    return lse_padded, delta
+
+
+def backward(
+    q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, dy: Tensor, rule: Rule
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dq, dk and dv, in the shapes and dtypes of q, k and v.
+
+    q, k, v, y, lse: arguments and results of `forward`
+    dy: gradient of y, (B, T, H, D)
+    """
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    if not q.numel():
+        return dq, dk, dv
+    q, k, v, dy = map(readable, (q, k, v, dy))
+    B, T, H, _ = q.shape
+    TP = padded(T)
+    switches = rule.switches(q, k)
+    width = switches["BLOCK_D"]
+    lse_padded, delta = _padded_statistics(y, lse, dy, width, options("delta", q, rule))
     tma = tma_reads(q, k, v, dy)
     strides = [n for x in (q, k, v, dy) for n in x.stride()[:3]]
     slopes = lse if rule.slopes is None else rule.slopes
@@ -267,8 +282,8 @@ def backward(
     block = options("dkdv", q, rule)
     statistics = [lse_padded, delta]
     if tma:
-        rows = [block["BLOCK_T"]]
-        statistics = [TensorDescriptor(x, [x.numel()], [1], rows) for x in statistics]
+        rows = block["BLOCK_T"]
+        statistics = [TensorDescriptor(x, [x.numel()], [1], [rows]) for x in statistics]
     launch(
         _attention_dkdv_bwd_kernel, (triton.cdiv(T, block["BLOCK_S"]) * B * k.shape[2],),
         *blocks(block["BLOCK_T"], block["BLOCK_S"]), *statistics, dk, dv,

@@ -1,6 +1,4 @@
-"""What the attention kernels share: how a block of rows is read, which pairs are seen, how scores
-are capped and biased; and on the host, the tensors and numbers that all of them are launched with.
-"""
+"""Parts of all attention kernels: loads, masks and biases of blocks, and arguments of launches."""
 
 import math
 from dataclasses import dataclass
@@ -13,8 +11,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from minillm.kernels._launch import has_tma, tile
 
-ROWS = 128  # of the largest block, a multiple of every other
-# Where a running maximum begins: below every score, and finite, or exp2(-inf - peak) would be NaN.
+ROWS = 128  # rows of the largest block, a multiple of those of every other
+# First value of a running maximum: below every score, and finite because exp2(-inf + inf) is nan.
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
@@ -23,10 +21,11 @@ def load_block(
     x, b, h, row, x_stride_b, x_stride_t, x_stride_h, T,
     ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Rows row to row + ROWS of head h, (ROWS, BLOCK_D); x is a (B, H, T, D) descriptor or pointer.
+    """Return rows row to row + ROWS of head h, (ROWS, BLOCK_D).
 
-    Rows from T on are zero by descriptor and repeat the last row by pointer: finite numbers, that
-    no mask is needed for, and that no query sees. Columns from D on are zero.
+    x is a (B, H, T, D) descriptor (TMA) or a pointer. Rows from T on are zero by descriptor and
+    repeat the last row by pointer. Both are finite numbers, so they need no mask, and no query sees
+    them. Columns from D on are zero.
     """
     if TMA:
         block = x.load([b, h, row, 0]).reshape(ROWS, BLOCK_D)
@@ -46,7 +45,7 @@ def load_block(
 def store_block(
     x_ptr, x, b, h, row, T, H, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """x (ROWS, BLOCK_D) into rows row to row + ROWS of head h of a contiguous (B, T, H, D)."""
+    """Store x, (ROWS, BLOCK_D), in rows row to row + ROWS of head h of (B, T, H, D), contiguous."""
     x_ptr += ((b.to(tl.int64) * T + row) * H + h) * D
     rows = tl.arange(0, ROWS)[:, None]
     columns = tl.arange(0, BLOCK_D)[None, :]
@@ -61,7 +60,7 @@ def first_keys(
     starts_ptr, b, row, T, window,
     ROWS: tl.constexpr, DOCUMENTS: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """The first key seen by each of the queries row to row + ROWS, by the first, by the last."""
+    """Return the first key that each of the queries row to row + ROWS sees, the first, the last."""
     queries = row + tl.arange(0, ROWS)
     keys = tl.zeros([ROWS], tl.int32)
     lowest = 0
@@ -80,7 +79,7 @@ def first_keys(
 
 @triton.jit
 def hide(x, i, j, a, b, fill, BOUNDED: tl.constexpr):
-    """x, or fill unless i >= j and, if BOUNDED, a >= b; i, j, a, b are rows or columns of x."""
+    """Return x where i >= j and, if BOUNDED, a >= b, else fill; all are rows or columns of x."""
     seen = i >= j
     if BOUNDED:
         seen = seen & (a >= b)
@@ -89,17 +88,19 @@ def hide(x, i, j, a, b, fill, BOUNDED: tl.constexpr):
 
 @triton.jit
 def bias(scores, slope, queries, keys):
-    """scores - slope (i - j); the positions, as fp32, are exact to 2^24."""
+    """Return scores - slope (i - j); positions are exact in fp32 up to 2^24."""
     return scores + slope * (keys.to(tl.float32) - queries.to(tl.float32))
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Who sees whom and how scores are made; scores s = q.k stay without the scale in a kernel.
+    """Masks and biases of one attention. In a kernel scores s = q.k stay without the scale.
 
-    p_ij = exp2(factor (cap tanh(s_ij / cap) - slope / scale (i - j)) - lse_i)
+        p_ij = exp2(factor (cap tanh(s_ij / cap) - slope / scale (i - j)) - lse_i)
 
-    starts: (B, T) int32, where each position's document starts, or None.    window: 0 for all.
+    scale, window, softcap: see `attention`
+    starts: where the document of each position starts, (B, T), int32, or None
+    slopes: ALiBi slope of each query head, (H,), fp32, or None
     """
 
     scale: float
@@ -109,12 +110,12 @@ class Rule:
     slopes: Tensor | None
 
     def arguments(self) -> tuple[float, float, float, int]:
-        """factor, cap, 1 / scale and window, as every kernel takes them."""
+        """Return factor, cap, 1 / scale and window, as every kernel takes them."""
         factor = self.scale / math.log(2)
         return factor, self.softcap / self.scale, 1 / self.scale, self.window
 
     def switches(self, q: Tensor, k: Tensor) -> dict[str, int]:
-        """The constexpr arguments that every kernel takes."""
+        """Return the constexpr arguments that every kernel takes."""
         return {
             "SHARE": q.shape[2] // k.shape[2],
             "D": q.shape[3],
@@ -128,9 +129,9 @@ class Rule:
 
 
 def options(kernel: str, q: Tensor, rule: Rule) -> dict[str, int]:
-    """The tile of a kernel for q's head width and dtype; a soft-cap takes registers.
+    """Return the tile of a kernel for q's head width and dtype, smaller if there is a soft-cap.
 
-    Raises ValueError on blocks that do not divide ROWS, which lse and delta are padded to.
+    Raises ValueError on blocks that do not divide ROWS, to which lse and delta are padded.
     """
     variant = "fp32" if q.dtype == torch.float32 else "capped" if rule.softcap else ""
     if kernel == "delta":
@@ -143,24 +144,24 @@ def options(kernel: str, q: Tensor, rule: Rule) -> dict[str, int]:
 
 
 def padded(T: int) -> int:
-    """T, made up to whole blocks of any size."""
+    """Return T, rounded up to whole blocks of any size."""
     return triton.cdiv(T, ROWS) * ROWS
 
 
 def readable(x: Tensor) -> Tensor:
-    """x (B, T, H, D), or a copy if its heads are not contiguous or its rows too far apart.
+    """Return x, (B, T, H, D), or a copy if heads are not contiguous or rows are too far apart.
 
-    Offsets inside a block are int32.
+    Rows are too far apart where the offsets inside a block are not int32.
     """
     near = x.stride(1) * ROWS < 1 << 31
     return x if x.stride(3) == 1 and near else x.contiguous()
 
 
 def tma_reads(*tensors: Tensor) -> bool:
-    """Whether descriptors can and should read all of these: sm_90 or later, aligned to 16 bytes.
+    """Return whether descriptors can and should load all of these: sm_90, aligned to 16 bytes.
 
-    Not fp32: its products are no tensor core's, and out of a descriptor's shared memory, laid out
-    for one, they spill.
+    They should not load fp32. Its products do not run on tensor cores, and the layout of shared
+    memory that descriptors use, which is made for those, makes them spill registers.
     """
     return has_tma() and tensors[0].dtype != torch.float32 and all(map(_is_aligned, tensors))
 
@@ -171,12 +172,12 @@ def _is_aligned(x: Tensor) -> bool:
 
 
 def _strides(x: Tensor) -> list[int]:
-    """x's strides; where a dimension has size 1 and so any stride, one that a descriptor takes."""
+    """Return x's strides; a dimension of size 1, which may have any, gets one that is aligned."""
     return [n if size > 1 else 16 for n, size in zip(x.stride(), x.shape, strict=True)]
 
 
 def descriptor(x: Tensor, rows: int, BLOCK_D: int) -> TensorDescriptor:
-    """x (B, T, H, D) as a (B, H, T, D) descriptor, that hands out (rows, BLOCK_D) of one head."""
+    """Return a (B, H, T, D) descriptor of x, (B, T, H, D); it loads (rows, BLOCK_D) of one head."""
     B, T, H, D = x.shape
     b, t, h, _ = _strides(x)
     return TensorDescriptor(x, [B, H, T, D], [b, h, t, 1], [1, 1, rows, BLOCK_D])

@@ -1,7 +1,7 @@
-"""Attention forward: one program a block of queries and head, in one loop over blocks of keys.
+"""Attention forward: one program for each block of queries and head loops over blocks of keys.
 
-Blocks of keys that nobody in the block of queries sees are not visited; those that everybody sees
-in full skip the mask, by one branch a block.
+It does not visit blocks of keys that no query of its block sees. Where all its queries see all keys
+of a block, one branch skips the mask.
 """
 
 import torch
@@ -80,7 +80,13 @@ def _attention_fwd_kernel(
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
-    """y (B, T, H, D) and lse (B, H, T) fp32, the logarithm to base 2 of each query's mass."""
+    """Return y, (B, T, H, D), in q's dtype, and lse, (B, H, T), fp32.
+
+    lse is log2 sum_j exp2(factor s_ij), by which the backward pass computes probabilities.
+
+    q: (B, T, H, D)
+    k, v: (B, T, G, D)
+    """
     B, T, H, D = q.shape
     y = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, T), dtype=torch.float32, device=q.device)

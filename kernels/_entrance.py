@@ -1,9 +1,9 @@
-"""What happens between the call of an operation and its kernel: automatic casts, transforms.
+"""Automatic casts and the transforms of torch.func, for operations with operators of their own.
 
-Autocast sees the functions of PyTorch, not ours: what it would have cast is cast here, and it is
-off inside. Of the transforms of torch.func those that need gradients go through an
-autograd.Function, which operators of torch.library do not; forward mode is refused, as an operator
-without a formula for it would return zeros.
+Autocast knows only PyTorch's functions. So `entrance` casts what autocast would cast, and turns it
+off inside. Transforms of torch.func that need gradients work with an autograd.Function, but not
+with an operator of torch.library: `differentiable` makes both. Forward mode is refused, because an
+operator without a formula for it would return zeros.
 """
 
 import functools
@@ -16,16 +16,18 @@ from torch.autograd import forward_ad
 
 
 def entrance(
-    narrowed: tuple[str, ...] = (), alike: tuple[str, ...] = (), forward_mode: bool = False
+    narrowed: tuple[str, ...] = (), one_dtype: tuple[str, ...] = (), forward_mode: bool = False
 ) -> Callable:
-    """Decorate an operation: cast as autocast would, and refuse forward-mode derivatives.
+    """Return a decorator that casts as autocast would, and refuses forward-mode derivatives.
 
-    narrowed: tensors that autocast makes fp16 or bf16, as the factors of a product; a result of
-    floating numbers that belongs to the first, if there are several, comes in its dtype.
-    alike: tensors that become one dtype under autocast, the widest among them, as in a sum.
-    forward_mode: whether forward-mode derivatives are left to the functions that the operation
-    calls, which are right or refuse.
     Without autocast nothing is cast.
+
+    narrowed: arguments that autocast makes fp16 or bf16, like the factors of a product. If there
+        are several, the result has the dtype that the first one came in
+    one_dtype: arguments that autocast makes one dtype, the widest among them, like the terms of a
+        sum
+    forward_mode: leave forward-mode derivatives to the functions that the operation calls, because
+        those are right or refuse
     """
 
     def decorate(operation: Callable) -> Callable:
@@ -42,16 +44,17 @@ def entrance(
             given = signature.bind(*args, **options).arguments
             dtype = torch.get_autocast_dtype(device)
             result = given[narrowed[0]].dtype if len(narrowed) > 1 else None
-            wide = functools.reduce(torch.promote_types, [given[n].dtype for n in alike] or [dtype])
+            dtypes = [given[name].dtype for name in one_dtype] or [dtype]
+            wide = functools.reduce(torch.promote_types, dtypes)
             for name in narrowed:
                 given[name] = _cast(given[name], dtype)
-            for name in alike:
+            for name in one_dtype:
                 given[name] = _cast(given[name], wide)
             with torch.autocast(device, enabled=False):
                 y = operation(**given)
             return y if result is None else y.to(result)
 
-        # torch.compile limits how often one code object is compiled; each operation has its own.
+        # torch.compile limits how often it compiles one code object, so each operation gets one.
         call.__code__ = call.__code__.replace(co_name=operation.__name__)
         return call
 
@@ -59,7 +62,7 @@ def entrance(
 
 
 def refuse_forward_mode(name: str, tensors: Iterable[Tensor]) -> None:
-    """Raise RuntimeError, with the name of the operation, if a tensor has a tangent."""
+    """Raise RuntimeError, naming the operation, if a tensor has a forward-mode tangent."""
     if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise RuntimeError(
             f"{name}: no forward-mode derivative (torch.func.jvp); use a backward pass or "
@@ -68,12 +71,12 @@ def refuse_forward_mode(name: str, tensors: Iterable[Tensor]) -> None:
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in `dtype`; fp64, which autocast leaves alone, and integers as they are."""
+    """Return x in `dtype`; leave fp64 and integers unchanged, as autocast does."""
     return x if x.dtype == torch.float64 or not x.is_floating_point() else x.to(dtype)
 
 
 def wants_gradient(x: Tensor) -> bool:
-    """Whether a backward pass may ask for the gradient of x; inside torch.func x does not say."""
+    """Return whether a backward pass may need x's gradient; inside torch.func it always may."""
     transformed = torch._C._are_functorch_transforms_active()
     return torch.is_grad_enabled() and (x.requires_grad or transformed)
 
@@ -81,17 +84,19 @@ def wants_gradient(x: Tensor) -> bool:
 def differentiable(operator: Callable, save: Callable, backward: Callable) -> Callable:
     """Give an operator of torch.library its backward pass, inside torch.func too.
 
-    save, backward: as register_autograd takes them; `backward` calls operators through `last`.
-    Returns what to call for the operator.
+    save, backward: as for register_autograd; `backward` must call operators through `last`
+
+    Returns a function to call instead of the operator.
     """
     operator.register_autograd(backward, setup_context=save)
     return _transformable(operator, save, backward)
 
 
 def last(operator: Callable) -> Callable:
-    """What a backward pass calls for an operator that has no derivative itself.
+    """Return a function that a backward pass calls for an operator without a derivative.
 
-    Outside of torch.func such an operator raises on its own when a derivative is asked of it.
+    It raises RuntimeError where a second derivative is needed. Outside of torch.func the operator
+    raises by itself.
     """
 
     def refuse(ctx, *gradients):
@@ -102,7 +107,7 @@ def last(operator: Callable) -> Callable:
 
 
 def _transformable(operator: Callable, save: Callable, backward: Callable) -> Callable:
-    """The operator; inside torch.func as an autograd.Function, which is what works there."""
+    """Return a function that calls the operator, inside torch.func as an autograd.Function."""
     methods = {
         "generate_vmap_rule": True,
         "forward": staticmethod(lambda *args: operator(*args)),

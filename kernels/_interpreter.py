@@ -1,13 +1,13 @@
-"""What Triton's interpreter gets wrong, put right, so that kernels can be proven without a GPU.
+"""Repairs of Triton's interpreter, so that kernels can be tested without a GPU.
 
-In the triton versions 3.6 to 3.9 the interpreter keeps bf16 as uint16 and computes on the bits:
-products are silently wrong by nine orders of magnitude, fp32 -> bf16 truncates where the hardware
-rounds, and (3.6 with numpy >= 2.4) a loop bound held in a tensor crashes. `cure` mends these
-inside triton.runtime.interpreter; nothing else in the house changes what is not its own.
+In triton 3.6 to 3.9 the interpreter keeps bf16 as uint16 and computes on the bits: products are
+silently wrong by nine orders of magnitude, fp32 -> bf16 truncates where the hardware rounds, and
+(3.6 with numpy >= 2.4) a loop bound held in a tensor crashes. `repair` patches these inside
+triton.runtime.interpreter. It is the only place in the package that patches a library.
 
-It also saves half the time: the interpreter exchanges the functions of triton.language for its own
-before every call of a device function, tl.sum and tl.max among them, and leaves them exchanged.
-Once a launch is enough, and all are put back after it.
+It also halves the time: the interpreter replaces the functions of triton.language before every call
+of a device function, tl.sum and tl.max among them, and leaves them replaced. The patch does it once
+for each launch and restores all of them afterwards.
 """
 
 import functools
@@ -19,22 +19,22 @@ from triton.runtime import interpreter
 
 
 def _f32(handle) -> np.ndarray:
-    """The numbers in an interpreter tensor of 16-bit floats, as fp32."""
+    """Return the numbers of an interpreter tensor of 16-bit floats, as fp32."""
     if handle.dtype.scalar == tl.bfloat16:
         return (handle.data.astype(np.uint32) << 16).view(np.float32)
     return handle.data.astype(np.float32)
 
 
 def _round_to_bf16(x: np.ndarray) -> np.ndarray:
-    """fp32 to the bits of bf16, to nearest, ties to even, as the hardware does."""
+    """Return the bits of x in bf16, rounded to nearest, ties to even, as the hardware does."""
     bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32).astype(np.uint64)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return np.where(np.isnan(x), np.uint16(0x7FC0), rounded)
 
 
 @functools.cache
-def cure() -> None:
-    """Mend the interpreter of this process, once."""
+def repair() -> None:
+    """Patch the interpreter of this process, once."""
     builder = interpreter.InterpreterBuilder
     dot, cast, binary = builder.create_dot, builder.cast_impl, builder.binary_op
     patch_tensor, patch_lang = interpreter._patch_lang_tensor, interpreter._patch_lang

@@ -1,7 +1,7 @@
-"""How a kernel is launched, and with which tile: the one door between the kernels and Triton.
+"""Launching a kernel, and choosing its tile. Every launch goes through this file.
 
-The tiles stand in tiles/*.json, one file an operation, one table an architecture; `python -m
-minillm profile --tune` measures candidates on a GPU and rewrites that GPU's table.
+The tiles are in tiles/*.json, one file for each operation, one table for each architecture. `python
+-m minillm profile --tune` measures candidates on a GPU and rewrites the table of its architecture.
 """
 
 import functools
@@ -15,23 +15,24 @@ from triton import knobs
 from triton.runtime import driver
 from triton.runtime.interpreter import InterpretedFunction
 
-from minillm.kernels._interpreter import cure
+from minillm.kernels._interpreter import repair
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # what every kernel takes
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # every kernel takes these
 TILES = Path(__file__).resolve().parent / "tiles"
 
 
 def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
-    """kernel[grid](*args, **options) on the first argument's device; an empty grid does nothing.
+    """Launch kernel[grid](*args, **options) on the device of the first argument.
 
-    Under TRITON_INTERPRET=1 the kernel is interpreted on the CPU, by an interpreter that is right.
+    An empty grid launches nothing. Under TRITON_INTERPRET=1 the repaired interpreter runs the
+    kernel on the CPU.
     """
     if 0 in grid:
         return
     first = args[0] if isinstance(args[0], Tensor) else args[0].base
     if isinstance(kernel, InterpretedFunction):
-        cure()
-        with np.errstate(all="ignore"):  # a GPU does not warn of infinities either
+        repair()
+        with np.errstate(all="ignore"):  # no warnings of infinities, as on a GPU
             kernel[grid](*args, **options)
     elif first.is_cuda:
         with torch.cuda.device(first.device):
@@ -41,12 +42,12 @@ def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
 
 
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on the CPU, instead of being compiled."""
+    """Return whether Triton's interpreter runs the kernels, on the CPU, uncompiled."""
     return knobs.runtime.interpret
 
 
 def arch() -> int:
-    """Which table of tiles serves the current GPU: 80, 90 or 100; the interpreter takes 90.
+    """Return the architecture whose tiles the current GPU takes: 80, 90 or 100; interpreted 90.
 
     sm_80 stands for every GPU without wgmma or tcgen05 instructions: Ampere, Ada and sm_120.
     """
@@ -57,16 +58,19 @@ def arch() -> int:
 
 
 def has_tma() -> bool:
-    """Whether tiles can come through the tensor memory accelerator (descriptors)."""
+    """Return whether the GPU has a tensor memory accelerator, which loads tiles by descriptor."""
     return arch() >= 90
 
 
 def tile(operation: str, kernel: str, size: int, variant: str = "") -> dict[str, int]:
-    """The constexpr block sizes, num_warps and num_stages of a kernel for a problem of `size`.
+    """Return the tile of a kernel: constexpr block sizes, num_warps and num_stages.
 
-    operation: the file of tiles/.    kernel: its entry there.    size: what the table is sorted
-    by (head width, row width); the row of the smallest size that holds it is taken.
-    variant: "" or the name of a second table, as "fp32".
+    operation: name of the file in tiles/
+    kernel: name of the table in it
+    size: the table's key, such as a head width or a row width; the smallest key that is not below
+        it is taken
+    variant: "" or the name of a second table of the kernel, such as "fp32"
+
     Raises ValueError if the table ends below `size`.
     """
     name = f"{kernel} {variant}" if variant else kernel

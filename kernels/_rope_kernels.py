@@ -1,7 +1,7 @@
-"""What rope.py and rope_cache.py launch: queries and keys normalised and rotated, and back.
+"""Kernels of rope.py and rope_cache.py: normalise and rotate queries and keys, and backward.
 
-A program takes a block of tokens and some heads of q or of k, so that angles are read once for
-several heads. While decoding the same kernel writes keys and values where they belong in the cache.
+A program takes a block of tokens and some heads of q or of k, so that it reads angles once for
+several heads. While decoding, the same kernel writes keys and values into the cache.
 """
 
 import triton
@@ -10,12 +10,12 @@ from torch import Tensor
 
 from minillm.kernels._launch import DTYPES, tile
 
-WIDEST = 256  # columns of a head: what the tables of tiles end with
+WIDEST = 256  # head width: the largest size in the tables of tiles
 
 
 @triton.jit
 def _share(heads_q, heads_k, HEADS: tl.constexpr):
-    """Whether this program serves q, and its first head and how many there are beyond it."""
+    """Return whether this program takes heads of q, its first head, and the number of all heads."""
     groups = tl.cdiv(heads_q, HEADS)
     group = tl.program_id(1)
     is_q = group < groups
@@ -25,7 +25,7 @@ def _share(heads_q, heads_k, HEADS: tl.constexpr):
 
 @triton.jit
 def _load_halves(x_ptr, rows, columns, mask, HALF: tl.constexpr):
-    """The two halves of heads, in fp32; rows: offsets of heads, (BLOCK_N, 1)."""
+    """Return the two halves of heads, fp32, (BLOCK_N, BLOCK_D); rows: offsets, (BLOCK_N, 1)."""
     x1 = tl.load(x_ptr + rows + columns, mask=mask, other=0.0).to(tl.float32)
     x2 = tl.load(x_ptr + rows + HALF + columns, mask=mask, other=0.0).to(tl.float32)
     return x1, x2
@@ -60,7 +60,7 @@ def _rope_fwd_kernel(
         at += first_position
         if RAGGED:
             at += tl.load(positions_ptr + b, mask=n < N, other=0)
-        mask = mask & (at >= 0) & (at < S)  # a wrong position shall not write elsewhere
+        mask = mask & (at >= 0) & (at < S)  # a wrong position must not write elsewhere
     angles = b * angle_stride_b + at * angle_stride_t + columns
     cos = tl.load(cos_ptr + angles, mask=mask, other=0.0).to(tl.float32)
     sin = tl.load(sin_ptr + angles, mask=mask, other=0.0).to(tl.float32)
@@ -156,7 +156,7 @@ def _rope_bwd_kernel(
 
 
 def grid_of(kernel: str, q: Tensor, k: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
-    """Blocks of tokens times groups of heads, those of q first; and the tile."""
+    """Return the grid, (blocks of tokens, groups of heads of q, then of k), and the tile."""
     options = tile("rope", kernel, q.shape[3])
     N = q.shape[0] * q.shape[1]
     groups = [triton.cdiv(x.shape[2], options["HEADS"]) for x in (q, k)]
@@ -166,24 +166,24 @@ def grid_of(kernel: str, q: Tensor, k: Tensor) -> tuple[tuple[int, int], dict[st
 
 
 def heads_together(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors with contiguous heads."""
+    """Return the tensors, those whose heads are not contiguous as copies."""
     return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
 
 
 def contiguous(*weights: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The weights, where there are any, without gaps."""
+    """Return the weights that are there, contiguous."""
     return tuple(None if w is None else w.contiguous() for w in weights)
 
 
 def angles(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, int, int]:
-    """cos and sin of equal strides; from one row of a batch to the next, from one position too."""
+    """Return cos and sin, of equal strides, and their strides by row of the batch and position."""
     if cos.stride(-1) != 1 or sin.stride() != cos.stride():
         cos, sin = cos.contiguous(), sin.contiguous()
     return cos, sin, (cos.stride(0) if cos.dim() == 3 else 0), cos.stride(-2)
 
 
 def check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_weight, k_weight) -> None:
-    """Raise ValueError, naming the argument, unless the kernel can take these."""
+    """Raise ValueError, naming the argument, unless the kernels can take these."""
     if q.dim() != 4 or q.shape[3] % 2 or not 2 <= q.shape[3] <= WIDEST:
         raise ValueError(f"q: {tuple(q.shape)}, expected (B, T, H, D), D even and at most {WIDEST}")
     B, T, _, D = q.shape

@@ -1,4 +1,4 @@
-"""What kernels over whole rows share: reading a tile of them, and sharing rows among programs."""
+"""Helpers of kernels over whole rows: load a tile, share rows among programs, check arguments."""
 
 import torch
 import triton
@@ -7,32 +7,32 @@ from torch import Tensor
 
 from minillm.kernels._launch import DTYPES
 
-WIDEST = 16384  # columns: what the tables of tiles end with
+WIDEST = 16384  # most columns: the largest size in the tables of tiles
 
 
 @triton.jit
 def load_tile(ptr, rows, stride, columns, mask):
-    """The tile at rows (BLOCK_N, 1) and columns (1, BLOCK_C) in fp32, 0 beyond the mask."""
+    """Return the tile at rows (BLOCK_N, 1) and columns (1, BLOCK_C), fp32, 0 outside the mask."""
     return tl.load(ptr + rows * stride + columns, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def load_row(ptr, columns, mask):
-    """The numbers at columns (1, BLOCK_C) in fp32, 0 beyond the mask."""
+    """Return the numbers at columns (1, BLOCK_C), fp32, 0 outside the mask."""
     return tl.load(ptr + columns, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def store(ptr, x, mask):
-    """x at ptr, rounded to what is stored there."""
+    """Store x at ptr, rounded to the dtype there."""
     tl.store(ptr, x.to(ptr.dtype.element_ty), mask=mask)
 
 
 def share(N: int, BLOCK_N: int, num_warps: int, device: torch.device) -> tuple[int, int]:
-    """How many programs share N rows in a backward pass, and how many blocks of rows each takes.
+    """Return how many programs share N rows in a backward pass, and the blocks of rows of each.
 
-    As many as a GPU holds at 128 registers a thread, 16 warps a multiprocessor: each leaves a row
-    of partial sums, so more would only leave more to add.
+    A GPU holds that many programs at 128 registers a thread, 16 warps a multiprocessor. Each leaves
+    a row of partial sums, so more programs would only leave more to add.
     """
     gpu = device.type == "cuda"
     count = torch.cuda.get_device_properties(device).multi_processor_count if gpu else 132
@@ -42,12 +42,16 @@ def share(N: int, BLOCK_N: int, num_warps: int, device: torch.device) -> tuple[i
 
 
 def columns_together(x: Tensor) -> Tensor:
-    """x with its last dimension contiguous: itself if it is so already."""
+    """Return x if its last dimension is contiguous, else a copy in which it is."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def check_rows(x: Tensor, like_x: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
-    """Raise ValueError, naming the argument, unless a norm's kernel can take these."""
+    """Raise ValueError, naming the argument, unless the kernel of a norm can take these.
+
+    like_x: tensors that must have x's shape and dtype, by the names of the arguments
+    weights: tensors that must be (C,), by the names of the arguments
+    """
     if x.dim() == 0 or not 1 <= x.shape[-1] <= WIDEST:
         raise ValueError(f"x: shape {tuple(x.shape)}, expected (..., C) with C from 1 to {WIDEST}")
     for name, t in {"x": x, **like_x, **weights}.items():

@@ -1,4 +1,4 @@
-"""The hyperbolic tangent of a soft-cap, which Triton does not have."""
+"""Hyperbolic tangent for soft-caps: Triton has none."""
 
 import triton
 import triton.language as tl
@@ -6,10 +6,10 @@ import triton.language as tl
 
 @triton.jit
 def tanh(x, EXACT: tl.constexpr):
-    """tanh(x), to 2e-7; with EXACT to two units in the last place.
+    """Return tanh(x), exact to 2e-7, or with EXACT to two units in the last place.
 
-    The polynomial near zero, where the other formula cancels, is that of tanhf in Cephes
-    (S. Moshier, 1989), as are its coefficients.
+    Near zero, where the other formula loses digits, EXACT takes the polynomial of tanhf in Cephes
+    (S. Moshier, 1989).
     """
     if EXACT:
         y = x * x

@@ -1,8 +1,8 @@
-"""AdamW in Triton: one launch for all parameters, which a table of addresses leads to.
+"""AdamW in Triton: one launch for all parameters, found through a table of addresses.
 
-The table is built on the host from shapes and addresses alone and travels in one copy that does not
-wait. A program finds there its tensor and then a run of blocks in it. Whole blocks are read without
-a mask, 16 bytes at a time; the last block of a tensor is masked.
+The host builds the table from shapes and addresses and copies it to the GPU without waiting. Each
+program looks up its tensor and takes a run of blocks of it. Whole blocks are read without a mask,
+16 bytes at a time. The last block of a tensor is masked.
 """
 
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ from torch import Tensor
 from minillm.kernels._launch import launch, tile
 
 TRITON = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-COLUMNS = 8  # of the table: addresses of p, g, m, v, copy; length; first program; rate and decay
+COLUMNS = 8  # of the table: addresses of p, g, m, v, copy; length; first program; two fp32 rates
 
 
 @triton.jit
 def _pointer(row_ptr, column, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """The address in a column of the table, as a pointer."""
+    """Return the address in a column of the table, as a pointer."""
     pointer = tl.load(row_ptr + column).to(tl.pointer_type(DTYPE))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
@@ -34,7 +34,7 @@ def _adamw_block(
     b1, b2, one_minus_b1, one_minus_b2, root, eps,
     COPY: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """The step of `BLOCK` numbers from `start`."""
+    """Take the step of BLOCK numbers from `start` on."""
     at = tl.arange(0, BLOCK)
     mask = at < length - start if MASKED else None
     p = tl.load(p_ptr + start + at, mask=mask)
@@ -43,7 +43,7 @@ def _adamw_block(
     v = tl.load(v_ptr + start + at, mask=mask)
     m = b1 * m + one_minus_b1 * g
     v = b2 * v + one_minus_b2 * (g * g)
-    # Decay is subtracted: 1 - lr wd, rounded, would err by more than a percent of a small lr wd.
+    # Not p * (1 - lr wd): rounded, that factor is off by more than a percent of a small lr wd.
     p -= decay * p + rate * m / (tl.sqrt_rn(v) * root + eps)
     tl.store(p_ptr + start + at, p, mask=mask)
     tl.store(m_ptr + start + at, m, mask=mask)
@@ -92,10 +92,11 @@ def _adamw_kernel(
 def _table(
     tensors: Sequence[Sequence[Tensor]], rates: np.ndarray, run: int
 ) -> tuple[Tensor, Tensor, int]:
-    """The table, a row a parameter; the row of each program; how many programs.
+    """Return the table, one row for each parameter, the row of each program, and the programs.
 
-    tensors: for each parameter p, g, m, v and, if wanted, copy.    rates: (R, 2) fp32.
-    run: how many numbers a program takes.
+    tensors: p, g, m, v and, if there are copies, the copy of each of R parameters
+    rates: learning rate and decay of each parameter, (R, 2), fp32
+    run: how many numbers a program takes
     """
     rows = np.zeros((len(tensors), COLUMNS), np.int64)
     for row, members in zip(rows, tensors, strict=True):
@@ -151,8 +152,32 @@ def _(
     return None
 
 
-def _refuse(name: str, x: Tensor, shape: torch.Size, device: torch.device) -> None:
-    """Raise ValueError unless x, one of the list `name`, is what the kernel takes there."""
+def _check(
+    lists: dict[str, list[Tensor] | None], rates: dict[str, list[float]], grad_scale: Tensor | None
+) -> None:
+    """Raise ValueError, naming the argument, unless the kernel can take these.
+
+    lists: the lists of tensors by the names of the arguments, "params" first; None: not given
+    rates: the lists of numbers by the names of the arguments
+    """
+    params = lists["params"]
+    given = {name: members for name, members in lists.items() if members is not None}
+    for name, members in {**given, **rates}.items():
+        if len(members) != len(params):
+            raise ValueError(f"{name}: {len(members)} of them, expected {len(params)}, as params")
+    if not params:
+        return
+    device = params[0].device
+    for name, members in given.items():
+        for x, p in zip(members, params, strict=True):
+            _check_tensor(name, x, p.shape, device)
+    if grad_scale is not None and (grad_scale.dim() or grad_scale.device != device):
+        came = f"{tuple(grad_scale.shape)} on {grad_scale.device}"
+        raise ValueError(f"grad_scale: a tensor of shape {came}, expected () on {device}")
+
+
+def _check_tensor(name: str, x: Tensor, shape: torch.Size, device: torch.device) -> None:
+    """Raise ValueError unless the kernel can take x in the list called `name`."""
     dtypes = tuple(TRITON) if name in ("grads", "copies") else (torch.float32,)
     if x.dtype not in dtypes:
         raise ValueError(f"{name}: a tensor is {x.dtype}, expected one of {dtypes}")
@@ -177,39 +202,36 @@ def adamw(
     grad_scale: Tensor | None = None,
     copies: list[Tensor] | None = None,
 ) -> None:
-    """As reference.adamw: one step of AdamW over all parameters, in place.
+    """Take one step of AdamW over all parameters, in place.
 
         g <- grad_scale g;   m <- b1 m + (1 - b1) g;   v <- b2 v + (1 - b2) g^2
         p <- (1 - lr wd) p - lr (m / (1 - b1^step)) / (sqrt(v / (1 - b2^step)) + eps)
 
-    params, exp_avgs (m), exp_avg_sqs (v): fp32, contiguous, of equal shapes, all on one device.
-    grads: fp32, fp16 or bf16, any strides.    copies: fp32, fp16 or bf16, contiguous.
-    step: counted from 1.    lr, weight_decay: one a parameter.    grad_scale: () on that device.
-    Computed in fp32, the corrections 1 - b^step in fp64 on the host; no gradient, no wait. Not for
-    a captured CUDA graph, which would repeat the step number and the addresses of its recording.
-    One launch for each combination of the gradient's dtype, the copy's dtype and whether all five
-    addresses are multiples of 16: as a rule one.
+    params, exp_avgs (m), exp_avg_sqs (v): fp32, contiguous, of equal shapes, on one device
+    grads: g of each parameter, fp32, fp16 or bf16, any strides
+    step: number of the step, from 1
+    lr, weight_decay: learning rate and weight decay of each parameter
+    betas, eps: b1 and b2, and eps of the formula
+    grad_scale: factor of gradient clipping, (), on that device (None: 1)
+    copies: tensors that receive the new values, fp32, fp16 or bf16, contiguous
+
+    It computes in fp32, and the corrections 1 - b^step in fp64 on the host. It does not wait for
+    the device. It must not be captured in a CUDA graph, which would repeat the step number and the
+    addresses of its recording.
+    There is one launch for each combination of the gradient's dtype, the copy's dtype and whether
+    all addresses are multiples of 16, which is usually one launch.
     Raises ValueError on another dtype (fp64 too), shape, device, stride or length of a list.
-    Reads p, g, m, v and writes p, m, v and copy, once: 26 bytes a bf16 gradient, 28 with a copy.
+    Cost: reads p, g, m, v and writes p, m, v and the copy once: 26 bytes for each number with bf16
+    gradients, 28 with a 16-bit copy.
     Source: Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2.
     """
     if step < 1:
         raise ValueError(f"step: {step}, expected 1 or more")
     lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    lists["copies"] = [] if copies is None else copies
-    for name, members in {**lists, "lr": lr, "weight_decay": weight_decay}.items():
-        if len(members) != len(params) and not (name == "copies" and copies is None):
-            raise ValueError(f"{name}: {len(members)} of them, expected {len(params)}, as params")
-    if not params:
-        return
-    device = params[0].device
-    for name, members in lists.items():
-        for x, p in zip(members, params, strict=False):
-            _refuse(name, x, p.shape, device)
-    if grad_scale is not None and (grad_scale.dim() or grad_scale.device != device):
-        came = f"{tuple(grad_scale.shape)} on {grad_scale.device}"
-        raise ValueError(f"grad_scale: a tensor of shape {came}, expected () on {device}")
-    _adamw(
-        params, grads, exp_avgs, exp_avg_sqs, lists["copies"], grad_scale, step,
-        lr, weight_decay, *betas, eps,
-    )  # fmt: skip
+    rates = {"lr": lr, "weight_decay": weight_decay}
+    _check({**lists, "copies": copies}, rates, grad_scale)
+    if params:
+        _adamw(
+            params, grads, exp_avgs, exp_avg_sqs, copies or [], grad_scale, step,
+            lr, weight_decay, *betas, eps,
+        )  # fmt: skip

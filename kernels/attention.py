@@ -1,21 +1,17 @@
 """Causal attention in Triton, forward and backward, that never writes a score to memory.
 
-Blocks that nobody sees are skipped, before a window as beyond the diagonal and between documents.
-The kernels are in _attention_forward.py and _attention_backward.py.
+It skips blocks of scores that no query sees: those before a window, beyond the diagonal and between
+documents. The kernels are in _attention_forward.py and _attention_backward.py.
 """
-
-import math
 
 import torch
 from torch import Tensor
 
 from minillm.kernels._attention_backward import backward
 from minillm.kernels._attention_blocks import Rule, padded
+from minillm.kernels._attention_checks import check_heads, check_scores
 from minillm.kernels._attention_forward import forward
 from minillm.kernels._entrance import differentiable, entrance, last
-from minillm.kernels._launch import DTYPES
-
-WIDEST = 128  # columns of a head: what the tables of tiles end with
 
 
 @torch.library.custom_op("minillm::attention", mutates_args=())
@@ -77,24 +73,35 @@ def attention(
     alibi_slopes: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """As reference.attention.
+    """Return the causal attention of T queries over the same T positions.
 
         y_i = sum_j softmax_j(s_ij) v_j,   s_ij = cap(scale q_i.k_j) - slope (i - j),   j <= i
+        cap(x) = softcap tanh(x / softcap), or x where softcap is 0
 
-    q: (B, T, H, D).    k, v: (B, T, G, D), G divides H. One dtype of fp32, fp16 and bf16, any
-    strides; without a copy if heads are contiguous, so slices of one (B, T, H + 2G, D) do.
-    D up to 128; the products are of the next power of two, but no memory is read for the rest.
-    scale: above 0.    documents: (B, T) integers that never fall along T.    alibi_slopes: (H,).
-    Returns (B, T, H, D) in q's dtype; gradients dq, dk, dv in theirs; sums, scores and softmax are
-    fp32, probabilities enter the second product in q's dtype. In fp16 and bf16 a capped score
-    errs by up to 2e-7 softcap. There is no gradient for slopes.
+    q: queries, (B, T, H, D), fp32, fp16 or bf16, D up to 128, any strides. Tensors are copied only
+        if heads are not contiguous, so q, k and v may be slices of one (B, T, H + 2G, D)
+    k, v: keys and values, (B, T, G, D), in q's dtype; G divides H
+    scale: factor of the scores, above 0 (None: 1/sqrt(D))
+    window: each query sees only keys with i - j < window (0: all)
+    documents: number of the document of each position, (B, T), integers that never fall along T;
+        a query sees only keys of its own document
+    softcap: bound of the scores (0: none); in fp16 and bf16 a capped score is off by up to
+        2e-7 softcap
+    alibi_slopes: slope of each query head, (H,), any float dtype; they get no gradient
+    dropout: must be 0
+
+    Returns y, (B, T, H, D), in q's dtype. Scores, softmax and sums are fp32; probabilities are
+    rounded to q's dtype before they are multiplied by v. Gradients dq, dk, dv have the dtypes of
+    q, k, v.
     Raises ValueError if D is above 128, on dropout, or on another dtype, shape or range.
-    Forward: 4 D flops a pair seen, reads q and writes y once, k and v once a block of queries.
-    Backward: 14 D. Saves q, k, v, y and B H T fp32.
+    Cost: forward 4 D FLOPs for each pair seen, backward 14 D. The forward pass reads q and writes y
+    once, and reads k and v once for each block of queries. It saves q, k, v, y and B H T fp32.
     Source: Dao 2023, arXiv:2307.08691, algorithms 1 and 2; ALiBi: Press et al. 2021,
     arXiv:2108.12409.
     """
-    scale = _checked(q, k, v, scale, window, documents, softcap, alibi_slopes, dropout)
+    check_heads(q, k, v, over_cache=False)
+    scale = check_scores(q, scale, window, softcap, alibi_slopes)
+    _check(q, documents, alibi_slopes, dropout)
     starts = slopes = None
     if documents is not None:
         documents = documents.contiguous()
@@ -105,29 +112,12 @@ def attention(
     return _flash(q, k, v, starts, slopes, scale, window, float(softcap))[0]
 
 
-def _checked(q, k, v, scale, window, documents, softcap, alibi_slopes, dropout) -> float:
-    """The scale; ValueError, naming the argument, unless the kernels can take these."""
-    if q.dim() != 4 or not 1 <= q.shape[3] <= WIDEST or not q.shape[2]:
-        wanted = f"(B, T, H, D) with H above 0 and D from 1 to {WIDEST}"
-        raise ValueError(f"q: {tuple(q.shape)}, expected {wanted}")
-    B, T, H, D = q.shape
-    rows = B * H * padded(T)  # what lse and delta are indexed by
+def _check(q: Tensor, documents: Tensor | None, slopes: Tensor | None, dropout: float) -> None:
+    """Raise ValueError on arguments that only this operation has, or only it must refuse."""
+    B, T, H, _ = q.shape
+    rows = B * H * padded(T)  # lse and delta have one number for each
     if rows >= 1 << 31:
         raise ValueError(f"q: {tuple(q.shape)} is {rows} rows, expected fewer than 2^31")
-    for name, x in {"q": q, "k": k, "v": v}.items():
-        if x.dtype not in DTYPES or x.dtype != q.dtype:
-            raise ValueError(f"{name}: {x.dtype}, expected one of {DTYPES}, the same for q, k, v")
-    if k.dim() != 4 or k.shape != (B, T, k.shape[2], D) or not k.shape[2] or H % k.shape[2]:
-        wanted = f"({B}, {T}, G, {D}) with G a divisor of {H}"
-        raise ValueError(f"k: shape {tuple(k.shape)}, expected {wanted}")
-    if v.shape != k.shape:
-        raise ValueError(f"v: shape {tuple(v.shape)}, expected k's {tuple(k.shape)}")
-    if scale is not None and not 0 < scale < math.inf:
-        raise ValueError(f"scale: {scale}, expected a number above 0")
-    if window < 0:
-        raise ValueError(f"window: {window}, expected 0 or more")
-    if not 0 <= softcap < math.inf:
-        raise ValueError(f"softcap: {softcap}, expected 0 or more")
     if dropout:
         raise ValueError(f"dropout: {dropout}, expected 0: the kernel has none")
     if documents is not None:
@@ -135,10 +125,5 @@ def _checked(q, k, v, scale, window, documents, softcap, alibi_slopes, dropout) 
         if documents.shape != (B, T) or documents.dtype == torch.bool or not integers:
             came = f"{tuple(documents.shape)} {documents.dtype}"
             raise ValueError(f"documents: {came}, expected ({B}, {T}) integers")
-    if alibi_slopes is not None:
-        if alibi_slopes.shape != (H,) or not alibi_slopes.is_floating_point():
-            came = f"{tuple(alibi_slopes.shape)} {alibi_slopes.dtype}"
-            raise ValueError(f"alibi_slopes: {came}, expected ({H},) floats")
-        if alibi_slopes.requires_grad and torch.is_grad_enabled():
-            raise ValueError("alibi_slopes: wants a gradient, which the kernel does not compute")
-    return 1 / math.sqrt(D) if scale is None else float(scale)
+    if slopes is not None and slopes.requires_grad and torch.is_grad_enabled():
+        raise ValueError("alibi_slopes: needs a gradient, which the kernel does not compute")

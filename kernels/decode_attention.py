@@ -1,12 +1,10 @@
 """Attention of a few new queries over a long cache, in Triton, forward only.
 
-What decoding waits for is the cache coming out of memory, and one row of it keeps few
+Decoding waits for the cache to be read from memory, and one row of the cache keeps few
 multiprocessors busy. So the keys of a row are split among programs, and a second kernel combines
-what they found. A program reads keys once for all queries that share them: the query heads of a
-key head, times the new positions, are the rows of one matrix product.
+their results. A program reads keys once for all queries that share them: the query heads of a key
+head, times the new positions, are the rows of one matrix product.
 """
-
-import math
 
 import torch
 import triton
@@ -14,14 +12,14 @@ import triton.language as tl
 from torch import Tensor
 
 from minillm.kernels._attention_blocks import LOWEST, Rule, bias, load_block, readable
+from minillm.kernels._attention_checks import check_heads, check_scores
 from minillm.kernels._entrance import entrance
-from minillm.kernels._launch import DTYPES, launch, tile
+from minillm.kernels._launch import launch, tile
 from minillm.kernels._tanh import tanh
 
 INTEGERS = (torch.int64, torch.int32, torch.int16)
-WIDEST = 128  # columns of a head: what the tables of tiles end with
-MOST = 128  # splits: likewise
-FEW = 16  # rows: those of the smallest matrix product
+MOST = 128  # splits of a row: the largest in the tables of tiles
+FEW = 16  # rows of the smallest matrix product
 
 
 @triton.jit(do_not_specialize=["T", "S", "window", "N"])
@@ -50,7 +48,7 @@ def _decode_attention_kernel(
     where = (b.to(tl.int64) * T + rows // SHARE) * (G * SHARE) + heads
     where += split.to(tl.int64) * N  # in (splits, B, T, H)
 
-    # The keys that some query of the block sees, in as many even shares as there are splits.
+    # The keys that some query of the block sees, in even shares, one for each split.
     bottom = 0
     if WINDOW:
         bottom = tl.maximum(length - T + row // SHARE - window + 1, 0)
@@ -59,7 +57,7 @@ def _decode_attention_kernel(
     share = tl.cdiv(tl.cdiv(top - bottom, BLOCK_S), tl.num_programs(1)) * BLOCK_S
     start = bottom + split * share
     end = tl.minimum(start + share, top)
-    if (start >= end) & (split > 0):  # the first split always writes: its y may be the last word
+    if (start >= end) & (split > 0):  # the first split always writes: its y may be the result
         tl.store(lse_ptr + where, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=mask)
         return
 
@@ -101,7 +99,7 @@ def _decode_attention_kernel(
             BLOCK_S, D, BLOCK_D, False,
         )  # fmt: skip
         y = tl.dot(p.to(vs.dtype), vs, y * fade[:, None], input_precision="ieee")
-    some = mass > 0  # padding sees nothing, and nobody all keys that the block's queries see
+    some = mass > 0  # padding sees no key, and a query may see none of this split
     mass = tl.where(some, mass, 1.0)
     y = y / mass[:, None]
     lse = tl.where(some, peak + tl.log2(mass), float("-inf"))
@@ -114,7 +112,7 @@ def _decode_attention_combine_kernel(
     parts_ptr, lse_ptr, y_ptr, N, splits,
     D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """One query and head: the mean of all splits' results, each weighted by its mass."""
+    """Combine one query and head: the mean of the splits' results, each weighted by its mass."""
     row = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, SPLITS)
     columns = tl.arange(0, BLOCK_D)
@@ -122,7 +120,7 @@ def _decode_attention_combine_kernel(
     lse = tl.load(lse_ptr + where, mask=split < splits, other=float("-inf"))
     peak = tl.maximum(tl.max(lse, 0), LOWEST)  # finite, if no split saw a key
     weight = tl.exp2(lse - peak)
-    # What a split without weight has not written is not read.
+    # A split without weight has written no result.
     mask = (weight > 0)[:, None] & (columns < D)[None, :]
     parts = tl.load(parts_ptr + where[:, None] * D + columns[None, :], mask=mask, other=0.0)
     mass = tl.sum(weight, 0)
@@ -131,10 +129,10 @@ def _decode_attention_combine_kernel(
 
 
 def _splits(programs: int, keys: int, BLOCK_S: int, device: torch.device) -> int:
-    """Among how many programs to split `keys` keys where `programs` are there without.
+    """Return how many splits of `keys` keys to make, where there are `programs` without splits.
 
-    For two on each multiprocessor, which is enough reading on the way to keep memory busy; of at
-    least one block of keys each.
+    Two programs on each multiprocessor have enough loads in flight to keep the memory busy. Each
+    split has at least one block of keys.
     """
     gpu = device.type == "cuda"
     count = torch.cuda.get_device_properties(device).multi_processor_count if gpu else 132
@@ -158,7 +156,7 @@ def _decode_attention(
     splits = _splits(programs, keys, options["BLOCK_S"], q.device)
     width = max(16, triton.next_power_of_2(D))
     lse = torch.empty((splits, B, T, H), dtype=torch.float32, device=q.device)
-    # One split's result is the result; of several, each leaves its own in fp32.
+    # The result of a single split is y; several leave theirs in fp32, to be combined.
     shape = (splits, B, T, H, D)
     parts = y if splits == 1 else torch.empty(shape, dtype=torch.float32, device=q.device)
     launch(
@@ -196,57 +194,38 @@ def decode_attention(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
 ) -> Tensor:
-    """As reference.decode_attention: causal attention of the last T positions over a cache.
+    """Return the causal attention of the last T positions over a cache of keys and values.
 
         y_i = sum_j softmax_j(s_ij) v_j,   s_ij = cap(scale q_i.k_j) - slope (i - j),   j <= i
+        cap(x) = softcap tanh(x / softcap), or x where softcap is 0
 
-    q: (B, T, H, D).    k, v: (B, S, G, D), G divides H. One dtype of fp32, fp16 and bf16, any
-    strides; without a copy if heads are contiguous, so views of a bigger cache are read in place.
-    D up to 128; the products are of the next power of two, but no memory is read for the rest.
-    lengths: (B,) integers, at most S: what row b holds; S if None. Entries beyond are never read.
-    scale: above 0.    alibi_slopes: (H,).
-    Returns (B, T, H, D) in q's dtype; zeros for a query that sees no key (padding: the first
-    T - lengths[b] of a row that is shorter than T).
-    No gradient: what comes out of leaves that want one raises RuntimeError in backward().
-    Sums, scores and softmax are fp32, probabilities enter the second product in q's dtype. In fp16
-    and bf16 a capped score errs by up to 2e-7 softcap.
+    Query t of row b has position lengths[b] - T + t.
+
+    q: queries, (B, T, H, D), fp32, fp16 or bf16, D up to 128, any strides. Tensors are copied only
+        if heads are not contiguous, so k and v may be views of a bigger cache
+    k, v: the cache, (B, S, G, D), in q's dtype; G divides H
+    lengths: entries of each row, (B,), integers up to S (None: S); later entries are never read
+    scale: factor of the scores, above 0 (None: 1/sqrt(D))
+    window: each query sees only keys with i - j < window (0: all)
+    softcap: bound of the scores (0: none); in fp16 and bf16 a capped score is off by up to
+        2e-7 softcap
+    alibi_slopes: slope of each query head, (H,), any float dtype
+
+    Returns y, (B, T, H, D), in q's dtype; zeros for a query that sees no key, as the first
+    T - lengths[b] of a row that is shorter than T. Scores, softmax and sums are fp32;
+    probabilities are rounded to q's dtype before they are multiplied by v.
+    There is no gradient: backward() through the result raises RuntimeError.
     Raises ValueError if D is above 128, or on another dtype, shape or range.
-    Cost: 2 B S G D numbers read, if T times H/G is up to 16; else again for each 64 of these rows
-    (16 in fp32). What splits leave to be combined is in fp32, B T H D numbers each.
+    Cost: 2 B S G D numbers read if T H/G is up to 16, else that many for each 64 of these rows (16
+    in fp32). Each split writes B T H D numbers in fp32, to be combined.
     Source: Dao et al. 2023, "Flash-Decoding for long-context inference"; queries of one key head
     in one product: Ringlein et al. 2025, arXiv:2511.11581.
     """
-    scale = _checked(q, k, v, lengths, scale, window, softcap, alibi_slopes)
+    check_heads(q, k, v, over_cache=True)
+    scale = check_scores(q, scale, window, softcap, alibi_slopes)
+    if lengths is not None and (lengths.shape != q.shape[:1] or lengths.dtype not in INTEGERS):
+        came = f"{tuple(lengths.shape)} {lengths.dtype}"
+        raise ValueError(f"lengths: {came}, expected ({q.shape[0]},) integers")
     slopes = None if alibi_slopes is None else alibi_slopes.detach().float().contiguous()
     window = window if window < k.shape[1] else 0
     return _decode_attention(q, k, v, lengths, slopes, scale, window, float(softcap))
-
-
-def _checked(q, k, v, lengths, scale, window, softcap, alibi_slopes) -> float:
-    """The scale; ValueError, naming the argument, unless the kernels can take these."""
-    if q.dim() != 4 or not 1 <= q.shape[3] <= WIDEST:
-        raise ValueError(f"q: {tuple(q.shape)}, expected (B, T, H, D) with D from 1 to {WIDEST}")
-    B, _, H, D = q.shape
-    for name, x in {"q": q, "k": k, "v": v}.items():
-        if x.dtype not in DTYPES or x.dtype != q.dtype:
-            raise ValueError(f"{name}: {x.dtype}, expected one of {DTYPES}, the same for q, k, v")
-    fits = k.dim() == 4 and (k.shape[0], k.shape[3]) == (B, D) and k.shape[2]
-    if not fits or H % k.shape[2]:
-        raise ValueError(f"k: {tuple(k.shape)}, expected ({B}, S, G, {D}), G a divisor of {H}")
-    if v.shape != k.shape:
-        raise ValueError(f"v: shape {tuple(v.shape)}, expected k's {tuple(k.shape)}")
-    if lengths is not None and (lengths.shape != (B,) or lengths.dtype not in INTEGERS):
-        came = f"{tuple(lengths.shape)} {lengths.dtype}"
-        raise ValueError(f"lengths: {came}, expected ({B},) integers")
-    if scale is not None and not 0 < scale < math.inf:
-        raise ValueError(f"scale: {scale}, expected a number above 0")
-    if window < 0:
-        raise ValueError(f"window: {window}, expected 0 or more")
-    if not 0 <= softcap < math.inf:
-        raise ValueError(f"softcap: {softcap}, expected 0 or more")
-    slopes = alibi_slopes
-    if slopes is not None and (slopes.shape != (H,) or not slopes.is_floating_point()):
-        raise ValueError(
-            f"alibi_slopes: {tuple(slopes.shape)} {slopes.dtype}, expected ({H},) floats"
-        )
-    return 1 / math.sqrt(D) if scale is None else float(scale)

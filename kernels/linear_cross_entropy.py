@@ -1,14 +1,14 @@
-"""The output layer and its cross-entropy: the logits exist for one chunk of rows at a time.
+"""Output layer and cross-entropy in Triton: the logits exist for one chunk of rows at a time.
 
-For each chunk: logits by cuBLAS; one Triton kernel, a program a row, for the loss and the gradient
-of the logits; two more products for dx and dw. The gradients are made in the forward pass, while
-the chunk is at hand, and the backward pass only multiplies them by a number. Nothing waits for the
-device, and no sum depends on the order in which programs run.
+For each chunk cuBLAS computes the logits, one Triton kernel with a program for each row computes
+the loss and the gradient of the logits, and two more products give dx and dw. The forward pass
+computes the gradients, while it has the logits of a chunk, and the backward pass only multiplies
+them by a number. Nothing waits for the device, and no sum depends on the order of the programs.
 
-Precision: logits are kept in fp32. In bf16 they would be half as many bytes, but the loss, itself
-fp32, then errs by 27 to 450 times what the tests allow (dx and dw pass either way). Only the
-gradient of the logits is rounded to x's dtype, in which its products are made. It is kept without
-the factor 1 / rows, so that fp16 holds it; that factor is applied in fp32 at the end, see _loss.py.
+Precision: logits are fp32. In bf16 they would take half the bytes, but the error of the loss would
+be 27 to 450 times what the tests allow (dx and dw pass either way). Only the gradient of the logits
+is rounded to x's dtype, for its products. It is kept without the factor 1 / rows, so that fp16
+holds it. That factor is applied in fp32 at the end, see _loss.py.
 """
 
 import torch
@@ -21,11 +21,11 @@ from minillm.kernels._launch import DTYPES, launch, tile
 from minillm.kernels._loss import backward, gain_of, kept_dtype, save
 from minillm.kernels._tanh import tanh
 
-CHUNK = 1 << 27  # logits alive at a time: 512 MiB in fp32, and half of that their bf16 gradients
-# But at least so many rows: each chunk passes over the fp32 dw once, and its dx, (rows, C), is to
-# have tiles enough for all multiprocessors.
+CHUNK = 1 << 27  # logits in memory at a time: 512 MiB in fp32, and 256 MiB of bf16 gradients
+# Fewest rows of a chunk: each chunk reads and writes the fp32 dw once, and its dx, (rows, C), needs
+# enough tiles for all multiprocessors.
 ROWS = 1024
-ALIGNMENT = 16  # rows of a chunk start at multiples of so many numbers, whatever V is
+ALIGNMENT = 16  # rows of a chunk start at multiples of this many numbers, for any V
 
 
 @triton.jit
@@ -38,8 +38,8 @@ def _linear_cross_entropy_kernel(
     logits_ptr, dlogits_ptr, targets_ptr, losses_ptr, stride, V, softcap, z_loss, ignore_index,
     gain, CAPPED: tl.constexpr, Z_LOSS: tl.constexpr, TRAIN: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    # Masks end at `stride`, a multiple of 16, so that rows of any V are read 16 bytes at a time;
-    # the columns between V and there, which belong to nobody, are replaced once read.
+    # Masks end at `stride`, a multiple of 16, so that rows of any V are read 16 bytes at a time.
+    # The columns between V and `stride` are no logits and are replaced after the load.
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + row)
     logits_ptr += row * stride
@@ -65,9 +65,9 @@ def _linear_cross_entropy_kernel(
             peak = higher
         mass = tl.sum(masses, 0)
         lse = peak + tl.log(mass)
-        # Not lse - picked, where digits of a confident row's small loss would cancel.
+        # Not lse - picked: the small loss of a confident row would lose its digits.
         loss = (peak - _cap(picked, softcap, CAPPED)) + tl.log(mass)
-        if Z_LOSS:  # else 0 times infinity, where lse is beyond 1.8e19
+        if Z_LOSS:  # not without one: lse^2 is infinite for lse above 1.8e19, and 0 inf is nan
             loss += z_loss * lse * lse
         tl.store(losses_ptr + row, loss)
         if TRAIN:
@@ -87,10 +87,10 @@ def _linear_cross_entropy_kernel(
 
 
 def _product(out: Tensor, a: Tensor, b: Tensor, beta: int = 0) -> None:
-    """out = beta out + a b, where out is fp32 and so are all sums, whatever the dtype of a, b.
+    """Compute out = beta out + a b; out and all sums are fp32 for any dtype of a and b.
 
-    On a CPU, where kernels are only interpreted, the sums are made in fp64: the order in which a
-    CPU sums thin products shall not hide or mimic an error of the kernel.
+    On a CPU, where kernels are only interpreted, sums are fp64, so that rounding in the order in
+    which a CPU adds cannot hide or imitate an error of the kernel.
     """
     if not a.is_cuda:
         out.copy_(torch.addmm(out.double(), a.double(), b.double(), beta=beta))
@@ -105,7 +105,7 @@ def _linear_cross_entropy(
     x: Tensor, w: Tensor, targets: Tensor, softcap: float, z_loss: float, ignore_index: int,
     train_x: bool, train_w: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The loss; dx and dw as _loss.py has them, empty if not wanted; the count of rows."""
+    """Return the loss, dx and dw (empty where not wanted), and the number of rows that count."""
     (N, C), V, device = x.shape, w.shape[0], x.device
     train = train_x or train_w
     rows = min(N, max(ROWS, CHUNK // max(V, 1) // 128 * 128))
@@ -124,7 +124,7 @@ def _linear_cross_entropy(
         part = slice(start, min(start + rows, N))
         size = part.stop - start
         z, dz = logits[:size, :V], dlogits[:size, :V]  # (size, V), rows `stride` apart
-        # Rows that do not count may hold nan, which 0 does not make 0 in the product for dw.
+        # Rows that do not count may hold nan, and 0 times nan would reach dw.
         rows_x = x[part].masked_fill((targets[part] == ignore_index)[:, None], 0)
         _product(z, rows_x, wx.t())
         launch(
@@ -134,7 +134,7 @@ def _linear_cross_entropy(
             **tile("linear_cross_entropy", "row", V),
         )  # fmt: skip
         if train_x:
-            # Not straight into dx: split over V, cuBLAS would add partial sums in x's dtype.
+            # Not directly into dx: if cuBLAS splits V, it adds partial sums in the dtype of dx.
             _product(product[:size], dz, wx)
             dx[part].copy_(product[:size])
         if train_w:
@@ -155,7 +155,7 @@ _mean_loss = differentiable(_linear_cross_entropy, save, backward)
 
 
 def _refuse(x: Tensor, w: Tensor, targets: Tensor) -> None:
-    """Raise ValueError unless shapes and dtypes are those of linear_cross_entropy."""
+    """Raise ValueError, naming the argument, on shapes and dtypes that the kernel cannot take."""
     for name, t in (("x", x), ("w", w)):
         if t.dtype not in DTYPES:
             raise ValueError(f"{name}: {t.dtype}, expected one of {DTYPES}")
@@ -177,18 +177,26 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     ignore_index: int = -100,
 ) -> Tensor:
-    """As reference.linear_cross_entropy: the mean cross-entropy of targets under x w^T.
+    """Return the mean cross-entropy, in nats, of the targets under the logits x w^T.
 
         z = cap(x w^T);   loss = mean_n [ lse(z_n) - z_n[target_n] + z_loss lse(z_n)^2 ]
+        cap(z) = softcap tanh(z / softcap), or z where softcap is 0
 
-    x: (N, C) fp32, fp16 or bf16.    w: (V, C), any of them: products are made in x's dtype, into
-    which w is cast once, and summed in fp32.    targets: (N,) int64.
-    Returns () fp32; nan if no row counts, or if a target that counts is outside [0, V).
-    Gradients: dx in x's dtype, dw in w's, summed over all chunks in fp32; no second derivative.
-    What needs no gradient costs none. Raises ValueError on other dtypes or shapes.
-    Cost: 2 N C V FLOP a product, three of them, one without gradients. Memory: a chunk of logits
-    and its gradient, 6 bytes a logit (4 in fp32); dx, dw, and dw once more in fp32. Each logit
-    is written once, read twice (the second time soon after) and its gradient written once.
+    x: hidden states, (N, C), fp32, fp16 or bf16
+    w: weight of the output layer, (V, C), fp32, fp16 or bf16; it is cast once to x's dtype, in
+        which products are made; sums are fp32
+    targets: right token of each row, (N,), int64
+    softcap: bound of the logits (0: none)
+    z_loss: weight of the squared log-sum-exp
+    ignore_index: target of rows that do not count
+
+    Returns (), fp32; nan if no row counts, or if a target that counts is outside [0, V).
+    Gradients: dx in x's dtype and dw in w's, summed over all chunks in fp32. There is no second
+    derivative. A tensor that needs no gradient costs none.
+    Raises ValueError on other dtypes or shapes.
+    Cost: three products of 2 N C V FLOPs, or one without gradients. Memory: one chunk of logits and
+    its gradient, 6 bytes for each logit (4 in fp32), dx, dw, and dw once more in fp32. Each logit
+    is written once and read twice, the second time soon after the first.
     Source: Wijmans et al. 2024, arXiv:2411.09009, for the aim; Hsu et al. 2024, arXiv:2410.10989,
     for gradients made in the forward pass.
     """

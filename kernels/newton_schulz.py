@@ -1,8 +1,8 @@
-"""Newton-Schulz in Triton: products that are symmetric are computed by half and mirrored.
+"""Newton-Schulz in Triton: one half of each symmetric product is computed and mirrored.
 
-Of the three products of a step two are symmetric: S = X X^T and b S + c S S. One kernel serves
-both: a program computes one tile on or below the diagonal and writes it twice. The third product is
-torch.baddbmm's. All matrices of a batch go in one launch.
+Two of the three products of a step are symmetric: S = X X^T and b S + c S S. One kernel computes
+both. Each of its programs computes one tile on or below the diagonal and writes it twice. The third
+product is torch.baddbmm. One launch takes all matrices of a batch.
 """
 
 import math
@@ -21,9 +21,9 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # a, b, c
 
 @triton.jit
 def _triangle(t, n):
-    """The tile (i, j), i >= j, that is number t of the n (n + 1) / 2 of a triangle.
+    """Return the tile (i, j), i >= j, that is number t of the n (n + 1) / 2 of a triangle.
 
-    Row n - 1 - r and the row that fills it up to n | 1 tiles stand one behind the other.
+    The numbers run through pairs of rows: row n - 1 - r, and the row that fills it up to n | 1.
     """
     width = n | 1
     r = t // width
@@ -38,7 +38,7 @@ def _triangle(t, n):
 
 @triton.jit
 def _load(x_ptr, rows, ks, stride_m, stride_k, M, K, EVEN_K: tl.constexpr):
-    """x[rows, ks], zero outside of (M, K); rows and ks are a column and a row, or the reverse."""
+    """Return x[rows, ks], zero outside of (M, K); rows and ks broadcast to a tile."""
     at = x_ptr + rows.to(tl.int64) * stride_m + ks.to(tl.int64) * stride_k
     mask = rows < M
     if not EVEN_K:
@@ -52,9 +52,9 @@ def _tiles(
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr, TMA: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """x[i : i + BLOCK_M, k : k + BLOCK_K] and x[j : j + BLOCK_M, k : k + BLOCK_K]^T.
+    """Return x[i : i + BLOCK_M, k : k + BLOCK_K] and x[j : j + BLOCK_M, k : k + BLOCK_K]^T.
 
-    x is a descriptor of the matrices as they lie in memory (TMA) or a pointer.
+    x is a descriptor of the matrices as they are in memory (TMA), or a pointer.
     """
     if TMA:
         if TRANSPOSED:
@@ -64,7 +64,7 @@ def _tiles(
             left = x.load([batch, i, k]).reshape(BLOCK_M, BLOCK_K)
             right = x.load([batch, j, k]).reshape(BLOCK_M, BLOCK_K).T
     else:
-        # Both are loaded as the product wants them: sm_80 does not pipeline what is transposed.
+        # Both are loaded in the layout of the product: sm_80 does not pipeline transposed loads.
         x += batch.to(tl.int64) * stride_b
         m = tl.arange(0, BLOCK_M)
         ks = k + tl.arange(0, BLOCK_K)
@@ -102,7 +102,7 @@ def _symmetric_product_kernel(
 
 
 def _symmetric_product(x: Tensor, b: float, c: float, square: bool) -> Tensor:
-    """x x^T, or if `square` b x + c x x^T of a symmetric x; x: (batch, M, K)."""
+    """Return x x^T, or if `square` b x + c x x^T of a symmetric x; x: (batch, M, K)."""
     if x.dtype not in DTYPES:
         raise ValueError(f"x: {x.dtype}, expected one of {DTYPES}")
     if x.stride(2) != 1 and x.stride(1) != 1:
@@ -129,18 +129,18 @@ def _symmetric_product(x: Tensor, b: float, c: float, square: bool) -> Tensor:
 
 @torch.library.custom_op("minillm::xxt", mutates_args=())
 def xxt(x: Tensor) -> Tensor:
-    """S = X X^T.
+    """Return S = X X^T, (batch, M, M), in x's dtype.
 
-    x: (batch, M, K) fp32, fp16 or bf16, any strides.    Returns (batch, M, M), in x's dtype.
+    x: matrices, (batch, M, K), fp32, fp16 or bf16, any strides
     """
     return _symmetric_product(x, 0.0, 1.0, square=False)
 
 
 @torch.library.custom_op("minillm::symmetric_square", mutates_args=())
 def symmetric_square(s: Tensor, b: float, c: float) -> Tensor:
-    """P = b S + c S S of symmetric matrices.
+    """Return P = b S + c S S, (batch, M, M), in s's dtype.
 
-    s: (batch, M, M) fp32, fp16 or bf16, symmetric.    Returns (batch, M, M), in s's dtype.
+    s: symmetric matrices, (batch, M, M), fp32, fp16 or bf16
     """
     return _symmetric_product(s.contiguous(), b, c, square=True)
 
@@ -158,17 +158,21 @@ def _(s, b, c):
 @entrance()
 @torch.no_grad()
 def newton_schulz(g: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
-    """As reference.newton_schulz: push the singular values of each matrix towards 1.
+    """Push the singular values of each matrix towards 1 (about 0.7 to 1.2 after five steps).
 
         X <- G / (|G|_F + 1e-7);   repeat: S = X X^T;  P = b S + c S S;  X <- a X + P X
 
-    g: (..., M, N) fp32, fp16 or bf16, any strides.    dtype: of the products, one of these; g's
-    if None. The norm, and the division by it, are fp32.
-    Returns (..., M, N) in that dtype, contiguous. Every product is summed in fp32 and rounded to
-    it. No gradient.
-    Tall matrices are served by X^T X on the right, the same numbers, so nothing is transposed.
-    Raises ValueError if g or dtype is fp64, or g has fewer than two dimensions.
-    Of the 2 M M N + 2 M M M + 2 M M N flops a step (M <= N) the first two are halved.
+    g: matrices, (..., M, N), fp32, fp16 or bf16, any strides
+    steps: number of iterations
+    dtype: of the products and the result, fp32, fp16 or bf16 (None: g's); the norm, and the
+        division by it, are fp32
+
+    Returns X, (..., M, N), in that dtype, contiguous. Every product is summed in fp32 and rounded
+    to that dtype. There is no gradient.
+    For tall matrices X^T X is multiplied on the right, which gives the same numbers without a
+    transposed copy.
+    Raises ValueError if g or dtype is fp64, or if g has fewer than two dimensions.
+    Cost: 2 M M N + 2 M M M + 2 M M N FLOPs a step (M <= N), of which the first two are halved.
     Source: Jordan et al. 2024, "Muon", coefficients (3.4445, -4.7750, 2.0315).
     """
     if g.dim() < 2 or g.dtype not in DTYPES:

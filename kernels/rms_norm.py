@@ -1,8 +1,8 @@
-"""RMSNorm in Triton, alone or after the addition of a branch: one program a few whole rows.
+"""RMSNorm in Triton, alone or after the addition of a branch: a program takes a few whole rows.
 
-Statistics are in fp32 and the inverse root is saved. The weight's gradient is summed in two steps,
-rows of a program and then programs, in an order that is fixed: no atomics, so it is equal bit for
-bit from run to run. A norm that follows upon another is in sandwich_norm.py.
+Statistics are fp32, and the inverse root is saved. The gradient of the weight is summed first over
+the rows of a program and then over programs, in a fixed order without atomics, so it is equal bit
+for bit from run to run. The two norms of a sandwich block are in sandwich_norm.py.
 """
 
 import torch
@@ -13,9 +13,6 @@ from torch import Tensor
 from minillm.kernels._entrance import differentiable, entrance, last
 from minillm.kernels._launch import launch, tile
 from minillm.kernels._rows import check_rows, columns_together, load_row, load_tile, share, store
-from minillm.kernels.sandwich_norm import sandwich_norm
-
-__all__ = ["add_rms_norm", "rms_norm", "sandwich_norm"]
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -70,7 +67,7 @@ def _rms_norm_wide_bwd_kernel(
     N, C, blocks,
     ADD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """For rows too wide for registers: through the columns twice, the second time out of a cache.
+    """Handle rows too wide for registers: two passes over the columns, the second from a cache.
 
     The partial sums of dw stay in memory.
     """
@@ -99,13 +96,13 @@ def _rms_norm_wide_bwd_kernel(
             if ADD:
                 dx += load_tile(ds_ptr, rows, ds_stride, columns, mask)
             store(dx_ptr + rows * C + columns, dx, mask)
-        tl.debug_barrier()  # other threads may read dw than have written it
+        tl.debug_barrier()  # the threads that read dw may not be those that wrote it
 
 
 def _forward(
     x: Tensor, residual: Tensor | None, w: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, s and rstd of x + residual; without a residual s is x."""
+    """Return y, s = x + residual and rstd; without a residual s is x."""
     N, C = x.shape
     x = columns_together(x)
     y = torch.empty((N, C), dtype=x.dtype, device=x.device)
@@ -148,18 +145,18 @@ def _(x, residual, w, eps):
 def _rms_norm_bwd(
     x: Tensor, w: Tensor, rstd: Tensor, dy: Tensor, ds: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """dx and dw; ds is what reaches x beside the norm, if anything does."""
+    """Return dx and dw; ds: gradient that reaches x past the norm, (N, C), or None."""
     N, C = x.shape
     x, dy = columns_together(x), columns_together(dy)
-    beside = dy if ds is None else columns_together(ds)
+    extra = dy if ds is None else columns_together(ds)
     dx = torch.empty((N, C), dtype=x.dtype, device=x.device)
     options = {"BLOCK_C": triton.next_power_of_2(C), **tile("rms_norm", "bwd", C)}
     kernel = _rms_norm_wide_bwd_kernel if options["BLOCK_C"] < C else _rms_norm_bwd_kernel
     programs, blocks = share(N, options["BLOCK_N"], options["num_warps"], x.device)
     dw = torch.empty((programs, C), dtype=torch.float32, device=x.device)
     launch(
-        kernel, (programs,), x, w, rstd, dy, beside, dx, dw,
-        x.stride(0), dy.stride(0), beside.stride(0), N, C, blocks, ADD=ds is not None, **options,
+        kernel, (programs,), x, w, rstd, dy, extra, dx, dw,
+        x.stride(0), dy.stride(0), extra.stride(0), N, C, blocks, ADD=ds is not None, **options,
     )  # fmt: skip
     return dx, dw.sum(0).to(w.dtype)
 
@@ -197,7 +194,7 @@ def _add_save(ctx, inputs, output) -> None:
 
 def _add_backward(ctx, dy, ds, _):
     s, w, rstd = ctx.saved_tensors
-    if dy is None:  # only s went on
+    if dy is None:  # only s was used
         return ds, ds, None, None
     dx, dw = _gradients(s, w, rstd, dy, ds)
     return dx, dx, dw, None
@@ -208,34 +205,43 @@ _add_norm = differentiable(_add_rms_norm, _add_save, _add_backward)
 
 @entrance()
 def rms_norm(x: Tensor, w: Tensor, eps: float = 1e-6) -> Tensor:
-    """As reference.rms_norm: y = x / sqrt(mean(x^2, -1) + eps) * w.
+    """Scale each row of x to a root mean square of 1, then multiply it by w.
 
+        y = x / sqrt(mean(x^2, -1) + eps) * w
         dx = (dy w - n mean(dy w n)) rstd,   dw = sum(dy n),   n = x rstd
 
-    x: (..., C) fp32, fp16 or bf16.    w: (C,) any of them. Any strides.
-    Returns (..., C) in x's dtype; gradients: dx in x's dtype, dw in w's, both computed in fp32.
+    x: rows, (..., C), fp32, fp16 or bf16, any strides, C up to 16384
+    w: weight, (C,), fp32, fp16 or bf16
+    eps: added to the mean square
+
+    Returns y, (..., C), in x's dtype. Gradients dx in x's dtype and dw in w's are computed in fp32.
     Raises ValueError if C is above 16384, or on another dtype or shape.
-    Forward: reads x, writes y, 2 N C numbers. Backward: 3 N C (x, dy, dx). Saves x and N fp32.
+    Cost: forward 2 N C numbers (x, y), backward 3 N C (x, dy, dx). Saves x and N fp32.
     Source: Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4.
     """
     check_rows(x, {}, {"w": w})
     return _norm(x.reshape(-1, x.shape[-1]), w.contiguous(), eps)[0].view(x.shape)
 
 
-@entrance(alike=("x", "residual"))
+@entrance(one_dtype=("x", "residual"))
 def add_rms_norm(
     x: Tensor, residual: Tensor, w: Tensor, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    """As reference.add_rms_norm: s = x + residual, y = rms_norm(s, w), in one launch.
+    """Add a branch to the residual stream and normalise the sum, in one launch.
 
+        s = x + residual (rounded to x's dtype);   y = rms_norm(s, w)
         dx = dresidual = ds + (dy w - n mean(dy w n)) rstd,   dw = sum(dy n),   n = s rstd
 
-    x, residual: (..., C), one dtype of fp32, fp16 and bf16.    w: (C,) any of them. Any strides.
-    Returns y and s, (..., C) in x's dtype; gradients as of rms_norm. One tensor serves as dx and
-    as dresidual.
+    x: the branch, (..., C), fp32, fp16 or bf16, any strides, C up to 16384
+    residual: the residual stream, (..., C), in x's dtype, any strides
+    w: weight, (C,), fp32, fp16 or bf16
+    eps: added to the mean square
+
+    Returns y and s, both (..., C), in x's dtype. Gradients dx = dresidual, one tensor for both, in
+    x's dtype and dw in w's are computed in fp32.
     Raises ValueError if C is above 16384, or on another dtype or shape.
-    Forward: 4 N C numbers (x, residual, s, y). Backward: 4 N C (s, dy, ds, dx), 3 N C if nothing
-    but the norm uses s. Saves s, an output, and N fp32.
+    Cost: forward 4 N C numbers (x, residual, s, y), backward 4 N C (s, dy, ds, dx), or 3 N C if
+    only the norm uses s. Saves s, which is an output, and N fp32.
     """
     check_rows(x, {"residual": residual}, {"w": w})
     rows = (t.reshape(-1, t.shape[-1]) for t in (x, residual))

@@ -1,6 +1,6 @@
-"""Rotary embedding in Triton, with the QK-norm before it: queries and keys in one launch.
+"""Rotary position embedding in Triton, after the QK-norm: queries and keys in one launch.
 
-The same while decoding, into the cache, is in rope_cache.py, the kernels in _rope_kernels.py.
+rope_cache.py has the same operation while decoding. The kernels are in _rope_kernels.py.
 """
 
 import torch
@@ -18,9 +18,6 @@ from minillm.kernels._rope_kernels import (
     grid_of,
     heads_together,
 )
-from minillm.kernels.rope_cache import rope_cache
-
-__all__ = ["rope", "rope_cache"]
 
 
 @torch.library.custom_op("minillm::rope", mutates_args=())
@@ -53,7 +50,7 @@ def _rope_bwd(
     dq_out: Tensor, dk_out: Tensor, q: Tensor | None, k: Tensor | None, cos: Tensor, sin: Tensor,
     q_weight: Tensor | None, k_weight: Tensor | None, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk and the gradients of the weights, (0,) without weights; q and k matter only with."""
+    """Return dq, dk and the gradients of the weights; without weights these are (0,)."""
     (B, T, H, D), G = dq_out.shape, dk_out.shape[2]
     q, k = dq_out if q is None else q, dk_out if k is None else k
     dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (dq_out, dk_out))
@@ -89,7 +86,7 @@ _gradients = last(_rope_bwd)
 
 def _save(ctx, inputs, output) -> None:
     q, k, *rest, ctx.eps = inputs
-    norm = rest[-1] is not None  # else rotating back needs the angles alone
+    norm = rest[-1] is not None  # without the norm, rotating back needs only the angles
     ctx.save_for_backward(q if norm else None, k if norm else None, *rest)
 
 
@@ -103,7 +100,7 @@ def _backward(ctx, dq_out, dk_out):
 _rotate = differentiable(_rope, _save, _backward)
 
 
-@entrance(alike=("q", "k"))
+@entrance(one_dtype=("q", "k"))
 def rope(
     q: Tensor,
     k: Tensor,
@@ -113,17 +110,22 @@ def rope(
     k_weight: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """As reference.rope: rotate the halves of each head; with weights, RMSNorm heads first.
+    """Rotate the halves of each head by the angles of its position; with weights, norm heads first.
 
-        [y1, y2] = [x1 cos - x2 sin, x2 cos + x1 sin];   dx rotates dy back
+        [y1, y2] = [x1 cos - x2 sin, x2 cos + x1 sin],   x = [x1, x2];   dx rotates dy back
 
-    q: (B, T, H, D).    k: (B, T, G, D), each fp32, fp16 or bf16, any strides.    cos, sin:
-    (T, D/2) or (B, T, D/2).    q_weight, k_weight: (D,), both or neither. D even, at most 256.
-    Returns q, k rotated, contiguous, in their dtypes; nothing is rounded between norm and rotation.
-    Gradients: dq, dk in their dtypes, those of the weights summed in fp32; none for cos and sin.
+    q: queries, (B, T, H, D), fp32, fp16 or bf16, any strides, D even and up to 256
+    k: keys, (B, T, G, D), in q's dtype, any strides
+    cos, sin: of the angles, (T, D/2), or (B, T, D/2) where rows differ
+    q_weight, k_weight: weights of the QK-norm, an RMSNorm of each head, (D,); both or neither
+    eps: of the QK-norm
+
+    Returns q and k, rotated, contiguous, in their dtypes. Nothing is rounded between norm and
+    rotation. Gradients dq and dk have the dtypes of q and k; those of the weights are summed in
+    fp32. cos and sin get none.
     Raises ValueError on another dtype or shape.
-    Forward: reads and writes q and k once, 2 B T (H + G) D numbers; backward the same, and with
-    the norm half as many more (q and k). Saves the angles and, with the norm, q, k and weights.
+    Cost: forward 2 B T (H + G) D numbers, backward the same, or with the norm half as much again to
+    read q and k. Saves the angles and, with the norm, q, k and the weights.
     Source: Su et al. 2021, arXiv:2104.09864, eq. 34; QK-norm: Henry et al. 2020, arXiv:2010.04245.
     """
     check(q, k, cos, sin, q_weight, k_weight)

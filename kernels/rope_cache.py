@@ -1,4 +1,4 @@
-"""Rotary embedding while decoding, in Triton: new keys and values go straight into the cache."""
+"""Rotary position embedding while decoding, in Triton: it writes keys and values into the cache."""
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ def _(q, k, v, cos, sin, cache_k, cache_v, positions, position, q_weight, k_weig
     return q.new_empty(q.shape)
 
 
-@entrance(alike=("q", "k"))
+@entrance(one_dtype=("q", "k"))
 def rope_cache(
     q: Tensor,
     k: Tensor,
@@ -57,29 +57,26 @@ def rope_cache(
     k_weight: Tensor | None = None,
     eps: float = 1e-6,
 ) -> Tensor:
-    """As reference.rope_cache: `rope` of new tokens; k', v go straight into the cache, one launch.
+    """Apply `rope` to new tokens and write their keys and values into the cache, in one launch.
 
         cache_k[b, p_b + t] = k'[b, t];   cache_v[b, p_b + t] = v[b, t]
 
-    q: (B, T, H, D).    k, v: (B, T, G, D).    cos, sin: (P, D/2), rows by absolute position.
-    cache_k, cache_v: (B, S, G, D) of contiguous heads, written in place, S <= P.
-    positions: (B,) int32 or int64, or one for all. To check a tensor would wait for it: a token
-    beyond the cache is not written, and its q' is undefined.
-    Returns q', (B, T, H, D) in q's dtype. There are no gradients.
+    q: queries, (B, T, H, D), fp32, fp16 or bf16, any strides, D even and up to 256
+    k, v: keys and values, (B, T, G, D), k in q's dtype, any strides
+    cos, sin: of the angles, (P, D/2), one row for each absolute position
+    cache_k, cache_v: (B, S, G, D), S <= P, heads contiguous; written in place
+    positions: p_b, the position of the first new token of row b: (B,), int32 or int64, or one int
+        for all. A tensor is not checked, because that would wait for the device: a token beyond
+        the cache is not written, and its q' is undefined
+    q_weight, k_weight, eps: QK-norm, see `rope`
+
+    Returns q', the rotated queries, (B, T, H, D), in q's dtype. There are no gradients.
     Raises ValueError on another dtype or shape.
-    Cost: reads q, k and v and writes them once.
+    Cost: reads q, k and v once and writes them once.
     """
     check(q, k, cos, sin, q_weight, k_weight)
-    (B, T, _, D), G = q.shape, k.shape[2]
-    if v.shape != k.shape:
-        raise ValueError(f"v: shape {tuple(v.shape)}, expected k's {tuple(k.shape)}")
-    for name, x in {"cache_k": cache_k, "cache_v": cache_v}.items():
-        if x.dim() != 4 or (x.shape[0], *x.shape[2:]) != (B, G, D) or x.stride(3) != 1:
-            came = f"shape {tuple(x.shape)}, strides {x.stride()}"
-            raise ValueError(f"{name}: {came}, expected ({B}, S, {G}, {D}) of contiguous heads")
-    S = cache_k.shape[1]
-    if cos.dim() != 2 or cos.shape[0] < S or cos.shape[1] != D // 2:
-        raise ValueError(f"cos: shape {tuple(cos.shape)}, expected ({S} or more, {D // 2})")
+    _check_cache(k, v, cos, cache_k, cache_v)
+    (B, T), S = q.shape[:2], cache_k.shape[1]
     if isinstance(positions, Tensor) and positions.dim() == 0:
         positions = positions.expand(B)
     if isinstance(positions, Tensor):
@@ -93,3 +90,17 @@ def rope_cache(
         where = None, positions
     weights = contiguous(q_weight, k_weight)
     return _rope_cache(q, k, v, cos, sin, cache_k, cache_v, *where, *weights, eps)
+
+
+def _check_cache(k: Tensor, v: Tensor, cos: Tensor, cache_k: Tensor, cache_v: Tensor) -> None:
+    """Raise ValueError, naming the argument, on shapes that do not fit those of k."""
+    B, _, G, D = k.shape
+    if v.shape != k.shape:
+        raise ValueError(f"v: shape {tuple(v.shape)}, expected k's {tuple(k.shape)}")
+    for name, x in {"cache_k": cache_k, "cache_v": cache_v}.items():
+        if x.dim() != 4 or (x.shape[0], *x.shape[2:]) != (B, G, D) or x.stride(3) != 1:
+            came = f"shape {tuple(x.shape)}, strides {x.stride()}"
+            raise ValueError(f"{name}: {came}, expected ({B}, S, {G}, {D}) of contiguous heads")
+    S = cache_k.shape[1]
+    if cos.dim() != 2 or cos.shape[0] < S or cos.shape[1] != D // 2:
+        raise ValueError(f"cos: shape {tuple(cos.shape)}, expected ({S} or more, {D // 2})")

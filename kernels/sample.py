@@ -1,8 +1,8 @@
-"""Drawing tokens in Triton: filters without a sort, then the inverse of the distribution.
+"""Drawing tokens in Triton: filters without a sort, then inverse transform sampling.
 
-One program a row. What a filter keeps is what reaches a border; the border is found digit by digit,
-from the highest, of an integer whose order is that of the numbers: with each pass over the row, two
-bits more are known. The passes after the first find the row in a cache.
+There is one program for each row. A filter keeps all tokens that reach a border. The border is
+found as an integer that orders like the numbers do, from its highest bits down: each pass over the
+row finds two more bits. All passes but the first read the row from a cache.
 """
 
 import math
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from minillm.kernels._launch import DTYPES, launch, tile
 
-WIDEST = 262144  # tokens: what the table of tiles ends with, and fp32 counts exactly to 2^24
+WIDEST = 262144  # vocabulary: the largest size in the table of tiles; fp32 counts to 2^24
 
 
 @triton.jit
 def _load(ptr, start, V, BLOCK_V: tl.constexpr):
-    """The logits start to start + BLOCK_V in fp32, -inf from V on; and their numbers."""
+    """Return the logits start to start + BLOCK_V, fp32, -inf from V on, and their columns."""
     columns = start + tl.arange(0, BLOCK_V)
     x = tl.load(ptr + columns, mask=columns < V, other=float("-inf"))
     return x.to(tl.float32), columns
@@ -27,13 +27,13 @@ def _load(ptr, start, V, BLOCK_V: tl.constexpr):
 
 @triton.jit
 def _weigh(x, peak, factor, lowest):
-    """Weights of logits, 1 for the largest: e^((x - peak) / temperature), or 0 below `lowest`."""
+    """Return weights of logits: e^((x - peak) / temperature), at most 1, 0 below `lowest`."""
     return tl.where(x >= lowest, tl.exp2((x - peak) * factor), 0.0)
 
 
 @triton.jit
 def _ordered(x):
-    """Integers in the order of the numbers; -0 right below 0."""
+    """Return integers that order like the fp32 numbers x; -0 comes directly below 0."""
     bits = x.to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
@@ -43,10 +43,11 @@ def _border(
     ptr, V, wanted, peak, factor, lowest,
     MASS: tl.constexpr, PASSES: tl.constexpr, FIRST: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """The highest integer that so many logits reach, or so much weight, as is wanted.
+    """Return the highest integer that at least `wanted` logits, or weight of logits, reach.
 
-    MASS: of weights, whose integers are below 2^30, or counted, of logits.    FIRST: where the
-    search starts, the lowest integer.    PASSES: how many pairs of bits there are.
+    MASS: compare weights, whose integers are below 2^30, and add them; else count logits
+    PASSES: number of pairs of bits to find
+    FIRST: the lowest integer, from which the search starts
     """
     found = tl.full([], FIRST, tl.int32)
     for i in range(PASSES):
@@ -103,7 +104,7 @@ def _sample_kernel(
                 logits_ptr, V, wanted, peak, factor, lowest, False, 16, -2147483648, BLOCK_V
             )  # fmt: skip
             border = _ordered(key.to(tl.float32, bitcast=True)).to(tl.float32, bitcast=True)
-            # As the reference compares after the division, so do ties come about by rounding.
+            # The reference compares after the division, whose rounding makes ties.
             scaled = tl.div_rn(border - peak, temperature)
             least = tl.full([BLOCK_V], float("inf"), tl.float32)
             for start in range(0, V, BLOCK_V):
@@ -111,7 +112,7 @@ def _sample_kernel(
                 kept = tl.div_rn(x - peak, temperature) >= scaled
                 least = tl.minimum(least, tl.where(kept, x, float("inf")))
             lowest = tl.min(least, 0)
-        floor = tl.full([], min_p, tl.float32)  # of weights, the largest being 1
+        floor = tl.full([], min_p, tl.float32)  # least weight to keep; the largest is 1
         if TOP_P:
             sums = tl.zeros([BLOCK_V], tl.float32)
             for start in range(0, V, BLOCK_V):
@@ -119,10 +120,10 @@ def _sample_kernel(
                 sums += _weigh(x, peak, factor, lowest)
             wanted = tl.sum(sums, 0) * top_p
             key = _border(logits_ptr, V, wanted, peak, factor, lowest, True, 15, 0, BLOCK_V)
-            # The largest stay whatever top_p is: 0x3F800000 are the bits of 1.
+            # The largest stay for any top_p: 0x3F800000 are the bits of 1.
             border = tl.minimum(key, 0x3F800000).to(tl.float32, bitcast=True)
             floor = tl.maximum(floor, border)
-        # Both passes add in fp64, the same numbers in the same order, so the second gets there.
+        # Both passes add the same numbers in fp64 in the same order, so the second reaches total.
         total = tl.full([], 0.0, tl.float64)
         for start in range(0, V, BLOCK_V):
             x, _ = _load(logits_ptr, start, V, BLOCK_V)
@@ -138,7 +139,7 @@ def _sample_kernel(
             after = before + tl.sum(weight, 0)
             if (before <= target) & (after > target):
                 mass = before + tl.cumsum(weight, 0)
-                # The last with mass, should the cumulative sum end below the sum by a rounding.
+                # Take the last token with mass if rounding leaves the cumulative sum below target.
                 last = tl.max(tl.where(weight > 0, columns, -1), 0)
                 token = tl.min(tl.where((weight > 0) & (mass > target), columns, last), 0)
             before = after
@@ -216,19 +217,25 @@ def sample(
     top_p: float = 1.0,
     min_p: float = 0.0,
 ) -> Tensor:
-    """As reference.sample: one token a row by inverse transform, after the filters.
+    """Draw one token for each row by inverse transform, filters in the order of the arguments.
 
         p = softmax(logits / temperature) -> keep the top_k largest -> keep the smallest set of
         largest with mass >= top_p -> keep p >= min_p max(p);   token = min {t: cdf(t) > u cdf(V)}
 
-    logits: (B, V) fp32, fp16 or bf16, V up to 262144; rows of any stride, read in place if the
-    tokens are contiguous.    uniform: (B,) floats in [0, 1).
-    Returns (B,) int64; no gradient. Temperature 0 takes the first largest; ties at a border stay.
-    Weights are fp32, and added in fp64 for the draw, so the token is the reference's but where u,
-    or a filter's border, is within some 1e-7 of a border between two.
+    logits: (B, V), fp32, fp16 or bf16, V up to 262144, any stride between rows
+    uniform: u of each row, (B,), floats in [0, 1)
+    temperature: divisor of the logits (0: take the first of the largest logits)
+    top_k: number of tokens to keep (0: all)
+    top_p: probability mass to keep (1: all)
+    min_p: least probability to keep, as a share of the largest (0: all)
+
+    Returns tokens, (B,), int64. Filters keep ties at their borders. There is no gradient. Weights
+    are fp32 and are added in fp64 for the draw, so the token is that of the reference unless u or a
+    filter is within about 1e-7 of the border between two tokens.
     Raises ValueError on another dtype, shape or range.
-    Cost: B V numbers from memory. From a cache, V numbers a row once for the largest and twice for
-    the draw; 17 times for top-k; 16 times for top-p, of which each computes V exponentials.
+    Cost: B V numbers from memory. From a cache, each row is read once for the largest logit and
+    twice for the draw, 17 times more for top-k, and 16 times more for top-p, each with V
+    exponentials.
     Source: Holtzman et al. 2019, arXiv:1904.09751; Nguyen et al. 2024, arXiv:2407.01082.
     """
     if logits.dim() != 2 or not 1 <= logits.shape[1] <= WIDEST or logits.dtype not in DTYPES:
@@ -249,12 +256,15 @@ def sample(
 
 
 def uniform(seed: int, samples: Tensor, positions: Tensor) -> Tensor:
-    """As reference.uniform, bit for bit: numbers in [0, 1) by (seed, sample, position).
+    """Return numbers in [0, 1), functions of (seed, sample, position) alone, as the reference's.
 
         z <- 0;   for each of the three words w:  z <- mix(mix(z + w + 0x9E3779B97F4A7C15))
         u = floor(z / 2^40) / 2^24,   mix the finaliser of splitmix64, all modulo 2^64
 
-    seed: modulo 2^64.    samples, positions: (B,) int64, any strides.    Returns (B,) fp32.
+    seed: any integer, taken modulo 2^64
+    samples, positions: number of the sample, and of the token in it, (B,), int64, any strides
+
+    Returns u, (B,), fp32, equal bit for bit to those of the reference.
     Raises ValueError on another dtype or shape.
     Cost: 20 B bytes.
     Source: Steele et al. 2014, "Fast splittable pseudorandom number generators", section 4.

@@ -1,8 +1,8 @@
-"""Two RMSNorms, one upon the other, after the addition of a branch: the seam of a sandwich block.
+"""Two RMSNorms in a row after the addition of a branch, as between halves of a sandwich block.
 
-As in rms_norm.py statistics are in fp32, and the weights' gradients are summed over the rows of a
-program and then over programs, without atomics. What is between the two norms is never read: the
-backward pass makes it again from the sum.
+As in rms_norm.py, statistics are fp32, and gradients of weights are summed over the rows of a
+program and then over programs, without atomics. The backward pass does not read the result of the
+first norm but computes it a second time from the sum.
 """
 
 import torch
@@ -30,7 +30,7 @@ def _sandwich_norm_fwd_kernel(
     s = x.to(y_ptr.dtype.element_ty)
     x = s.to(tl.float32)
     rstd_post = 1 / tl.sqrt_rn(tl.sum(x * x, 1, keep_dims=True) / C + eps)
-    if SAVE:  # at once, so that s need not stay in registers
+    if SAVE:  # now, so that s need not stay in registers
         tl.store(s_ptr + to, s, mask=mask)
         tl.store(rstd_ptr + rows, rstd_post, mask=rows < N)
     h = (x * rstd_post * load_row(w_post_ptr, columns, columns < C)).to(h_ptr.dtype.element_ty)
@@ -82,8 +82,9 @@ def _sandwich_norm_wide_bwd_kernel(
     N, C, blocks,
     ADD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """For rows too wide for registers: through the columns thrice, from the second time on out of a
-    cache. The partial sums of both dw stay in memory.
+    """Handle rows too wide for registers: three passes over the columns, two from a cache.
+
+    The partial sums of both dw stay in memory.
     """
     program = tl.program_id(0).to(tl.int64)
     dw_ptr += program * 2 * C
@@ -93,7 +94,7 @@ def _sandwich_norm_wide_bwd_kernel(
         rstd_pre = tl.load(rstd_ptr + N + rows, mask=rows < N, other=0.0)
         mean_pre = tl.zeros([BLOCK_N, 1], tl.float32)
         mean_post = tl.zeros([BLOCK_N, 1], tl.float32)
-        for PASS in tl.static_range(3):  # for one mean, for the other, for the gradients
+        for PASS in tl.static_range(3):  # the second norm's mean, the first's, the gradients
             products = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
             for start in tl.range(0, C, BLOCK_C, num_stages=STAGES):
                 columns = start + tl.arange(0, BLOCK_C)[None, :]
@@ -124,14 +125,14 @@ def _sandwich_norm_wide_bwd_kernel(
                 mean_pre = tl.sum(products, 1, keep_dims=True) / C
             elif PASS == 1:
                 mean_post = tl.sum(products, 1, keep_dims=True) / C
-        tl.debug_barrier()  # other threads may read dw than have written it
+        tl.debug_barrier()  # the threads that read dw may not be those that wrote it
 
 
 @torch.library.custom_op("minillm::sandwich_norm", mutates_args=())
 def _sandwich_norm(
     x: Tensor, residual: Tensor, w_post: Tensor, w_pre: Tensor, eps: float, train: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, h and, where there will be a backward pass, the sum (N, C) and inverse roots (2, N)."""
+    """Return y, h and, to train, the sum s, (N, C), and both inverse roots, (2, N); else empty."""
     N, C = x.shape
     x, residual = columns_together(x), columns_together(residual)
     y, h = (torch.empty((N, C), dtype=x.dtype, device=x.device) for _ in range(2))
@@ -158,10 +159,10 @@ def _(x, residual, w_post, w_pre, eps, train):
 def _sandwich_norm_bwd(
     s: Tensor, w_post: Tensor, w_pre: Tensor, rstd: Tensor, dy: Tensor, dh: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """ds, dw_post and dw_pre; dh is what reaches h beside the second norm, if anything does."""
+    """Return ds, dw_post, dw_pre; dh: gradient that reaches h past the second norm, or None."""
     N, C = s.shape
     dy = columns_together(dy)
-    beside = dy if dh is None else columns_together(dh)
+    extra = dy if dh is None else columns_together(dh)
     ds = torch.empty((N, C), dtype=s.dtype, device=s.device)
     options = {"BLOCK_C": triton.next_power_of_2(C), **tile("rms_norm", "sandwich bwd", C)}
     wide = options["BLOCK_C"] < C
@@ -169,10 +170,10 @@ def _sandwich_norm_bwd(
     dw = torch.empty((programs, 2, C), dtype=torch.float32, device=s.device)
     launch(
         _sandwich_norm_wide_bwd_kernel if wide else _sandwich_norm_bwd_kernel, (programs,),
-        s, w_post, w_pre, rstd, dy, beside, ds, dw,
-        dy.stride(0), beside.stride(0), N, C, blocks, ADD=dh is not None, **options,
+        s, w_post, w_pre, rstd, dy, extra, ds, dw,
+        dy.stride(0), extra.stride(0), N, C, blocks, ADD=dh is not None, **options,
     )  # fmt: skip
-    # Separate sums: an operator's results must not share memory.
+    # Two sums, because results of an operator must not share memory.
     return ds, dw[:, 0].sum(0).to(w_post.dtype), dw[:, 1].sum(0).to(w_pre.dtype)
 
 
@@ -194,7 +195,7 @@ def _save(ctx, inputs, output) -> None:
 
 def _backward(ctx, dy, dh, *_):
     s, w_post, w_pre, rstd = ctx.saved_tensors
-    dy = torch.zeros_like(s) if dy is None else dy  # only h went on
+    dy = torch.zeros_like(s) if dy is None else dy  # only h was used
     ds, dw_post, dw_pre = _gradients(s, w_post, w_pre, rstd, dy, dh)
     return ds, ds, dw_post, dw_pre, None, None
 
@@ -202,20 +203,27 @@ def _backward(ctx, dy, dh, *_):
 _norms = differentiable(_sandwich_norm, _save, _backward)
 
 
-@entrance(alike=("x", "residual"))
+@entrance(one_dtype=("x", "residual"))
 def sandwich_norm(
     x: Tensor, residual: Tensor, w_post: Tensor, w_pre: Tensor, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    """As reference.sandwich_norm: h = rms_norm(x + residual, w_post), y = rms_norm(h, w_pre).
+    """Close one half of a sandwich block and open the next, in one launch.
 
-    x, residual: (..., C), one dtype of fp32, fp16 and bf16.    w_post, w_pre: (C,) any of them.
-    Any strides.
-    Returns y and h, (..., C) in x's dtype; gradients: dx = dresidual in x's dtype, one tensor for
-    both, dw_post and dw_pre in their weights'; all computed in fp32, dh is not rounded between.
+        h = rms_norm(x + residual, w_post) (rounded to x's dtype);   y = rms_norm(h, w_pre)
+
+    x: the branch, (..., C), fp32, fp16 or bf16, any strides, C up to 16384
+    residual: the residual stream, (..., C), in x's dtype, any strides
+    w_post, w_pre: weights of the two norms, (C,), fp32, fp16 or bf16
+    eps: added to both mean squares
+
+    Returns y and h, both (..., C), in x's dtype. Gradients dx = dresidual, one tensor for both, in
+    x's dtype, and dw_post and dw_pre in those of the weights, are computed in fp32; the gradient of
+    h is not rounded.
     Raises ValueError if C is above 16384, or on another dtype or shape.
-    Forward: 5 N C numbers (x, residual, s, h, y), 4 N C without a backward pass. Backward: 4 N C
-    (s, dy, dh, ds), 3 N C if nothing but the second norm uses h. Saves N C numbers (s) and 2 N
-    fp32. To save x and residual instead would move as many bytes and keep twice as many.
+    Cost: forward 5 N C numbers (x, residual, s, h, y), or 4 N C without a backward pass. Backward
+    4 N C (s, dy, dh, ds), or 3 N C if only the second norm uses h. Saves N C numbers (s) and 2 N
+    fp32. Saving x and residual instead would move the same number of bytes and keep twice the
+    memory.
     Source: Geiping et al. 2025, arXiv:2502.05171, section 3.2.
     """
     check_rows(x, {"residual": residual}, {"w_post": w_post, "w_pre": w_pre})

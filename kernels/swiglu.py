@@ -1,7 +1,7 @@
-"""The MLP's activations in Triton: SwiGLU and GEGLU, which gate half a row by the other, and relu2.
+"""Activations of the MLP in Triton: SwiGLU and GEGLU, which gate one half of a row, and relu2.
 
-One kernel forward and one backward serve all three. Only the input is saved: the backward pass
-computes the gate again, which costs less than reading it would.
+One forward and one backward kernel serve all three. Only the input is saved. The backward pass
+computes the gate a second time, which costs less than reading it.
 """
 
 import math
@@ -17,7 +17,7 @@ from minillm.kernels._launch import DTYPES, launch, tile
 
 @triton.jit
 def _tile(N, F, blocks, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr):
-    """The rows and columns of this program; `blocks` neighbours lie side by side."""
+    """Return rows, columns and mask of this program; `blocks` programs share the same rows."""
     program = tl.program_id(0)
     rows = (program // blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     columns = (program % blocks) * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
@@ -26,7 +26,7 @@ def _tile(N, F, blocks, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr):
 
 @triton.jit
 def _gate(x, ACTIVATION: tl.constexpr):
-    """silu(x) or gelu(x), and its derivative; x fp32."""
+    """Return silu(x) or gelu(x), and its derivative; x is fp32."""
     if ACTIVATION == "silu":
         share = 1 / (1 + tl.exp(-x))
         slope = share * (1 + x * (1 - share))
@@ -73,7 +73,7 @@ def _swiglu_bwd_kernel(
 
 
 def _grid(kernel: str, N: int, F: int) -> tuple[tuple[int], int, dict[str, int]]:
-    """The grid, the programs a row of tiles, and the tile, for N rows of F results."""
+    """Return the grid, the programs in a row of tiles, and the tile, for N rows of F results."""
     options = tile("swiglu", kernel, F)
     blocks = triton.cdiv(F, options["BLOCK_F"])
     return (triton.cdiv(N, options["BLOCK_N"]) * blocks,), blocks, options
@@ -130,7 +130,7 @@ _gated = differentiable(_swiglu, _save, _backward)
 
 
 def _width(x: Tensor, activation: str) -> int:
-    """How many results a row of x has."""
+    """Return the number of results of a row of x."""
     return x.shape[-1] if activation == "relu2" else x.shape[-1] // 2
 
 
@@ -146,13 +146,17 @@ def _apply(x: Tensor, activation: str) -> Tensor:
 
 @entrance()
 def swiglu(x: Tensor) -> Tensor:
-    """As reference.swiglu: y = silu(gate) * up, x = [gate, up].
+    """Multiply one half of x by the SiLU of the other.
 
-    x: (..., 2F) fp32, fp16 or bf16, any strides.    Returns (..., F) in x's dtype.
-    Gradient: d gate = silu'(gate) up dy, d up = silu(gate) dy, in x's dtype; computed in fp32.
+        y = silu(gate) * up,   x = [gate, up],   silu(z) = z sigmoid(z)
+        dgate = silu'(gate) up dy,   dup = silu(gate) dy
+
+    x: gate and up, as one matrix product gives both, (..., 2F), fp32, fp16 or bf16, any strides
+
+    Returns y, (..., F), in x's dtype. The gradient, in x's dtype, is computed in fp32.
     Raises ValueError on another dtype or an odd width.
-    Reads x once and writes y once; saves x. Loads are of 128 bits where F and the rows' stride are
-    multiples of 16, narrower elsewhere.
+    Cost: reads x once and writes y once; saves x. Loads are 128 bits wide where F and the stride of
+    the rows are multiples of 16, and narrower elsewhere.
     Source: Shazeer 2020, arXiv:2002.05202, eq. 6.
     """
     return _apply(x, "silu")
@@ -160,8 +164,13 @@ def swiglu(x: Tensor) -> Tensor:
 
 @entrance()
 def geglu(x: Tensor) -> Tensor:
-    """As reference.geglu: y = gelu(gate) * up, x = [gate, up], gelu(z) = z Phi(z); else as swiglu.
+    """Multiply one half of x by the exact GELU of the other.
 
+        y = gelu(gate) * up,   x = [gate, up],   gelu(z) = z Phi(z)
+
+    x: gate and up, (..., 2F), fp32, fp16 or bf16, any strides
+
+    Returns y, (..., F), in x's dtype. Dtypes, errors and cost are those of `swiglu`.
     Source: Shazeer 2020, arXiv:2002.05202, eq. 6.
     """
     return _apply(x, "gelu")
@@ -169,9 +178,12 @@ def geglu(x: Tensor) -> Tensor:
 
 @entrance()
 def relu2(x: Tensor) -> Tensor:
-    """As reference.relu2: y = max(x, 0)^2, elementwise; gradient 2 max(x, 0) dy; else as swiglu.
+    """Return the squared ReLU of x, y = max(x, 0)^2; its gradient is 2 max(x, 0) dy.
 
-    x: any shape.
+    x: any shape, fp32, fp16 or bf16, any strides
+
+    Returns y, in x's shape and dtype. The gradient, in x's dtype, is computed in fp32.
+    Raises ValueError on another dtype.
     Source: So et al. 2021, arXiv:2109.08668, section 3.1.
     """
     return _apply(x, "relu2")

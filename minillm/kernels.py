@@ -1,4 +1,4 @@
-"""The bridge to kernels/: in a checkout it stands beside minillm/, in a wheel inside it."""
+"""Bridge to kernels/, which is next to minillm/ in a checkout and inside it in a wheel."""
 
 from pathlib import Path
 

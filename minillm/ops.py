@@ -1,22 +1,26 @@
-"""The switchboard: which functions the model calls. No other room of the model names kernels.
+"""The tables of operations that the model calls, and the choice between them.
 
-EAGER and the Triton table differ in speed only; select() chooses once, by argument, and says why.
+EAGER and Triton's table differ in speed only. select() chooses one for a whole run and says why.
+REFERENCE says what the operations mean; tests and the profiler compare the other two with it.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from types import ModuleType
 
 import torch
 
-from minillm.errors import UnavailableError, UsageError
-from minillm.kernels import eager
+from minillm.errors import UnavailableError, UsageError, parameter
 
 
 @dataclass(frozen=True)
 class Ops:
-    """The hot operations of the model, each with the signature of minillm.kernels.reference.
+    """Table of the operations, each with the signature of its function in kernels/reference/.
 
-    name: "eager" or "triton".    why: the reason for this table, to be printed.
+    The fields of type Callable are the one list of operations; the tables are made from it.
+
+    name: "reference", "eager" or "triton"
+    why: reason for the choice of this table, to be printed
     """
 
     name: str
@@ -38,24 +42,51 @@ class Ops:
     why: str = ""
 
 
-EAGER = Ops(
-    name="eager",
-    rms_norm=eager.rms_norm,
-    add_rms_norm=eager.add_rms_norm,
-    sandwich_norm=eager.sandwich_norm,
-    rope=eager.rope,
-    rope_cache=eager.rope_cache,
-    attention=eager.attention,
-    decode_attention=eager.decode_attention,
-    swiglu=eager.swiglu,
-    geglu=eager.geglu,
-    relu2=eager.relu2,
-    linear_cross_entropy=eager.linear_cross_entropy,
-    adamw=eager.adamw,
-    newton_schulz=eager.newton_schulz,
-    sample=eager.sample,
-    uniform=eager.uniform,
-)
+OPERATIONS = tuple(field.name for field in fields(Ops) if field.type is Callable)
+
+
+def _table(name: str, *files: ModuleType) -> Ops:
+    """Return the table of the operations that the files define."""
+    found = {op: getattr(file, op) for file in files for op in OPERATIONS if hasattr(file, op)}
+    return Ops(name, **found)
+
+
+def _reference() -> Ops:
+    from minillm.kernels.reference import attention, loss, mlp, norms, optim, rope, sampling
+
+    return _table("reference", norms, rope, attention, mlp, loss, optim, sampling)
+
+
+def _eager() -> Ops:
+    from minillm.kernels.eager import attention, loss, mlp, norms, optim, rope, sampling
+
+    return _table("eager", norms, rope, attention, mlp, loss, optim, sampling)
+
+
+def _triton() -> Ops:
+    """Return the table of our kernels; Triton is imported here and not before."""
+    from minillm.kernels import (
+        adamw,
+        attention,
+        decode_attention,
+        linear_cross_entropy,
+        newton_schulz,
+        rms_norm,
+        rope,
+        rope_cache,
+        sample,
+        sandwich_norm,
+        swiglu,
+    )
+
+    return _table(
+        "triton", rms_norm, sandwich_norm, rope, rope_cache, attention, decode_attention, swiglu,
+        linear_cross_entropy, adamw, newton_schulz, sample,
+    )  # fmt: skip
+
+
+REFERENCE = _reference()
+EAGER = _eager()
 
 
 def select(
@@ -67,43 +98,47 @@ def select(
     vocab_size: int | None = 0,
     dropout: float = 0.0,
 ) -> Ops:
-    """The table called `name` for `device`.
+    """Return the table called `name` for `device`.
 
-    name: "eager"; "triton"; or "auto", which takes Triton on a GPU where it can run the model, and
-    eager otherwise. The whole table is one or the other.
-    d_model, d_head, vocab_size, dropout: of the model that will use it, where there is one.
-    Raises UnavailableError if "triton" cannot run, with the reason; UsageError on another name.
+    name: "eager"; "triton"; or "auto", which is Triton on a GPU that can run the model with it, and
+        eager otherwise
+    d_model, d_head, vocab_size, dropout: of the model that will use the table (0: not known)
+
+    Raises UsageError on another name, and UnavailableError with the reason if "triton" cannot run.
     """
     device = torch.device(device)
     if name == "eager":
         return replace(EAGER, why="asked for")
     if name not in ("auto", "triton"):
-        raise UsageError(f"--kernels {name!r} is not one of auto, eager, triton")
+        raise UsageError(f"{parameter('kernels')} {name!r}: expected auto, eager or triton")
     if name == "auto" and device.type == "cpu":
         return replace(EAGER, why="on a CPU")
-    obstacle = _of_the_model(d_model, d_head, vocab_size, dropout) or _of_the_machine(device)
+    obstacle = _obstacle_of_model(d_model, d_head, vocab_size, dropout) or _obstacle_of(device)
     if obstacle is None:
         return replace(_triton(), why="asked for" if name == "triton" else "on a GPU")
     if name == "triton":
-        raise UnavailableError(f"--kernels triton: {obstacle}; use --kernels eager or auto")
+        kernels = parameter("kernels")
+        raise UnavailableError(f"{kernels} triton: {obstacle}; use {kernels} eager or auto")
     return replace(EAGER, why=obstacle)
 
 
-def _of_the_model(d_model: int, d_head: int, vocab_size: int | None, dropout: float) -> str | None:
-    """Why the kernels cannot run such a model; None if they can."""
+def _obstacle_of_model(
+    d_model: int, d_head: int, vocab_size: int | None, dropout: float
+) -> str | None:
+    """Return why the kernels cannot run such a model, or None if they can."""
     if dropout:
-        return f"the attention kernel has no dropout (--dropout {dropout:g})"
+        return f"the attention kernel has no dropout (dropout is {dropout:g})"
     if d_head > 128:
-        return f"the attention kernel's heads are at most 128 wide (--d-head {d_head})"
+        return f"the attention kernel's heads are at most 128 wide (d_head is {d_head})"
     if d_model > 16384:
-        return f"the norm's kernel takes rows of at most 16384 (--d-model {d_model})"
+        return f"the kernel of the norms takes rows of at most 16384 (d_model is {d_model})"
     if (vocab_size or 0) > 262144:
-        return f"the kernels of the head take at most 262144 tokens (--vocab-size {vocab_size})"
+        return f"the kernels of the head take at most 262144 tokens (vocab_size is {vocab_size})"
     return None
 
 
-def _of_the_machine(device: torch.device) -> str | None:
-    """Why the kernels cannot run on `device`, found out by running the smallest; None if they can.
+def _obstacle_of(device: torch.device) -> str | None:
+    """Return why the kernels cannot run on `device`, or None if they can. It runs the smallest one.
 
     On a CPU they run only where Triton's own variable TRITON_INTERPRET=1 has them interpreted.
     """
@@ -119,42 +154,8 @@ def _of_the_machine(device: torch.device) -> str | None:
         return f"{torch.cuda.get_device_name(device)} is older than sm_80, the oldest supported"
     try:
         y = rms_norm.rms_norm(torch.ones(1, 16, device=device), torch.ones(16, device=device))
-        right = (y - 1).abs().max().item() < 1e-3  # false of NaN
-    except Exception as e:  # whatever the compiler or the driver says is the reason
+        right = (y - 1).abs().max().item() < 1e-3  # False if y is nan
+    except Exception as e:  # any error of the compiler or the driver is the reason
         first_line = (str(e).strip() or type(e).__name__).splitlines()[0]
         return f"Triton fails on {device}: {first_line}"
-    return None if right else f"Triton computes wrongly on {device}"
-
-
-def _triton() -> Ops:
-    """The table of our kernels; Triton is imported here and not before."""
-    from minillm.kernels import (
-        adamw,
-        attention,
-        decode_attention,
-        linear_cross_entropy,
-        newton_schulz,
-        rms_norm,
-        rope,
-        sample,
-        swiglu,
-    )
-
-    return Ops(
-        name="triton",
-        rms_norm=rms_norm.rms_norm,
-        add_rms_norm=rms_norm.add_rms_norm,
-        sandwich_norm=rms_norm.sandwich_norm,
-        rope=rope.rope,
-        rope_cache=rope.rope_cache,
-        attention=attention.attention,
-        decode_attention=decode_attention.decode_attention,
-        swiglu=swiglu.swiglu,
-        geglu=swiglu.geglu,
-        relu2=swiglu.relu2,
-        linear_cross_entropy=linear_cross_entropy.linear_cross_entropy,
-        adamw=adamw.adamw,
-        newton_schulz=newton_schulz.newton_schulz,
-        sample=sample.sample,
-        uniform=sample.uniform,
-    )
+    return None if right else f"Triton computes wrong results on {device}"

@@ -26,7 +26,6 @@ from minillm.runtime import device as world
 
 PROMPTS = ("def ", "import ", "class ", "    return ", '"""')
 TOKENS, ROUNDS = 100, 5
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def main() -> None:
@@ -35,12 +34,12 @@ def main() -> None:
     p.add_argument("run", type=Path)
     p.add_argument("--recurrence", type=int, nargs="+", default=[4, 8, 16])
     p.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
-    p.add_argument("--dtype", default="fp32", choices=tuple(DTYPES))
+    p.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"))
     p.add_argument("--out", type=Path, default=HERE, help="folder for the table")
     args = p.parse_args()
     torch.set_num_threads(1)
     device = world.pick_device(args.device)
-    model, tokenizer, _ = load_run(args.run, device=device, dtype=DTYPES[args.dtype])
+    model, tokenizer, _ = load_run(args.run, device=device, dtype=world.DTYPES[args.dtype])
     lines = ["| temperature | verified at | drafted at | lookahead | accepted | plain tokens/s "
              "| times as fast | texts that differ |",
              "|--:|--:|--:|--:|--:|--:|--:|--:|"]  # fmt: skip

@@ -50,7 +50,7 @@ def main() -> None:
         most = {kind: max(each[kind] for each in every) for kind in KINDS}
         total, formula = (sum(x[kind] for kind in KINDS) for x in (most, stated))
         cells = [f"{most[k] / 2**20:.2f} ({stated[k] / 2**20:.2f})" for k in KINDS]
-        name = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+        name = world.dtype_name(dtype)
         off = f"{total / 2**20:.2f} | {100 * (total / formula - 1):+.2f} %"
         lines.append(f"| {optimizer} | {name} | {stage} | " + " | ".join(cells) + f" | {off} |")
     if ranks.rank == 0:

@@ -31,7 +31,7 @@ def parse(argv: Sequence[str]) -> Namespace:
 
 
 def suites(args: Namespace) -> tuple[str, ...]:
-    """Return the suites to run, in order; `kernels` if nothing at all is asked for."""
+    """Return the suites to run, in order; `kernels` if the flags name none."""
     names = () if args.tune is None else ("tune",)
     if args.suite or not (args.trace or names):
         names += SUITES if args.suite == "all" else (args.suite or "kernels",)
@@ -40,16 +40,17 @@ def suites(args: Namespace) -> tuple[str, ...]:
 
 def _check(args: Namespace, names: tuple[str, ...]) -> None:
     if args.op and not set(names) & set(BY_OP):
-        raise UsageError(f"--op is of {', '.join(BY_OP)}; leave it out, or add --suite kernels")
+        suites = ", ".join(BY_OP)
+        raise UsageError(f"--op: only {suites} take it; leave it out, or add --suite kernels")
     if args.full and args.suite not in ("audit", "all"):
-        raise UsageError("--full is of the audit; add --suite audit or all")
+        raise UsageError("--full: only the audit takes it; add --suite audit or all")
     if args.dtype and set(names) <= {"audit", "tune"}:
-        raise UsageError("--dtype is not of the audit, nor of --tune: they take each that ships")
+        raise UsageError("--dtype: the audit and --tune take every dtype; leave it out")
     if names:
         check_place("--out", args.out or Path("benchmarks"))
     if args.trace:
         if args.trace.is_dir():
-            raise UsageError(f"--trace {args.trace} is a folder; name a file")
+            raise UsageError(f"--trace {args.trace}: is a folder; name a file")
         if os.path.lexists(args.trace):
             raise UsageError(f"--trace {args.trace}: exists already; name a new file")
         check_place("--trace", args.trace.parent)

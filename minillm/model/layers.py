@@ -40,7 +40,7 @@ class Head(Linear):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * w, see minillm.kernels.reference.rms_norm."""
+    """x / rms(x) * w, see minillm.kernels.reference.norms.rms_norm."""
 
     def __init__(self, width: int, eps: float, ops: Ops) -> None:
         super().__init__()

@@ -181,7 +181,7 @@ def squares(tensors: list[Tensor]) -> Tensor:
 class AdamW(torch.optim.AdamW):
     """PyTorch's AdamW, all parameters of all groups stepped by one call of the table's operation.
 
-    See minillm.kernels.reference.adamw for the formula. The state is PyTorch's own.
+    See minillm.kernels.reference.optim.adamw for the formula. The state is PyTorch's own.
     """
 
     def __init__(

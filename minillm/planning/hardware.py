@@ -22,7 +22,6 @@ from minillm.runtime.units import digits, si, size
 PCIE_GBS, NETWORK_GBS = 32.0, 1.5625
 USABLE_GPU = 0.9  # of a GPU's memory: what CUDA, NCCL and fragmentation take is not counted
 USABLE_CPU = 0.5  # of a CPU's free memory, as training takes it (microbatch.SHARE)
-NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,7 @@ def _described(args: Namespace, train: TrainConfig, card: Card | None) -> Hardwa
     capacity = _gpu_memory(None if gib is None else gib * GIB, notes)
     network = _network(args, card)
     speeds = _speeds(args, train, peak, 1e9 * memory, network, notes)
-    dtype = NAMES[word]
+    dtype = world.DTYPES[word]
     return Hardware(name, "GPU", card, dtype, capacity, speeds, network, False, tuple(notes))
 
 

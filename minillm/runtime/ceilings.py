@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
+from minillm.runtime.device import DTYPES
 from minillm.runtime.stopwatch import LEAST, Trial, on_gpu
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def name(device: torch.device) -> str:

@@ -11,6 +11,8 @@ import torch
 from minillm.errors import UnavailableError, UsageError
 from minillm.runtime.launch import World as World, launched as launched
 
+# The dtypes that flags, files and reports name, by those names.
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PRODUCT = 512  # side of the matrix product that is timed: 0.27 GFLOP, a millisecond or two
 
 
@@ -55,7 +57,12 @@ def pick_dtype(name: str, device: torch.device, width: int) -> torch.dtype:
             return torch.bfloat16 if native else torch.float16
         fast = device.type == "cpu" and cpu_has_bf16()
         return torch.bfloat16 if fast and width >= 64 else torch.float32
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    return DTYPES[name]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype in DTYPES, "bf16" for torch.bfloat16."""
+    return next(name for name, known in DTYPES.items() if known == dtype)
 
 
 def cpu_has_bf16() -> bool:

@@ -12,7 +12,7 @@ import pytest
 
 from minillm import __version__
 from minillm.flags import profile
-from minillm.profiling.timing.sizes import OPS
+from minillm.profiling.catalogue.problem import CATALOGUE
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="needs the checkout")
@@ -140,4 +140,4 @@ def test_fsdp_is_imported_where_it_is_used():
 
 
 def test_profiles_operations_are_those_that_have_sizes():
-    assert set(profile.OPERATIONS) == set(OPS)
+    assert set(profile.OPERATIONS) == set(CATALOGUE)

@@ -137,7 +137,11 @@ PLANTED = [
         "plan may not import",
     ),
     ("minillm/commands/plan.py", "from minillm.kernels import eager", "plan names kernels; only"),
-    ("kernels/eager.py", "from minillm.errors import UsageError", "eager knows more than kernels"),
+    (
+        "kernels/eager/mlp.py",
+        "from minillm.errors import UsageError",
+        "mlp knows more than kernels",
+    ),
     ("minillm/pantry/jam.py", '"""Jam."""', "minillm.pantry.jam: there is no wing pantry"),
 ]
 

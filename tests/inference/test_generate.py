@@ -9,10 +9,9 @@ import torch
 from minillm.config.model import POSITIONS, ModelConfig
 from minillm.errors import UsageError
 from minillm.inference.generate import generate, penalise
-from minillm.kernels import reference
 from minillm.model.gpt import GPT
 from minillm.model.kv_cache import KVCache
-from minillm.ops import EAGER
+from minillm.ops import EAGER, REFERENCE
 from tests.support.broad import broad
 
 SHAPE = {"vocab_size": 40, "seq_len": 16, "n_layer": 2, "n_head": 4, "d_model": 32, "d_ff": 64}
@@ -89,8 +88,8 @@ def test_beyond_seq_len_the_context_is_cut_to_its_last_half(position, length):
     for made in range(50):
         read = len(text) if len(text) < first else half + (len(text) - first) % period
         logits = model(torch.tensor([text[-read:]]))[:, -1]
-        u = reference.uniform(3, torch.tensor([0]), torch.tensor([made]))
-        text.append(int(reference.sample(logits, u, temperature=1.0, top_p=0.9)))
+        u = REFERENCE.uniform(3, torch.tensor([0]), torch.tensor([made]))
+        text.append(int(REFERENCE.sample(logits, u, temperature=1.0, top_p=0.9)))
     assert rows(model, [prompt], max_tokens=50, **SAMPLED) == [text[length:]]
     assert len(set(text[length:])) > 5
 

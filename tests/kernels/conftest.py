@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minillm.kernels import reference
+from minillm.ops import REFERENCE
 
 SERIAL = count()
 
@@ -75,7 +75,7 @@ def check() -> Callable[..., None]:
     """
 
     def run(op: Callable, inputs: dict[str, Tensor], **others) -> None:
-        plain = getattr(reference, op.__name__)
+        plain = getattr(REFERENCE, op.__name__)
         compare(
             results(op, inputs, others, 0),
             results(plain, inputs, others, 0),

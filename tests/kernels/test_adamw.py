@@ -4,8 +4,9 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from minillm.kernels import adamw as room, reference
+from minillm.kernels import adamw as room
 from minillm.kernels.adamw import adamw
+from minillm.ops import REFERENCE
 from tests.support.broad import broad, searched
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -41,8 +42,8 @@ def stepped(op, shapes, grad, copy, device, steps=3, wide=torch.float32, **optio
 def check_steps(compare, *args, op=adamw, **options):
     compare(
         stepped(op, *args, **options),
-        stepped(reference.adamw, *args, **options),
-        stepped(reference.adamw, *args, wide=torch.float64, **options),
+        stepped(REFERENCE.adamw, *args, **options),
+        stepped(REFERENCE.adamw, *args, wide=torch.float64, **options),
     )
 
 
@@ -84,8 +85,8 @@ def test_late_step(compare, device):
         op(lists[0], g, *lists[1:], 5000, lr=[1e-2], weight_decay=[0.1])
         return lists[0] + lists[1] + lists[2]
 
-    results = [late(op, torch.float32) for op in (adamw, reference.adamw)]
-    compare(*results, late(reference.adamw, torch.float64))
+    results = [late(op, torch.float32) for op in (adamw, REFERENCE.adamw)]
+    compare(*results, late(REFERENCE.adamw, torch.float64))
 
 
 def test_views(compare, device, launches):
@@ -109,12 +110,12 @@ def test_views(compare, device, launches):
     assert launches == {"_adamw_kernel": 2}
     ours = [x.clone() for x in p + m + v + halves]
     p, m, v = lists(0)
-    reference.adamw(p, grads, m, v, 1, lr=[1e-2] * 2, weight_decay=[0.1] * 2, copies=halves)
+    REFERENCE.adamw(p, grads, m, v, 1, lr=[1e-2] * 2, weight_decay=[0.1] * 2, copies=halves)
     plain = [x.clone() for x in p + m + v + halves]
     p, m, v = ([x.double() for x in xs] for xs in lists(0))
     wide = [x.double() for x in halves]
     grads = [x.double() for x in grads]
-    reference.adamw(p, grads, m, v, 1, lr=[1e-2] * 2, weight_decay=[0.1] * 2, copies=wide)
+    REFERENCE.adamw(p, grads, m, v, 1, lr=[1e-2] * 2, weight_decay=[0.1] * 2, copies=wide)
     compare(ours, plain, p + m + v + wide)
     outside = aligned[:3, :4], aligned[:3, n + 4 :], shifted[:3, :3], shifted[:3, n + 3 :]
     copied = copies[0, :8], copies[0, n + 8 :], copies[1, :1], copies[1, n + 1 :]

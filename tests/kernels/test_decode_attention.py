@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from minillm.kernels import _launch, decode_attention as room, reference
+from minillm.kernels import _launch, decode_attention as room
 from minillm.kernels.decode_attention import decode_attention
+from minillm.ops import REFERENCE
 from tests.support.broad import broad, searched
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -50,8 +51,8 @@ def check(compare, q, k, v, lengths=None, op=decode_attention, **others):
     wide = (x.double() for x in (q, k, v))
     compare(
         [op(q, k, v, lengths, **others)],
-        [reference.decode_attention(q, k, v, lengths, **others)],
-        [reference.decode_attention(*wide, lengths, **double)],
+        [REFERENCE.decode_attention(q, k, v, lengths, **others)],
+        [REFERENCE.decode_attention(*wide, lengths, **double)],
     )
 
 
@@ -103,7 +104,7 @@ def test_a_view_of_a_bigger_cache(compare, device, dtype):
 def test_what_lies_beyond_the_length_is_not_read(compare, device):
     q, k, v = inputs(device, torch.float32, 3, 2, 200)
     lengths = torch.tensor([2, 65, 130], device=device)
-    clean = reference.decode_attention(q, k, v, lengths)
+    clean = REFERENCE.decode_attention(q, k, v, lengths)
     beyond = torch.arange(200, device=device) >= lengths[:, None]
     for x in (k, v):
         x[beyond] = torch.nan
@@ -120,7 +121,7 @@ def test_padding_is_zero(device, S):
     lengths = torch.tensor([min(2, S), 0], device=device)
     y = decode_attention(q, k, v, lengths)
     if S:
-        late = reference.decode_attention(q[:1, 2:], k[:1], v[:1], lengths[:1])
+        late = REFERENCE.decode_attention(q[:1, 2:], k[:1], v[:1], lengths[:1])
         torch.testing.assert_close(y[:1, 2:], late)
     assert not y[0, : 2 if S else 4].any() and not y[1].any()
 

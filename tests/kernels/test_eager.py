@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minillm.kernels import eager, eager_attention, eager_loss, reference
+from minillm.kernels.eager import attention as eager_attention, loss as eager_loss
+from minillm.ops import EAGER, REFERENCE
 from tests.support.broad import broad
 
 B, H, G, D, C = 2, 4, 2, 8, 24
@@ -122,10 +123,10 @@ def test_value_and_gradients(generator, no_worse, name, dtype, T, contiguous):
     before = {n: x.clone() for n, x in inputs.items()}
 
     truth = outputs_and_gradients(
-        getattr(reference, op), widened(inputs), widened(options), weights
+        getattr(REFERENCE, op), widened(inputs), widened(options), weights
     )
-    yardstick = outputs_and_gradients(getattr(reference, op), inputs, options, weights)
-    ours = outputs_and_gradients(getattr(eager, op), inputs, options, weights)
+    yardstick = outputs_and_gradients(getattr(REFERENCE, op), inputs, options, weights)
+    ours = outputs_and_gradients(getattr(EAGER, op), inputs, options, weights)
     largest = 0.0
     if op == "attention":  # dq and dk sum scale p (dp - mean dp) k, and dp = dy v^T is the largest
         dp = torch.einsum("bthd,bshd->bhts", weights[0], inputs["v"].float().repeat_interleave(
@@ -134,7 +135,7 @@ def test_value_and_gradients(generator, no_worse, name, dtype, T, contiguous):
         largest = options.get("scale", D**-0.5) * dp.abs().max().item() * factor
     no_worse(ours, yardstick, truth, largest)
     with torch.no_grad():  # another path in bf16
-        ys = getattr(eager, op)(**inputs, **options)
+        ys = getattr(EAGER, op)(**inputs, **options)
     n = len(ys) if isinstance(ys, tuple) else 1
     no_worse(ys if n > 1 else [ys], yardstick[:n], truth[:n])
     for n, x in inputs.items():
@@ -149,10 +150,10 @@ def test_attention_in_parts_of_the_batch(monkeypatch, generator, rows):
         torch.randn(5, T, H, D, generator=generator).bfloat16().requires_grad_() for _ in range(3)
     )
     dy = torch.randn(5, T, H, D, generator=generator).bfloat16()
-    together = torch.autograd.grad(eager.attention(q, k, v, window=3), (q, k, v), dy)
+    together = torch.autograd.grad(EAGER.attention(q, k, v, window=3), (q, k, v), dy)
     for b in range(5):
         row = [x[b : b + 1].detach().requires_grad_() for x in (q, k, v)]
-        alone = torch.autograd.grad(eager.attention(*row, window=3), row, dy[b : b + 1])
+        alone = torch.autograd.grad(EAGER.attention(*row, window=3), row, dy[b : b + 1])
         for x, y in zip(together, alone, strict=True):
             torch.testing.assert_close(x[b : b + 1], y, rtol=2**-7, atol=2**-7)  # a bf16 ulp of 1
 
@@ -174,13 +175,13 @@ def test_rope_cache(generator, no_worse, dtype, weights, positions):
         into = [wide(t.clone()) for t in caches]
         return [room.rope_cache(*x, *into, where, *map(wide, norms)), *into]
 
-    plain = run(reference, lambda t: t)
-    no_worse(run(eager, lambda t: t), plain, run(reference, torch.Tensor.double))
+    plain = run(REFERENCE, lambda t: t)
+    no_worse(run(EAGER, lambda t: t), plain, run(REFERENCE, torch.Tensor.double))
     # Said once more, from rope: the rows lie where they should and the others are untouched.
     starts = torch.as_tensor(where).expand(B)
     for b in range(B):
         rows = slice(int(starts[b]), int(starts[b]) + T)
-        mine = reference.rope(q[b : b + 1], k[b : b + 1], *(t[rows] for t in tables), *norms)
+        mine = REFERENCE.rope(q[b : b + 1], k[b : b + 1], *(t[rows] for t in tables), *norms)
         assert torch.equal(plain[0][b], mine[0][0])
         for cache, before, new in zip(plain[1:], caches, (mine[1][0], v[b]), strict=True):
             expected = before[b].clone()
@@ -207,7 +208,7 @@ def test_adamw(generator, no_worse, scaled):
         return [*params, *m, *v]
 
     no_worse(
-        run(eager, lambda t: t), run(reference, lambda t: t), run(reference, torch.Tensor.double)
+        run(EAGER, lambda t: t), run(REFERENCE, lambda t: t), run(REFERENCE, torch.Tensor.double)
     )
 
 
@@ -215,7 +216,7 @@ def test_uniform():
     """Equal to the reference bit for bit, whatever the seed."""
     rows, made = torch.tensor([0, 1, 5, 2**40]), torch.tensor([3, 0, 7, 2**33])
     for seed in (0, 1337, 2**63, 2**64 - 1, 2**64 + 3, -5):
-        assert torch.equal(eager.uniform(seed, rows, made), reference.uniform(seed, rows, made))
+        assert torch.equal(EAGER.uniform(seed, rows, made), REFERENCE.uniform(seed, rows, made))
 
 
 DECODES = {
@@ -241,26 +242,26 @@ def test_decode_attention(generator, no_worse, name, dtype, T, lengths):
     room = torch.randn(2, B, S + 5, G, D, generator=generator).to(dtype)  # as a cache hands it out
     k, v = room[0, :, :S], room[1, :, :S]
     ends = None if lengths is None else torch.tensor(lengths)
-    truth = reference.decode_attention(q.double(), k.double(), v.double(), ends, **widened(options))
-    ours = eager.decode_attention(q, k, v, ends, **options)
-    yardstick = reference.decode_attention(q, k, v, ends, **options)
+    truth = REFERENCE.decode_attention(q.double(), k.double(), v.double(), ends, **widened(options))
+    ours = EAGER.decode_attention(q, k, v, ends, **options)
+    yardstick = REFERENCE.decode_attention(q, k, v, ends, **options)
     no_worse([ours], [yardstick], [truth])
 
 
 def test_attention_takes_an_empty_batch():
     q = torch.zeros(0, 3, H, D)
-    assert eager.attention(q, q, q).shape == reference.attention(q, q, q).shape == (0, 3, H, D)
+    assert EAGER.attention(q, q, q).shape == REFERENCE.attention(q, q, q).shape == (0, 3, H, D)
 
 
 def test_dropout_is_on_the_probabilities():
     x = torch.ones(1, 16, 2, 4, requires_grad=True)
     torch.manual_seed(1)
-    y = eager.attention(x, x, x, dropout=0.5)
+    y = EAGER.attention(x, x, x, dropout=0.5)
     # Query i keeps n of i + 1 equal probabilities, each doubled: 2 n / (i + 1).
     counts = y[0, :, 0, 0] * torch.arange(1, 17) / 2
     torch.testing.assert_close(counts, counts.round(), rtol=0, atol=1e-5)
     assert len(set(counts.round().tolist())) > 4
-    assert eager.attention(x, x, x).allclose(x)
+    assert EAGER.attention(x, x, x).allclose(x)
 
 
 HEADS = {
@@ -295,12 +296,12 @@ def test_linear_cross_entropy_in_chunks(monkeypatch, generator, name, rows):
     inputs, targets = head_inputs(generator, ignored=options.get("ignore_index", -100))
     options = {**options, "targets": targets}
     weights = [torch.tensor(0.7)]
-    truth = outputs_and_gradients(reference.linear_cross_entropy, inputs, options, weights)
-    ours = outputs_and_gradients(eager.linear_cross_entropy, inputs, options, weights)
+    truth = outputs_and_gradients(REFERENCE.linear_cross_entropy, inputs, options, weights)
+    ours = outputs_and_gradients(EAGER.linear_cross_entropy, inputs, options, weights)
     for y, exact in zip(ours, truth, strict=True):
         torch.testing.assert_close(y, exact, rtol=1e-12, atol=1e-12)
     with torch.no_grad():
-        y = eager.linear_cross_entropy(**inputs, **options)
+        y = EAGER.linear_cross_entropy(**inputs, **options)
     torch.testing.assert_close(y, truth[0], rtol=1e-12, atol=1e-12)
 
 
@@ -310,7 +311,7 @@ def test_linear_cross_entropy_gradcheck(monkeypatch, generator, name):
     options = HEADS[name]
     inputs, targets = head_inputs(generator, ignored=options.get("ignore_index", -100))
     x, w = (t.requires_grad_() for t in inputs.values())
-    head = eager.linear_cross_entropy
+    head = EAGER.linear_cross_entropy
     assert torch.autograd.gradcheck(lambda x, w: head(x, w, targets, **options), (x, w))
 
 
@@ -343,9 +344,9 @@ def test_linear_cross_entropy_in_low_precision(
     inputs, targets = head_inputs(generator, *dtypes, ignored, contiguous)
     options = {**HEADS[name], "targets": targets}
     weights = [torch.tensor(0.7)]
-    truth = outputs_and_gradients(reference.linear_cross_entropy, widened(inputs), options, weights)
+    truth = outputs_and_gradients(REFERENCE.linear_cross_entropy, widened(inputs), options, weights)
     yardstick = outputs_and_gradients(plain_head, inputs, options, weights)
-    ours = outputs_and_gradients(eager.linear_cross_entropy, inputs, options, weights)
+    ours = outputs_and_gradients(EAGER.linear_cross_entropy, inputs, options, weights)
     assert [y.dtype for y in ours] == [torch.float32, *dtypes]
     no_worse(ours, yardstick, truth)
 
@@ -353,7 +354,7 @@ def test_linear_cross_entropy_in_low_precision(
 def test_linear_cross_entropy_when_no_row_counts(generator):
     inputs, targets = head_inputs(generator)
     targets[:] = -100
-    for op in (reference.linear_cross_entropy, eager.linear_cross_entropy):
+    for op in (REFERENCE.linear_cross_entropy, EAGER.linear_cross_entropy):
         assert op(**inputs, targets=targets).isnan()
 
 
@@ -362,13 +363,13 @@ def test_linear_cross_entropy_refuses_targets_outside_the_vocabulary(generator, 
     inputs, targets = head_inputs(generator)
     targets[3] = target
     with pytest.raises((IndexError, RuntimeError)):
-        eager.linear_cross_entropy(**inputs, targets=targets)
+        EAGER.linear_cross_entropy(**inputs, targets=targets)
 
 
 def test_linear_cross_entropy_refuses_second_derivatives(generator):
     inputs, targets = head_inputs(generator)
     x, w = (t.requires_grad_() for t in inputs.values())
-    loss = eager.linear_cross_entropy(x, w, targets).square()
+    loss = EAGER.linear_cross_entropy(x, w, targets).square()
     (dx,) = torch.autograd.grad(loss, x, create_graph=True)
     with pytest.raises(RuntimeError, match="autograd formula|does not require grad"):
         dx.sum().backward()
@@ -377,7 +378,7 @@ def test_linear_cross_entropy_refuses_second_derivatives(generator):
 def test_linear_cross_entropy_leaves_its_gradients_alone(generator):
     inputs, targets = head_inputs(generator)
     x, w = (t.requires_grad_() for t in inputs.values())
-    loss = eager.linear_cross_entropy(x, w, targets)
+    loss = EAGER.linear_cross_entropy(x, w, targets)
     first = torch.autograd.grad(loss, (x, w), retain_graph=True)
     twice = torch.autograd.grad(2 * loss, (x, w))
     for a, b in zip(first, twice, strict=True):
@@ -388,16 +389,16 @@ def test_linear_cross_entropy_leaves_its_gradients_alone(generator):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_newton_schulz(generator, no_worse, dtype, shape):
     g = torch.randn(shape, generator=generator).to(dtype)
-    truth = reference.newton_schulz(g.double())
-    no_worse([eager.newton_schulz(g)], [reference.newton_schulz(g)], [truth])
+    truth = REFERENCE.newton_schulz(g.double())
+    no_worse([EAGER.newton_schulz(g)], [REFERENCE.newton_schulz(g)], [truth])
 
 
 @pytest.mark.parametrize("shape", [(32, 48), (3, 48, 32)], ids=str)
 def test_newton_schulz_in_bf16_still_points_the_same_way(generator, shape):
     g = torch.randn(shape, generator=generator)
-    y = eager.newton_schulz(g.bfloat16())
+    y = EAGER.newton_schulz(g.bfloat16())
     assert y.dtype == torch.bfloat16
-    y, truth = y.float(), reference.newton_schulz(g)
+    y, truth = y.float(), REFERENCE.newton_schulz(g)
     cosine = (y * truth).sum() / (y.norm() * truth.norm())
     assert cosine > 0.99
     values = torch.linalg.svdvals(y)
@@ -406,18 +407,18 @@ def test_newton_schulz_in_bf16_still_points_the_same_way(generator, shape):
 
 def test_newton_schulz_of_nothing_is_nothing():
     zero = torch.zeros(2, 3, 4)
-    assert eager.newton_schulz(zero).equal(zero)
+    assert EAGER.newton_schulz(zero).equal(zero)
 
 
 def test_sample_is_the_reference():
-    assert eager.sample is reference.sample
+    assert EAGER.sample is REFERENCE.sample
 
 
 # The peak only ever rises, so the thrifty way comes first; numbers in MiB, after a small warm-up.
 MEASURE = """
 import torch
 import torch.nn.functional as F
-from minillm.kernels import eager
+from minillm.ops import EAGER
 from minillm.runtime.device import peak_memory
 torch.set_num_threads(1)
 
@@ -431,9 +432,9 @@ def run(head, N, C, V):
     return peak() - before
 
 plain = lambda x, w, targets: F.cross_entropy(F.linear(x, w), targets)
-for head in (eager.linear_cross_entropy, plain):
+for head in (EAGER.linear_cross_entropy, plain):
     run(head, 64, 64, 64)
-for head in (eager.linear_cross_entropy, plain):
+for head in (EAGER.linear_cross_entropy, plain):
     print(run(head, N=2048, C=384, V=50304))
 """
 

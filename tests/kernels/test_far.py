@@ -12,9 +12,11 @@ from minillm.kernels.attention import attention
 from minillm.kernels.decode_attention import decode_attention
 from minillm.kernels.linear_cross_entropy import linear_cross_entropy
 from minillm.kernels.newton_schulz import newton_schulz, xxt
-from minillm.kernels.rms_norm import add_rms_norm, rms_norm, sandwich_norm
-from minillm.kernels.rope import rope, rope_cache
+from minillm.kernels.rms_norm import add_rms_norm, rms_norm
+from minillm.kernels.rope import rope
+from minillm.kernels.rope_cache import rope_cache
 from minillm.kernels.sample import sample
+from minillm.kernels.sandwich_norm import sandwich_norm
 from minillm.kernels.swiglu import geglu, relu2, swiglu
 
 FAR, HALF = (1 << 31) + 16, 1 << 30  # HALF overflows when it is taken twice

@@ -11,29 +11,28 @@ import torch
 from minillm.kernels import (
     attention,
     decode_attention,
-    eager,
     linear_cross_entropy,
-    reference,
     sample as sampling,
 )
+from minillm.ops import EAGER, REFERENCE
 from tests.support.broad import broad
 
 ATTENTIONS = {
-    "reference": reference.attention,
-    "eager": eager.attention,
+    "reference": REFERENCE.attention,
+    "eager": EAGER.attention,
     "triton": attention.attention,
 }
 DECODES = {
-    "reference": reference.decode_attention,
-    "eager": eager.decode_attention,
+    "reference": REFERENCE.decode_attention,
+    "eager": EAGER.decode_attention,
     "triton": decode_attention.decode_attention,
 }
 LOSSES = {
-    "reference": reference.linear_cross_entropy,
-    "eager": eager.linear_cross_entropy,
+    "reference": REFERENCE.linear_cross_entropy,
+    "eager": EAGER.linear_cross_entropy,
     "triton": linear_cross_entropy.linear_cross_entropy,
 }
-SAMPLES = {"eager": eager.sample, "triton": sampling.sample}
+SAMPLES = {"eager": EAGER.sample, "triton": sampling.sample}
 B, S, H, G, D = 3, 40, 4, 2, 8
 SLOPES = torch.tensor([0.5, 0.25, 0.3, 0.1])
 OPTIONS = {

@@ -4,8 +4,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from minillm.kernels import _launch, eager, newton_schulz as room, reference
+from minillm.kernels import _launch, newton_schulz as room
 from minillm.kernels.newton_schulz import newton_schulz, symmetric_square, xxt
+from minillm.ops import EAGER, REFERENCE
 from tests.support.broad import broad
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -101,7 +102,7 @@ def test_tiles_are_mirrored(device):
 @broad("shape", [(40, 40), (33, 90), (90, 33), (2, 3, 24, 48), (2, 48, 24)], quick=(1, 3))
 def test_newton_schulz_in_fp32(compare, device, arch, shape):
     g = normal(shape, torch.float32, device)
-    compare([newton_schulz(g)], [reference.newton_schulz(g)], [reference.newton_schulz(g.double())])
+    compare([newton_schulz(g)], [REFERENCE.newton_schulz(g)], [REFERENCE.newton_schulz(g.double())])
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
@@ -109,7 +110,7 @@ def test_newton_schulz_in_fp32(compare, device, arch, shape):
 def test_newton_schulz_in_16_bits(compare, device, arch, dtype, shape):
     """Five rounded steps multiply their errors: the yardstick is the same iteration, rounded."""
     g = normal(shape, dtype, device)
-    compare([newton_schulz(g)], [eager.newton_schulz(g)], [reference.newton_schulz(g.double())])
+    compare([newton_schulz(g)], [EAGER.newton_schulz(g)], [REFERENCE.newton_schulz(g.double())])
 
 
 @pytest.mark.slow
@@ -120,13 +121,13 @@ def test_strides_scales_and_steps(compare, device):
         for steps in (0, 1, 5):
             results = [
                 [op(t, steps)] for op, t in
-                ((newton_schulz, x), (reference.newton_schulz, x),
-                 (reference.newton_schulz, x.double()))
+                ((newton_schulz, x), (REFERENCE.newton_schulz, x),
+                 (REFERENCE.newton_schulz, x.double()))
             ]  # fmt: skip
             compare(*results)
     large = (g * 1e4).half()
-    y, truth = newton_schulz(large), reference.newton_schulz(large.double())
-    compare([y], [eager.newton_schulz(g.half())], [truth])
+    y, truth = newton_schulz(large), REFERENCE.newton_schulz(large.double())
+    compare([y], [EAGER.newton_schulz(g.half())], [truth])
 
 
 def test_empty_and_zero(device, launches):
@@ -184,8 +185,8 @@ def test_a_broken_iteration_is_seen(broken, compare, device, old, new):
     with pytest.raises(AssertionError):
         for shape in ((24, 40), (40, 24)):
             g = normal(shape, torch.float32, device)
-            truth = reference.newton_schulz(g.double())
-            compare([copy.newton_schulz(g)], [reference.newton_schulz(g)], [truth])
+            truth = REFERENCE.newton_schulz(g.double())
+            compare([copy.newton_schulz(g)], [REFERENCE.newton_schulz(g)], [truth])
 
 
 def test_refusals(device):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, strategies as st
 
-from minillm.kernels import reference
+from minillm.ops import REFERENCE
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -21,7 +21,7 @@ def normal(generator, *shape):
 
 def test_rms_norm_by_loops(generator):
     x, w = normal(generator, 2, 3, 5), normal(generator, 5)
-    y = reference.rms_norm(x, w, 0.1)
+    y = REFERENCE.rms_norm(x, w, 0.1)
     for b, t in product(range(2), range(3)):
         row = x[b, t].tolist()
         rms = math.sqrt(sum(v * v for v in row) / 5 + 0.1)
@@ -30,7 +30,7 @@ def test_rms_norm_by_loops(generator):
 
 
 def test_rms_norm_of_unit_weight_has_unit_mean_square(generator):
-    y = reference.rms_norm(1e3 * normal(generator, 4, 64), torch.ones(64).double(), 0.0)
+    y = REFERENCE.rms_norm(1e3 * normal(generator, 4, 64), torch.ones(64).double(), 0.0)
     torch.testing.assert_close(y.square().mean(-1), torch.ones(4).double(), **EXACT)
 
 
@@ -46,7 +46,7 @@ def tables(T, D):
 def test_rope_is_a_complex_product(generator):
     B, T, D = 2, 5, 6
     q, k = normal(generator, B, T, 4, D), normal(generator, B, T, 2, D)
-    for x, y in zip((q, k), reference.rope(q, k, *tables(T, D)), strict=True):
+    for x, y in zip((q, k), REFERENCE.rope(q, k, *tables(T, D)), strict=True):
         for b, t, h, i in product(range(B), range(T), range(x.shape[2]), range(D // 2)):
             number = complex(x[b, t, h, i], x[b, t, h, i + D // 2])
             turned = number * cmath.exp(1j * angles(T, D)[t][i])
@@ -57,7 +57,7 @@ def test_rope_is_a_complex_product(generator):
 def test_rope_products_depend_on_the_distance_alone(generator):
     T, D = 9, 8
     q, k = (normal(generator, 1, 1, 1, D).expand(1, T, 1, D) for _ in range(2))
-    q, k = reference.rope(q, k, *tables(T, D))
+    q, k = REFERENCE.rope(q, k, *tables(T, D))
     products = q[0, :, 0] @ k[0, :, 0].T  # (T, T)
     for distance in range(-T + 1, T):
         diagonal = products.diagonal(distance)
@@ -71,9 +71,9 @@ def test_rope_takes_one_table_a_row(generator):
     cos, sin = tables(T + 3, D)
     starts = (0, 3)
     rows = [torch.stack([x[s : s + T] for s in starts]) for x in (cos, sin)]
-    together = reference.rope(q, k, *rows)
+    together = REFERENCE.rope(q, k, *rows)
     for b, s in enumerate(starts):
-        alone = reference.rope(q[b : b + 1], k[b : b + 1], cos[s : s + T], sin[s : s + T])
+        alone = REFERENCE.rope(q[b : b + 1], k[b : b + 1], cos[s : s + T], sin[s : s + T])
         for x, y in zip(together, alone, strict=True):
             torch.testing.assert_close(x[b : b + 1], y, rtol=0, atol=0)
 
@@ -82,11 +82,11 @@ def test_rope_with_weights_normalises_first(generator):
     T, D = 4, 6
     q, k = normal(generator, 2, T, 2, D), normal(generator, 2, T, 1, D)
     wq, wk = normal(generator, D), normal(generator, D)
-    ours = reference.rope(q, k, *tables(T, D), wq, wk, 0.3)
+    ours = REFERENCE.rope(q, k, *tables(T, D), wq, wk, 0.3)
     normed = [
         x / torch.sqrt((x * x).sum(-1, keepdim=True) / D + 0.3) * w for x, w in ((q, wq), (k, wk))
     ]
-    for x, y in zip(ours, reference.rope(*normed, *tables(T, D)), strict=True):
+    for x, y in zip(ours, REFERENCE.rope(*normed, *tables(T, D)), strict=True):
         torch.testing.assert_close(x, y, **EXACT)
 
 
@@ -151,7 +151,7 @@ def test_attention_by_loops(generator, name, G):
         options.get("softcap", 0.0),
         options.get("alibi_slopes", torch.zeros(H)).tolist(),
     )
-    torch.testing.assert_close(reference.attention(q, k, v, **options), expected, **EXACT)
+    torch.testing.assert_close(REFERENCE.attention(q, k, v, **options), expected, **EXACT)
 
 
 @pytest.mark.parametrize("T", [1, 3])
@@ -175,7 +175,7 @@ def test_decode_attention_by_loops(generator, name, lengths, T):
         options.get("alibi_slopes", torch.zeros(H)).tolist(),
     )
     given_lengths = None if lengths is None else torch.tensor(lengths)
-    y = reference.decode_attention(q, k, v, given_lengths, **options)
+    y = REFERENCE.decode_attention(q, k, v, given_lengths, **options)
     torch.testing.assert_close(y, expected, **EXACT)
 
 
@@ -184,8 +184,8 @@ def test_decode_attention_is_the_end_of_attention(generator, window):
     B, S, T, H, G, D = 2, 6, 3, 4, 2, 4
     q = normal(generator, B, S, H, D)
     k, v = normal(generator, B, S, G, D), normal(generator, B, S, G, D)
-    whole = reference.attention(q, k, v, window=window)
-    ends = reference.decode_attention(q[:, -T:], k, v, window=window)
+    whole = REFERENCE.attention(q, k, v, window=window)
+    ends = REFERENCE.decode_attention(q[:, -T:], k, v, window=window)
     torch.testing.assert_close(ends, whole[:, -T:], **EXACT)
 
 
@@ -193,7 +193,7 @@ def test_attention_dropout_keeps_the_mean_and_drops_whole_weights():
     # With one key, a probability is 1: dropped to 0 or kept at 1 / (1 - p).
     v = torch.ones(1000, 1, 2, 1, dtype=torch.float64)
     torch.manual_seed(0)
-    y = reference.attention(v, v, v, dropout=0.25)
+    y = REFERENCE.attention(v, v, v, dropout=0.25)
     assert set(y.flatten().tolist()) == {0.0, 1 / 0.75}
     kept = (y > 0).double().mean().item()
     assert abs(kept - 0.75) < 5 * math.sqrt(0.75 * 0.25 / 2000)  # five standard deviations
@@ -201,7 +201,7 @@ def test_attention_dropout_keeps_the_mean_and_drops_whole_weights():
 
 def test_gates_by_elements(generator):
     x = 3 * normal(generator, 5, 6)
-    swish, gelu, square = reference.swiglu(x), reference.geglu(x), reference.relu2(x)
+    swish, gelu, square = REFERENCE.swiglu(x), REFERENCE.geglu(x), REFERENCE.relu2(x)
     assert swish.shape == gelu.shape == (5, 3)
     for r, c in product(range(5), range(3)):
         gate, up = x[r, c].item(), x[r, c + 3].item()
@@ -229,7 +229,7 @@ def test_linear_cross_entropy_is_cross_entropy(generator, name):
     ignored = options.get("ignore_index", -100)
     x, w = normal(generator, 6, 4).requires_grad_(), normal(generator, 9, 4).requires_grad_()
     targets = torch.tensor([0, ignored, 8, 2, 3, ignored])
-    loss = reference.linear_cross_entropy(x, w, targets, **options)
+    loss = REFERENCE.linear_cross_entropy(x, w, targets, **options)
 
     z = F.linear(x, w)
     if cap := options.get("softcap"):
@@ -251,7 +251,7 @@ def test_linear_cross_entropy_by_loops(generator):
         z = [sum(a * b for a, b in zip(row, column, strict=True)) for column in w]
         total -= math.log(math.exp(z[target]) / sum(map(math.exp, z)))
     wide = {"dtype": torch.float64}
-    loss = reference.linear_cross_entropy(
+    loss = REFERENCE.linear_cross_entropy(
         torch.tensor(x, **wide), torch.tensor(w, **wide), torch.tensor(targets)
     )
     assert loss.item() == pytest.approx(total / 2, rel=1e-12)
@@ -261,7 +261,7 @@ def test_linear_cross_entropy_by_loops(generator):
 def test_linear_cross_entropy_refuses_targets_outside_the_vocabulary(generator, target):
     x, w = normal(generator, 2, 4), normal(generator, 9, 4)
     with pytest.raises((IndexError, RuntimeError)):
-        reference.linear_cross_entropy(x, w, torch.tensor([1, target]))
+        REFERENCE.linear_cross_entropy(x, w, torch.tensor([1, target]))
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (4, 9), (9, 4), (2, 3, 8, 5), (1, 7)])
@@ -274,16 +274,16 @@ def test_newton_schulz_is_a_polynomial_of_the_singular_values(generator, shape):
     expected = u @ torch.diag_embed(s) @ vh
     # The 1e-7 beside the norm, and its growth by 3.4445 in each of five steps.
     close = {"rtol": 0, "atol": 1e-7 * 3.4445**5}
-    torch.testing.assert_close(reference.newton_schulz(g), expected, **close)
+    torch.testing.assert_close(REFERENCE.newton_schulz(g), expected, **close)
 
 
 def test_newton_schulz_brings_singular_values_near_one(generator):
     u, v = (torch.linalg.qr(normal(generator, 40, 40)).Q for _ in range(2))
     s = torch.logspace(-1.5, 0, 40, dtype=torch.float64)
-    after = torch.linalg.svdvals(reference.newton_schulz(u @ s.diag() @ v))
+    after = torch.linalg.svdvals(REFERENCE.newton_schulz(u @ s.diag() @ v))
     assert 0.65 < after.min() < 0.8 and 1.1 < after.max() < 1.25
     zero = torch.zeros(3, 4)
-    assert reference.newton_schulz(zero).equal(zero)
+    assert REFERENCE.newton_schulz(zero).equal(zero)
 
 
 def kept_by_hand(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
@@ -317,7 +317,7 @@ def drawn(logits, **options):
     M = 4000
     u = (torch.arange(M, dtype=torch.float64) + 0.5) / M
     rows = torch.tensor(logits, dtype=torch.float64).expand(M, -1)
-    ids = reference.sample(rows, u, **options)
+    ids = REFERENCE.sample(rows, u, **options)
     assert ids.dtype == torch.int64 and ids.shape == (M,)
     return (torch.bincount(ids, minlength=len(logits)) / M).tolist(), 1 / M
 
@@ -380,7 +380,7 @@ def test_ties_at_the_border_are_kept():
 
 def test_temperature_zero_takes_the_first_largest():
     logits = torch.tensor([[0.0, 3.0, 3.0], [5.0, 1.0, 5.0]])
-    ids = reference.sample(logits, torch.tensor([0.99, 0.99]), temperature=0.0)
+    ids = REFERENCE.sample(logits, torch.tensor([0.99, 0.99]), temperature=0.0)
     assert ids.tolist() == [1, 0]
 
 
@@ -388,7 +388,7 @@ def test_temperature_zero_takes_the_first_largest():
 def test_a_tiny_temperature_is_greedy(generator, temperature):
     logits = torch.randn(50, 20, generator=generator)
     u = torch.rand(50, generator=generator)
-    ids = reference.sample(logits, u, temperature=temperature)
+    ids = REFERENCE.sample(logits, u, temperature=temperature)
     assert ids.equal(logits.argmax(-1))
 
 
@@ -406,18 +406,18 @@ def test_a_token_without_mass_is_never_drawn(generator, u, dtype):
     logits[:, -400:-1] = -1e5
     uniform = torch.full((20,), u, dtype=torch.float64)
     for options in ({}, {"top_k": 50}, {"top_p": 0.3}, {"min_p": 0.5}):
-        ids = reference.sample(logits, uniform, **options)
+        ids = REFERENCE.sample(logits, uniform, **options)
         assert ids.min() >= 400 and ids.max() < 4600
 
 
 def test_sample_is_monotone_in_u_and_row_by_row(generator):
     logits = torch.randn(1, 30, generator=generator).expand(100, -1)
     u = torch.rand(100, generator=generator).sort().values
-    ids = reference.sample(logits, u)
+    ids = REFERENCE.sample(logits, u)
     assert ids.diff().min() >= 0 and ids[0] < ids[-1]
     mixed = torch.randn(100, 30, generator=generator)
-    alone = [reference.sample(mixed[i : i + 1], u[i : i + 1], top_k=5).item() for i in range(100)]
-    assert reference.sample(mixed, u, top_k=5).tolist() == alone
+    alone = [REFERENCE.sample(mixed[i : i + 1], u[i : i + 1], top_k=5).item() for i in range(100)]
+    assert REFERENCE.sample(mixed, u, top_k=5).tolist() == alone
 
 
 @given(
@@ -432,7 +432,7 @@ def test_sample_draws_only_what_the_filters_keep(logits, temperature, top_k, top
     options = {"temperature": temperature, "top_k": top_k, "min_p": min_p}
     rows = torch.tensor([logits], dtype=torch.float64)
     uniform = torch.tensor([u], dtype=torch.float64)
-    token = reference.sample(rows, uniform, top_p=top_p, **options).item()
+    token = REFERENCE.sample(rows, uniform, top_p=top_p, **options).item()
     # A hair more and less than asked, so that rounding at a border decides nothing.
     wider = {"top_p": min(1.0, top_p + 1e-9), **options, "min_p": min_p * (1 - 1e-9)}
     p = kept_by_hand(logits, **wider)
@@ -443,18 +443,18 @@ def test_sample_draws_only_what_the_filters_keep(logits, temperature, top_k, top
 
 
 def test_a_top_p_that_is_nothing_in_fp32_keeps_the_likeliest():
-    ids = reference.sample(torch.tensor([[0.0, 2.0, 1.0]]), torch.tensor([0.99]), top_p=1e-300)
+    ids = REFERENCE.sample(torch.tensor([[0.0, 2.0, 1.0]]), torch.tensor([0.99]), top_p=1e-300)
     assert ids.tolist() == [1]
 
 
 def test_add_and_sandwich_norm_are_norms_of_sums(generator):
     x, residual = torch.randn(2, 3, 8, generator=generator)
     a, b = torch.randn(2, 8, generator=generator)
-    y, s = reference.add_rms_norm(x, residual, a)
-    assert torch.equal(s, x + residual) and torch.equal(y, reference.rms_norm(x + residual, a))
-    y, h = reference.sandwich_norm(x, residual, a, b)
-    assert torch.equal(h, reference.rms_norm(x + residual, a))
-    assert torch.equal(y, reference.rms_norm(h, b))
+    y, s = REFERENCE.add_rms_norm(x, residual, a)
+    assert torch.equal(s, x + residual) and torch.equal(y, REFERENCE.rms_norm(x + residual, a))
+    y, h = REFERENCE.sandwich_norm(x, residual, a, b)
+    assert torch.equal(h, REFERENCE.rms_norm(x + residual, a))
+    assert torch.equal(y, REFERENCE.rms_norm(h, b))
 
 
 def test_adamw_by_scalars():
@@ -463,7 +463,7 @@ def test_adamw_by_scalars():
     tensors = [[torch.tensor([x], dtype=torch.float64)] for x in (p, g, m, v)]
     scale = torch.tensor(0.5, dtype=torch.float64)
     for step in (1, 2, 3):
-        reference.adamw(
+        REFERENCE.adamw(
             *tensors, step, lr=[lr], weight_decay=[wd], betas=(b1, b2), eps=eps, grad_scale=scale
         )
         m, v = b1 * m + (1 - b1) * g * 0.5, b2 * v + (1 - b2) * (g * 0.5) ** 2
@@ -475,7 +475,7 @@ def test_adamw_by_scalars():
 
 def uniforms(*keys):
     """The number of each (seed, sample, position)."""
-    return [reference.uniform(s, torch.tensor([r]), torch.tensor([p])).item() for s, r, p in keys]
+    return [REFERENCE.uniform(s, torch.tensor([r]), torch.tensor([p])).item() for s, r, p in keys]
 
 
 def test_uniform_by_integers():
@@ -497,7 +497,7 @@ def test_uniform_is_equidistributed():
     draws = []
     for seed in range(30):
         rows, made = torch.meshgrid(torch.arange(30), torch.arange(30), indexing="ij")
-        draws += reference.uniform(seed, rows.flatten(), made.flatten()).tolist()
+        draws += REFERENCE.uniform(seed, rows.flatten(), made.flatten()).tolist()
     assert all(0 <= u < 1 for u in draws)
     # Chi-square with 255 degrees of freedom: mean 255, standard deviation sqrt(510) = 22.6; five
     # of those are passed by chance once in a million times.
@@ -511,7 +511,7 @@ def test_uniforms_streams_do_not_meet():
     seen = set()
     for seed, row in product(range(40), range(40)):
         rows, made = torch.full((8,), row), torch.arange(8)
-        stream = reference.uniform(seed, rows, made).tolist()
+        stream = REFERENCE.uniform(seed, rows, made).tolist()
         # Two neighbours are 48 bits: 11,200 of them meet by chance once in four million times.
         for pair in pairwise(stream):
             assert pair not in seen

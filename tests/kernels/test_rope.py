@@ -4,8 +4,9 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from minillm.kernels import _rope_kernels, reference, rope as room, rope_cache
+from minillm.kernels import _rope_kernels, rope as room, rope_cache
 from minillm.kernels.rope import rope
+from minillm.ops import REFERENCE
 from tests.support.broad import broad, searched
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -111,8 +112,8 @@ def test_into_a_cache(compare, device, launches, dtype, positions, norm):
     given_, cache_k, cache_v = decoding(device, dtype, norm=norm)
     where = torch.tensor(positions, device=device) if isinstance(positions, list) else positions
     found = []
-    for op, wide in ((rope_cache.rope_cache, False), (reference.rope_cache, False),
-                     (reference.rope_cache, True)):  # fmt: skip
+    for op, wide in ((rope_cache.rope_cache, False), (REFERENCE.rope_cache, False),
+                     (REFERENCE.rope_cache, True)):  # fmt: skip
         to = (lambda x: x.double()) if wide else (lambda x: x.clone())
         caches = {"cache_k": to(cache_k), "cache_v": to(cache_v)}
         with torch.no_grad():
@@ -145,7 +146,7 @@ def test_a_cache_of_another_dtype(device):
     theirs = {name: x.clone() for name, x in caches.items()}
     q = rope_cache.rope_cache(**given_, **caches, positions=4)
     assert q.dtype == torch.float32
-    reference.rope_cache(**given_, **theirs, positions=4)
+    REFERENCE.rope_cache(**given_, **theirs, positions=4)
     for name, cache in caches.items():  # the last bit may round the other way
         torch.testing.assert_close(cache, theirs[name], rtol=2**-7, atol=0)
 
@@ -190,7 +191,7 @@ def test_a_broken_copy_is_seen_in_the_cache(broken, device, monkeypatch, old, ne
     wrong = 0
     for positions in (5, torch.tensor([0, 2], device=device)):
         found = []
-        for op in (rope_cache.rope_cache, reference.rope_cache):
+        for op in (rope_cache.rope_cache, REFERENCE.rope_cache):
             caches = {"cache_k": cache_k.clone(), "cache_v": cache_v.clone()}
             found.append([op(**given_, **caches, positions=positions), *caches.values()])
         wrong += any(not torch.allclose(a, b, atol=1e-5) for a, b in zip(*found, strict=True))

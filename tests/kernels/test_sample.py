@@ -11,8 +11,9 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from minillm.kernels import _launch, reference, sample as room
+from minillm.kernels import _launch, sample as room
 from minillm.kernels.sample import sample, uniform
+from minillm.ops import REFERENCE
 from tests.support.broad import broad, searched
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -57,7 +58,7 @@ def check(logits, u, op=sample, **options):
     """Token by token the reference's."""
     tokens = op(logits, u, **options)
     assert tokens.dtype == torch.int64
-    assert torch.equal(tokens, reference.sample(logits, u, **options))
+    assert torch.equal(tokens, REFERENCE.sample(logits, u, **options))
     return tokens
 
 
@@ -175,13 +176,13 @@ def test_uniform(device, seed, words):
     table = torch.tensor(words, dtype=torch.int64, device=device)
     u = uniform(seed, table[:, 0], table[:, 1])
     assert u.dtype == torch.float32
-    assert torch.equal(u, reference.uniform(seed, table[:, 0], table[:, 1]))
+    assert torch.equal(u, REFERENCE.uniform(seed, table[:, 0], table[:, 1]))
 
 
 def test_uniform_of_many_rows(device):
     rows = torch.arange(300, device=device)
     u = uniform(7, rows, rows.flip(0))
-    assert torch.equal(u, reference.uniform(7, rows, rows.flip(0)))
+    assert torch.equal(u, REFERENCE.uniform(7, rows, rows.flip(0)))
     assert u.min() >= 0 and u.max() < 1 and 0.4 < u.mean() < 0.6
 
 
@@ -230,7 +231,7 @@ def test_a_broken_copy_is_seen(broken, device, old, new):
 def test_broken_bits_are_seen(broken, device, old, new):
     rows = torch.arange(9, device=device)
     u = broken(room, old, new).uniform(7, rows, rows * 3)
-    assert not torch.equal(u, reference.uniform(7, rows, rows * 3))
+    assert not torch.equal(u, REFERENCE.uniform(7, rows, rows * 3))
 
 
 @pytest.mark.parametrize(

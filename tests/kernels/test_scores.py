@@ -9,13 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minillm.kernels import attention, decode_attention, eager, linear_cross_entropy
+from minillm.kernels import attention, decode_attention, linear_cross_entropy
+from minillm.ops import EAGER
 from tests.support.broad import broad
 
-ATTENTIONS = {"eager": eager.attention, "triton": attention.attention}
-DECODES = {"eager": eager.decode_attention, "triton": decode_attention.decode_attention}
+ATTENTIONS = {"eager": EAGER.attention, "triton": attention.attention}
+DECODES = {"eager": EAGER.decode_attention, "triton": decode_attention.decode_attention}
 LOSSES = {
-    "eager": eager.linear_cross_entropy,
+    "eager": EAGER.linear_cross_entropy,
     "triton": linear_cross_entropy.linear_cross_entropy,
 }
 B, T, H, D = 1, 70, 3, 16

@@ -9,13 +9,14 @@ from torch.autograd import forward_ad
 from minillm.kernels import (
     attention,
     decode_attention,
-    eager,
     linear_cross_entropy,
     newton_schulz,
     rms_norm,
     rope,
+    sandwich_norm,
     swiglu,
 )
+from minillm.ops import EAGER
 from tests.support.broad import broad
 
 B, T, H, D, C = 2, 5, 2, 8, 16
@@ -24,7 +25,7 @@ TARGETS = torch.tensor([3, 1, -100, 0, 7, 7, 2, 6, 5, 4])
 TRITON = {
     "rms_norm": rms_norm.rms_norm,
     "add_rms_norm": rms_norm.add_rms_norm,
-    "sandwich_norm": rms_norm.sandwich_norm,
+    "sandwich_norm": sandwich_norm.sandwich_norm,
     "rope": rope.rope,
     "attention": attention.attention,
     "decode_attention": decode_attention.decode_attention,
@@ -57,7 +58,7 @@ def inputs(name, generator):
 
 def total(table, name):
     """A function of the inputs alone that gives one number, in which results count differently."""
-    op = TRITON[name] if table == "triton" else getattr(eager, name)
+    op = TRITON[name] if table == "triton" else getattr(EAGER, name)
 
     def number(*tensors):
         y = op(*tensors, *OTHERS.get(name, ()))
@@ -92,7 +93,7 @@ def test_forward_mode_of_the_eager_table_is_not_refused_where_pytorch_has_it(
     generator, name, options
 ):
     tensors, tangents = inputs(name, generator), inputs(name, generator)
-    operation = partial(getattr(eager, name), **options)
+    operation = partial(getattr(EAGER, name), **options)
     _, ours = torch.func.jvp(operation, tuple(tensors), tuple(tangents))
     wide = [[x.double() for x in group] for group in (tensors, tangents)]
     ahead, behind = (
@@ -104,7 +105,7 @@ def test_forward_mode_of_the_eager_table_is_not_refused_where_pytorch_has_it(
 def test_forward_mode_of_bf16_attention_is_refused(generator):
     tensors = tuple(x.bfloat16() for x in inputs("attention", generator))
     with pytest.raises(RuntimeError, match="attention: no forward-mode derivative"):
-        torch.func.jvp(eager.attention, tensors, tensors)
+        torch.func.jvp(EAGER.attention, tensors, tensors)
 
 
 @pytest.mark.parametrize("table", ["eager", "triton"])
@@ -175,7 +176,7 @@ def test_autocast_gives_what_the_eager_table_gives(generator, name, dtypes):
     dtypes = MIXED[dtypes][: len(SHAPES[name])]
     tensors = changed(name, inputs(name, generator), dtypes)
     found = []
-    for op in (TRITON[name], getattr(eager, name)):
+    for op in (TRITON[name], getattr(EAGER, name)):
         leaves = [x.detach().requires_grad_() for x in tensors]
         with torch.autocast("cpu", dtype=torch.bfloat16):
             y = op(*leaves, *OTHERS.get(name, ()))
@@ -195,11 +196,11 @@ def test_autocast_in_fp16_and_not_of_fp64(generator):
     x, w = inputs("linear_cross_entropy", generator)
     q = inputs("attention", generator)
     with torch.autocast("cpu", dtype=torch.float16):
-        for op in (eager.linear_cross_entropy, linear_cross_entropy.linear_cross_entropy):
+        for op in (EAGER.linear_cross_entropy, linear_cross_entropy.linear_cross_entropy):
             assert op(x, w, TARGETS).dtype == torch.float32
         assert attention.attention(*q).dtype == torch.float32
-        exact = eager.linear_cross_entropy(x.double(), w.double(), TARGETS)
-    assert torch.equal(exact, eager.linear_cross_entropy(x.double(), w.double(), TARGETS))
+        exact = EAGER.linear_cross_entropy(x.double(), w.double(), TARGETS)
+    assert torch.equal(exact, EAGER.linear_cross_entropy(x.double(), w.double(), TARGETS))
 
 
 @broad("name", WITH_GRADIENTS, quick=(0, 4))
@@ -233,7 +234,7 @@ def test_decode_attention_with_lengths_compiles_and_transforms(generator):
     k[:, 1, 2:] = v[:, 1, 2:] = torch.nan
 
     def function(q, k, v):
-        return eager.decode_attention(q[:, -2:], k, v, lengths)
+        return EAGER.decode_attention(q[:, -2:], k, v, lengths)
 
     expected = torch.stack([function(*sample) for sample in zip(q, k, v, strict=True)])
     assert expected.isfinite().all()

@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from minillm.config.train import ModelConfig
 from minillm.errors import UsageError
 from minillm.inference.generate import generate
-from minillm.kernels import reference
 from minillm.model.gpt import GPT
 from minillm.model.recurrence import draw, start_noise, state_keys
-from minillm.ops import EAGER
+from minillm.ops import EAGER, REFERENCE
 from tests.support.broad import broad
 
 SHAPE = {"vocab_size": 31, "seq_len": 16, "n_head": 2, "d_model": 16, "d_ff": 24}
@@ -363,15 +362,15 @@ def slot_oracle(model: GPT, tokens: list[int], prefix: int, r: int) -> torch.Ten
         c, T = model.config, x.shape[1]
         heads = b.attention.qkv(b.attention_norm(x)).view(1, T, -1, c.d_head)
         q, k, v = heads.split((c.n_head, c.n_kv_head, c.n_kv_head), dim=2)
-        q, k = reference.rope(
+        q, k = REFERENCE.rope(
             q, k, model.cos[at], model.sin[at], b.attention.q_norm, b.attention.k_norm
         )
         keys = k if past is None else torch.cat((past[0], k), 1)
         values = v if past is None else torch.cat((past[1], v), 1)
         held[block] = keys, values
-        y = b.attention.out(reference.decode_attention(q, keys, values).flatten(2))
+        y = b.attention.out(REFERENCE.decode_attention(q, keys, values).flatten(2))
         post, pre = b.attention_post_norm.weight, b.mlp_norm.weight
-        y, x = reference.sandwich_norm(y, x, post, pre)
+        y, x = REFERENCE.sandwich_norm(y, x, post, pre)
         return b.mlp_post_norm(b.mlp(y) + x)
 
     for start, stop in [(0, prefix), *((t, t + 1) for t in range(prefix, len(tokens)))]:

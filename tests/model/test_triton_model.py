@@ -13,9 +13,8 @@ from torch import Tensor
 
 from minillm.config.train import ModelConfig
 from minillm.inference.generate import generate
-from minillm.kernels import reference
 from minillm.model.gpt import GPT
-from minillm.ops import EAGER, Ops, select
+from minillm.ops import EAGER, REFERENCE, Ops, select
 from minillm.optim.build import make_optimizers, set_learning_rate
 from minillm.training import samples
 from tests.support.broad import broad
@@ -117,9 +116,7 @@ def test_loss_and_gradients(triton_ops, launches, name):
 def test_in_bf16_no_further_from_fp32_than_the_reference(triton_ops):
     options = {"n_kv_head": 1, "qk_norm": True}
     exact = loss_and_gradients(model_of(EAGER, **options))
-    names = [n for n in Ops.__dataclass_fields__ if n not in ("name", "why")]
-    plain = Ops(name="reference", **{n: getattr(reference, n) for n in names})
-    theirs = loss_and_gradients(model_of(plain, torch.bfloat16, **options))
+    theirs = loss_and_gradients(model_of(REFERENCE, torch.bfloat16, **options))
     ours = loss_and_gradients(model_of(triton_ops, torch.bfloat16, **options))
     for name, y in exact.items():
         error, allowed = ((x[name] - y).square().mean().sqrt() for x in (ours, theirs))

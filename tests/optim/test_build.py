@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from minillm.config.train import ModelConfig
-from minillm.kernels import reference
 from minillm.model.gpt import GPT
-from minillm.ops import EAGER
+from minillm.ops import EAGER, REFERENCE
 from minillm.optim.build import (
     EMBED_RATE,
     HEAD_RATE,
@@ -93,7 +92,7 @@ def test_muon_multiplies_in_the_dtype_it_is_given(generator):
 
     def newton_schulz(g, dtype):
         seen.append(dtype)
-        return reference.newton_schulz(g, dtype=dtype)
+        return REFERENCE.newton_schulz(g, dtype=dtype)
 
     w = nn.Parameter(torch.randn(4, 6, generator=generator))
     w.grad = torch.randn(4, 6, generator=generator)

@@ -56,7 +56,7 @@ def _large_kernel(x_ptr, y_ptr, K, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr)
 
 @triton.jit
 def _serialised_kernel(x_ptr, y_ptr, K, BLOCK: tl.constexpr):
-    """A branch while two accumulators are in flight: with 8 warps ptxas waits for each product."""
+    """Branch while two accumulators are in flight: with 8 warps ptxas waits for each product."""
     rows, columns = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
     y = tl.zeros([BLOCK, BLOCK], tl.float32)
     z = tl.zeros([BLOCK, BLOCK], tl.float32)
@@ -96,7 +96,7 @@ def _wrong_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
 
 @dataclass(frozen=True)
 class Bad(Case):
-    """A case that launches one of the kernels above, by its name without _ and _kernel."""
+    """Return a case that launches one of the kernels above, by its name without _ and _kernel."""
 
     def run(self) -> None:
         x = torch.empty(1 << 18)

@@ -1,4 +1,4 @@
-"""The static audit: what it calls a fault, on kernels that have one, and how it judges ours."""
+"""Static audit: it finds the faults of bad kernels, and none in ours."""
 
 import ast
 import json
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow  # compilers run: half a minute, and a minute or t
 
 @pytest.fixture(scope="module")
 def rows() -> dict[str, list[dict]]:
-    """The rows of bad_kernels.py, compiled in a process of its own, by kernel."""
+    """Return the rows of bad_kernels.py by kernel, compiled in a process of its own."""
     environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(ROOT)
     script = Path(__file__).with_name("bad_kernels.py")
@@ -115,7 +115,7 @@ def test_other_processes_compile_whatever_this_one_does(monkeypatch, tmp_path):
 
 
 def kernels_of_the_house() -> set[str]:
-    """Every function named _..._kernel in kernels/*.py that Triton compiles."""
+    """Return every function named _..._kernel in kernels/*.py that Triton compiles."""
     found = set()
     for path in (ROOT / "kernels").glob("*.py"):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
@@ -127,7 +127,7 @@ def kernels_of_the_house() -> set[str]:
 
 
 def test_every_shipped_kernel_is_sound():
-    """The proof of CI: a subset that meets every kernel, head width and architecture."""
+    """A subset with every kernel, head width and architecture passes."""
     start = time.perf_counter()
     found = audit(cases.subset(), workers=2)
     print(f"{len(found)} kernels in {time.perf_counter() - start:.0f} s")

@@ -1,4 +1,4 @@
-"""The whole profile on a GPU, once: nothing is missing, nothing of ours failed, no number is wrong.
+"""Whole profile on a GPU, once: nothing is missing, none of our kernels fails, no result is wrong.
 
 How fast anything is, a test does not say.
 """
@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from minillm.profiling.timing import machine, sizes
+from minillm.profiling.catalogue.problem import CATALOGUE
+from minillm.profiling.timing import machine
 
 HOME = Path(machine.__file__).resolve().parents[3]
 pytestmark = [
@@ -23,7 +24,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def profiled(tmp_path_factory) -> tuple[subprocess.CompletedProcess, dict]:
-    """The finished process, and its results."""
+    """Return the finished process, and its results."""
     folder = tmp_path_factory.mktemp("profile")
     words = ["--suite", "all", "--quick", "--device", "cuda", "--out", str(folder)]
     done = subprocess.run(
@@ -45,7 +46,7 @@ def test_every_suite_leaves_rows_and_files(profiled):
 def test_our_kernels_are_timed_and_right(profiled):
     rows = profiled[1]["suites"]["kernels"]
     ours = [row for row in rows if row["implementation"] == "triton"]
-    assert {row["op"] for row in ours} == set(sizes.OPS)
+    assert {row["op"] for row in ours} == set(CATALOGUE)
     for row in ours:
         assert row["median_us"] > 0 and row["note"] == "" and row["error"] < 0.1, row
         assert row["percent_of_ceiling"] > 0 and row["peak_bytes"] is not None, row

@@ -1,4 +1,4 @@
-"""The page of a machine without a GPU: nothing empty, no dot over its roof, every call named."""
+"""Page of a machine without a GPU: nothing empty, no dot above its roof, every call named."""
 
 import re
 from html.parser import HTMLParser
@@ -6,8 +6,9 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
+from minillm.profiling.catalogue.problem import problems_of
 from minillm.profiling.page import page, report
-from minillm.profiling.timing import operations, roofline, sizes
+from minillm.profiling.timing import operations, roofline
 from minillm.runtime import ceilings
 
 ABOUT = {
@@ -21,7 +22,7 @@ NEEDS = "needs a GPU to be timed"
 
 
 def kernel(op, name, us=None, **more):
-    """A row of suite kernels as a CPU gives it, where one implementation of five has a time."""
+    """Return a row of the suite kernels of a CPU, where one implementation of five has a time."""
     row = {"suite": "kernels", "op": op, "shape": "N512 C256", "dtype": "fp32",
            "direction": "forward", "implementation": name, "median_us": us, "spread_us": us,
            "tflops": None, "gbps": None, "percent_of_ceiling": None, "ceiling": "memory",
@@ -48,7 +49,7 @@ def suites():
 
 
 class Tables(HTMLParser):
-    """The tables of a page, each as lists of words by row, and its headings in their order."""
+    """Parser of a page: its tables, as lists of words by row, and its headings in order."""
 
     def __init__(self, text):
         super().__init__()
@@ -122,7 +123,7 @@ def test_no_column_or_line_of_the_terminals_tables_is_empty(suite):
 
 
 def test_the_roof_is_that_of_the_level_in_which_the_data_lie():
-    """The larger the data, the lower the roof; beyond the caches it is the memory's."""
+    """Roofs fall as data grow; beyond the caches the roof is that of the memory."""
     roofs = ABOUT["ceilings"]
     by_hand = [(100, 80), (65536, 80), (1 << 20, 80), ((16 << 20) - 1, 80), (16 << 20, 40),
                (64 << 20, 40), (65 << 20, 10), (1 << 30, 10)]  # fmt: skip
@@ -147,10 +148,10 @@ def test_nothing_measured_here_is_over_its_roof():
     try:
         roofs = ceilings.ceilings(device, ("fp32",), quick=True)
         ops = ("rms_norm", "add_rms_norm", "swiglu", "rope", "adamw", "decode_attention")
-        problems = sizes.problems(ops, "cpu", "fp32", quick=True)
+        problems = problems_of(ops, "cpu", "fp32", quick=True)
         effort = operations.Effort(0.02, False)
         rows = [row for problem in problems for row in operations._solve(
-            problem, device, roofs, effort, operations.our_table(device)
+            problem, device, roofs, effort, operations.triton_table(device)
         )]  # fmt: skip
     finally:
         torch.set_num_threads(before)

@@ -16,18 +16,18 @@ import torch
 
 from minillm.commands import profile
 from minillm.flags import profile as flags
-from minillm.kernels import eager
+from minillm.ops import EAGER
+from minillm.profiling.catalogue.entry import BACKWARD, BOTH, FORWARD
+from minillm.profiling.catalogue.problem import CATALOGUE, Problem, problems_of, small_problem
 from minillm.profiling.timing import (
     implementations,
     machine,
     operations,
     precision,
     roofline,
-    sizes,
     steps,
     suites,
 )
-from minillm.profiling.timing.workloads import BACKWARD, BOTH, FORWARD, Problem
 from minillm.runtime import ceilings, program, stopwatch
 from tests.support.broad import broad
 
@@ -94,14 +94,14 @@ def test_the_kernels_suite(tmp_path, capsys, no_interpreter):
                 assert line[key] == ("" if value is None else str(value))
 
 
-@broad("ops", [("rms_norm", "swiglu"), sizes.OPS], ids=["two", "all"])
+@broad("ops", [("rms_norm", "swiglu"), tuple(CATALOGUE)], ids=["two", "all"])
 def test_the_triton_kernels_errors_come_from_the_interpreter(tmp_path, fixed_roofs, ops):
     flags = ("--quick", "--out", tmp_path, "--dtype", "bf16")
     assert run("--suite", "kernels", *(w for op in ops for w in ("--op", op)), *flags) == 0
     ours = [r for r in read(tmp_path)["suites"]["kernels"] if r["implementation"] == "triton"]
     assert {row["op"] for row in ours} == set(ops)
     for row in ours:
-        small = sizes.small(row["op"], row["dtype"]).shape
+        small = small_problem(row["op"], row["dtype"]).shape
         assert row["median_us"] is None and f"interpreter, at {small}, its" in row["note"], row
         assert row["error"] is None and 0 <= row["interpreted_error"] < 0.06, row
 
@@ -196,16 +196,20 @@ def test_the_trace_is_json_with_events(tmp_path, capsys):
         (["--op", "softmax"], 2, "'softmax' is not one of attention"),
         (["--dtype", "fp8"], 2, "is not one of"),
         (["--full"], 2, "--suite audit"),
-        (["--suite", "model", "--op", "rope"], 2, "--op is of kernels, audit, roofline"),
-        (["--suite", "decode", "--op", "rope"], 2, "--op is of kernels, audit, roofline"),
-        (["--trace", "t", "--op", "rope"], 2, "--op is of kernels, audit, roofline"),
+        (["--suite", "model", "--op", "rope"], 2, "--op: only kernels, audit, roofline"),
+        (
+            ["--suite", "decode", "--op", "rope"],
+            2,
+            "--op: only kernels, audit, roofline",
+        ),
+        (["--trace", "t", "--op", "rope"], 2, "--op: only kernels, audit, roofline"),
         (["--quik"], 2, "did you mean --quick"),
         (["--out", __file__], 2, "is not a folder"),
         (["--out", Path(__file__, "sub")], 2, "is not a folder"),
         (["--trace", HOME], 2, "is a folder; name a file"),
         (["--trace", Path(__file__, "x.json")], 2, "is not a folder"),
-        (["--suite", "audit", "--dtype", "fp16"], 2, "--dtype is not of the audit"),
-        (["--tune"], 4, "there is none here"),
+        (["--suite", "audit", "--dtype", "fp16"], 2, "--dtype: the audit and --tune take every"),
+        (["--tune"], 4, "--tune: tiles are measured on a GPU"),
         (["--tune", "softmax"], 2, "--tune 'softmax' is not one of adamw"),
     ],
 )
@@ -235,7 +239,7 @@ def test_a_folder_of_others_is_refused_before_anything_is_measured(tmp_path, cap
 def test_without_triton_the_rest_is_measured(tmp_path):
     code = (
         "import sys; sys.modules['triton'] = None\n"
-        "from minillm import program; from minillm.commands import profile\n"
+        "from minillm.commands import profile; from minillm.runtime import program\n"
         "sys.exit(program.run('minillm profile', profile.main, sys.argv[1:]))"
     )
     words = ("--suite", "decode", "--quick", "--device", "cpu", "--threads", "1", "--out", tmp_path)
@@ -249,7 +253,7 @@ def test_without_triton_the_rest_is_measured(tmp_path):
 
 
 def fake_clock(*durations: float):
-    """A clock that is read before and after each run, and now and then between."""
+    """Return a clock that is read before and after each run, and sometimes between."""
     times, step = [0.0], count()
 
     def now() -> float:
@@ -354,12 +358,12 @@ def test_errors_are_relative_to_the_truth_in_fp64():
     problem = Problem("swiglu", {"N": 8, "F": 16}, "fp32")
     data = problem.data(CPU)
     true = precision.truth(problem, data)
-    exact = precision.errors(eager.swiglu, data, true)
+    exact = precision.errors(EAGER.swiglu, data, true)
     assert exact[FORWARD] < 1e-6 and exact[BACKWARD] < 1e-6
-    off = precision.errors(lambda x: eager.swiglu(x) * 1.01, data, true)
+    off = precision.errors(lambda x: EAGER.swiglu(x) * 1.01, data, true)
     assert off[FORWARD] == pytest.approx(0.01, rel=1e-3)
     assert off[BACKWARD] == pytest.approx(0.01, rel=1e-3)
-    lost = precision.errors(lambda x: eager.swiglu(x) * torch.nan, data, true)
+    lost = precision.errors(lambda x: EAGER.swiglu(x) * torch.nan, data, true)
     assert math.isnan(lost[FORWARD])
 
 
@@ -368,13 +372,13 @@ def test_attention_is_judged_by_a_part_that_does_not_depend_on_the_rest():
     data = problem.data(CPU)
     true = precision.truth(problem, data)
     assert true[FORWARD][0].shape == (1, 24, 1, 16)
-    found = precision.errors(eager.attention, data, true)
+    found = precision.errors(EAGER.attention, data, true)
     assert max(found.values()) < 1e-5
 
 
-@pytest.mark.parametrize("op", sizes.OPS)
+@pytest.mark.parametrize("op", CATALOGUE)
 def test_every_operation_has_data_costs_and_directions(op):
-    problem = sizes.small(op, "fp32")
+    problem = small_problem(op, "fp32")
     data = problem.data(CPU)
     assert bool(data.leaves) == (len(problem.directions) > 1) == bool(data.dy)
     for direction in problem.directions:
@@ -383,11 +387,11 @@ def test_every_operation_has_data_costs_and_directions(op):
     again = problem.data(CPU)
     assert all(torch.equal(x, again.leaves[name]) for name, x in data.leaves.items())
     for kind in ("cuda", "cpu"):
-        assert sizes.problems((op,), kind, "bf16") and sizes.problems((op,), kind, "bf16", True)
+        assert problems_of((op,), kind, "bf16") and problems_of((op,), kind, "bf16", True)
 
 
 def test_the_gpus_attention_cells_are_those_of_the_bars():
-    cells = [p.sizes for p in sizes.problems(("attention",), "cuda", "bf16")]
+    cells = [p.sizes for p in problems_of(("attention",), "cuda", "bf16")]
     assert {(s["D"], s["T"]) for s in cells} == {
         (D, 1024 * n) for D in (64, 128) for n in (1, 2, 4, 8, 16)
     }
@@ -423,7 +427,7 @@ def test_compiled_code_is_tried(monkeypatch):
     monkeypatch.setattr(torch, "compile", compiler)
     problem = Problem("swiglu", {"N": 4, "F": 16}, "fp32")
     found = implementations.implementations(problem, CPU, True, "needs a GPU")
-    assert tried == [{"dynamic": False}] and found["compile"] is eager.swiglu
+    assert tried == [{"dynamic": False}] and found["compile"] is EAGER.swiglu
     assert found["triton"] == "needs a GPU"
 
 
@@ -436,7 +440,7 @@ def test_the_measured_ceilings_are_of_this_machine():
 
 
 def test_a_large_product_that_is_interrupted_does_not_lower_the_ceiling_of_a_cpu(monkeypatch):
-    """On a CPU with neighbours no long product runs undisturbed, and short operations do."""
+    """On a shared CPU no long product runs uninterrupted, but short operations do."""
     speeds = {512: 0.017, 256: 0.09, 128: 0.08}
     monkeypatch.setattr(ceilings, "_product_tflops", lambda n, *_: speeds[n])
     monkeypatch.setattr(ceilings, "_streaming_gbps", lambda *_: 10.0)

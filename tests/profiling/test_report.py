@@ -1,4 +1,4 @@
-"""The profile's report, from invented rows: files that accumulate, a page that stands alone."""
+"""Report of a profile, from invented rows: files that accumulate, a page that loads nothing."""
 
 import csv
 import json
@@ -516,7 +516,7 @@ def place(attributes):
 
 
 def under(x, roofs):
-    """The least height in pixels (SVG's y runs down) of the roofs at x, each line extended."""
+    """Return the least y in pixels (SVG's y runs down) of the roofs at x, each line extended."""
     heights = []
     for a in roofs:
         x1, y1, x2, y2 = (float(a[k]) for k in ("x1", "y1", "x2", "y2"))

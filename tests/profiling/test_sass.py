@@ -1,4 +1,4 @@
-"""What the audit stands on: machine code and Triton's code read, occupancy and bound by hand."""
+"""Foundations of the audit: reading machine code and Triton's code, occupancy and bound by hand."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""How a GPU's time is taken, on a machine without one: in which order it is told what to do."""
+"""Timing of a GPU, on a machine without one: the order of the calls that it gets."""
 
 import contextlib
 import types
@@ -14,7 +14,7 @@ CACHE = 4096  # bytes of the level-2 cache
 
 
 class Told(TorchDispatchMode):
-    """A log of what is done: ("zero_", tensor) of each operator, and what a test adds."""
+    """Log of calls: ("zero_", tensor) for each operator, and what a test adds."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ def gpu(monkeypatch):
 
 
 def timed(log: list) -> list:
-    """What was done for each run that counts, from its preparation on."""
+    """Return the calls of each run that counts, from its preparation on."""
     names = [name for name, _ in log]
     first = names.index("hold")
     start = max(i for i in range(first) if names[i] == "prepare")

@@ -7,8 +7,9 @@ import types
 import pytest
 import torch
 
+from minillm.profiling.catalogue.entry import BACKWARD, BOTH, FORWARD
+from minillm.profiling.catalogue.problem import Problem
 from minillm.profiling.timing import tune
-from minillm.profiling.timing.workloads import BACKWARD, BOTH, FORWARD, Problem
 from minillm.runtime import stopwatch
 from tests.support.broad import broad
 
@@ -19,7 +20,7 @@ WIDER = {**TILE, "BLOCK_N": 8}
 
 @pytest.fixture
 def gpu(monkeypatch, tmp_path):
-    """A GPU for the tuner: what it times takes `time` of the tile last launched.
+    """Return a GPU for the tuner, on which a run takes `time` of the tile last launched.
 
     tables: swiglu's.    spoil: of a tile, what its results are multiplied by.
     """
@@ -50,7 +51,7 @@ def gpu(monkeypatch, tmp_path):
         return stopwatch.Timing(made.time(made.last), 1.0, 5)
 
     def job_for(operation, kernel, size):
-        job = tune.Job(Problem("swiglu", {"N": 5, "F": size - 208}, "fp32"), FORWARD)
+        job = tune.TileJob(Problem("swiglu", {"N": 5, "F": size - 208}, "fp32"), FORWARD)
         return job if kernel == "fwd" else None
 
     monkeypatch.setattr(_launch, "_tables", lambda operation: tables)
@@ -62,7 +63,7 @@ def gpu(monkeypatch, tmp_path):
 
 
 def tuned(gpu, quick=True, save=lambda rows: None) -> list[dict]:
-    """The rows of the entry 256."""
+    """Return the rows of the entry 256."""
     rows = tune.run(["swiglu"], CPU, quick, gpu.said.append, save)
     return [row for row in rows if row["size"] == 256]
 
@@ -98,7 +99,7 @@ def test_a_tile_must_gain_two_per_cent(gpu, us, kept):
 
 
 def test_a_tile_must_win_once_more(gpu):
-    """The present one was slow at first, as on a GPU whose clocks are not up."""
+    """The present tile is slow at first, as on a GPU whose clocks have not risen."""
     first = iter([300.0])
     gpu.time = lambda tile: next(first, 100.0) if tile == TILE else 150.0
     rows = tuned(gpu)
@@ -127,7 +128,7 @@ def test_the_bound_of_what_was_launched_is_told(gpu, monkeypatch):
         assert (launched, kernel, arch) == ([], "fwd", 90)  # an interpreter compiles nothing
         return {"bound_gbps": 10.0 * options["num_warps"]}
 
-    monkeypatch.setattr(tune.ranks, "bound_of", bound_of)
+    monkeypatch.setattr(tune.correlation, "bound_of", bound_of)
     for row in tuned(gpu):
         assert row["bound_gbps"] == 10.0 * int(row["options"].rpartition("=")[2])
         assert row["bound_tflops"] is None

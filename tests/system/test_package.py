@@ -24,7 +24,8 @@ def run(*argv: str | Path, cwd: Path, path: Path | None = None) -> str:
 
 
 WHERE = (
-    "import minillm.kernels.eager as e, minillm.scripts.train as t, minillm.scripts.sample as s;"
+    "import minillm.kernels.eager.mlp as e;"
+    "import minillm.scripts.train as t, minillm.scripts.sample as s;"
     "print(e.__file__, t.__file__, s.__file__, sep='\\n')"
 )
 
@@ -32,7 +33,7 @@ WHERE = (
 @pytest.mark.slow
 def test_bare_checkout_finds_kernels_and_scripts(tmp_path):
     files = run(sys.executable, "-c", WHERE, cwd=tmp_path, path=ROOT).split()
-    assert files == [str(ROOT / f) for f in ("kernels/eager.py", "train.py", "sample.py")]
+    assert files == [str(ROOT / f) for f in ("kernels/eager/mlp.py", "train.py", "sample.py")]
 
 
 def test_a_script_given_by_its_path_runs_from_elsewhere(tmp_path):
@@ -44,7 +45,7 @@ def test_kernels_does_not_shadow_the_package_of_that_name(tmp_path):
     other = tmp_path / "kernels"
     other.mkdir()
     (other / "__init__.py").write_text("owner = 'somebody else'\n")
-    code = "import kernels, minillm.kernels.eager; print(kernels.owner)"
+    code = "import kernels, minillm.kernels.eager.mlp; print(kernels.owner)"
     # The checkout's root is on the path first, as for `python train.py`; a folder without
     # __init__.py gives way to a real package behind it.
     found = run(sys.executable, "-c", code, cwd=ROOT, path=tmp_path)
@@ -83,8 +84,10 @@ def test_wheel_holds_the_very_same_scripts_and_no_setup(wheel):
     assert sorted(p.name for p in scripts.glob("*.py")) == ["sample.py", "train.py"]
     for name in ("train.py", "sample.py"):
         assert (scripts / name).read_bytes() == (ROOT / name).read_bytes()
-    kernels = {p.name for p in (ROOT / "kernels").glob("*.py")}
-    assert {p.name for p in (wheel / "minillm" / "kernels").glob("*.py")} == kernels
+    for folder in ("", "reference", "eager"):
+        kernels = {p.name for p in (ROOT / "kernels" / folder).glob("*.py")}
+        packed = wheel / "minillm" / "kernels" / folder
+        assert kernels and {p.name for p in packed.glob("*.py")} == kernels
     assert not (wheel / "train.py").exists() and not (wheel / "kernels").exists()
 
 

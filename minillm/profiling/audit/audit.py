@@ -1,4 +1,4 @@
-"""The static audit: every launch of a list of cases compiled, measured as machine code, judged."""
+"""Static audit: compile every launch of a list of cases, measure its machine code and judge it."""
 
 import multiprocessing
 import tempfile
@@ -11,32 +11,41 @@ import torch
 from triton import knobs
 
 from minillm.profiling.audit import sass, ttir
-from minillm.profiling.audit.bound import bound
+from minillm.profiling.audit.bound import Bound, bound
 from minillm.profiling.audit.cases import STREAMING, Case
 from minillm.profiling.audit.dry import Build, dry_gpu
 from minillm.profiling.audit.occupancy import ARCHS, ctas_per_sm, occupancy
 
 Row = dict[str, object]
 Say = Callable[[str], None]
-# What tiles must fit into if the table serves more than its own GPU: sm_86, sm_89 and sm_120, that
-# take those of sm_80, give a CTA 99 KiB (CUDA C++ Programming Guide, "Compute Capabilities").
+# Shared memory for tiles of a table that other GPUs use too: sm_86, sm_89 and sm_120 take those of
+# sm_80 and give a CTA 99 KiB (CUDA C++ Programming Guide, "Compute Capabilities").
 SMALLEST = {80: 99 * 1024}
 
 
 def audit(cases: Sequence[Case], workers: int = 2, say: Say | None = None) -> list[Row]:
-    """The rows of all cases, one for each kernel as compiled, sorted by kernel, arch and config.
+    """Return the rows of all cases, one for each compiled kernel, sorted by kernel, arch, config.
 
-    A row has names and plain values: kernel, op, config, arch; registers, spill_bytes (stack),
-    shared_bytes, tensor_core (the instruction, or ""), occupancy (a share of the warps),
-    ctas_per_sm; bound_tflops, bound_split_tflops, bound_sum_tflops, bound_gbps, limit (the unit
-    that bounds) and clocks_<unit> and <unit>_per_flop, all as bound.Bound explains them; num_warps,
-    num_stages, serialised, loads_128, loads_narrow, loads_tma, atomics; wants_tensor_core,
-    plain_products (those that no tensor core does), wants_exact (fp32 products as such),
-    wants_loads_128; whether it streams from memory; compile_s; error, "" where it compiled, and
-    most else None where not.
+    Everything is compiled, because Triton's cache is set to a new folder.
 
-    workers: processes that share the cases; 0 runs them in this one.    say: is told of progress.
-    Everything is compiled anew: Triton's cache is a folder of this audit's own.
+    A row has plain values under these keys:
+        kernel, op, config, arch
+        registers of a thread, spill_bytes (of the stack), shared_bytes of a CTA
+        tensor_core: name of the instruction, "" if there is none
+        occupancy: share of the warps that a multiprocessor can hold, 0 to 1; ctas_per_sm
+        bound_tflops, bound_split_tflops, bound_sum_tflops, bound_gbps, limit (the slowest unit),
+            clocks_<unit> and <unit>_per_flop: see bound.Bound
+        num_warps, num_stages, serialised, loads_128, loads_narrow, loads_tma, atomics
+        wants_tensor_core, wants_exact (fp32 products must stay fp32), wants_loads_128
+        plain_products: number of products that no tensor core computes
+        streams: its data come from memory and not from L2
+        compile_s: seconds
+        error: "" if it compiled; otherwise the reason, and most other values are None
+
+    cases: see cases.subset and cases.full
+    workers: number of processes that share the cases (0: run them in this process)
+    say: called with each line of progress
+
     Raises RuntimeError if TRITON_INTERPRET is set and there are no workers.
     """
     if workers == 0 and knobs.runtime.interpret:
@@ -49,7 +58,7 @@ def audit(cases: Sequence[Case], workers: int = 2, say: Say | None = None) -> li
 
 @contextmanager
 def _own_settings() -> Iterator[None]:
-    """An empty cache and no interpreter, here and in processes started meanwhile."""
+    """Give Triton an empty cache and no interpreter, here and in processes started meanwhile."""
     with knobs.runtime.scope(), knobs.cache.scope(), tempfile.TemporaryDirectory() as folder:
         knobs.runtime.interpret = False
         knobs.cache.dir = folder
@@ -57,7 +66,7 @@ def _own_settings() -> Iterator[None]:
 
 
 def _in_processes(cases: Sequence[Case], workers: int, say: Say) -> Iterator[Row]:
-    """The rows of all cases. A case whose process dies with it is one that does not compile."""
+    """Yield the rows of all cases; a case that kills its process counts as not compiling."""
     context = multiprocessing.get_context("spawn")
 
     def pool(size: int) -> ProcessPoolExecutor:
@@ -71,7 +80,7 @@ def _in_processes(cases: Sequence[Case], workers: int, say: Say) -> Iterator[Row
             say(f"{n}/{len(tasks)} sm_{case.arch} {case.op} {case.label}")
             try:
                 yield from task.result()
-            except BrokenProcessPool:  # a compiler that aborts takes all that waits along
+            except BrokenProcessPool:  # a compiler that aborts also ends all cases that wait
                 lost.append(case)
     for case in lost:
         say(f"alone: sm_{case.arch} {case.op} {case.label}")
@@ -83,12 +92,12 @@ def _in_processes(cases: Sequence[Case], workers: int, say: Say) -> Iterator[Row
 
 
 def audit_case(case: Case) -> list[Row]:
-    """The rows of one case: of each kernel it launches, or of why it failed."""
+    """Return the rows of one case: one for each kernel it launches, or one with the error."""
     problem = ""
     with dry_gpu(case.arch) as builds:
         try:
             case.run()
-        except Exception as e:  # whatever the compiler or the operation says is the finding
+        except Exception as e:  # the error of the compiler or the operation is the result
             problem = f"{type(e).__name__}: {e}"
     different = {b.kernel.hash if b.kernel else b.name: b for b in builds}
     rows = merged(_row(build, case) for build in different.values())
@@ -98,7 +107,7 @@ def audit_case(case: Case) -> list[Row]:
 
 
 def merged(rows: Iterable[Row]) -> list[Row]:
-    """The rows in order, each compiled kernel once."""
+    """Return the rows in order, with each compiled kernel once."""
     ordered = sorted(rows, key=lambda r: (r["kernel"], _number(r["arch"]), r["config"]))
     seen: dict[object, Row] = {}
     for row in ordered:
@@ -118,14 +127,14 @@ def _failure(case: Case, kernel: str, error: str) -> Row:
         "wants_loads_128 streams hash compile_s"
     ).split()
     row = {"kernel": kernel, "op": case.op, "config": case.label, "arch": f"sm_{case.arch}"}
-    # The compiler's messages begin with where and end with what; between them is the source.
+    # A message of the compiler begins with the place and ends with the error, after the source.
     lines = [line for line in error.splitlines() if line.strip()] or ["unknown"]
     brief = lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}"
     return {**row, **dict.fromkeys(names), "error": brief[:300]}
 
 
 def _config(build: Build, case: Case) -> str:
-    """Case, tile and switches in one line: "bf16 128 window; M128 N64 w8 s3; tma"."""
+    """Return case, tile and switches in a line, such as "bf16 128 window; M128 N64 w8 s3; tma"."""
     tile, switches = [], []
     for name, value in sorted(build.constants.items()):
         if "BLOCK" in name:
@@ -139,7 +148,7 @@ def _config(build: Build, case: Case) -> str:
 
 
 def _row(build: Build, case: Case) -> Row:
-    """One launch, measured."""
+    """Return the measurements of one launch."""
     if build.kernel is None:
         return _failure(case, build.name, build.error)
     arch, options, asm = ARCHS[case.arch], build.kernel.metadata, build.kernel.asm
@@ -166,11 +175,7 @@ def _row(build: Build, case: Case) -> Row:
         "tensor_core": sass.tensor_core(code),
         "occupancy": occupancy(arch, ctas, held),
         "ctas_per_sm": ctas,
-        "bound_tflops": round(limit.tflops_max, 2),
-        "bound_split_tflops": round(limit.tflops_split, 2),
-        "bound_sum_tflops": round(limit.tflops_sum, 2),
-        "bound_gbps": round(limit.gbps, 1),
-        "limit": limit.unit,
+        **_bounds(limit),
         "num_warps": warps,
         "num_stages": options.num_stages,
         "serialised": sass.serialised(code, asm["ttgir"].count("warp_group_dot_wait")),
@@ -191,8 +196,19 @@ def _row(build: Build, case: Case) -> Row:
     }
 
 
+def _bounds(limit: Bound) -> Row:
+    """Return the bounds of a row."""
+    return {
+        "bound_tflops": round(limit.tflops_max, 2),
+        "bound_split_tflops": round(limit.tflops_split, 2),
+        "bound_sum_tflops": round(limit.tflops_sum, 2),
+        "bound_gbps": round(limit.gbps, 1),
+        "limit": limit.unit,
+    }
+
+
 def faults(row: Row) -> list[str]:
-    """What is wrong with a row, in words; [] for a kernel that may ship."""
+    """Return what is wrong with a row, in words; an empty list for a kernel that may ship."""
     if row["error"]:
         return [f"does not compile: {row['error']}"]
     found = []
@@ -218,7 +234,7 @@ def faults(row: Row) -> list[str]:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """A table for a reader, one line a kernel and architecture: number of builds, their range."""
+    """Return a Markdown table with one line for each kernel and architecture: builds and ranges."""
     lines = [
         "| kernel | arch | builds | faults | registers | spill | shared KiB | serialised "
         "| tensor core | occupancy | bound |",
@@ -246,13 +262,13 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def _range(numbers: Iterable[int]) -> str:
-    """3 or 3-7."""
+    """Return the range of numbers, as "3" or "3-7"."""
     ordered = sorted(numbers)
     return "-".join(map(str, dict.fromkeys((ordered[0], ordered[-1]))))
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The rows as a table for a reader: speed in TFLOP/s for products, in GB/s for the others."""
+    """Return a Markdown table with one line for each build, products in TFLOP/s, others in GB/s."""
     lines = [
         "| kernel | config | arch | registers | spill | shared KiB | CTAs/SM | occupancy "
         "| tensor core | bound | limit |",

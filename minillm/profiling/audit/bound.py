@@ -1,11 +1,15 @@
-"""How fast a kernel can be at best, from the machine code of its hot loop and published rates.
+"""Bounds on the speed of a kernel, from the machine code of its hot loop and published rates.
 
-The rates and where they are published stand in occupancy.py.
+The rates and their sources are in occupancy.py.
 
-Each unit of a multiprocessor needs so many clocks for one pass of one CTA. The slowest of them
-alone gives `max`, what perfect overlap allows. `split` lets products and everything else take
-turns, `sum` all units. Latency, barriers and bank conflicts are not in it: no kernel is faster than
-`max`, most are slower, and the order of configurations is what it is good for.
+Each unit of a multiprocessor needs some number of clocks for one pass of one CTA through the loop:
+
+    max    the slowest unit alone, as if all overlapped perfectly
+    split  products, then everything else
+    sum    all units one after the other
+
+Latency, barriers and bank conflicts are not counted. No kernel is faster than `max`, most are
+slower, and the bounds are good for putting configurations in order.
 """
 
 import re
@@ -24,20 +28,24 @@ UNITS = {
     "imad": r"IMAD",
     "lanes": r"SHFL|C?REDUX|MOVM|LDSM?|STSM?|LDG|STG|LDGSTS|LDL|STL|LD|ST|ATOM\w*|REDG?",
 }
-PACKED = ("FADD2", "FMUL2", "FFMA2", "FMNMX3")  # two results a thread
+PACKED = ("FADD2", "FMUL2", "FFMA2", "FMNMX3")  # two results for each thread
 FLOPS = {"FADD": 1, "FMUL": 1, "FFMA": 2, "FADD2": 2, "FMUL2": 2, "FFMA2": 4, "MUFU": 1}
-# Operands of these widths go through a tensor core at this share of its bf16 rate.
+# Rates of tensor cores for operands of these dtypes, as a multiple of the rate for bf16.
 SPEED = {"f32": 0.5, "f8E4M3FN": 2.0, "f8E5M2": 2.0, "i8": 2.0}
 
 
 @dataclass(frozen=True)
 class Bound:
-    """What one pass of a CTA through the hot loop takes, and what follows for the whole GPU.
+    """Costs of one pass of a CTA through the hot loop, and the resulting speeds of the whole GPU.
 
-    clocks: of each unit.    flops: useful ones of the pass.    moved: its bytes of global memory.
-    unit: the slowest.    tflops_max, _split, _sum: see the head of this file.    gbps: of `max`.
-    per_flop: thread instructions of a unit for one useful FLOP; "tensor": FLOPs executed for one;
-    "shared" and "global": bytes for one.
+    clocks: of each unit
+    flops: useful FLOPs of the pass
+    moved: bytes of global memory of the pass
+    unit: the slowest one
+    tflops_max, tflops_split, tflops_sum: TFLOP/s, see the head of this file
+    gbps: GB/s under `max`
+    per_flop: thread instructions of a unit for one useful FLOP. Under "tensor" it is FLOPs
+        executed, under "shared" and "global" bytes
     """
 
     clocks: dict[str, float]
@@ -52,7 +60,7 @@ class Bound:
 
 
 def thread_instructions(loop: Stretch, unit: str) -> int:
-    """How many instructions of one thread the unit executes in a pass; packed ones count twice."""
+    """Return how many instructions of one thread the unit executes in a pass; packed ones are 2."""
     pattern = re.compile(UNITS[unit])
     return sum(
         n * (2 if name in PACKED else 1)
@@ -62,14 +70,14 @@ def thread_instructions(loop: Stretch, unit: str) -> int:
 
 
 def _tensor_flops(loop: Stretch, source: Region, warps: int) -> float:
-    """FLOPs that the tensor cores execute for a CTA in a pass, padding and repetition included."""
+    """Return the FLOPs of the tensor cores for a CTA in a pass, with padding and repetition."""
     if loop.mma_flops:
         return loop.mma_flops * (warps / 4 if "HGMMA" in loop.counts else warps)
     return source.flops if any("MMA" in name for name in loop.counts) else 0
 
 
 def _shared(loop: Stretch, source: Region, layout: Region, warps: int) -> float:
-    """Bytes of shared memory that a CTA moves in a pass: operands, exchange, arriving tiles."""
+    """Return the bytes of shared memory of a CTA in a pass: operands, exchange, arriving tiles."""
     moved = loop.mma_shared * warps / 4 + loop.shared_bytes * warps
     if layout.flops and any(name.startswith("UTC") for name in loop.counts):
         share = sum(dot.shared_bytes for dot in layout.dots) / layout.flops
@@ -80,10 +88,12 @@ def _shared(loop: Stretch, source: Region, layout: Region, warps: int) -> float:
 def clocks(
     arch: Arch, loop: Stretch, source: Region, layout: Region, warps: int, streams: bool
 ) -> dict[str, float]:
-    """Clocks that each unit of a multiprocessor needs for one pass of one CTA.
+    """Return the clocks that each unit of a multiprocessor needs for one pass of one CTA.
 
-    source: the hot loop in TTIR.    layout: in TTGIR.    warps: of the CTA.
-    streams: whether its data come from memory at large; from L2, where other CTAs left it, if not.
+    loop: the hot loop in machine code
+    source, layout: the hot loop in TTIR and in TTGIR
+    warps: of the CTA
+    streams: its data come from memory, and not from L2, where other CTAs have left them
     """
     speed = SPEED.get(source.dots[0].dtype, 1.0) if source.dots else 1.0
     needed = {
@@ -100,7 +110,7 @@ def clocks(
 
 
 def _moved(loop: Stretch, source: Region, warps: int) -> float:
-    """Bytes of global memory a CTA moves in a pass: as the source says where there are products."""
+    """Return the bytes of global memory of a CTA in a pass, by the source if it has products."""
     if source.flops or "UTMALDG" in loop.counts:
         return source.loaded_bytes + source.stored_bytes
     return loop.global_bytes * warps
@@ -109,17 +119,19 @@ def _moved(loop: Stretch, source: Region, warps: int) -> float:
 def bound(
     arch: Arch, loop: Stretch, source: Region, layout: Region, warps: int, streams: bool
 ) -> Bound:
-    """The static speed bound of a kernel; arguments as of `clocks`.
+    """Return the static bound on the speed of a kernel.
 
-    Useful FLOPs are those of the products in the source or, where it has none, those that the
-    fp32 and special-function units execute.
+    Useful FLOPs are those of the products in the source or, if it has none, those that the fp32 and
+    special-function units execute.
+
+    arch, loop, source, layout, warps, streams: see `clocks`
     """
     needed = clocks(arch, loop, source, layout, warps, streams)
     flops = source.flops or 32 * warps * sum(n * FLOPS.get(x, 0) for x, n in loop.counts.items())
     moved = _moved(loop, source, warps)
     products = max(needed["tensor"], needed["shared"])
     rest = [needed[unit] for unit in UNITS]
-    # Copies from memory are asynchronous: they may limit, but they take no turn.
+    # Copies from memory are asynchronous: they may be the limit, but they delay no other unit.
     copies = needed["l2"] + needed["memory"]
     turns = {
         "max": max(needed.values()),

@@ -1,8 +1,8 @@
-"""What is audited: each public operation, forward and backward, in the configurations it ships.
+"""Cases of the audit: each public operation, forward and backward, in its configurations.
 
-A case is called on a dry GPU, where nothing is computed: tensors are as small as they may be and
-still have the same kernels compiled. Sizes are multiples of 16, as a model's are, so that Triton
-may use wide loads; loops run more than once, so that none is compiled away.
+A case runs on a dry GPU, which computes nothing. Tensors are as small as possible while the same
+kernels are compiled. Sizes are multiples of 16, as in a model, so that Triton may use wide loads.
+Loops run more than once, so that the compiler does not remove them.
 """
 
 import json
@@ -13,13 +13,14 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from minillm.runtime.device import DTYPES
+
 ARCHS = (80, 90, 100)
 HEAD_WIDTHS = (32, 64, 96, 128)
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MASKS = ("window", "documents", "softcap", "alibi")
 SAMPLING = ("top_k", "top_p", "min_p")
 
-# Kernels whose data come from memory at large though they multiply: keys are read once a token.
+# Kernels whose data come from memory although they multiply: each token reads all keys once.
 STREAMING = ("_decode_attention",)
 
 
@@ -27,7 +28,11 @@ STREAMING = ("_decode_attention",)
 class Case:
     """One call of an operation, for one architecture.
 
-    size: head width, row width, vocabulary or side.    features: which of its options are on.
+    arch: 80, 90 or 100
+    op: name of the operation
+    dtype: "fp32", "fp16" or "bf16"
+    size: head width, row width, vocabulary or side of a matrix (0: none)
+    features: options that are on
     """
 
     arch: int
@@ -38,17 +43,17 @@ class Case:
 
     @property
     def label(self) -> str:
-        """What tells the cases of one operation and architecture apart."""
+        """The words that distinguish the cases of one operation and architecture."""
         words = [self.dtype, str(self.size) if self.size else "", "+".join(self.features)]
         return " ".join(word for word in words if word)
 
     def run(self) -> None:
-        """Call the operation, and its backward pass if it has one; not so to "evaluate"."""
+        """Call the operation, and its backward pass if it has one and is not to "evaluate"."""
         with torch.set_grad_enabled("evaluate" not in self.features):
             RUN[self.op](self)
 
     def tensor(self, *shape: int, dtype: str = "") -> Tensor:
-        """A tensor of the case's dtype that wants a gradient; its numbers do not matter."""
+        """Return a tensor of the case's dtype that needs a gradient, without values."""
         return torch.empty(shape, dtype=DTYPES[dtype or self.dtype]).requires_grad_()
 
 
@@ -59,7 +64,7 @@ def _differentiate(outputs: Tensor | tuple[Tensor, ...], *inputs: Tensor) -> Non
 
 
 def _rows(width: int) -> int:
-    """So many that the backward pass of a norm loops in each program, as it does in earnest."""
+    """Return enough rows that each program of a norm's backward pass loops, as in real use."""
     return 4352 if width <= 1024 else 1088
 
 
@@ -78,7 +83,8 @@ def _norm(case: Case) -> None:
 
 
 def _rope(case: Case) -> None:
-    from minillm.kernels.rope import rope, rope_cache
+    from minillm.kernels.rope import rope
+    from minillm.kernels.rope_cache import rope_cache
 
     B, T, H, G, D = 2, 512, 8, 2, case.size
     q, k, v = (case.tensor(B, T, heads, D) for heads in (H, G, G))
@@ -202,7 +208,7 @@ RUN: dict[str, Callable[[Case], None]] = {
 
 
 def table_sizes(operation: str, top: int) -> list[int]:
-    """The sizes that the rows of an operation's tiles stand for, 16 to `top`; [] without any."""
+    """Return the sizes in the tables of an operation's tiles, 16 to `top`; [] if it has none."""
     from minillm.kernels._launch import TILES
 
     path = TILES / f"{operation}.json"
@@ -216,10 +222,10 @@ def _subsets(features: tuple[str, ...]) -> list[tuple[str, ...]]:
 
 
 def subset() -> list[Case]:
-    """At most 120 builds: each kernel, head width and architecture; what every commit is held to.
+    """Return at most 120 builds that every commit must pass: each kernel, head width, architecture.
 
-    Of bf16, with the features that cost most. Attention meets every head width on every
-    architecture; of the others each kernel meets every architecture once.
+    All are bf16 with the features that cost most. Attention has every head width on every
+    architecture. Each other kernel has every architecture once.
     """
     cases: list[Case] = []
     for arch in ARCHS:
@@ -227,7 +233,7 @@ def subset() -> list[Case]:
         cases += [Case(arch, "decode_attention", "bf16", 128, MASKS[:1] + MASKS[2:])]
         cases += [Case(arch, "linear_cross_entropy", "bf16", 50304, ("softcap",))]
         cases += [Case(arch, "newton_schulz", "bf16", 768)]
-        # Narrow and wide rows have kernels of their own.
+        # Narrow and wide rows have different kernels.
         cases += [Case(arch, "rms_norm", "bf16", 1024), Case(arch, "add_rms_norm", "bf16", 16384)]
         cases += [Case(arch, "sandwich_norm", "bf16", C) for C in (1024, 8192)]
         cases += [Case(arch, op, "bf16", 128, ("qk_norm",)) for op in ("rope", "rope_cache")]
@@ -238,7 +244,7 @@ def subset() -> list[Case]:
 
 
 def full() -> list[Case]:
-    """Every kernel, row of its table, dtype, combination of features, and architecture."""
+    """Return every kernel, row of its tables, dtype, combination of features, and architecture."""
     return [case for arch in ARCHS for case in (*_full_attention(arch), *_full_rest(arch))]
 
 

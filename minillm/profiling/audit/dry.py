@@ -1,7 +1,7 @@
-"""A GPU that is not there: launches are compiled for an architecture by Triton, and not run.
+"""A GPU that does not exist: Triton compiles launches for an architecture and does not run them.
 
-What is audited is therefore what would run: the same launcher, the same tile, the same
-specialisation of arguments. The results of the operations are whatever memory held.
+So the audit sees exactly what would run: the same launcher, the same tile, the same specialisation
+of arguments. Results of the operations are undefined.
 """
 
 import time
@@ -17,11 +17,12 @@ from triton.runtime import driver, jit
 
 @dataclass(frozen=True)
 class Build:
-    """One launch: its kernel as compiled, and the grid and arguments it was given by name.
+    """One launch: its compiled kernel, and the grid and arguments by name.
 
-    kernel: None where compiling failed, and then `error` says why.
-    constants: the constexpr arguments by name.    seconds: what the launch took, the compiler
-    above all; next to nothing where Triton's cache has the kernel.
+    kernel: None if it did not compile; then `error` is the reason
+    constants: the constexpr arguments by name
+    seconds: time of the launch, which is mostly that of the compiler, or almost 0 if Triton's cache
+        has the kernel
     """
 
     kernel: CompiledKernel | None
@@ -34,7 +35,7 @@ class Build:
 
 
 class _Utils:
-    """The part of Triton's CUDA driver that loads binaries; everything fits, nothing is loaded."""
+    """Part of Triton's CUDA driver that loads binaries: every one fits, and none is loaded."""
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {"max_shared_mem": 1 << 30, "multiprocessor_count": 132}
@@ -44,7 +45,7 @@ class _Utils:
 
 
 class _Driver:
-    """What triton.runtime asks of a driver, for a target without a device."""
+    """Driver for triton.runtime, of a target without a device."""
 
     def __init__(self, arch: int) -> None:
         self.target, self.utils = GPUTarget("cuda", arch, 32), _Utils()
@@ -53,7 +54,7 @@ class _Driver:
         return self.target
 
     def get_current_device(self) -> int:
-        return self.target.arch  # one cache of compiled kernels an architecture
+        return self.target.arch  # one cache of compiled kernels for each architecture
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -64,11 +65,14 @@ class _Driver:
 
 @contextmanager
 def dry_gpu(arch: int) -> Iterator[list[Build]]:
-    """Inside the `with`, Triton launches on CPU tensors are compiled for sm_`arch` and listed.
+    """Compile and list the Triton launches on CPU tensors inside the `with`, for sm_`arch`.
 
-    arch: 80, 90, 100, ...    A launch that does not compile is listed too, and raises.
+    A launch that does not compile is listed too, and raises.
+
+    arch: 80, 90, 100, ...
+
     Raises RuntimeError under TRITON_INTERPRET, which compiles nothing. The variable must be unset
-    before Triton is imported: its own library of functions is interpreted or compiled from then on.
+    before Triton is imported, because Triton decides at import how its own functions run.
     """
     if knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set: the interpreter compiles nothing")

@@ -1,12 +1,12 @@
-"""What a multiprocessor of each architecture holds and does in a clock, as published by NVIDIA.
+"""Capacities and rates of a multiprocessor of each architecture, as NVIDIA publishes them.
 
 Limits: CUDA C++ Programming Guide 13, section "Compute Capabilities", table "Technical
 Specifications per Compute Capability". Rates of instructions, shuffles and shared memory: the same
 guide, "Arithmetic Instructions", table "Throughput of Native Arithmetic Instructions", columns 8.0,
 9.0 and 10.0. Rates of products, clocks, multiprocessors and bandwidths: "NVIDIA A100 Tensor Core
 GPU Architecture" (whitepaper, 2020, tables 1 to 5), "NVIDIA H100 Tensor Core GPU Architecture"
-(whitepaper, 2022, tables 1 to 3) and the data sheets of H200 and of B200 (HGX). How registers and
-shared memory are given out: cuda_occupancy.h of the CUDA toolkit.
+(whitepaper, 2022, tables 1 to 3) and the data sheets of H200 and of B200 (HGX). Allocation of
+registers and shared memory: cuda_occupancy.h of the CUDA toolkit.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Arch:
-    """One architecture and the GPU that stands for it; rates are per multiprocessor and clock."""
+    """One architecture and the GPU that represents it; rates are per multiprocessor and clock."""
 
     name: str
     device: str
@@ -39,18 +39,18 @@ class Arch:
 
     @property
     def memory_rate(self) -> float:
-        """Bytes of device memory a clock for each multiprocessor."""
+        """Bytes of device memory for each multiprocessor and clock."""
         return self.memory_bytes_per_s / self.clock_hz / self.multiprocessors
 
     @property
     def chip_hz(self) -> float:
-        """Clocks a second, of all multiprocessors together."""
+        """Clocks a second of all multiprocessors together."""
         return self.clock_hz * self.multiprocessors
 
 
 KIB = 1024
-# L2: the A100's whitepaper says 5120 bytes a clock. For the later two no figure is published: the
-# H100 is taken to have kept it, the B200 to have it twice, once for each of its dies.
+# L2: the A100's whitepaper says 5120 bytes a clock. For the later two no figure is published. The
+# same is assumed for the H100, and twice that for the B200, which has two dies.
 ARCHS = {
     80: Arch(
         name="sm_80",
@@ -99,12 +99,16 @@ def _up(n: int, unit: int) -> int:
 def ctas_per_sm(
     arch: Arch, registers: int, warps: int, shared_bytes: int, tensor_columns: int = 0
 ) -> int:
-    """How many CTAs of a kernel a multiprocessor holds at once; 0 if not even one.
+    """Return how many CTAs of a kernel a multiprocessor holds at once; 0 if none fits.
 
-    registers: of a thread.    warps: of a CTA, helpers counted.    shared_bytes: of a CTA.
-    Registers are given out by 256 a warp, from four parts that share the warps between them;
-    shared memory by 128 bytes, after 1 KiB that the system takes from each CTA. A launch is
-    checked as if each part gave as much as the one that gives most.
+    Registers are allocated in units of 256 for each warp, from four parts that share the warps.
+    Shared memory is allocated in units of 128 bytes, after 1 KiB that the system takes for each
+    CTA. A launch is checked as if each part gave as much as the one that gives most.
+
+    registers: of a thread
+    warps: of a CTA, with those that the compiler adds
+    shared_bytes: of a CTA
+    tensor_columns: columns of tensor memory of a CTA
     """
     a_warp = _up(registers * 32, 256)
     if shared_bytes > arch.shared_bytes_cta or warps > arch.warps // 2:
@@ -120,5 +124,5 @@ def ctas_per_sm(
 
 
 def occupancy(arch: Arch, ctas: int, warps: int) -> float:
-    """The share of the warps a multiprocessor can hold that it does hold, 0 to 1."""
+    """Return the share of the warps that a multiprocessor can hold that it does hold, 0 to 1."""
     return ctas * warps / arch.warps

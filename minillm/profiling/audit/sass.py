@@ -1,6 +1,6 @@
-"""Machine code (SASS) of a kernel: its resources, its loops, what stands in the one that counts.
+"""Machine code (SASS) of a kernel: its resources, its loops, and the content of the hot one.
 
-The disassembler and the resource reader come with Triton; neither needs a GPU.
+The disassembler and the resource reader come with Triton. Neither needs a GPU.
 """
 
 import re
@@ -16,14 +16,14 @@ _LINE = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?
 _TARGET = re.compile(r"(\.L_\w+)")
 _LOAD = re.compile(r"LDG(STS)?$")
 _MMA = ("HGMMA", "HMMA", "QGMMA", "UTCHMMA", "UTCQMMA", "UTCOMMA", "IMMA")
-# A block with one of these is not what a tile in the middle skips: the work goes through it.
+# A block with one of these does work, so it is not a mask path that a tile in the middle skips.
 _WORK = (*_MMA, "SYNCS", "BAR", "UTMALDG", "LDGSTS", "LDTM", "STTM", "UTCBAR")
 _MEMORY = ("LDG", "STG", "LDS", "STS", "LDSM", "STSM", "UTMASTG")
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction: its predicate ("" if always), full opcode and operands."""
+    """One instruction: its predicate ("" if it always runs), full opcode and operands."""
 
     predicate: str
     opcode: str
@@ -37,7 +37,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Code:
-    """A kernel's instructions, subroutines left out, and where each label points."""
+    """Instructions of a kernel without its subroutines, and the targets of labels."""
 
     instructions: list[Instruction]
     labels: dict[str, int]
@@ -45,12 +45,14 @@ class Code:
 
 @dataclass(frozen=True)
 class Stretch:
-    """The hot loop, or all of a kernel that has none, counted for one thread.
+    """Counts of one thread in the hot loop, or in the whole kernel if it has no loop.
 
-    counts: instructions by name, the mask path left out.    skipped: by name, the mask path.
-    mma_flops: of one warp's HMMA, or one warpgroup's HGMMA, a pass; 0 where the code hides it.
-    mma_shared: bytes that one warpgroup's HGMMA read of shared memory.
-    shared_bytes, global_bytes: of one warp, by other instructions.
+    counts: instructions by name, without the mask path
+    skipped: instructions of the mask path by name
+    mma_flops: FLOPs of one warp's HMMA, or one warpgroup's HGMMA, in a pass; 0 if the code does not
+        show them
+    mma_shared: bytes of shared memory that one warpgroup's HGMMA read
+    shared_bytes, global_bytes: bytes that other instructions of one warp move
     """
 
     is_loop: bool
@@ -73,18 +75,18 @@ def _tool(tool: str, cubin: bytes, *flags: str) -> str:
 
 
 def disassemble(cubin: bytes) -> str:
-    """The SASS of a cubin as text."""
+    """Return the SASS of a cubin as text."""
     return _tool("nvdisasm", cubin, "-c")
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread, and bytes of stack: what did not fit in registers."""
+    """Return registers of a thread, and bytes of stack, which hold what the registers cannot."""
     m = re.search(r"REG:(\d+) STACK:(\d+)", _tool("cuobjdump", cubin, "-res-usage"))
     return int(m[1]), int(m[2])
 
 
 def parse(text: str) -> Code:
-    """Read the disassembler's text, up to the first subroutine (slow paths of division, traps)."""
+    """Parse the disassembler's text up to the first subroutine (slow division, traps)."""
     instructions, labels = [], {}
     for line in text.splitlines():
         if line.startswith("$__internal"):
@@ -97,10 +99,10 @@ def parse(text: str) -> Code:
 
 
 def loops(code: Code) -> list[tuple[int, int]]:
-    """First and last instruction of each loop, outer ones first.
+    """Return the first and last instruction of each loop, outer loops first.
 
-    A jump back over the kernel's end comes from code moved out of the way (waiting for a barrier)
-    and is no loop; neither is one instruction that waits for ever.
+    A jump back from beyond the end of the kernel is no loop, because such code only waits for a
+    barrier. Neither is one instruction that jumps to itself.
     """
     found: dict[int, int] = {}
     ends = [i for i, x in enumerate(code.instructions) if x.name == "EXIT" and not x.predicate]
@@ -113,7 +115,7 @@ def loops(code: Code) -> list[tuple[int, int]]:
 
 
 def _hot_span(code: Code) -> tuple[int, int, bool]:
-    """The innermost loop with most products, else with most global memory; else everything."""
+    """Return the innermost loop with most products, else most global memory, else everything."""
 
     def weight(span: tuple[int, int]) -> tuple[int, int]:
         inside = code.instructions[span[0] : span[1] + 1]
@@ -134,7 +136,7 @@ def _hot_span(code: Code) -> tuple[int, int, bool]:
 
 
 def _mask_path(code: Code, start: int, end: int, work: tuple[str, ...]) -> set[int]:
-    """Instructions in blocks that a condition jumps over and that do none of the work."""
+    """Return the instructions in blocks that a condition skips and that do none of the work."""
     rare: set[int] = set()
     for i in range(start, end):
         x = code.instructions[i]
@@ -149,7 +151,7 @@ def _mask_path(code: Code, start: int, end: int, work: tuple[str, ...]) -> set[i
 
 
 def _width(x: Instruction) -> int:
-    """Bytes a thread moves with a load or a store."""
+    """Return the bytes that a thread moves with a load or a store."""
     words = x.opcode.split(".")
     for word, size in {"256": 32, "ENL2": 32, "128": 16, "64": 8, "U16": 2, "S16": 2}.items():
         if word in words:
@@ -158,12 +160,12 @@ def _width(x: Instruction) -> int:
 
 
 def _bytes_of(x: Instruction) -> int:
-    """Bytes of global memory that a warp moves with x."""
+    """Return the bytes of global memory that a warp moves with x."""
     return 32 * _width(x) if x.name in ("LDG", "STG", "LDGSTS") else 0
 
 
 def _shared_bytes(x: Instruction) -> int:
-    """Bytes of shared memory that a warp moves with x, outside of products."""
+    """Return the bytes of shared memory that a warp moves with x, without products."""
     if x.name in ("LDS", "STS", "LDGSTS"):
         return 32 * _width(x)
     if x.name in ("LDSM", "STSM"):
@@ -173,7 +175,7 @@ def _shared_bytes(x: Instruction) -> int:
 
 
 def _product(x: Instruction) -> tuple[int, int]:
-    """FLOPs of a product in registers or by a warpgroup; bytes it reads from shared memory."""
+    """Return the FLOPs of a product of a warp or warpgroup, and its bytes from shared memory."""
     if m := re.match(r"[HQ]GMMA\.(\d+)x(\d+)x(\d+)", x.opcode):
         rows, columns, depth = map(int, m.groups())
         from_registers = re.match(r"R\d+,\s*R\d+", x.operands)
@@ -185,7 +187,7 @@ def _product(x: Instruction) -> tuple[int, int]:
 
 
 def hot(code: Code) -> Stretch:
-    """Count the stretch of code where the time goes."""
+    """Count the stretch of code in which the kernel spends its time."""
     start, end, is_loop = _hot_span(code)
     inside = code.instructions[start : end + 1]
     has_product = any(x.name in _MMA for x in inside)
@@ -202,15 +204,15 @@ def hot(code: Code) -> Stretch:
 
 
 def tensor_core(code: Code) -> str:
-    """Which tensor-core instruction the kernel uses; "" if none."""
+    """Return the tensor-core instructions of the kernel; "" if it has none."""
     names = {x.name for x in code.instructions}
     return next((name for name in _MMA if name in names), "")
 
 
 def serialised(code: Code, waits: int = 0) -> bool:
-    """Whether the assembler gave up on asynchronous wgmma: then each waits for the one before.
+    """Return whether the assembler made wgmma synchronous, so that each waits for the one before.
 
-    waits: how many waits the source has; as few as products of one instruction each may need.
+    waits: number of waits in the source. Products of one instruction each may need that many
     """
     products = sum(x.name == "HGMMA" for x in code.instructions)
     seen = sum(x.opcode.startswith("WARPGROUP.DEPBAR") for x in code.instructions)
@@ -218,7 +220,7 @@ def serialised(code: Code, waits: int = 0) -> bool:
 
 
 def loads(code: Code) -> tuple[int, int, int]:
-    """Loads from global memory: of 128 bits (one of 256 is two), narrower ones, and tiles (TMA)."""
+    """Count loads from global memory: 128-bit ones (a 256-bit one is two), narrower ones, TMA."""
     wide = narrow = tiles = 0
     for x in code.instructions:
         if x.name == "UTMALDG":
@@ -231,6 +233,6 @@ def loads(code: Code) -> tuple[int, int, int]:
 
 
 def atomics(code: Code) -> int:
-    """Atomic instructions on global memory; those on shared memory allocate tensor memory."""
+    """Count atomic instructions on global memory; those on shared memory allocate tensor memory."""
     names = ("ATOM", "ATOMG", "RED", "REDG", "UTMAREDG", "UTMAREDP")
     return sum(x.name in names for x in code.instructions)

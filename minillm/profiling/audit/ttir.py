@@ -1,7 +1,7 @@
-"""What a kernel asks for, read off Triton's own code: products and bytes, loop by loop.
+"""Products and bytes that a kernel asks for, loop by loop, read from Triton's own code.
 
-Machine code does not show everything (the size of a tcgen05 product stands in a register), and
-its counts are per thread. Triton's code says what a whole program does in one pass of a loop.
+Machine code does not show everything: the size of a tcgen05 product, for example, is in a register.
+And its counts are per thread. Triton's code says what a whole program does in one pass of a loop.
 """
 
 import re
@@ -21,7 +21,7 @@ _TILE = re.compile(rf"tensordesc<tensor{_SHAPE}")
 
 @dataclass(frozen=True)
 class Dot:
-    """One product (m, k) by (k, n) of a program, and the bytes of it that shared memory holds."""
+    """One product of (m, k) by (k, n) of a program, and the bytes of it in shared memory."""
 
     m: int
     n: int
@@ -31,16 +31,16 @@ class Dot:
 
     @property
     def flops(self) -> int:
-        """Additions and multiplications, the padding of the tile included."""
+        """Additions and multiplications, with the padding of the tile."""
         return 2 * self.m * self.n * self.k
 
 
 @dataclass
 class Region:
-    """The body of one loop, or (depth 0) what stands outside of all loops; inner loops apart.
+    """Body of one loop without its inner loops, or (depth 0) the code outside of all loops.
 
-    loads: (numbers in the tile, bytes of one) of each load through pointers.    tiles: of each
-    through a descriptor (TMA).
+    loads: numbers in the tile, and bytes of one number, of each load through pointers
+    tiles: the same of each load through a descriptor (TMA)
     """
 
     depth: int
@@ -51,17 +51,17 @@ class Region:
 
     @property
     def flops(self) -> int:
-        """FLOPs of all products, of one program in one pass."""
+        """FLOPs of all products of one program in one pass."""
         return sum(dot.flops for dot in self.dots)
 
     @property
     def loaded_bytes(self) -> int:
-        """Bytes that one program asks for in one pass."""
+        """Bytes that one program loads in one pass."""
         return sum(n * width for n, width in self.loads) + self.tma_bytes
 
     @property
     def tma_bytes(self) -> int:
-        """Those of them that arrive in shared memory by themselves."""
+        """Loaded bytes that TMA writes to shared memory."""
         return sum(n * width for n, width in self.tiles)
 
 
@@ -77,7 +77,7 @@ def _product(sizes: list[int]) -> int:
 
 
 def _read(line: str, region: Region) -> None:
-    """Add what one line of TTIR or TTGIR does to its region."""
+    """Add one line of TTIR or TTGIR to its region."""
     if " tt.dot " in line and (m := _DOT.search(line)):
         a, b = _sizes(m[1]), _sizes(m[3])
         region.dots.append(Dot(a[-2], b[-1], a[-1], m[2]))
@@ -96,7 +96,7 @@ def _read(line: str, region: Region) -> None:
 
 
 def regions(text: str) -> list[Region]:
-    """The function's body and then each of its loops, of TTIR or TTGIR (tcgen05 products only)."""
+    """Return the body of the function and then of each loop, of TTIR or TTGIR (tcgen05 only)."""
     found = [Region(0)]
     stack = [(0, found[0])]
     depth = 0
@@ -113,7 +113,7 @@ def regions(text: str) -> list[Region]:
 
 
 def hot(text: str) -> Region:
-    """Where the time goes: the loop with most FLOPs in products, else the most bytes, else all."""
+    """Return the loop with most FLOPs in products, else with most bytes, else the function."""
 
     def weight(r: Region) -> tuple:
         moved = r.loaded_bytes + r.stored_bytes
@@ -123,21 +123,21 @@ def hot(text: str) -> Region:
 
 
 def products(text: str) -> set[str]:
-    """The dtypes of what the source multiplies as matrices."""
+    """Return the dtypes of the operands of matrix products."""
     return {dot.dtype for r in regions(text) for dot in r.dots}
 
 
 def plain_products(text: str) -> int:
-    """How many products of TTGIR are left to the fp32 units."""
+    """Count the products of TTGIR that run on the fp32 units."""
     return sum(bool(_PLAIN.search(line)) for line in text.splitlines())
 
 
 def wide_loads(text: str, threads: int) -> int:
-    """How many loads of 16 bytes a thread needs for the tiles that have so much for each.
+    """Count the 16-byte loads that a thread needs for tiles that give each thread that many bytes.
 
-    Of the branches of a condition the one with most counts.
+    Of the branches of a condition, the one with most loads counts.
     """
-    blocks = [[0]]  # of each block that is open, its branches
+    blocks = [[0]]  # for each open block, the count of each of its branches
     for line in text.splitlines():
         opens = line.count("{") - line.count("}")
         if opens > 0:
@@ -154,6 +154,6 @@ def wide_loads(text: str, threads: int) -> int:
 
 
 def warps(text: str, asked: int) -> int:
-    """Warps of a program by TTGIR, those that specialisation adds to the ones asked for too."""
+    """Return the warps of a program in TTGIR: those asked for, and those that Triton adds."""
     m = _WARPS.search(text)
     return int(m[1]) if m else asked

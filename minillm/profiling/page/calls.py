@@ -5,18 +5,25 @@ from html import escape
 
 from minillm.profiling.page.pivot import Row, short, size, text
 
-MACHINE = ("device", "driver", "torch", "triton", "python", "commit")  # what makes runs one
+MACHINE = (
+    "device",
+    "driver",
+    "torch",
+    "triton",
+    "python",
+    "commit",
+)  # same facts: same run
 
 Suites = Mapping[str, Sequence[Row]]
 
 
 def of_row(suite: str, op: str, about: dict, earlier: Mapping[str, dict]) -> dict:
-    """Return what the call that measured an operation's rows said about itself."""
+    """Return the facts about the call that measured an operation's rows."""
     return earlier.get(f"{suite} {op}", earlier.get(suite, about))
 
 
 def measured(about: dict, suites: Suites, earlier: Mapping[str, dict]) -> list[tuple[dict, str]]:
-    """Return each call, the last one first, and which suites and operations it measured."""
+    """Return each call, the last one first, with the suites and operations it measured."""
     calls: list[tuple[dict, dict[str, list[str]]]] = [(about, {})]
     for suite, rows in suites.items():
         for op in dict.fromkeys(text(row.get("op")) for row in rows):
@@ -56,9 +63,9 @@ def ceilings_in_words(roofs: object) -> str:
 
 
 def section(about: dict, suites: Suites, earlier: Mapping[str, dict]) -> str:
-    """Return what the machine is, and for each call that the results come from what it was.
+    """Return the facts about the machine, and about each call that the results come from.
 
-    The well-known facts come first; facts that are not known are left out.
+    The common facts come first. Facts that are not known are left out.
     """
     calls = measured(about, suites, earlier)
     first = [*MACHINE, "date", "command", "ceilings"]

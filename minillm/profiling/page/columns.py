@@ -1,4 +1,4 @@
-"""Columns that a reader is shown of the suites that are not pivoted."""
+"""Columns that tables show, for the suites that are not pivoted."""
 
 from minillm.profiling.page.pivot import brief, exact, per_cent, share, short, size, spread, text
 

@@ -1,4 +1,4 @@
-"""The profile as one HTML page that asks nothing of the network: figures, tables, remarks."""
+"""The profile as one HTML page that loads nothing from the network: figures, tables, remarks."""
 
 import re
 from collections import Counter
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from math import exp, log
 
-from minillm.profiling.page import calls, pivot, plot, ranks
+from minillm.profiling.page import calls, correlation, pivot, plot
 from minillm.profiling.page.columns import SHOWN
 from minillm.profiling.page.pivot import (
     RIVALS,
@@ -26,18 +26,18 @@ from minillm.profiling.page.tables import Cell, cell, ratio, speedup, table
 def render(
     about: dict, suites: dict[str, list[dict]], earlier: dict[str, dict] | None = None
 ) -> str:
-    """The page, from a run's results.
+    """Return the page of a run's results.
 
-    about, suites: as report.write takes them; any suite or value may be missing.
-    earlier: of suites that stem from another run, what that run said of its machine; under
-    "SUITE OP" that of one operation's rows.
+    about, suites: see report.write; any suite or value may be missing
+    earlier: facts about the machine of another run, by the suite whose rows come from it, or by
+        "SUITE OP" for the rows of one operation
     """
     earlier = earlier or {}
     known = {name: suites.get(name) or [] for name in pivot.SUITES}
     other = {name: rows for name, rows in suites.items() if name not in known and rows}
     makers = {"kernels": _kernels, "model": _model, "decode": _decode, "audit": _audit}
     makers["tune"] = _tune
-    # What holds measurements comes first.
+    # Suites with measurements come first.
     shown = {name: rows for name, rows in {**known, **other}.items() if rows}
     shown = dict(sorted(shown.items(), key=lambda item: not pivot.worth_a_line(*item)))
     parts = []
@@ -51,7 +51,7 @@ def render(
     head = (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        # The browser, too, is told that the page needs nothing from elsewhere.
+        # This makes the browser refuse to load anything for the page.
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
         "style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:\">"
         '<link rel="icon" href="data:,">'
@@ -77,21 +77,21 @@ def _section(name: str, content: str) -> str:
 
 
 def _origin(name: str, earlier: Mapping[str, dict], about: dict) -> str:
-    """A warning over a suite, or an op's rows, that another machine or commit was measured for."""
+    """Return a warning over a suite, or an operation's rows, from another machine or commit."""
     found = ""
-    for key, told in earlier.items():
+    for key, facts in earlier.items():
         suite, _, op = key.partition(" ")
-        unlike = [key for key in calls.MACHINE if told.get(key) != about.get(key)]
+        unlike = [key for key in calls.MACHINE if facts.get(key) != about.get(key)]
         if suite == name and unlike:
-            words = ", ".join(f"{key} {text(told.get(key)) or 'unknown'}" for key in unlike)
-            when = f" ({text(told['date'])})" if told.get("date") else ""
+            words = ", ".join(f"{key} {text(facts.get(key)) or 'unknown'}" for key in unlike)
+            when = f" ({text(facts['date'])})" if facts.get("date") else ""
             run = f"{op}: from another run{when}" if op else f"From another run{when}"
             found += f'<p class="warn">{escape(f"{run}: {words}.")}</p>'
     return found
 
 
 def _kernels(rows: Sequence[Row]) -> str:
-    """Return a summary, and for each op its bars and its table."""
+    """Return a summary, and the bars and the table of each operation."""
     summary, parts, links = [], [], []
     for op, its in pivot.grouped(rows, "op").items():
         found = pivot.lines(its)
@@ -124,7 +124,7 @@ def _kernels(rows: Sequence[Row]) -> str:
 
 
 def _against(found: Sequence[Line]) -> str:
-    """Ours against each of the vendors', cell by cell; "" where there is nothing to compare."""
+    """Return ours against each vendor's, cell by cell; "" if there is nothing to compare."""
     body = [
         [*map(cell, line.case[1:]), *(speedup(line.over(name)) for name in RIVALS)]
         for line in found
@@ -135,7 +135,7 @@ def _against(found: Sequence[Line]) -> str:
 
 
 def _cases(found: Sequence[Line], shown: int = 6) -> str:
-    """The bars of each case; those behind the first few only when asked for."""
+    """Return the bars of each case; those after the first few are folded."""
     figures = []
     for line in found:
         words = " ".join(w for w in line.case[1:] if w)
@@ -189,7 +189,7 @@ def _pivoted(found: Sequence[Line], rows: Sequence[Row]) -> str:
 def _plain(rows: Sequence[Row], suite: str = "", css: str = "") -> str:
     """Return a table with a line for each row that has more than names.
 
-    Of a known suite it has the columns that a reader wants, of another all of them.
+    A known suite has the columns of columns.py, an unknown one has all.
     """
     shown = SHOWN.get(suite) or {key: (str(key), text) for row in rows for key in row}
     wide = any(pivot.failure(row) for row in rows) and "error" not in shown
@@ -203,9 +203,9 @@ def _plain(rows: Sequence[Row], suite: str = "", css: str = "") -> str:
 
 
 def _tune(rows: Sequence[Row]) -> str:
-    found = ranks.correlations(rows)
-    told = f"<p>{ranks.TITLE}:</p>{_plain(found)}" if found else ""
-    return told + _plain(rows, "tune", "tall")
+    found = correlation.correlations(rows)
+    ranks = f"<p>{correlation.TITLE}:</p>{_plain(found)}" if found else ""
+    return ranks + _plain(rows, "tune", "tall")
 
 
 def _model(rows: Sequence[Row]) -> str:
@@ -276,10 +276,10 @@ def _audit(rows: Sequence[Row]) -> str:
 
 
 def _remarks(suites: Mapping[str, Sequence[Row]]) -> str:
-    """What was not measured, and why."""
+    """Return what was not measured, and why."""
     parts = []
     for name, rows in suites.items():
-        told = pivot.remarks(name, rows) if rows else ["this suite was not measured"]
-        items = "".join(f"<li>{escape(one)}</li>" for one in told)
-        parts += [f"<h3>{escape(name)}</h3><ul>{items}</ul>"] if told else []
+        remarks = pivot.remarks(name, rows) if rows else ["this suite was not measured"]
+        items = "".join(f"<li>{escape(one)}</li>" for one in remarks)
+        parts += [f"<h3>{escape(name)}</h3><ul>{items}</ul>"] if remarks else []
     return "".join(parts) or "<p>Everything was measured, and nothing was remarked.</p>"

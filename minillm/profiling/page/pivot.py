@@ -1,6 +1,6 @@
-"""Rows of measurements put side by side: a line for each case, a column for each implementation.
+"""Measurements side by side: a line for each case, a column for each implementation.
 
-Also how a number is written for a reader. A value that is None, or not finite, was not measured.
+It also formats numbers for a reader. A value that is None, or not finite, was not measured.
 """
 
 import math
@@ -11,7 +11,7 @@ Row = dict[str, object]
 
 SUITES = ("kernels", "model", "decode", "roofline", "audit")
 CASE = ("op", "shape", "dtype", "direction")
-# What a row of each suite is there to tell; None there means that it was not measured.
+# The main value of a row of each suite; if it is None, the row was not measured.
 VALUE = {
     "kernels": "median_us",
     "model": "step_ms",
@@ -20,20 +20,20 @@ VALUE = {
     "audit": "registers",
 }
 ORDER = ("eager", "compile", "flash", "cudnn", "efficient", "vendor")
-RIVALS = ("flash", "cudnn", "efficient")  # whom ours is to beat in attention
-WRONG = "wrong numbers"  # how the note begins of a row whose results are no results
+RIVALS = ("flash", "cudnn", "efficient")  # the vendors' attentions, with which ours is compared
+WRONG = "wrong numbers"  # first words of the note of a row with wrong results
 SPEEDS = ("median_us", "spread_us", "tflops", "gbps", "percent_of_ceiling")
 
 
 def number(value: object) -> float | None:
-    """The value as a finite float; None for everything else, True and "1.5" among it."""
+    """Return the value as a finite float; None for everything else, also for True and "1.5"."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value) if math.isfinite(value) else None
 
 
 def text(value: object) -> str:
-    """One cell in words: "" for None, 8x1024 for a sequence, a number short."""
+    """Return a cell as text: "" for None, 8x1024 for a sequence, a number in short."""
     if value is None:
         return ""
     if isinstance(value, list | tuple):
@@ -44,7 +44,7 @@ def text(value: object) -> str:
 
 
 def short(value: object, missing: str = "-") -> str:
-    """A number in three figures or more, never with an exponent unless it is tiny."""
+    """Return a number in three figures or more, with an exponent only if it is tiny."""
     x = number(value)
     if x is None:
         return missing
@@ -56,7 +56,7 @@ def short(value: object, missing: str = "-") -> str:
 
 
 def size(value: object, missing: str = "-") -> str:
-    """Bytes as B, KiB, MiB or GiB."""
+    """Return bytes as B, KiB, MiB or GiB."""
     x = number(value)
     if x is None:
         return missing
@@ -68,7 +68,7 @@ def size(value: object, missing: str = "-") -> str:
 
 
 def duration(us: object, missing: str = "-") -> str:
-    """Microseconds as us, ms or s."""
+    """Return microseconds as us, ms or s."""
     x = number(us)
     if x is None:
         return missing
@@ -78,55 +78,55 @@ def duration(us: object, missing: str = "-") -> str:
 
 
 def share(value: object) -> str:
-    """A share of one as per cent."""
+    """Return a share of one as per cent."""
     x = number(value)
     return per_cent(None if x is None else 100 * x)
 
 
 def failure(row: Row) -> str:
-    """Why a row has no measurement; in the kernels suite a number of that name is an accuracy."""
+    """Return why a row has no measurement; a number there, in the suite kernels, is an accuracy."""
     said = row.get("error")
     return said.strip() if isinstance(said, str) else ""
 
 
 def missing(row: Row) -> str:
-    """What stands where a speed would: "wrong", "failed" or, simply not measured, "-"."""
+    """Return the text in place of a missing speed: "wrong", "failed" or "-" for not measured."""
     if text(row.get("note")).startswith(WRONG):
         return "wrong"
     return "failed" if failure(row) else "-"
 
 
 def accuracy(row: Row) -> str:
-    """The relative error against float64, as 1.2e-07."""
+    """Return the relative error against float64, as 1.2e-07."""
     x = number(row.get("error"))
     return "-" if x is None else f"{x:.1e}" if x else "0"
 
 
 def exact(value: object) -> str:
-    """A number with four digits after the point, as a loss is compared."""
+    """Return a number with four digits after the point, for comparing losses."""
     x = number(value)
     return "-" if x is None else f"{x:.4f}"
 
 
 def brief(direction: object) -> str:
-    """A direction as fwd, bwd or fwd+bwd."""
+    """Return a direction as fwd, bwd or fwd+bwd."""
     return text(direction).replace("forward", "fwd").replace("backward", "bwd")
 
 
 def spread(value: object) -> str:
-    """A spread: one number, or a pair as low..high."""
+    """Return a spread as text: one number, or a pair as low..high."""
     if isinstance(value, list | tuple):
         return "..".join(short(v) for v in value)
     return short(value)
 
 
 def is_ours(implementation: str) -> bool:
-    """Whether it is this project's kernels: "triton", or a variant such as "triton_tma"."""
+    """Return whether it is one of our kernels: "triton", or a variant such as "triton_tma"."""
     return implementation.startswith("triton")
 
 
 def implementations(rows: Iterable[Row]) -> list[str]:
-    """Their names: eager, compile and the vendors first, strangers next, ours last."""
+    """Return the names: eager, compile and vendors first, unknown ones next, ours last."""
     names = {text(row.get("implementation")) for row in rows}
     known = [name for name in ORDER if name in names]
     strangers = sorted(n for n in names if n not in ORDER and not is_ours(n))
@@ -134,19 +134,19 @@ def implementations(rows: Iterable[Row]) -> list[str]:
 
 
 def measured(row: Row, value: str) -> float | None:
-    """Return what was measured under the key `value` if it is positive, else None."""
+    """Return the value under a key if it is a positive number, else None."""
     x = number(row.get(value))
     return x if x is not None and x > 0 else None
 
 
 def present(rows: Iterable[Row], value: str = "median_us") -> list[str]:
-    """Return the implementations, in order, of which anything was measured, failed or was wrong."""
+    """Return, in order, the implementations that were measured, failed or were wrong."""
     known = [row for row in rows if measured(row, value) or missing(row) != "-"]
     return implementations(known)
 
 
 def worth_a_line(suite: str, rows: Iterable[Row]) -> list[Row]:
-    """Return the rows that hold a measurement, or a failure; of an unknown suite all of them."""
+    """Return the rows with a measurement or a failure; of an unknown suite all rows."""
     if suite not in VALUE:
         return list(rows)
     return [row for row in rows if number(row.get(VALUE[suite])) is not None or failure(row)]
@@ -154,9 +154,10 @@ def worth_a_line(suite: str, rows: Iterable[Row]) -> list[Row]:
 
 @dataclass(frozen=True)
 class Line:
-    """One case: what names it, and its row by each implementation.
+    """One case: its names, and its row for each implementation.
 
-    value: the key that is compared.    higher: whether more of it is better.
+    value: the key that is compared
+    higher: larger values are better
     """
 
     case: tuple[str, ...]
@@ -165,42 +166,42 @@ class Line:
     higher: bool = False
 
     def measured(self, implementation: str) -> float | None:
-        """The value of one implementation, if it was measured and is positive."""
+        """Return the value of one implementation if it was measured and is positive."""
         return measured(self.by.get(implementation, {}), self.value)
 
     def best(self, ours: bool) -> str | None:
-        """The fastest implementation measured, of ours or of the others."""
+        """Return the fastest measured implementation, of ours or of the others."""
         names = [n for n in self.by if is_ours(n) == ours and self.measured(n) is not None]
         pick = max if self.higher else min
         return pick(names, key=lambda n: self.measured(n) or 0.0, default=None)
 
     @property
     def ours(self) -> Row:
-        """Our row: the fastest of ours, else one that failed, else an empty one."""
+        """Return our row: the fastest of ours, else one that failed, else an empty one."""
         failed = next((n for n in sorted(self.by) if is_ours(n)), "")
         return self.by.get(self.best(ours=True) or failed, {})
 
     @property
     def fastest(self) -> str | None:
-        """The fastest implementation measured, ours or another."""
+        """Return the fastest measured implementation of all."""
         names = [name for ours in (True, False) if (name := self.best(ours))]
         pick = max if self.higher else min
         return pick(names, key=lambda n: self.measured(n) or 0.0, default=None)
 
     @property
     def judged(self) -> Row:
-        """The row whose speed is shown: ours if it was tried, else the fastest other one."""
+        """Return the row whose speed is shown: ours if it was tried, else the fastest other one."""
         if self.best(ours=True) or missing(self.ours) != "-":
             return self.ours
         return self.by.get(self.fastest or "", {})
 
     @property
     def ratio(self) -> float | None:
-        """How many times as fast as the best other implementation ours is."""
+        """Return the speed of ours divided by that of the best other implementation."""
         return self.over(self.best(ours=False) or "")
 
     def over(self, other: str) -> float | None:
-        """How many times as fast as another implementation ours is, if both were measured."""
+        """Return the speed of ours divided by another's, if both were measured."""
         a, b = self.measured(self.best(ours=True) or ""), self.measured(other)
         if a is None or b is None:
             return None
@@ -213,9 +214,9 @@ def lines(
     value: str = "median_us",
     higher: bool = False,
 ) -> list[Line]:
-    """A line for each case, in the order in which they first come; of two equal rows the last.
+    """Return a line for each case, in order of first appearance; of two equal rows the last counts.
 
-    How fast numbers are wrong is not told.
+    A line does not have the speed of wrong results.
     """
     found: dict[tuple[str, ...], Line] = {}
     for row in rows:
@@ -228,7 +229,7 @@ def lines(
 
 
 def grouped(rows: Iterable[Row], key: str) -> dict[str, list[Row]]:
-    """The rows by the text of one key, in the order in which they first come."""
+    """Return the rows by the text of one key, in order of first appearance."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         found.setdefault(text(row.get(key)), []).append(row)
@@ -236,7 +237,7 @@ def grouped(rows: Iterable[Row], key: str) -> dict[str, list[Row]]:
 
 
 def rate(row: Row) -> tuple[float | None, str]:
-    """A row's speed and its unit, TFLOP/s or GB/s: whichever its ceiling is a ceiling of."""
+    """Return a row's speed and its unit, TFLOP/s or GB/s, that of its ceiling."""
     tflops, gbps = number(row.get("tflops")), number(row.get("gbps"))
     if gbps is not None and (row.get("ceiling") == "memory" or tflops is None):
         return gbps, "GB/s"
@@ -244,25 +245,25 @@ def rate(row: Row) -> tuple[float | None, str]:
 
 
 def speed(row: Row) -> str:
-    """The rate in words."""
+    """Return the rate as text."""
     value, unit = rate(row)
     return "-" if value is None else f"{short(value)} {unit}"
 
 
 def per_cent(value: object) -> str:
-    """A number of per cent, whole from ten on."""
+    """Return per cent as text, whole from ten on."""
     x = number(value)
     return "-" if x is None else f"{x:.0f}" if x >= 9.5 else f"{x:.1f}"
 
 
 def times(value: object) -> str:
-    """A ratio as 1.24x."""
+    """Return a ratio as 1.24x."""
     x = number(value)
     return "-" if x is None else f"{x:.2f}x"
 
 
 def remarks(suite: str, rows: Iterable[Row]) -> list[str]:
-    """What was not measured and why, and what a measurement's note says; equal ones told once."""
+    """Return what was not measured and why, and the notes of measurements, each once."""
     first: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         said = "; ".join(s for s in (failure(row), text(row.get("note")).strip()) if s)

@@ -1,4 +1,4 @@
-"""Figures as inline SVG: bars, a roofline, lines. Colours are the page's, by CSS class."""
+"""Figures as inline SVG: bars, a roofline, lines. CSS classes of the page give the colours."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -17,7 +17,7 @@ from minillm.profiling.page.pivot import (
     text,
 )
 
-# A shape for each implementation beside its colour, for who cannot tell colours apart.
+# A shape for each implementation, besides its colour, for readers who cannot see the colours.
 SHAPES = {
     "eager": "M-4-4H4V4H-4Z",
     "compile": "M0-5.5 5.5 0 0 5.5-5.5 0Z",
@@ -31,7 +31,7 @@ SHAPES = {
 
 
 def kind(implementation: str) -> str:
-    """The CSS class of an implementation: its own, or "other"."""
+    """Return the CSS class of an implementation: its own, or "other"."""
     name = "triton" if is_ours(implementation) else implementation
     return name if name in SHAPES else "other"
 
@@ -42,7 +42,7 @@ def _marker(implementation: str) -> str:
 
 
 def legend(names: Iterable[str]) -> str:
-    """The marker and the name of each implementation."""
+    """Return the marker and the name of each implementation."""
     items = (
         f'<li><svg viewBox="-7 -7 14 14" width="14" height="14" aria-hidden="true">'
         f"{_marker(name)}</svg>{escape(name)}</li>"
@@ -52,7 +52,7 @@ def legend(names: Iterable[str]) -> str:
 
 
 def figure(words: str, svg: str) -> str:
-    """A figure under its title."""
+    """Return a figure under its title."""
     return f"<figure><figcaption>{escape(words)}</figcaption>{svg}</figure>"
 
 
@@ -68,10 +68,10 @@ def _text(x: float, y: float, words: str, css: str = "", more: str = "") -> str:
 
 
 def bars(label: str, items: Sequence[tuple[str, float | None, str, str]]) -> str:
-    """Horizontal bars from zero, each with its name before it and its value behind it.
+    """Return horizontal bars from zero, each between its name and its value.
 
-    items: implementation, value (None where it was not measured), the value in words, what a
-    pointer that rests on it is told.
+    items: implementation, value (None if it was not measured), the value as text, and the text that
+        shows when the pointer is on the bar
     """
     left, right, step = 82, 292, 22
     top = max((value for _, value, _, _ in items if value is not None), default=0) or 1
@@ -116,7 +116,7 @@ class _Decades:
 
 
 def _tick(value: float) -> str:
-    """A number at an axis, in full."""
+    """Return a number at an axis, in full."""
     return f"{value:.0f}" if value >= 1 and value == int(value) else f"{value:g}"
 
 
@@ -126,7 +126,7 @@ def _positive(value: object) -> float | None:
 
 
 def _dots(rows: Iterable[Row]) -> list[tuple[float, float, Row]]:
-    """Intensity, TFLOP/s and row of what was measured; ours last, so that they lie on top."""
+    """Return intensity, TFLOP/s and row of each measurement; ours last, so that they are on top."""
     found = []
     for row in rows:
         x, y = _positive(row.get("intensity")), _positive(row.get("tflops"))
@@ -136,11 +136,12 @@ def _dots(rows: Iterable[Row]) -> list[tuple[float, float, Row]]:
 
 
 def roofline(rows: Iterable[Row], ceilings: dict[str, object]) -> str:
-    """Speed against arithmetic intensity, both logarithmic, under the roofs; "" without a dot.
+    """Return speed against arithmetic intensity, both logarithmic; "" if there is no dot.
 
-    A memory roof is min(intensity * bandwidth, compute roof), one for the memory and one for each
-    working set of which a row is drawn; each NAME_tflops of the ceilings is a compute roof. A dot
-    above its roof is drawn where it was measured. Williams, Waterman & Patterson 2009, figure 1.
+    A memory roof is min(intensity * bandwidth, compute roof). There is one for the memory and one
+    for each working set of a row. Each NAME_tflops of the ceilings is a compute roof. A dot above
+    its roof is drawn where it was measured.
+    Source: Williams, Waterman & Patterson 2009, figure 1.
     """
     dots = _dots(rows)
     if not dots:
@@ -170,15 +171,15 @@ def roofline(rows: Iterable[Row], ceilings: dict[str, object]) -> str:
 
 
 def _named(row: Row) -> str:
-    """The roof of a row in words, if it is known."""
+    """Return the name of a row's roof, if it is known."""
     return f" ({text(row['roof'])})" if row.get("roof") else ""
 
 
 def _slopes(rows: Iterable[Row], ceilings: dict[str, object]) -> dict[str, float]:
-    """TFLOP/s at one FLOP a byte, by the name of a memory roof, the slowest first.
+    """Return TFLOP/s at one FLOP for each byte, by the name of a memory roof, the slowest first.
 
-    Roofs of working sets are those that the rows are measured against. Of roofs too near to each
-    other to be told apart only the highest is drawn, so that no dot lies over its line for that.
+    Roofs of working sets are those of the rows. Of roofs that would overlap in the figure only the
+    highest is drawn, so that dots are not above their line for that reason.
     """
     found: dict[str, float] = {}
     if gbps := _positive(ceilings.get("memory_gbps")):
@@ -211,7 +212,7 @@ def _grid(x: _Decades, y: _Decades) -> list[str]:
 def _roofs(
     x: _Decades, y: _Decades, slopes: dict[str, float], roofs: dict[str, float]
 ) -> list[str]:
-    """Lines, with their names along them."""
+    """Return lines with their names along them."""
     parts = []
     right = 10.0**x.last
     for name, slope in slopes.items():
@@ -239,9 +240,9 @@ def _roof(name: str, a: tuple[float, float], b: tuple[float, float]) -> str:
 
 
 def decode(rows: Sequence[Row]) -> str:
-    """Tokens a second against context, a line for each implementation; "" without a point.
+    """Return tokens a second against context, a line for each implementation; "" without a point.
 
-    The context is on a logarithmic axis, since it is doubled from one point to the next.
+    The axis of the context is logarithmic, because the context doubles from one point to the next.
     """
     curves: dict[str, list[tuple[float, float]]] = {}
     by_name = grouped(rows, "implementation")
@@ -283,6 +284,6 @@ def decode(rows: Sequence[Row]) -> str:
 
 
 def _nice(value: float) -> float:
-    """The least of 1, 2, 4, 5, 8, 10 times a power of ten that is not below the value."""
+    """Return the least of 1, 2, 4, 5, 8, 10 times a power of ten that is not below the value."""
     power = 10.0 ** math.floor(math.log10(value))
     return next(n * power for n in (1, 2, 4, 5, 8, 10) if n * power >= value * 0.9999)

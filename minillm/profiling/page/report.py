@@ -1,4 +1,4 @@
-"""What a profile leaves behind: results.json, a CSV for each suite, index.html, and text tables."""
+"""Files of a profile (results.json, a CSV for each suite, index.html), and its text tables."""
 
 import csv
 import io
@@ -9,16 +9,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minillm.errors import UsageError
-from minillm.profiling.page import page, pivot, ranks
+from minillm.errors import UsageError, parameter
+from minillm.profiling.page import correlation, page, pivot
 from minillm.profiling.page.columns import SHOWN
 from minillm.profiling.page.pivot import RIVALS, Line, Row, number, per_cent, short, text, times
 from minillm.runtime.files import write_durably
 
 RESULTS = "results.json"
-CASE = ("shape", "dtype", "pass")  # titles of a line's first columns
+CASE = ("shape", "dtype", "pass")  # titles of the first columns
 
-# The columns of each suite's CSV, always in this order; other keys follow by the alphabet.
+# The first columns of each suite's CSV, in this order; other keys follow in alphabetical order.
 COLUMNS = {
     "kernels": "suite op shape dtype direction implementation median_us spread_us tflops gbps "
     "percent_of_ceiling ceiling peak_bytes error interpreted_error note",
@@ -35,18 +35,18 @@ COLUMNS = {
 
 
 def write(folder: Path, about: dict, suites: dict[str, list[dict]]) -> list[Path]:
-    """Write the results of a run, each file whole or not at all; the paths written.
+    """Write the results of a run, each file whole or not at all, and return the paths.
 
-    Suites that an earlier run left in the same folder, and this one did not measure (or has no
-    rows of), stay; what that run said about its machine stays with them under "earlier". Of a suite
-    measured again, rows of operations that this run has none of stay, before the new, and with them
-    under "earlier", as "SUITE OP", what was said. Numbers that are not finite become null.
+    Results of an earlier run in the same folder stay if this run has none for the same suite, or
+    the same operation of a suite. The facts about that run stay with them under "earlier", by
+    suite, or by "SUITE OP" for rows of one operation. Older rows come before new ones. Numbers that
+    are not finite become null.
 
-    about: device, driver, torch, triton, python, commit, date, command, ceilings.
-    suites: the rows by suite; the page shows kernels, model, decode, roofline, audit and, as plain
-    tables, any other.
-    Raises ValueError for a suite whose name is no plain word, since a file is named after it, and
-    UsageError as refuse_foreign does.
+    about: device, driver, torch, triton, python, commit, date, command, ceilings
+    suites: rows by suite; the page shows unknown suites as plain tables
+
+    Raises ValueError if the name of a suite is not a plain word, because a file is named after it,
+    and UsageError as refuse_foreign does.
     """
     for name in suites:
         if not re.fullmatch(r"[a-z][a-z0-9_-]*", name):
@@ -61,13 +61,13 @@ def write(folder: Path, about: dict, suites: dict[str, list[dict]]) -> list[Path
         results["about"], results["suites"], results.get("earlier", {})
     )
     for name, content in files.items():
-        # A lone surrogate, as a damaged path may have, is no reason to lose a run.
+        # A damaged path may have a lone surrogate; the run must not be lost for that.
         write_durably(folder / name, content.encode("utf-8", "replace"))
     return [folder / name for name in files]
 
 
 def _plain(value: object) -> Any:
-    """The value as JSON knows it."""
+    """Return the value as JSON can hold it."""
     if value is None or isinstance(value, str | bool):
         return value
     if isinstance(value, numbers.Integral):
@@ -82,9 +82,11 @@ def _plain(value: object) -> Any:
 
 
 def read(path: Path) -> dict | None:
-    """Return results as they were written; None if there are none, or the file is not of minillm.
+    """Return results as they were written; None if there are none, or the file is not minillm's.
 
-    about: of the last run.    suites: rows by suite.    earlier, if any: see write.
+    about: of the last run
+    suites: rows by suite
+    earlier: may be missing, see `write`
     """
     if not path.exists():
         return None
@@ -102,25 +104,25 @@ def read(path: Path) -> dict | None:
 def refuse_foreign(folder: Path, suites: Iterable[str]) -> None:
     """Raise UsageError unless a folder is free for a profile, or has one of an earlier run.
 
-    A file is only overwritten if the earlier run's results say that it wrote it.
+    A file is only overwritten if the results of the earlier run list it.
 
-    suites: names of those whose files are to be written
+    suites: names of those whose files will be written
     """
     if not folder.is_dir() or not any(folder.iterdir()):
         return
-    found = read(folder / RESULTS)
+    found, out = read(folder / RESULTS), parameter("out")
     if found is None:
-        raise UsageError(f"--out {folder}: holds other things than a profile; name another folder")
+        raise UsageError(f"{out} {folder}: holds other things than a profile; name another folder")
     for name in (RESULTS, *sorted(_files(suites))):
         path = folder / name
         if path.is_symlink() or (path.exists() and name not in {RESULTS, *_files(found["suites"])}):
             raise UsageError(
-                f"--out {folder}: holds a {name} that minillm did not write; name another folder"
+                f"{out} {folder}: holds a {name} that minillm did not write; name another folder"
             )
 
 
 def _files(suites: Iterable[str]) -> set[str]:
-    """Return the names of the files that are written for these suites, beside RESULTS."""
+    """Return the names of the files that are written for these suites, without RESULTS."""
     suites = set(suites)
     return {
         "index.html",
@@ -130,7 +132,7 @@ def _files(suites: Iterable[str]) -> set[str]:
 
 
 def _merged(new: dict, old: dict | None) -> dict:
-    """The new results with those rows of the old whose suite or operation the new have none of."""
+    """Return the new results, and the old rows whose suite or operation the new ones lack."""
     if old is None:
         return new
     together, earlier = {**new["suites"]}, {}
@@ -148,9 +150,9 @@ def _merged(new: dict, old: dict | None) -> dict:
 
 
 def _origins(suite: str, kept: Sequence[Row], old: dict, whole: bool) -> dict[str, dict]:
-    """What was said of the runs that rows stem from: by suite if whole and of one run, else by op.
+    """Return the facts about the runs that rows come from, by suite if it is one run, else by op.
 
-    old: the results that they were found in.
+    old: the results that had the rows
     """
     before = old.get("earlier", {})
     ops = dict.fromkeys(text(row.get("op")) for row in kept)
@@ -161,7 +163,7 @@ def _origins(suite: str, kept: Sequence[Row], old: dict, whole: bool) -> dict[st
 
 
 def _csv(suite: str, rows: Sequence[Row]) -> str:
-    """The rows as CSV: numbers in full, nothing for None."""
+    """Return the rows as CSV: numbers in full, nothing for None."""
     columns = COLUMNS.get(suite, "").split()
     columns += sorted({key for row in rows for key in row} - set(columns))
     out = io.StringIO()
@@ -174,14 +176,15 @@ def _csv(suite: str, rows: Sequence[Row]) -> str:
 
 
 def table(suite: str, rows: Sequence[dict]) -> str:
-    """A suite as aligned text for a terminal, without a newline at its end.
+    """Return a suite as aligned text for a terminal, without a newline at its end.
 
-    suite kernels: under each op a line for every shape, dtype and direction, a column for each
-    implementation with its median in microseconds; the widest spread of these; how many times as
-    fast as the best other one ours is; our TFLOP/s or GB/s and its per cent of the ceiling; our
-    error and eager's. Under attention, ours against each of the vendors'. Below stands what was not
-    measured, and why.
-    suite tune: the tiles tried, and how well their static bounds told their order.
+    suite kernels: for each op a line for every shape, dtype and direction, a column for each
+    implementation with its median in microseconds, then the widest spread, the speed of ours
+    divided by that of the best other one, our TFLOP/s or GB/s and its per cent of the ceiling, and
+    the errors of ours and of eager. Attention also compares ours with each vendor's. Below is what
+    was not measured, and why.
+
+    suite tune: the tiles tried, and the rank correlation with their static bounds.
     """
     if not rows:
         return f"{suite}: nothing was measured"
@@ -193,10 +196,7 @@ def table(suite: str, rows: Sequence[dict]) -> str:
 
 
 def _aligned(header: Sequence[str], body: Sequence[Sequence[str]], left: int) -> str:
-    """Cells in columns; the first `left` to the left, the rest to the right.
-
-    A column in which no line has anything is left out.
-    """
+    """Return cells in columns that are not empty, the first `left` of them aligned to the left."""
     keep = [i for i in range(len(header)) if any(line[i] not in ("", "-") for line in body)]
     cells = [[line[i] for i in keep] for line in (header, *body)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -208,17 +208,17 @@ def _aligned(header: Sequence[str], body: Sequence[Sequence[str]], left: int) ->
 
 
 def _value(line: pivot.Line, implementation: str) -> str:
-    """A cell of a pivoted table: the number, or what stands for it."""
+    """Return a cell of a pivoted table: the number, or the text in its place."""
     return short(line.measured(implementation), pivot.missing(line.by.get(implementation, {})))
 
 
 def _kernels(rows: Sequence[dict]) -> str:
-    """A table for each op, since each has its own implementations."""
+    """Return a table for each op, because each has other implementations."""
     units = ("TFLOP/s", "GB/s")
     found = []
     for op, its in pivot.grouped(rows, "op").items():
         names = pivot.present(its)
-        lines, body = [line for line in pivot.lines(its) if _told(line)], []
+        lines, body = [line for line in pivot.lines(its) if _has_content(line)], []
         for line in lines:
             rate, unit = pivot.rate(line.judged)
             cells = [*_case(line), *(_value(line, name) for name in names)]
@@ -246,27 +246,27 @@ def _kernels(rows: Sequence[dict]) -> str:
     return "\n\n".join(found)
 
 
-def _told(line: Line) -> bool:
-    """Whether anything on the line was measured, failed or was wrong."""
+def _has_content(line: Line) -> bool:
+    """Return whether anything on the line was measured, failed or was wrong."""
     return bool(pivot.present(line.by.values(), line.value))
 
 
 def _case(line: Line) -> list[str]:
-    """Shape, dtype and direction, this as fwd, bwd, fwd+bwd."""
+    """Return shape, dtype and direction, as fwd, bwd or fwd+bwd."""
     _, shape, dtype, way = line.case
     return [shape, dtype, pivot.brief(way)]
 
 
 def _widest(line: Line) -> float | None:
-    """The widest spread of a time on the line, in per cent of its median."""
+    """Return the widest spread of a time on the line, in per cent of its median."""
     spreads = ((number(row.get("spread_us")), line.measured(n)) for n, row in line.by.items())
     return max((100 * s / us for s, us in spreads if s is not None and us), default=None)
 
 
 def _tune(rows: Sequence[dict]) -> str:
-    found = ranks.correlations(rows)
-    told = f"\n\n{ranks.TITLE}\n{_columns('', found)}" if found else ""
-    return _columns("tune", rows) + told
+    found = correlation.correlations(rows)
+    ranks = f"\n\n{correlation.TITLE}\n{_columns('', found)}" if found else ""
+    return _columns("tune", rows) + ranks
 
 
 def _decode(rows: Sequence[dict]) -> str:
@@ -274,7 +274,7 @@ def _decode(rows: Sequence[dict]) -> str:
     body = [
         [*line.case, *(_value(line, name) for name in names), times(line.ratio)]
         for line in pivot.lines(rows, ("batch", "context"), "tokens_per_s", higher=True)
-        if _told(line)
+        if _has_content(line)
     ]
     if not body:
         return "decode: nothing was measured"
@@ -282,9 +282,9 @@ def _decode(rows: Sequence[dict]) -> str:
 
 
 def _columns(suite: str, rows: Sequence[dict]) -> str:
-    """Return a line for each row that has a measurement, with the columns that a reader wants.
+    """Return a line for each row that has a measurement, with the columns of columns.py.
 
-    Of an unknown suite all rows and columns are shown.
+    An unknown suite has all rows and columns.
     """
     rows = pivot.worth_a_line(suite, rows)
     if not rows:

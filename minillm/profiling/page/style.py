@@ -1,4 +1,4 @@
-"""How the profile's page looks and what it does: its style sheet and its script, as text."""
+"""Style sheet and script of the profile's page, as text."""
 
 STYLE = """
 :root { color-scheme: light dark;
@@ -58,8 +58,8 @@ details { margin: 8px 0; } summary { cursor: pointer; color: var(--soft); }
 li { overflow-wrap: anywhere; }
 """
 
-# A click on a column's title sorts by it, a second one the other way round; what was not measured
-# stays below.
+# A click on a column's title sorts by it, a second click reverses the order. Rows that were not
+# measured stay at the end.
 SCRIPT = """
 for (const table of document.querySelectorAll("table.sort")) {
   const titles = [...table.tHead.rows[0].cells], body = table.tBodies[0];

@@ -1,4 +1,4 @@
-"""HTML tables of the profile's page: cells, and tables without columns that hold nothing."""
+"""HTML tables of the profile's page: cells, and tables without empty columns."""
 
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -11,14 +11,14 @@ NOTHING = "–"
 
 
 def cell(shown: str, by: object = None, css: str = "") -> Cell:
-    """Return a cell; "-", which stands for what was not measured, becomes a dash."""
+    """Return a cell; "-", for what was not measured, becomes a dash."""
     return (NOTHING if shown == "-" else shown, by, css)
 
 
 def table(header: Sequence[str], body: Iterable[Sequence[Cell]], css: str = "") -> str:
-    """Return a table that the page's script lets a reader sort, or "" if it would hold nothing.
+    """Return a table that the page's script can sort, or "" if it would be empty.
 
-    A column in which no line has anything is left out. The table scrolls where the page is narrow.
+    Empty columns are left out. The table scrolls where the page is narrow.
     """
     lines = [list(line) for line in body]
     kept = [i for i in range(len(header)) if any(line[i][0] not in (NOTHING, "") for line in lines)]
@@ -46,11 +46,11 @@ def table(header: Sequence[str], body: Iterable[Sequence[Cell]], css: str = "") 
 
 
 def ratio(line: Line) -> Cell:
-    """Return how many times as fast as the best other implementation ours is, and which that is."""
+    """Return the speed of ours divided by that of the best other implementation, and its name."""
     shown, value, css = speedup(line.ratio)
     return cell("-" if value is None else f"{shown} {line.best(ours=False)}", value, css)
 
 
 def speedup(value: float | None) -> Cell:
-    """Return a ratio, coloured by whether it is a gain."""
+    """Return a ratio, coloured as a gain or a loss."""
     return cell(times(value), value, "" if value is None else "win" if value >= 1 else "lose")

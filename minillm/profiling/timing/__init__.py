@@ -1,1 +1,4 @@
-"""Measure the kernels and the model: time, accuracy and the roofline."""
+"""Timing: the suites that measure, what they need, and the tuner of tiles.
+
+Read suites.py first, then operations.py, the suite of single operations.
+"""

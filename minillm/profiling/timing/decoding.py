@@ -1,8 +1,8 @@
-"""Suite `decode`: new tokens a second, all rows of a batch counted, at some lengths of context.
+"""Suite `decode`: new tokens a second of all rows of a batch, at several lengths of context.
 
-A row has implementation, batch, context, tokens_per_s, spread (of them), note. The time is the
-wall's, launches and all, from one drawn token to the next, each drawn at the same context. Of what
-`generate` does, the log-probabilities and its lists of tokens are not in it.
+A row has implementation, batch, context, tokens_per_s, spread (of tokens_per_s) and note. The time
+is wall-clock time, launches included, from one drawn token to the next, each at the same context.
+It leaves out two parts of `generate`: the log-probabilities and the lists of tokens.
 """
 
 import time
@@ -13,17 +13,16 @@ import torch
 from minillm.config.train import ModelConfig
 from minillm.model.gpt import GPT
 from minillm.ops import EAGER
-from minillm.profiling.timing.implementations import Absent, our_table, said
+from minillm.profiling.timing.implementations import Absent, error_in_words, triton_table
 from minillm.profiling.timing.operations import Effort, Row
-from minillm.runtime import device as world
-from minillm.runtime.ceilings import DTYPES
+from minillm.runtime.device import DTYPES, synchronize
 from minillm.runtime.stopwatch import LEAST, MOST, middle
 
 NOT_COMPILED = "`generate` meets keys of another length, for the compiler a shape, with each token"
 
 
 def cells(kind: str, quick: bool) -> list[tuple[int, int]]:
-    """The batches and contexts that are measured."""
+    """Return the batches and contexts that are measured."""
     if kind == "cuda":
         return [(1, 1024), (16, 4096)] if quick else [
             (batch, context) for batch in (1, 16, 64) for context in (1024, 4096, 16384)
@@ -32,7 +31,7 @@ def cells(kind: str, quick: bool) -> list[tuple[int, int]]:
 
 
 def shape(kind: str, longest: int) -> ModelConfig:
-    """The model that decodes: 152M parameters on a GPU, four queries to a key; small on a CPU."""
+    """Return the model: 152M parameters on a GPU, four queries to a key; on a CPU a small one."""
     if kind == "cuda":
         return ModelConfig(
             vocab_size=50304, seq_len=longest, n_layer=12, n_head=12, n_kv_head=3, d_model=768,
@@ -47,11 +46,17 @@ def shape(kind: str, longest: int) -> ModelConfig:
 def run(
     device: torch.device, dtype: str, effort: Effort, quick: bool, say: Callable[[str], None]
 ) -> list[Row]:
-    """A row for each table of kernels, batch and context."""
+    """Return a row for each table of kernels, batch and context.
+
+    device, dtype: of the model
+    effort: time for each row
+    quick: few and small cells
+    say: called with each line of progress
+    """
     chosen = cells(device.type, quick)
     config = shape(device.type, max(context for _, context in chosen) + 1)
     rows = []
-    for name, ops in (("eager", EAGER), ("triton", our_table(device))):
+    for name, ops in (("eager", EAGER), ("triton", triton_table(device))):
         say(f"decode, {name}")
         if isinstance(ops, Absent):
             rows += [_row(name, cell, note=ops) for cell in chosen]
@@ -59,13 +64,13 @@ def run(
         try:
             model = GPT(config, ops, DTYPES[dtype], torch.Generator().manual_seed(0)).to(device)
         except Exception as e:
-            rows += [_row(name, cell, note=said(e)) for cell in chosen]
+            rows += [_row(name, cell, note=error_in_words(e)) for cell in chosen]
             continue
         for cell in chosen:
             try:
                 rows.append(_measured(name, cell, model.eval(), device, effort))
             except Exception as e:  # out of memory: a row says so
-                rows.append(_row(name, cell, note=said(e)))
+                rows.append(_row(name, cell, note=error_in_words(e)))
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     return [*rows, *(_row("compile", cell, note=NOT_COMPILED) for cell in chosen)]
@@ -87,11 +92,11 @@ def _measured(
         logits = model.logits(model.trunk(tokens, cache)[:, -1]).float()
         u = model.ops.uniform(0, samples, torch.full_like(samples, made))
         tokens[:, 0] = model.ops.sample(logits, u, temperature=0.8, top_p=0.95)
-        tokens.cpu()  # `generate` hands each token out
+        tokens.cpu()  # as `generate` does for each token
 
     for made in range(3):
         token(made)
-    world.synchronize(device)
+    synchronize(device)
     end = time.perf_counter() + 2 * effort.seconds
     while len(taken) < LEAST or (time.perf_counter() < end and len(taken) < MOST):
         start = time.perf_counter()

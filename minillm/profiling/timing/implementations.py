@@ -1,11 +1,11 @@
-"""Who does an operation: PyTorch eagerly, compiled, by its vendor's kernels, and ours in Triton.
+"""Implementations of an operation: PyTorch eager and compiled, the vendor's kernels, and Triton's.
 
-eager       the table EAGER, what the model calls without Triton
-compile     torch.compile of it; where it is written around the compiler, of plain PyTorch
+eager       the table EAGER, which the model calls without Triton
+compile     torch.compile of it, or of plain PyTorch where eager code avoids the compiler
 flash, cudnn, efficient    the back ends of scaled_dot_product_attention, by name
-vendor      PyTorch's own kernels for it, called most directly, where eager does not do just that,
-            as it does for rms_norm: adamw's fused one; a matrix product and a cross-entropy
-triton      ours
+vendor      PyTorch's own kernels, called directly, where eager does not do exactly that, as it does
+            for rms_norm: the fused AdamW, and a matrix product with a cross-entropy
+triton      our kernels
 """
 
 from collections.abc import Callable
@@ -17,9 +17,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minillm.errors import UnavailableError
-from minillm.kernels import reference
-from minillm.ops import EAGER, Ops, select
-from minillm.profiling.timing.workloads import Problem
+from minillm.ops import EAGER, REFERENCE, Ops, select
+from minillm.profiling.catalogue.problem import Problem
 from minillm.runtime.program import one_line
 
 BACKENDS = {
@@ -30,19 +29,20 @@ BACKENDS = {
 NEEDS_GPU = "needs a GPU"
 UNKNOWN_TO_SDPA = {"W": "window", "docs": "documents", "cap": "soft-cap"}
 
-Absent = str  # why an implementation is not there
+Absent = str  # the reason why there is no implementation
 
 
 def implementations(
     problem: Problem, device: torch.device, compiled: bool, triton: Ops | Absent
 ) -> dict[str, Callable | Absent]:
-    """Each implementation of the problem's operation by name, or why there is none.
+    """Return each implementation of the problem's operation, or the reason why there is none.
 
-    compiled: whether torch.compile shall be tried.    triton: our table, or why there is none.
+    compiled: try torch.compile
+    triton: our table, or why there is none
     """
     op, on_gpu = problem.op, device.type == "cuda"
     found: dict[str, Callable | Absent] = {"eager": getattr(EAGER, op)}
-    # What is compiled for one shape shall neither be taken for the next nor count against a limit.
+    # Code compiled for one shape must not be used for the next, nor count against a limit.
     torch.compiler.reset()
     plain = COMPILED.get(op, getattr(EAGER, op))
     found["compile"] = torch.compile(plain, dynamic=False) if compiled else "not with --quick"
@@ -64,21 +64,21 @@ def implementations(
     return found
 
 
-def our_table(device: torch.device) -> Ops | Absent:
-    """The table of Triton's kernels, or why it cannot be had."""
+def triton_table(device: torch.device) -> Ops | Absent:
+    """Return the table of Triton's kernels, or why there is none."""
     if device.type != "cuda":
         return NEEDS_GPU
     try:
         return select("triton", device)
     except (UnavailableError, ImportError) as e:
-        return said(e)
+        return error_in_words(e)
 
 
-def said(error: BaseException) -> str:
-    """An exception in a few words: its kind and its first line that says something."""
+def error_in_words(error: BaseException) -> str:
+    """Return an exception in a few words: its class and its first line that says something."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     first = lines[0] if lines else ""
-    if first.endswith("raised:") and len(lines) > 1:  # torch.compile tells the cause next
+    if first.endswith("raised:") and len(lines) > 1:  # torch.compile has the cause in the next line
         first = lines[1]
     return one_line(f"{type(error).__name__}: {first}" if first else type(error).__name__, 160)
 
@@ -96,9 +96,9 @@ def _cross_entropy(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
 
 
 class FusedAdamW:
-    """PyTorch's fused kernel and nothing else in each call but the first with some gradients.
+    """PyTorch's fused AdamW kernel, and nothing else in repeated calls with the same gradients.
 
-    That one makes what the kernel wants besides: counters of steps, and gradients in fp32.
+    The first call makes what the kernel also needs: counters of steps, and gradients in fp32.
     """
 
     def __init__(self) -> None:
@@ -107,7 +107,7 @@ class FusedAdamW:
         self.steps: list[Tensor] = []
 
     def __call__(self, params, grads, exp_avgs, exp_avg_sqs, step, *, lr, weight_decay) -> None:
-        """As reference.adamw, of one rate and one decay."""
+        """Take one step of AdamW, see REFERENCE.adamw, with one rate and one decay."""
         if self.given is not grads:
             self.given = grads
             self.grads = [g.to(p.dtype) for g, p in zip(grads, params, strict=True)]
@@ -121,5 +121,5 @@ class FusedAdamW:
 VENDOR: dict[str, Callable] = {"linear_cross_entropy": _cross_entropy}  # and FusedAdamW
 COMPILED: dict[str, Callable] = {
     "linear_cross_entropy": _cross_entropy,
-    "adamw": reference.adamw,
+    "adamw": REFERENCE.adamw,
 }

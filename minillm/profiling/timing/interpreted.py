@@ -1,7 +1,7 @@
-"""The errors of our kernels where there is no GPU: Triton's interpreter runs them, once, small.
+"""Errors of our kernels without a GPU: Triton's interpreter runs each once, at a small size.
 
-It decides when Triton is imported, so it works in a process of its own; `main` is that process.
-Times in the interpreter mean nothing, and none are taken.
+Whether it interprets is decided when Triton is imported, so it runs in a process of its own, whose
+program is `main`. Times in the interpreter mean nothing, and none are measured.
 """
 
 import json
@@ -14,21 +14,21 @@ from pathlib import Path
 import torch
 
 from minillm.ops import select
+from minillm.profiling.catalogue.problem import Problem
 from minillm.profiling.timing import precision
-from minillm.profiling.timing.implementations import said
-from minillm.profiling.timing.workloads import Problem
+from minillm.profiling.timing.implementations import error_in_words
 
 ROOT = Path(__file__).resolve().parents[3]
 LIMIT_S = 600
 
 
 def errors(problems: Sequence[Problem]) -> list[dict]:
-    """For each problem the errors of our kernel by direction; {} and a "note" if it failed."""
+    """Return the errors of our kernel for each problem, by direction, or a "note" if it fails."""
     code = (
         f"import sys; sys.path.append({str(ROOT)!r});"
         "from minillm.profiling.timing import interpreted; interpreted.main()"
     )
-    # The variable is the child's alone: this process may time and compile kernels as before.
+    # Only the child has the variable: this process may still time and compile kernels.
     words = ["env", "TRITON_INTERPRET=1", sys.executable, "-c", code]
     given = json.dumps([asdict(problem) for problem in problems])
     try:
@@ -45,12 +45,12 @@ def errors(problems: Sequence[Problem]) -> list[dict]:
         lines = done.stderr.strip().splitlines()
         reason = lines[-1] if lines else f"exit code {done.returncode}"
     except (OSError, ValueError, subprocess.TimeoutExpired) as e:
-        reason = said(e)
+        reason = error_in_words(e)
     return [{"errors": {}, "note": f"the interpreter failed: {reason}"} for _ in problems]
 
 
 def main() -> None:
-    """Read problems from standard input, write what came of them to standard output, as JSON."""
+    """Read problems from standard input and write their errors to standard output, as JSON."""
     torch.set_num_threads(1)
     problems = [Problem(**given) for given in json.load(sys.stdin)]
     json.dump([_solve(problem) for problem in problems], sys.stdout)
@@ -61,5 +61,5 @@ def _solve(problem: Problem) -> dict:
         ours = getattr(select("triton", "cpu"), problem.op)
         data = problem.data(torch.device("cpu"))
         return {"errors": precision.errors(ours, data, precision.truth(problem, data)), "note": ""}
-    except Exception as e:  # a kernel that fails is a finding
-        return {"errors": {}, "note": said(e)}
+    except Exception as e:  # a kernel that fails is a result
+        return {"errors": {}, "note": error_in_words(e)}

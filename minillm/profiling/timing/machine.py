@@ -1,4 +1,4 @@
-"""What was measured on: the device, the versions and the command."""
+"""Facts about a measurement: the device, the versions and the command."""
 
 import datetime
 import re
@@ -13,7 +13,7 @@ from minillm.runtime.versions import commit, versions
 
 
 def about(device: torch.device, argv: Sequence[str]) -> dict:
-    """The facts without which a figure means nothing: device, versions, commit, date, command."""
+    """Return the facts that give a figure its meaning: device, versions, commit, date, command."""
     return {
         "device": ceilings.name(device),
         "driver": _driver(device),
@@ -26,7 +26,7 @@ def about(device: torch.device, argv: Sequence[str]) -> dict:
 
 
 def folder_name(device: torch.device) -> str:
-    """Where results go if nobody says: the device and the date, as nvidia-h200-2026-11-21."""
+    """Return the default name of a folder of results, such as nvidia-h200-2026-11-21."""
     words = re.sub(r"[^a-z0-9]+", "-", ceilings.name(device).lower()).strip("-")
     return f"{words}-{datetime.date.today().isoformat()}"
 

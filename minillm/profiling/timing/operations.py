@@ -1,10 +1,15 @@
-"""Suite `kernels`: each operation, one row an implementation and direction.
+"""Suite `kernels`: one row for each problem, implementation and direction.
 
-A row has suite, op, shape, dtype, direction, implementation; median_us, spread_us; tflops and gbps,
-useful ones; percent_of_ceiling, ceiling ("compute" or "memory", whichever takes longer);
-peak_bytes, beyond the inputs, of a GPU; error against fp64, relative; interpreted_error, the same
-of a small problem in Triton's interpreter; note. What is not known is None, and then the note says
-why. What computes wrong numbers is not timed.
+A row has these keys. A value that is not known is None, and then the note has the reason. An
+implementation with wrong results is not timed.
+    suite, op, shape, dtype, direction, implementation
+    median_us, spread_us
+    tflops, gbps: useful ones
+    percent_of_ceiling, ceiling ("compute" or "memory", whichever takes longer)
+    peak_bytes: memory beyond the inputs, on a GPU
+    error: relative error against fp64
+    interpreted_error: the same of a small problem in Triton's interpreter
+    note
 """
 
 from collections.abc import Callable, Sequence
@@ -15,19 +20,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minillm.profiling.catalogue.entry import BACKWARD, BOTH, Data
+from minillm.profiling.catalogue.problem import Problem, small_problem
 from minillm.profiling.page.pivot import WRONG
-from minillm.profiling.timing import interpreted, precision, roofline, sizes
-from minillm.profiling.timing.implementations import Absent, implementations, our_table, said
-from minillm.profiling.timing.workloads import BACKWARD, BOTH, Data, Problem
+from minillm.profiling.timing import interpreted, precision, roofline
+from minillm.profiling.timing.implementations import (
+    Absent,
+    error_in_words,
+    implementations,
+    triton_table,
+)
 from minillm.runtime.stopwatch import Timing, Trial, on_cpu, on_gpu
 
 Row = dict[str, Any]
-MOST = 0.5  # relative error, beyond which numbers are wrong whatever their dtype
+MOST = 0.5  # largest relative error; above it results are wrong in any dtype
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured. seconds: for the runs of one row.    compiled: try torch.compile."""
+    """Time for each measurement.
+
+    seconds: of the runs of one row
+    compiled: try torch.compile
+    """
 
     seconds: float = 0.2
     compiled: bool = True
@@ -41,13 +56,14 @@ def run(
     say: Callable[[str], None],
     save: Callable[[list[Row]], None] = lambda rows: None,
 ) -> list[Row]:
-    """The rows of all problems.
+    """Return the rows of all problems.
 
-    roofs: see ceilings.ceilings.    say: is told of progress.    save: is given all rows so far
-    after each problem.
+    roofs: see ceilings.ceilings
+    say: called with each line of progress
+    save: called with all rows so far after each problem
     """
     rows: list[Row] = []
-    triton = our_table(device)
+    triton = triton_table(device)
     for n, problem in enumerate(problems, 1):
         say(f"{n}/{len(problems)} {problem.op} {problem.shape} {problem.dtype}")
         rows += _solve(problem, device, roofs, effort, triton)
@@ -60,24 +76,24 @@ def run(
 
 
 def release(device: torch.device) -> None:
-    """Give a GPU's memory back; one that has failed need not take it."""
+    """Empty the GPU's cache of memory; a GPU that has failed may refuse."""
     if device.type == "cuda":
         with suppress(RuntimeError):
             torch.cuda.empty_cache()
 
 
 def wrong(error: float | None) -> bool:
-    """Whether results of this error are none; False if it is not known."""
+    """Return whether an error means that results are wrong; False if it is not known."""
     return error is not None and not error <= MOST
 
 
 def _solve(problem, device, roofs, effort, triton) -> list[Row]:
-    """The rows of one problem, of each direction those of all implementations."""
+    """Return the rows of one problem, for each direction those of all implementations."""
     try:
         data = problem.data(device)
         true = precision.truth(problem, data)
     except Exception as e:
-        note = f"the data or its truth: {said(e)}"
+        note = f"the data or its truth: {error_in_words(e)}"
         return [_row(problem, d, "eager", roofs, note=note) for d in problem.directions]
     able: dict[str, Callable] = {}
     found: dict[tuple[str, str], Row] = {}
@@ -88,8 +104,8 @@ def _solve(problem, device, roofs, effort, triton) -> list[Row]:
             try:
                 errors = precision.errors(function, data, true)
                 able[name] = function
-            except Exception as e:  # not there in this version, out of memory: a row says so
-                note = said(e)
+            except Exception as e:  # missing in this version, out of memory: the row has the reason
+                note = error_in_words(e)
         for d in problem.directions:
             error = errors.get(d)
             why = WRONG if wrong(error) else note
@@ -109,7 +125,7 @@ def _solve(problem, device, roofs, effort, triton) -> list[Row]:
 
 
 def trial_of(function: Callable, data: Data, direction: str) -> Trial:
-    """One direction of an operation, its forward pass before a backward one not timed."""
+    """Return a trial of one direction; before a backward pass alone the forward is not timed."""
     train = direction != "forward" or "targets" not in data.others
     leaves = {n: x.detach().requires_grad_(train) for n, x in data.leaves.items()}
     wanted = list(leaves.values())
@@ -132,9 +148,9 @@ def trial_of(function: Callable, data: Data, direction: str) -> Trial:
 def _timed(
     trials: dict[str, Trial], device: torch.device, seconds: float
 ) -> dict[str, tuple[Timing | None, int | None, str]]:
-    """Of each trial its timing, the memory it took and, if it failed, why."""
+    """Return for each trial its timing, its peak of memory and, if it failed, the reason."""
     if device.type == "cpu":
-        # In turn, so no trial that fails may come along.
+        # They run in turn, so a trial that fails must not take part.
         failed = {name: why for name, trial in trials.items() if (why := _failure(trial))}
         well = [name for name in trials if name not in failed]
         timings = on_cpu([trials[name] for name in well], seconds) if well else []
@@ -147,7 +163,7 @@ def _timed(
             peak = peak_bytes(trial, device)
             found[name] = on_gpu(trial, seconds, device), peak, ""
         except Exception as e:
-            found[name] = None, None, said(e)
+            found[name] = None, None, error_in_words(e)
     return found
 
 
@@ -155,12 +171,12 @@ def _failure(trial: Trial) -> str:
     try:
         trial.once()
     except Exception as e:
-        return said(e)
+        return error_in_words(e)
     return ""
 
 
 def peak_bytes(trial: Trial, device: torch.device) -> int:
-    """What a trial holds at most beyond what was there before, what it returns counted."""
+    """Return the most memory that a trial holds beyond what was allocated before it."""
     given = trial.prepare()
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
@@ -205,8 +221,8 @@ def _row(
 
 
 def _interpret(rows: list[Row], problems: Sequence[Problem]) -> None:
-    """Say in the rows of our kernels what their errors are, interpreted at a small size."""
-    which = {p.op: sizes.small(p.op, p.dtype) for p in problems}
+    """Write into the rows of our kernels their errors in the interpreter, at a small size."""
+    which = {p.op: small_problem(p.op, p.dtype) for p in problems}
     for small, answer in zip(which.values(), interpreted.errors(list(which.values())), strict=True):
         for row in rows:
             if row["op"] != small.op or row["implementation"] != "triton":

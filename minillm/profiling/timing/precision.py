@@ -1,4 +1,4 @@
-"""How far results are from the truth, which is the reference's in fp64."""
+"""Errors of results against the truth, which is the reference in fp64."""
 
 import math
 from collections.abc import Callable
@@ -9,17 +9,21 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor
 
-from minillm.kernels import reference
-from minillm.profiling.timing.workloads import BACKWARD, BOTH, FORWARD, Data, Problem
+from minillm.ops import REFERENCE
+from minillm.profiling.catalogue.entry import BACKWARD, BOTH, FORWARD, Data
+from minillm.profiling.catalogue.problem import Problem
 
-Results = dict[str, list[Tensor]]  # by direction; BOTH has those of either
-ROWS = 2048  # of logits that the truth has at a time
+Results = dict[str, list[Tensor]]  # by direction; BOTH has the results of both
+ROWS = 2048  # rows of logits in memory at a time
 
 
 def results(function: Callable, data: Data, convert: Callable = lambda x: x) -> Results:
-    """What an operation returns, and the gradients of its leaves for the data's dy.
+    """Return the results of an operation, and the gradients of its leaves for the data's dy.
 
-    Of an operation that works in place, the tensors as it leaves them; `data` stays as it is.
+    For an operation that works in place, the results are its tensors afterwards. `data` does not
+    change.
+
+    convert: applied to each floating tensor first
     """
     leaves = {n: convert(x).detach().clone().requires_grad_() for n, x in data.leaves.items()}
     others = {n: _copied(x, convert) for n, x in data.others.items()}
@@ -36,13 +40,13 @@ def results(function: Callable, data: Data, convert: Callable = lambda x: x) -> 
 
 
 def truth(problem: Problem, data: Data, function: Callable | None = None) -> Results:
-    """The reference's results in fp64, of the part of the data that it is computed for.
+    """Return the reference's results in fp64, for the part of the data that is compared.
 
-    function: instead of the reference, as with further arguments.
+    function: what to call instead of the reference, for example with more arguments
     """
     if problem.op == "linear_cross_entropy":
         function = _in_chunks
-    function = getattr(reference, problem.op) if function is None else function
+    function = getattr(REFERENCE, problem.op) if function is None else function
     leaves = {n: data.part(x) for n, x in data.leaves.items()}
     others = {n: data.part(x) if isinstance(x, Tensor) else x for n, x in data.others.items()}
     part = replace(data, leaves=leaves, others=others, dy=[data.part(x) for x in data.dy])
@@ -50,9 +54,9 @@ def truth(problem: Problem, data: Data, function: Callable | None = None) -> Res
 
 
 def errors(function: Callable, data: Data, true: Results) -> dict[str, float]:
-    """For each direction the largest error of a result: rms(y - truth) / rms(truth).
+    """Return for each direction the largest error of a result: rms(y - truth) / rms(truth).
 
-    Of whole numbers, the share that differs. Not a number where a result is none.
+    For integers the error is the share that differs. It is nan where there is no result.
     """
     found = results(function, data)
     return {
@@ -69,11 +73,11 @@ def _error(y: Tensor, true: Tensor) -> float:
 
 
 def _in_chunks(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
-    """reference.linear_cross_entropy, whose fp64 logits would fill the memory, by rows."""
+    """Return REFERENCE.linear_cross_entropy by rows; all fp64 logits would fill the memory."""
     total = x.new_zeros(())
     for rows in torch.arange(len(x), device=x.device).split(ROWS):
         total = total + len(rows) / len(x) * torch.utils.checkpoint.checkpoint(
-            reference.linear_cross_entropy, x[rows], w, targets[rows], use_reentrant=False
+            REFERENCE.linear_cross_entropy, x[rows], w, targets[rows], use_reentrant=False
         )
     return total
 

@@ -1,8 +1,8 @@
-"""Suite `roofline`: how near each operation comes to what its arithmetic intensity allows.
+"""Suite `roofline`: how close each operation comes to the limit of its arithmetic intensity.
 
     attainable = min(compute roof, intensity x bandwidth),   intensity = useful FLOPs / bytes
 
-The bandwidth is that of the level of memory in which the data of the operation lie, since on a CPU
+The bandwidth is that of the level of memory that holds the data of the operation, because on a CPU
 they stay in a cache from one run to the next.
 Sources: Williams, Waterman & Patterson 2009, "Roofline", figure 1; for roofs of caches Ilic, Pratas
 & Sousa 2014, "Cache-aware Roofline model: Upgrading the loft".
@@ -17,11 +17,12 @@ Row = dict[str, Any]
 
 
 def bandwidth(roofs: Mapping[str, Any], n_bytes: float) -> tuple[float, str]:
-    """Return the bandwidth for a working set of `n_bytes`, in GB/s, and the roof's name.
+    """Return the bandwidth for a working set of `n_bytes`, in GB/s, and the name of the roof.
 
-    roofs: see ceilings.ceilings. Without "cached_gbps" there is one bandwidth, that of the memory.
-    Of the sizes measured, the largest that is not above `n_bytes` counts, and a larger one that was
-    faster, so that the roof errs to the high side.
+    It is that of the largest measured size up to `n_bytes`, or of a larger size that was faster, so
+    that the roof is rather too high than too low.
+
+    roofs: see ceilings.ceilings. Without "cached_gbps" there is one bandwidth, that of the memory
     """
     levels = {int(n): gbps for n, gbps in (roofs.get("cached_gbps") or {}).items()}
     if not levels or n_bytes > 4 * max(levels):
@@ -32,8 +33,9 @@ def bandwidth(roofs: Mapping[str, Any], n_bytes: float) -> tuple[float, str]:
 
 
 def rows(measured: Iterable[Row], roofs: Mapping[str, Any]) -> list[Row]:
-    """A row for each row of the suite `kernels` that has a time.
+    """Return a row for each row of the suite `kernels` that has a time.
 
+    measured: rows of the suite `kernels`
     roofs: see ceilings.ceilings
     """
     found = []

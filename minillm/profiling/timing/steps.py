@@ -1,8 +1,8 @@
-"""Suite `model`: a whole training step - forward, backward, clip, AdamW - by each table of kernels.
+"""Suite `model`: a whole training step (forward, backward, clip, AdamW) by each table of kernels.
 
-A row has implementation, step_ms, spread_ms, tokens_per_s, mfu (a share of the measured matrix
-product), peak_bytes (of a GPU, the weights and moments in it), loss (of the last of WARMUP steps
-that all take alike from one start), note.
+A row has implementation, step_ms, spread_ms, tokens_per_s, mfu (a share of the speed of the
+measured matrix product), peak_bytes (of a GPU, with weights and moments), loss (of the last of
+WARMUP steps, which all start from the same weights) and note.
 """
 
 import gc
@@ -18,10 +18,9 @@ from minillm.config.train import ModelConfig
 from minillm.model.gpt import GPT
 from minillm.ops import EAGER, Ops
 from minillm.optim.build import make_optimizers, set_learning_rate
-from minillm.profiling.timing.implementations import Absent, our_table, said
+from minillm.profiling.timing.implementations import Absent, error_in_words, triton_table
 from minillm.profiling.timing.operations import Effort, Row
-from minillm.runtime import device as world
-from minillm.runtime.ceilings import DTYPES
+from minillm.runtime.device import DTYPES, synchronize
 from minillm.runtime.stopwatch import LEAST, MOST, summary
 
 WARMUP = 5
@@ -29,14 +28,14 @@ WARMUP = 5
 
 @dataclass(frozen=True)
 class Size:
-    """A model and the batch of a step: sequences of the model's seq_len."""
+    """A model and the batch of a step, in sequences of the model's seq_len."""
 
     model: ModelConfig
     batch: int
 
 
 def size(kind: str, quick: bool) -> Size:
-    """162M parameters, GPT-2 small's width and depth, on a GPU; on a CPU 0.1 s a step or less."""
+    """Return 162M parameters, GPT-2 small's width and depth, on a GPU; a small model on a CPU."""
     if kind == "cuda":
         layers = 2 if quick else 12
         shape = ModelConfig(
@@ -51,7 +50,7 @@ def size(kind: str, quick: bool) -> Size:
 
 
 class Step:
-    """One training step, to be called again and again; the data is one random batch."""
+    """One training step that can be called repeatedly, on one random batch."""
 
     def __init__(
         self, chosen: Size, ops: Ops, dtype: str, device: torch.device, compiled: bool = False
@@ -69,7 +68,7 @@ class Step:
         self.tokens, self.targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def __call__(self) -> torch.Tensor:
-        """Take the step; returns the loss before it, ()."""
+        """Take the step; return the loss before it, ()."""
         loss = self.forward(self.tokens, self.targets)
         loss.backward()
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters.values()])
@@ -88,8 +87,14 @@ def run(
     quick: bool,
     say: Callable[[str], None],
 ) -> list[Row]:
-    """A row for eager, compiled, ours and ours in a compiled model.    roofs: ceilings.ceilings."""
-    ours, chosen = our_table(device), size(device.type, quick)
+    """Return a row each for eager, compiled, our kernels, and our kernels in a compiled model.
+
+    roofs: see ceilings.ceilings
+    effort: time for each row
+    quick: a small model
+    say: called with each line of progress
+    """
+    ours, chosen = triton_table(device), size(device.type, quick)
     rows = []
     for name, ops, compiled in (
         ("eager", EAGER, False),
@@ -122,8 +127,8 @@ def _measured(name, chosen, ops, compiled, device, dtype, roofs, effort) -> Row:
         for _ in range(WARMUP):
             loss = step()
         seconds = _seconds(step, device, 10 * effort.seconds)
-    except Exception as e:  # out of memory, no compiler: a row says so
-        return _row(name, note=said(e))
+    except Exception as e:  # out of memory, no compiler: the row has the reason
+        return _row(name, note=error_in_words(e))
     timing = summary(seconds)
     tokens_per_s = step.tokens.numel() / (timing.median_us / 1e6)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
@@ -141,14 +146,14 @@ def _measured(name, chosen, ops, compiled, device, dtype, roofs, effort) -> Row:
 
 
 def _seconds(step: Step, device: torch.device, seconds: float) -> list[float]:
-    """The wall's time of each of some steps, launches and all, as a user waits for them."""
+    """Return the wall-clock time of each of some steps, launches included."""
     taken: list[float] = []
-    world.synchronize(device)
+    synchronize(device)
     end = time.perf_counter() + seconds
     while len(taken) < LEAST or (time.perf_counter() < end and len(taken) < MOST):
         start = time.perf_counter()
         step()
-        world.synchronize(device)
+        synchronize(device)
         taken.append(time.perf_counter() - start)
     return taken
 

@@ -1,4 +1,4 @@
-"""The suites of `minillm profile`, each by its name; what they share is measured once."""
+"""The suites of `minillm profile` by name, and what they share, which is measured once."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,13 +9,15 @@ from typing import Any
 import torch
 
 from minillm.errors import UnavailableError
-from minillm.profiling.timing import decoding, operations, roofline, sizes, steps
+from minillm.profiling.catalogue.problem import CATALOGUE, problems_of
+from minillm.profiling.timing import decoding, operations, roofline, steps
 from minillm.profiling.timing.operations import Effort, Row
-from minillm.runtime import ceilings, device as world
+from minillm.runtime import ceilings
+from minillm.runtime.device import DTYPES, available_threads
 from minillm.runtime.files import write_durably
 
-QUICK_ARCH = 90  # what the audit of --quick compiles for
-COVERED = {  # audited operations under a name of sizes.OPS
+QUICK_ARCH = 90  # the one architecture that --quick audits
+COVERED = {  # audited operations by the name in CATALOGUE
     "rope": ("rope", "rope_cache"),
     "swiglu": ("swiglu", "geglu", "relu2"),
     "sample": ("sample", "uniform"),
@@ -24,10 +26,15 @@ COVERED = {  # audited operations under a name of sizes.OPS
 
 @dataclass
 class Job:
-    """What is measured, and on what.
+    """What to measure, and on which device.
 
-    about: of the machine; the ceilings are added to it.    save: is given a suite's name and its
-    rows so far, so that what ends the run does not take them along.
+    device: where
+    ops: operations, for the suites that measure single ones
+    dtype: of the data
+    quick: measure in seconds
+    about: facts of the machine; the ceilings are added to it
+    say: called with each line of progress
+    save: called with the name of a suite and its rows so far, which an interrupt then cannot lose
     """
 
     device: torch.device
@@ -41,32 +48,34 @@ class Job:
 
     @property
     def effort(self) -> Effort:
-        """How long each row may take."""
+        """Time for each row."""
         return Effort(0.02, False) if self.quick else Effort()
 
     @cached_property
     def roofs(self) -> dict[str, Any]:
-        """The ceilings of this machine, measured when first asked for."""
+        """Ceilings of this machine, measured at the first access."""
         self.say(f"ceilings of {self.about['device']}")
-        # Whatever --dtype says, some operations have fp32 data.
-        dtypes = tuple(ceilings.DTYPES) if self.device.type == "cuda" else ("fp32", self.dtype)
+        # Some operations have fp32 data with any --dtype.
+        dtypes = tuple(DTYPES) if self.device.type == "cuda" else ("fp32", self.dtype)
         found = ceilings.ceilings(self.device, tuple(dict.fromkeys(dtypes)), self.quick)
         self.about["ceilings"] = found
         return found
 
     def kernels(self, save: Callable[[list[Row]], None]) -> list[Row]:
-        """The rows of the suite `kernels`, which `roofline` is drawn from; measured once."""
+        """Return the rows of the suite `kernels`, which `roofline` needs too; measure them once."""
         if not self._kernels:
-            chosen = sizes.problems(self.ops, self.device.type, self.dtype, self.quick)
+            chosen = problems_of(self.ops, self.device.type, self.dtype, self.quick)
             args = chosen, self.device, self.roofs, self.effort, self.say, save
             self._kernels = operations.run(*args)
         return self._kernels
 
 
 def measure(job: Job, name: str, full: bool) -> tuple[list[Row], list[str]]:
-    """The rows of the suite called `name` and, of the audit, the faults that it found.
+    """Return the rows of the suite called `name` and, for the audit, the faults that it found.
 
-    full: audit everything.    Raises UnavailableError if the suite cannot run here.
+    full: audit everything
+
+    Raises UnavailableError if the suite cannot run here.
     """
     if name == "kernels":
         return job.kernels(lambda rows: job.save(name, rows)), []
@@ -81,9 +90,9 @@ def measure(job: Job, name: str, full: bool) -> tuple[list[Row], list[str]]:
 
 
 def write_audit(folder: Path, rows: list[Row]) -> Path:
-    """audit.md, for a reader: a line a kernel and architecture, and below a line a build.
+    """Write audit.md: a line for each kernel and architecture, then a line for each build.
 
-    rows: all that the folder has of the audit, those of other operations that stayed as well.
+    rows: all rows of the audit in the folder, also those of earlier runs
     """
     from minillm.profiling.audit import audit
 
@@ -93,7 +102,7 @@ def write_audit(folder: Path, rows: list[Row]) -> Path:
 
 
 def _audit(job: Job, full: bool) -> tuple[list[Row], list[str]]:
-    """The rows of the static audit, and its faults in words."""
+    """Return the rows of the static audit, and its faults in words."""
     try:
         from triton import knobs
 
@@ -106,10 +115,10 @@ def _audit(job: Job, full: bool) -> tuple[list[Row], list[str]]:
     if job.quick and not full:
         chosen = [case for case in chosen if case.arch == QUICK_ARCH]
     wanted = {name for op in job.ops for name in COVERED.get(op, (op,))}
-    if set(job.ops) != set(sizes.OPS):
+    if set(job.ops) != set(CATALOGUE):
         chosen = [case for case in chosen if case.op in wanted]
     job.say(f"audit of {len(chosen)} cases")
-    workers = min(world.available_threads(), len(chosen))
+    workers = min(available_threads(), len(chosen))
     rows = audit.audit(chosen, workers if workers > 1 else 0, job.say)
     faults = [
         f"{row['kernel']} {row['config']} {row['arch']}: {fault}"

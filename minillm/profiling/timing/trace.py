@@ -1,4 +1,4 @@
-"""A trace of training steps, kernel by kernel, for ui.perfetto.dev or chrome://tracing."""
+"""Trace of training steps, kernel by kernel, for ui.perfetto.dev or chrome://tracing."""
 
 from pathlib import Path
 
@@ -7,19 +7,22 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from minillm.ops import select
 from minillm.profiling.timing import steps
-from minillm.runtime import device as world
+from minillm.runtime.device import synchronize
 
 STEPS = 3
 
 
 def write(path: Path, device: torch.device, dtype: str, quick: bool) -> str:
-    """Trace STEPS steps of the suite `model`'s model into `path`; ".gz" at its end compresses.
+    """Trace STEPS steps of the model of the suite `model` and write the trace to `path`.
 
-    Returns what was traced, in words: the kernels are ours on a GPU that can run them.
-    Raises OSError if the file cannot be written, or is there already.
+    It runs our kernels on a GPU that can, and eager code elsewhere. A path that ends with ".gz" is
+    compressed.
+
+    Returns what was traced, in words.
+    Raises OSError if the file exists or cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.open("xb").close()  # before the work, and in our words if it cannot be
+    path.open("xb").close()  # before the work, so that an error comes early
     try:
         return _write(path, device, dtype, quick)
     except BaseException:
@@ -38,6 +41,6 @@ def _write(path: Path, device: torch.device, dtype: str, quick: bool) -> str:
         for n in range(STEPS):
             with record_function(f"step {n}"):
                 step()
-        world.synchronize(device)
+        synchronize(device)
     traced.export_chrome_trace(str(path))
     return f"{STEPS} steps, {ops.name} kernels ({ops.why})"

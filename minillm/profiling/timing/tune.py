@@ -1,10 +1,11 @@
-"""`--tune`: measure the tiles around those in kernels/tiles on this GPU, and keep what is faster.
+"""`--tune`: measure tiles around those in kernels/tiles on this GPU, and keep the faster ones.
 
-For each entry of this architecture's tables: every neighbour (a size doubled or halved, a stage
-more or less, a switch turned) is run through the public operation; one that fails, or whose error
-against fp64 is over 1.5 times the present tile's and a unit of the dtype, is out. The fastest is
-the next centre, twice. What is kept must win once more against the tile it replaces, by 2 %. All
-that was tried is told, with the static bound of its code.
+For each entry of the tables of this architecture, every neighbour of the present tile runs through
+the public operation: a size doubled or halved, a stage more or less, a switch turned. A tile is
+rejected if it fails, or if its error against fp64 is above 1.5 times that of the present tile plus
+a unit of the dtype. The fastest tile is the next centre, for two rounds. It is kept if a second
+measurement against the present tile confirms a gain of 2 %. All tiles tried are reported, with the
+static bound of their code.
 """
 
 import math
@@ -15,76 +16,61 @@ from pathlib import Path
 
 import torch
 
-from minillm.errors import UnavailableError, UsageError
+from minillm.errors import UnavailableError, UsageError, parameter
 from minillm.kernels import reference
-from minillm.profiling.page import ranks
+from minillm.ops import REFERENCE
+from minillm.profiling.catalogue.entry import BACKWARD, FORWARD
+from minillm.profiling.catalogue.problem import CATALOGUE, Problem, problem_at
+from minillm.profiling.page import correlation
 from minillm.profiling.page.pivot import WRONG
 from minillm.profiling.timing import precision
-from minillm.profiling.timing.implementations import said
+from minillm.profiling.timing.implementations import error_in_words
 from minillm.profiling.timing.operations import MOST, Row, release, trial_of
-from minillm.profiling.timing.workloads import BACKWARD, BOTH, FORWARD, Problem
-from minillm.runtime.ceilings import DTYPES
 from minillm.runtime.cli import not_one_of
+from minillm.runtime.device import DTYPES
 from minillm.runtime.files import write_durably
 from minillm.runtime.json_text import json_text
 from minillm.runtime.stopwatch import on_gpu
 
-TILES = Path(reference.__file__).parent / "tiles"
-GAIN = 0.98  # of the present time, at most, for a tile to be kept
+TILES = Path(reference.__file__).parents[1] / "tiles"
+GAIN = 0.98  # a tile is kept if it takes at most this share of the present time
 ROUNDS = 2
-SECONDS = 0.1  # of runs for each tile
+SECONDS = 0.1  # time for the runs of each tile
 Options = dict[str, int]
 
 
 @dataclass(frozen=True)
-class Job:
-    """The problem by which one entry of a table is measured.    extra: further arguments."""
+class TileJob:
+    """The problem by which one entry of a table is measured.
+
+    extra: further arguments of the operation
+    """
 
     problem: Problem
     direction: str
     extra: dict = field(default_factory=dict)
 
 
-def job_for(operation: str, kernel: str, size: int) -> Job | None:
-    """The job of the entry `size` of a kernel's table; None if it is too small to matter."""
-    words = kernel.split()
-    dtype = "fp32" if "fp32" in words else "bf16"
-    backward = BACKWARD if {"bwd", "dq", "dkdv", "delta"} & set(words) else FORWARD
-    if operation == "attention":
-        T = 1024 if dtype == "fp32" else 4096
-        sizes = {"B": 16384 // T, "T": T, "H": 2048 // size, "D": size}
-        extra = {"softcap": 30.0} if "capped" in words else {}
-        return Job(Problem("attention", sizes, dtype), backward, extra)
-    if operation == "decode_attention":
-        heads = 32 if "many" in words else 4
-        sizes = {"B": 16, "S": 8192, "H": 4 * heads, "G": 4, "D": size}
-        combines = kernel == "combine"
-        return None if combines else Job(Problem(operation, sizes, dtype), FORWARD)
-    if operation == "rms_norm":
-        op = "sandwich_norm" if "sandwich" in words else "rms_norm"
-        return Job(Problem(op, {"N": (1 << 25) // size, "C": size}, dtype), backward)
-    if operation == "rope":
-        sizes = {"B": 8, "T": 2048, "H": 2048 // size, "G": 2048 // size, "D": size}
-        return Job(Problem(operation, sizes, dtype), backward)
-    if operation == "swiglu":
-        F = min(size, 5632)
-        return Job(Problem(operation, {"N": (1 << 26) // F, "F": F}, dtype), backward)
-    if operation == "adamw":
-        return Job(Problem(operation, {"L": 12, "C": 768}, dtype), FORWARD)
-    if operation == "linear_cross_entropy":
-        # Few columns, so that it is not the products that are measured.
-        sizes = {"N": 8192, "C": 64, "V": min(size, 50304)}
-        return Job(Problem(operation, sizes, dtype), BOTH)
-    if operation == "newton_schulz":
-        M = min(size, 2048)
-        return Job(Problem(operation, {"B": 4, "M": M, "N": M}, dtype), FORWARD)
-    if operation == "sample" and kernel == "sample":
-        return Job(Problem(operation, {"B": 64, "V": min(size, 50304)}, "fp32"), FORWARD)
-    return None
+def job_for(table: str, kernel: str, size: int) -> TileJob | None:
+    """Return the job that measures one entry of a table of tiles, or None if it is not tuned.
+
+    table: name of the table's file
+    kernel, size: the keys of the entry in it
+    """
+    words = set(kernel.split())
+    op = "sandwich_norm" if "sandwich" in words else table
+    sizes = CATALOGUE[op].tile_sizes(size, words)
+    if sizes is None:
+        return None
+    problem = problem_at(op, sizes, "fp32" if "fp32" in words else "bf16")
+    direction = BACKWARD if {"bwd", "dq", "dkdv", "delta"} & words else FORWARD
+    if BACKWARD not in problem.directions:
+        direction = problem.directions[-1]
+    return TileJob(problem, direction, {"softcap": 30.0} if "capped" in words else {})
 
 
 def neighbours(options: Options) -> list[Options]:
-    """The tiles one change away, and those with blocks and warps changed together."""
+    """Return the tiles one change away, and those with block and warps changed together."""
     found: list[Options] = []
     for name, value in options.items():
         if isinstance(value, bool):
@@ -105,16 +91,17 @@ def neighbours(options: Options) -> list[Options]:
 
 
 def check(operations: Sequence[str], device: torch.device) -> list[str]:
-    """The operations to tune, all that have a table if none is named.
+    """Return the operations to tune: those named, or all that have a table if none is named.
 
-    Raises UsageError on one that has no table, UnavailableError without a GPU that runs Triton.
+    Raises UsageError on one that has no table, and UnavailableError without a GPU.
     """
     known = sorted(path.stem for path in TILES.glob("*.json"))
     for name in operations:
         if name not in known:
-            raise UsageError(f"--tune {not_one_of(name, known)}")
+            raise UsageError(f"{parameter('tune')} {not_one_of(name, known)}")
     if device.type != "cuda":
-        raise UnavailableError("--tune measures tiles on a GPU, and there is none here")
+        flag = parameter("tune")
+        raise UnavailableError(f"{flag}: tiles are measured on a GPU, and there is none here")
     return list(operations) or known
 
 
@@ -125,17 +112,18 @@ def run(
     say: Callable[[str], None],
     save: Callable[[list[Row]], None] = lambda rows: None,
 ) -> list[Row]:
-    """Tune the tables of some operations in place and on the disk; a row for each tile tried.
+    """Tune the tables of some operations in place and on disk; return a row for each tile tried.
 
-    quick: one round, and only of bf16 without features.    save: is given all rows so far after
-    each entry, when its table is on the disk.
+    quick: one round, and only bf16 without features
+    say: called with each line of progress
+    save: called with all rows so far after each entry, when its table is on disk
     """
     from minillm.kernels import _launch
     from minillm.ops import select
 
     table, arch, rows = select("triton", device), _launch.arch(), []
     for operation in operations:
-        # The very dictionary that launches read: changed in place, it is what the next one takes.
+        # Launches read this same dictionary, so a change in place takes effect at the next launch.
         tables = _launch._tables(operation)
         for kernel, arches in tables.items():
             if quick and {"fp32", "capped", "many"} & set(kernel.split()):
@@ -146,8 +134,8 @@ def run(
                 if job is None:
                     continue
                 function = partial(getattr(table, job.problem.op), **job.extra)
-                bound = partial(ranks.bound_of, kernel=kernel, arch=arch)
-                tuned = Entry(entries, size, job, function, device, bound)
+                bound = partial(correlation.bound_of, kernel=kernel, arch=arch)
+                tuned = TunedEntry(entries, size, job, function, device, bound)
                 found = list(tuned.tried(1 if quick else ROUNDS))
                 where = {"op": operation, "kernel": kernel, "size": int(size), "arch": f"sm_{arch}"}
                 rows += [{**where, **row, "options": _words(row["options"])} for row in found]
@@ -158,24 +146,27 @@ def run(
     return rows
 
 
-class Entry:
+class TunedEntry:
     """One entry of a table while it is tuned.
 
-    bound: of launches and a tile, see ranks.    verdict: what came of it, in words.
+    entries, size: the table, and the key of the entry in it
+    job, function: what to measure, and the operation
+    bound: returns the static bound of launches and a tile, see correlation.bound_of
+    verdict: the result, in words
     """
 
     def __init__(
-        self, entries: dict, size: str, job: Job, function: Callable, device, bound: Callable
+        self, entries: dict, size: str, job: TileJob, function: Callable, device, bound: Callable
     ) -> None:
         self.entries, self.size, self.job, self.function = entries, size, job, function
         self.device, self.bound, self.verdict = device, bound, ""
         self.data = job.problem.data(device)
-        extended = partial(getattr(reference, job.problem.op), **job.extra)
+        extended = partial(getattr(REFERENCE, job.problem.op), **job.extra)
         self.true = precision.truth(job.problem, self.data, extended)
         self.allowed = MOST
 
     def tried(self, rounds: int) -> Iterator[Row]:
-        """Try the tiles; the rows of all of them. The entry then holds the best."""
+        """Try the tiles and yield the rows of all of them; the entry then holds the best."""
         present = dict(self.entries[self.size])
         first = self._row(present)
         if first["median_us"] is None:
@@ -209,13 +200,13 @@ class Entry:
             yield {**row, "kept": row is kept}
 
     def _row(self, options: Options) -> Row:
-        """Run with one tile, judge and time it."""
+        """Run with one tile; return its error and its time."""
         row = dict.fromkeys(("median_us", "spread_us", "error", "bound_tflops", "bound_gbps"))
         row = {"options": options, **row, "note": ""}
         held = self.entries[self.size]
         self.entries[self.size] = options
         try:
-            with ranks.launches() as launched:
+            with correlation.launches() as launched:
                 errors = precision.errors(self.function, self.data, self.true)
             row["error"] = worst(errors, self.job.problem.directions)
             if row["error"] > self.allowed:
@@ -224,14 +215,14 @@ class Entry:
             trial = trial_of(self.function, self.data, self.job.direction)
             timing = on_gpu(trial, SECONDS, self.device)
             return {**row, "median_us": timing.median_us, "spread_us": timing.spread_us}
-        except Exception as e:  # does not compile, does not fit: a loser with a reason
-            return {**row, "note": said(e)}
+        except Exception as e:  # does not compile or does not fit: rejected, with the reason
+            return {**row, "note": error_in_words(e)}
         finally:
             self.entries[self.size] = held
 
 
 def worst(errors: dict[str, float], directions: Sequence[str]) -> float:
-    """The largest error; infinite if one is no number, or that of a direction is not there."""
+    """Return the largest error; infinity if one is nan or a direction is missing."""
     found = [errors.get(direction, math.nan) for direction in directions]
     return math.inf if any(map(math.isnan, found)) else max(found)
 
@@ -241,7 +232,7 @@ def _words(options: Options) -> str:
 
 
 def text(tables: dict) -> str:
-    """Tables of tiles as their files have them: a line an entry."""
+    """Return tables of tiles as text, as their files have them: one line for each entry."""
     kernels = []
     for kernel, arches in tables.items():
         blocks = []

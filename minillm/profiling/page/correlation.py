@@ -1,10 +1,10 @@
-"""Whether the static bound puts tiles in the order in which they are measured.
+"""Rank correlation between the static bounds of tiles and their measured speeds.
 
-    rho = the correlation of two orders, of bounds and of measured speeds; 1 if they agree
+    rho = the correlation of the ranks of bounds and of measured speeds; 1 if the orders agree
 
 Source: Spearman 1904, "The Proof and Measurement of Association between Two Things"; equal values
-share the mean of their places. The bound is the audit's (see bound.py), read off the very code that
-was launched.
+share the mean of their ranks. The bound is that of the audit (see bound.py), read from the code
+that was launched.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,13 +16,13 @@ from typing import Any
 from minillm.profiling.page.pivot import Row, number, text
 
 TITLE = "Rank correlation of static bound and measured speed"
-LEAST = 4  # tiles, for their order to say anything
-Launch = tuple[str, Any, dict]  # name, kernel as compiled, its arguments by name
+LEAST = 4  # fewest tiles whose order means anything
+Launch = tuple[str, Any, dict]  # name, compiled kernel, arguments by name
 
 
 @contextmanager
 def launches() -> Iterator[list[Launch]]:
-    """Inside the `with`, what Triton compiles and launches is listed; nothing it interprets."""
+    """List what Triton compiles and launches inside the `with`, but not what it interprets."""
     from triton.runtime import jit
 
     found: list[Launch] = []
@@ -41,11 +41,15 @@ def launches() -> Iterator[list[Launch]]:
 
 
 def bound_of(launched: Sequence[Launch], kernel: str, options: dict, arch: int) -> dict[str, float]:
-    """{"bound_tflops": ...} or {"bound_gbps": ...} of the launch that took a tile.
+    """Return {"bound_tflops": ...} or {"bound_gbps": ...} of the launch that took a tile.
 
-    {} if there is none, or its code cannot be read.
-    kernel: the entry of the tile's table; of several launches with this tile it is the one that is
-    most like it by name.    arch: 80, 90 or 100.
+    It is {} if there is no such launch, or its code cannot be read.
+
+    launched: the launches, see `launches`
+    kernel: name of the tile's table; of several launches with this tile, the one with the most
+        similar name counts
+    options: the tile
+    arch: 80, 90 or 100
     """
     from minillm.profiling.audit import sass, ttir
     from minillm.profiling.audit.bound import bound
@@ -61,7 +65,7 @@ def bound_of(launched: Sequence[Launch], kernel: str, options: dict, arch: int) 
     streams = not ttir.products(asm["ttir"]) or name.startswith(STREAMING)
     try:
         loop = sass.hot(sass.parse(sass.disassemble(asm["cubin"])))
-    except (OSError, RuntimeError, CalledProcessError):  # no disassembler, or it refuses
+    except (OSError, RuntimeError, CalledProcessError):  # no disassembler, or it fails
         return {}
     limit = bound(ARCHS[arch], loop, ttir.hot(asm["ttir"]), ttir.hot(asm["ttgir"]), warps, streams)
     if streams:
@@ -70,10 +74,10 @@ def bound_of(launched: Sequence[Launch], kernel: str, options: dict, arch: int) 
 
 
 def correlations(rows: Iterable[Row]) -> list[Row]:
-    """For each entry of the suite `tune` op, kernel, size, tiles and rho; their mean below them.
+    """Return op, kernel, size, tiles and rho for each entry of the suite `tune`, then their mean.
 
-    tiles: those that were timed and have a bound. rho is None if they are fewer than LEAST, or
-    equal in bound or speed.    [] if no row has both.
+    It is [] if no row has both a bound and a time. tiles counts those that have both. rho is None
+    if they are fewer than LEAST, or all equal in bound or speed.
     """
     entries: dict[tuple, list[tuple[float, float]]] = {}
     for row in rows:
@@ -94,7 +98,7 @@ def correlations(rows: Iterable[Row]) -> list[Row]:
 
 
 def spearman(pairs: Sequence[tuple[float, float]]) -> float | None:
-    """The rank correlation of LEAST pairs or more; None where all of one side are equal."""
+    """Return the rank correlation; None of fewer than LEAST pairs, or if one side is constant."""
     if len(pairs) < LEAST:
         return None
     try:
@@ -104,6 +108,6 @@ def spearman(pairs: Sequence[tuple[float, float]]) -> float | None:
 
 
 def _places(values: Sequence[float]) -> list[float]:
-    """The place of each value in their order, of equal ones the mean."""
+    """Return the rank of each value; equal values share the mean of their ranks."""
     ordered = sorted(values)
     return [ordered.index(v) + (ordered.count(v) - 1) / 2 for v in values]

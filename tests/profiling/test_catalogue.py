@@ -1,4 +1,4 @@
-"""What is measured: the costs by hand, the data of attention's options, who really computes it."""
+"""Catalogue: costs against figures by hand, attention's options, and the implementations."""
 
 from itertools import pairwise
 
@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minillm.kernels import reference
-from minillm.ops import EAGER
-from minillm.profiling.timing import decoding, implementations, operations, precision, sizes, steps
-from minillm.profiling.timing.workloads import BACKWARD, BOTH, FORWARD, Problem
+from minillm.ops import EAGER, REFERENCE
+from minillm.profiling.catalogue.entry import BACKWARD, BOTH, FORWARD
+from minillm.profiling.catalogue.problem import CATALOGUE, Problem, problems_of, small_problem
+from minillm.profiling.timing import decoding, implementations, operations, precision, steps
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -66,7 +66,7 @@ def test_costs(op, size, direction, flops, moved):
 
 def test_no_operation_and_no_direction_is_without_a_cost_by_hand():
     known = {(op, direction) for op, _, direction, *_ in COSTS}
-    assert known == {(op, d) for op in sizes.OPS for d in sizes.small(op, "bf16").directions}
+    assert known == {(op, d) for op in CATALOGUE for d in small_problem(op, "bf16").directions}
 
 
 OPTIONS = [{"G": 2}, {"W": 5}, {"docs": 3}, {"docs": 3, "W": 5}, {"cap": 2}]
@@ -78,7 +78,7 @@ def test_the_pairs_counted_are_those_that_the_mask_shows(more):
     q, k, v = problem.data(CPU).leaves.values()
     options = {n: x for n, x in problem.data(CPU).others.items() if n != "softcap"}
     eye = torch.eye(48)[None, :, None].expand(v.shape)  # so that weights come out
-    seen = (reference.attention(q, k, eye, **options) > 0).sum().item()
+    seen = (REFERENCE.attention(q, k, eye, **options) > 0).sum().item()
     # A query and its own key are seen, but count half.
     assert problem.cost(FORWARD)[0] == 4 * 48 * (seen - 2 * 48 / 2)
 
@@ -105,7 +105,7 @@ def test_documents_fill_each_row_and_are_of_different_lengths():
 
 
 def test_attention_on_a_gpu_is_measured_with_each_of_its_options():
-    cells = [p.sizes for p in sizes.problems(("attention",), "cuda", "bf16")]
+    cells = [p.sizes for p in problems_of(("attention",), "cuda", "bf16")]
     assert len(cells) == 14
     assert [s["H"] // s["G"] for s in cells if "G" in s] == [4]
     for letter, value, T in (("W", 1024, 16384), ("docs", 8, 16384), ("cap", 30, 4096)):
@@ -129,12 +129,12 @@ def test_both_ways_of_attention_are_one_trial():
 
 
 def test_rope_is_given_the_tables_that_a_model_has():
-    others = sizes.small("rope", "bf16").data(CPU).others
+    others = small_problem("rope", "bf16").data(CPU).others
     assert {x.dtype for x in others.values()} == {torch.float32}
 
 
 class Operators(TorchDispatchMode):
-    """The names of the operators that are called."""
+    """Record of the names of the operators that are called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,9 +170,9 @@ def test_the_vendors_adamw_keeps_no_gradients_of_another_call():
     assert found_for(problem)["vendor"] is not vendor
 
 
-@pytest.mark.parametrize("op", sizes.OPS)
+@pytest.mark.parametrize("op", CATALOGUE)
 def test_no_vendor_computes_just_what_eager_does(op):
-    problem = sizes.small(op, "bf16")
+    problem = small_problem(op, "bf16")
     data, found = problem.data(CPU), found_for(problem)
     if "vendor" not in found:
         return
@@ -195,7 +195,7 @@ ENABLED = {
 @pytest.mark.parametrize("op", ["attention", "decode_attention"])
 @pytest.mark.parametrize("grouped", [False, True])
 def test_a_back_end_is_the_only_one_allowed_while_it_is_measured(op, grouped, monkeypatch):
-    problem = sizes.small(op, "fp32")
+    problem = small_problem(op, "fp32")
     size = {**problem.sizes, "H": 4, "G": 2 if grouped else 4}
     problem, plain, seen = Problem(op, size, "fp32"), F.scaled_dot_product_attention, []
 
@@ -216,7 +216,7 @@ def test_a_back_end_is_the_only_one_allowed_while_it_is_measured(op, grouped, mo
 
 
 def test_flash_on_a_cpu_is_flash():
-    problem = sizes.small("attention", "fp32")
+    problem = small_problem("attention", "fp32")
     with Operators() as called:
         operations.trial_of(found_for(problem)["flash"], problem.data(CPU), FORWARD).once()
     assert any("flash_attention" in name for name in called.names)

@@ -1,18 +1,23 @@
-"""The maths of drawing tokens; reference.py hands it on."""
+"""Reference of drawing tokens: counter-based random numbers, and filtered sampling."""
 
 import math
 
 import torch
 from torch import Tensor
 
+from minillm.kernels.reference._wide import wide
+
 
 def uniform(seed: int, samples: Tensor, positions: Tensor) -> Tensor:
-    """Numbers in [0, 1), 24 random bits, that are functions of (seed, sample, position) alone.
+    """Return numbers in [0, 1) of 24 random bits, functions of (seed, sample, position) alone.
 
         z <- 0;   for each of the three words w:  z <- mix(mix(z + w + 0x9E3779B97F4A7C15))
         u = floor(z / 2^40) / 2^24,   mix the finaliser of splitmix64, all modulo 2^64
 
-    seed: modulo 2^64.    samples, positions: (B,) int64.    Returns (B,) fp32.
+    seed: any integer, taken modulo 2^64
+    samples, positions: number of the sample, and of the token in it, (B,), int64
+
+    Returns u, (B,), fp32.
     Source: Steele et al. 2014, "Fast splittable pseudorandom number generators", section 4.
     """
     state = torch.zeros_like(samples)
@@ -28,12 +33,12 @@ def _mix(z: Tensor) -> Tensor:
 
 
 def _shifted(z: Tensor, bits: int) -> Tensor:
-    """z >> bits of int64 read as unsigned."""
+    """Return z >> bits, with the int64 z read as unsigned."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _signed(word: int) -> int:
-    """A 64-bit word as the int64 of the same bits."""
+    """Return the int64 that has the bits of a 64-bit word."""
     word &= (1 << 64) - 1
     return word - (1 << 64) if word >> 63 else word
 
@@ -47,21 +52,28 @@ def sample(
     top_p: float = 1.0,
     min_p: float = 0.0,
 ) -> Tensor:
-    """Draw one token a row by inverse transform, filters in the order of the arguments.
+    """Draw one token for each row by inverse transform, filters in the order of the arguments.
 
         p = softmax(logits / temperature) -> keep the top_k largest -> keep the smallest set of
         largest with mass >= top_p -> keep p >= min_p max(p);   token = min {t: cdf(t) > u cdf(V)}
 
-    logits: (B, V).    uniform: (B,) in [0, 1).    temperature 0 takes the (first) largest logit.
-    top_k 0, top_p 1, min_p 0 keep all; each filter renormalises; ties at the border are kept.
-    Returns (B,) int64.
+    Each filter renormalises, and keeps ties at its border.
+
+    logits: (B, V), any float dtype
+    uniform: u of each row, (B,), in [0, 1)
+    temperature: divisor of the logits (0: take the first of the largest logits)
+    top_k: number of tokens to keep (0: all)
+    top_p: probability mass to keep (1: all)
+    min_p: least probability to keep, as a share of the largest (0: all)
+
+    Returns tokens, (B,), int64.
     Source: top-p: Holtzman et al. 2019, arXiv:1904.09751; min-p: Nguyen et al. 2024,
     arXiv:2407.01082.
     """
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = wide(logits)
     if temperature == 0:
         return logits.argmax(-1)
-    # Below 1e-30 the temperature would be 0 in fp32, and the largest logit's 0 / 0 not a number.
+    # A temperature below 1e-30 would be 0 in fp32, and 0 / 0 of the largest logit nan.
     logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)
     if 0 < top_k < logits.shape[-1]:
         border = logits.topk(top_k, dim=-1).values[:, -1:]

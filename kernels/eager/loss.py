@@ -1,4 +1,4 @@
-"""The output layer and its cross-entropy as PyTorch runs them fastest; eager.py hands this on."""
+"""Output layer and cross-entropy in chunks; kernels/reference/loss.py says what they mean."""
 
 import torch
 import torch.nn.functional as F
@@ -7,8 +7,8 @@ from torch import Tensor
 from minillm.kernels._entrance import differentiable, entrance, wants_gradient
 from minillm.kernels._loss import backward, gain_of, kept_dtype, save
 
-CHUNK = 1 << 20  # logits alive at a time on a CPU: what its caches hold; see benchmarks/
-ROWS = 96  # but at least this number of rows, or the matrix products turn thin
+CHUNK = 1 << 20  # logits in memory at a time on a CPU: as many as its caches hold; benchmarks/
+ROWS = 96  # fewest rows of a chunk: with fewer, matrix products are slow
 
 
 @entrance(narrowed=("x",))
@@ -21,11 +21,17 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     ignore_index: int = -100,
 ) -> Tensor:
-    """As reference.linear_cross_entropy; the logits exist for one chunk of rows at a time.
+    """Return the mean cross-entropy of the targets under x w^T, one chunk of rows at a time.
 
-    The gradients are made in the forward pass, while the logits of a chunk are there; what
-    happens to them in the backward pass stands in _loss.py.
+    The forward pass computes the gradients too, while it has the logits of a chunk. _loss.py says
+    what the backward pass does with them.
     Memory: one chunk of logits and its gradient, and dx, dw, instead of N V logits twice.
+
+    x: hidden states, (N, C)
+    w: weight of the output layer, (V, C)
+    targets: right token of each row, (N,), int64; ignore_index: the row does not count
+
+    Returns (), in at least fp32.
     Source: Wijmans et al. 2024, arXiv:2411.09009, for the aim; Hsu et al. 2024, arXiv:2410.10989,
     for gradients made in the forward pass.
     """
@@ -38,7 +44,7 @@ def _eager_loss(
     x: Tensor, w: Tensor, targets: Tensor, softcap: float, z_loss: float, ignore_index: int,
     train_x: bool, train_w: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The loss; dx and dw as _loss.py has them, empty if not wanted; the count of rows."""
+    """Return the loss, dx and dw (empty where not wanted), and the number of rows that count."""
     (N, C), V = x.shape, w.shape[0]
     on_cpu = x.device.type == "cpu"
     rows = max(ROWS, (CHUNK if on_cpu else CHUNK << 6) // max(V, 1))
@@ -50,13 +56,13 @@ def _eager_loss(
     loss = x.new_zeros((), dtype=wide)
     counts = targets != ignore_index
     count = counts.sum()
-    # What all rows are multiplied by is left out where it is 1; a GPU would have to be asked.
+    # Where every factor of a row is 1 the product is left out; on a GPU the check would wait.
     factors = z_loss or gain != 1 or not on_cpu or int(count) < N
     for start in range(0, N, rows):
         part = slice(start, start + rows)
         valid = counts[part, None]  # (rows, 1)
         target = targets[part, None].where(valid, 0)
-        # Rows that do not count may hold nan, which 0 does not make 0 in the product for dw.
+        # Rows that do not count may hold nan, and 0 times nan would reach dw.
         xs = x[part].masked_fill(~valid, 0) if factors else x[part]
         logits = _logits(xs, w_logits)  # (rows, V)
         if softcap:
@@ -86,12 +92,12 @@ def _eager_loss(
 
 
 def _is_narrow_on_gpu(x: Tensor) -> bool:
-    """Whether products of 16-bit numbers can be had in fp32."""
+    """Return whether PyTorch can keep products of these 16-bit numbers in fp32."""
     return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
 
 
 def _logits(x: Tensor, w: Tensor) -> Tensor:
-    """x w^T, summed and kept in at least fp32; w: in that dtype, or in x's where that will do.
+    """Return x w^T, summed and kept in at least fp32; w is in that dtype, or on a GPU in x's.
 
     Rounded to bf16, a logit of 10 would be off by up to 0.03, and its probability by 3 %.
     """
@@ -101,7 +107,7 @@ def _logits(x: Tensor, w: Tensor) -> Tensor:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a b, summed in fp32 (fp64 for fp64) and not rounded, but to bf16 of bf16 on a CPU.
+    """Return a b, summed in fp32 (fp64 for fp64) and not rounded; on a CPU bf16 stays bf16.
 
     There fp32 products of bf16 numbers take twice the time, and no result is out of range.
     """
@@ -111,7 +117,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a b; out is at least fp32."""
+    """Add a b to out, which is in at least fp32."""
     if a.dtype == out.dtype:
         out.addmm_(a, b)
     else:

@@ -1,18 +1,18 @@
-"""Attention as PyTorch runs it fastest; eager.py hands this on.
+"""Attention as PyTorch runs it fastest; kernels/reference/attention.py says what it means.
 
-Scores and their softmax are fp32 on every path, whatever the dtype of q; probabilities may be
-rounded to it before they meet the values, as PyTorch's own kernels do.
+Scores and their softmax are fp32 on every path. Probabilities may be rounded to the dtype of q
+before they are multiplied by the values, as in PyTorch's own kernels.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minillm.kernels import reference
 from minillm.kernels._entrance import differentiable, entrance, last, refuse_forward_mode
+from minillm.kernels.reference import attention as reference
 
-LONGEST = 1024  # positions for which all probabilities are kept for the backward pass
-SCORES = 1 << 19  # scores alive at a time: what a CPU's caches hold
+LONGEST = 1024  # most positions for which all probabilities are kept for the backward pass
+SCORES = 1 << 19  # scores in memory at a time: as many as a CPU's caches hold
 QUERIES = 128  # queries at a time; keys after the last of them are not multiplied
 
 
@@ -29,7 +29,15 @@ def attention(
     alibi_slopes: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """As reference.attention, through scaled_dot_product_attention unless there is a soft-cap."""
+    """Return the causal attention of q, (B, T, H, D), over k and v, (B, T, G, D).
+
+    It runs through scaled_dot_product_attention. Two cases do not: a soft-cap takes the reference,
+    and training in bf16 on a CPU takes `_bf16_attention`, which is faster there.
+
+    window: each query sees this many last keys (0: all)
+    documents: number of the document of each position, (B, T)
+    alibi_slopes: (H,)
+    """
     T = q.shape[1]
     if softcap:
         return reference.attention(
@@ -70,7 +78,11 @@ def decode_attention(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
 ) -> Tensor:
-    """As reference.decode_attention."""
+    """Return the causal attention of the last T positions, q, (B, T, H, D), over a cache.
+
+    k, v: the cache, (B, S, G, D)
+    lengths: entries of each row of the cache, (B,) (None: S)
+    """
     T, S, dtype = q.shape[1], k.shape[1], q.dtype
     if softcap or (lengths is not None and alibi_slopes is not None):
         return reference.decode_attention(
@@ -91,9 +103,9 @@ def decode_attention(
     else:
         queries = lengths[:, None] - T + torch.arange(T, device=q.device)  # (B, T)
         mask = _mask(queries, positions, window, None, q.dtype)[:, None]  # (B, 1, T, S)
-        # Weights of 0 make nan of nan and of infinities. To put zeros in the place of all entries
-        # that are not seen takes a CPU as long as attention; one look at the result does not. A
-        # function that is being compiled or transformed has no result to look at yet.
+        # A weight of 0 times nan or infinity is nan. Overwriting all entries that are not seen
+        # takes a CPU as long as attention itself, and checking the result does not. While a
+        # function is compiled or transformed there is no result to check.
         traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
         if q.device.type == "cpu" and not traced:
             y = _sdpa(q, k, v, mask, False, scale)
@@ -105,14 +117,14 @@ def decode_attention(
 
 
 def _wide(x: Tensor) -> Tensor:
-    """x in at least fp32: a bias in bf16, as ALiBi's would be, is off by up to half a score."""
+    """Return x in at least fp32: a bias of ALiBi in bf16 would be off by up to half a score."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _mask(
     queries: Tensor, keys: Tensor, window: int, alibi_slopes: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """(..., T, S): True where seen; with ALiBi (H, T, S), what is added to the scores."""
+    """Return (..., T, S), True where a key is seen; with ALiBi (H, T, S), the bias of scores."""
     distance = queries[..., None] - keys
     seen = distance >= 0
     if window:
@@ -133,7 +145,7 @@ def _sdpa(q, k, v, mask, causal, scale, dropout=0.0) -> Tensor:
 
 
 def _blocks(B: int, T: int, H: int, window: int) -> list[tuple[slice, slice, slice]]:
-    """(matrices, queries, keys) of all products: of B H matrices, all keys that a query sees."""
+    """Return (matrices, queries, keys) of each product; together they cover all keys seen."""
     some = max(1, SCORES // (H * min(QUERIES, T) * T)) * H  # whole rows of the batch
     found = []
     for first in range(0, B * H, some):
@@ -147,17 +159,17 @@ def _blocks(B: int, T: int, H: int, window: int) -> list[tuple[slice, slice, sli
 
 
 def _size(block: tuple[slice, slice, slice]) -> tuple[int, int, int]:
-    """The shape of a block of scores."""
+    """Return the shape of a block of scores."""
     return tuple(part.stop - part.start for part in block)
 
 
 def _matrices(x: Tensor) -> Tensor:
-    """(B, T, H, D) as (B H, T, D), contiguous."""
+    """Return x, (B, T, H, D), as (B H, T, D), contiguous."""
     return x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3])
 
 
 def _heads(x: Tensor, like: Tensor) -> Tensor:
-    """(B H, T, D) as a contiguous (B, T, H, D) in the dtype of `like`."""
+    """Return x, (B H, T, D), as (B, T, H, D), contiguous, in the dtype of `like`."""
     B, T, H, D = like.shape
     return x.view(B, H, T, D).transpose(1, 2).to(like.dtype, memory_format=torch.contiguous_format)
 
@@ -166,7 +178,7 @@ def _heads(x: Tensor, like: Tensor) -> Tensor:
 def _bf16_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, window: int
 ) -> tuple[Tensor, Tensor]:
-    """y and, one block behind the other, all probabilities, for the backward pass."""
+    """Return y and the probabilities of all blocks, one after the other, for the backward pass."""
     B, T, H, _ = q.shape
     y = torch.empty_like(_matrices(q))
     wide_q, wide_k, v = _matrices(q).float() * scale, _matrices(k).float(), _matrices(v)

@@ -1,11 +1,23 @@
-"""Random numbers for drawing tokens, made on the host; eager.py hands them on."""
+"""Random numbers, made on the host, and the reference's sampler, which is fast enough.
+
+kernels/reference/sampling.py says what they mean.
+"""
 
 import torch
 from torch import Tensor
 
+from minillm.kernels.reference.sampling import sample
+
+__all__ = ["sample", "uniform"]
+
+MASK = (1 << 64) - 1
+
 
 def uniform(seed: int, samples: Tensor, positions: Tensor) -> Tensor:
-    """As reference.uniform, in Python's integers: for a few rows faster than thirty tensor ops."""
+    """Return one number in [0, 1) for each row, (B,), fp32, a function of (seed, sample, position).
+
+    Python's integers are faster than thirty tensor operations where there are few rows.
+    """
     draws = []
     for row, position in zip(samples.tolist(), positions.tolist(), strict=True):
         state = 0
@@ -13,9 +25,6 @@ def uniform(seed: int, samples: Tensor, positions: Tensor) -> Tensor:
             state = _mix(_mix((state + word + 0x9E3779B97F4A7C15) & MASK))
         draws.append((state >> 40) / (1 << 24))
     return torch.tensor(draws, dtype=torch.float32, device=samples.device)
-
-
-MASK = (1 << 64) - 1
 
 
 def _mix(z: int) -> int:

@@ -1,7 +1,9 @@
-"""The maths of the optimisers' operations; reference.py hands them on."""
+"""Reference of the operations of optimizers: AdamW, and the Newton-Schulz iteration of Muon."""
 
 import torch
 from torch import Tensor
+
+from minillm.kernels.reference._wide import wide
 
 
 def newton_schulz(g: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
@@ -9,13 +11,15 @@ def newton_schulz(g: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -
 
         X <- G / (|G|_F + 1e-7);   repeat: A = X X^T;  X <- a X + (b A + c A A) X
 
-    g: (..., M, N), any float dtype.    dtype: of the products, into which X is rounded after it
-    is normalised, so that the size of G does not matter; g's if None.
-    Returns (..., M, N) in that dtype.
+    g: matrices, (..., M, N), any float dtype
+    steps: number of iterations
+    dtype: of the result (None: g's). A fast implementation may round X to it once X is normalised
+
+    Returns X, (..., M, N), in that dtype.
     Source: Jordan et al. 2024, "Muon", coefficients (3.4445, -4.7750, 2.0315).
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = g if g.dtype == torch.float64 else g.float()
+    x = wide(g)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
@@ -39,15 +43,19 @@ def adamw(
     grad_scale: Tensor | None = None,
     copies: list[Tensor] | None = None,
 ) -> None:
-    """One step of AdamW over all parameters, in place.
+    """Take one step of AdamW over all parameters, in place.
 
         g <- grad_scale g;   m <- b1 m + (1 - b1) g;   v <- b2 v + (1 - b2) g^2
         p <- (1 - lr wd) p - lr (m / (1 - b1^step)) / (sqrt(v / (1 - b2^step)) + eps)
 
-    params, exp_avgs (m), exp_avg_sqs (v): fp32 (or fp64) of equal shapes; grads: any float dtype.
-    step: counted from 1.    lr, weight_decay: one a parameter.
-    grad_scale: () fp32 on the parameters' device, the factor of gradient clipping.
-    copies: tensors of the parameters' shapes, in any float dtype, that get the new values.
+    params, exp_avgs (m), exp_avg_sqs (v): tensors of equal shapes, fp32 (or fp64)
+    grads: g of each parameter, any float dtype
+    step: number of the step, from 1
+    lr, weight_decay: learning rate and weight decay of each parameter
+    betas, eps: b1 and b2, and eps of the formula
+    grad_scale: factor of gradient clipping, (), fp32, on the parameters' device (None: 1)
+    copies: tensors of the parameters' shapes, any float dtype, that receive the new values
+
     Source: Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2.
     """
     b1, b2 = betas

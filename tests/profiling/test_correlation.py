@@ -1,4 +1,4 @@
-"""The rank correlation of bounds and speeds: by hand, and of code that was really launched."""
+"""Rank correlation of bounds and speeds: by hand, and for code that was really launched."""
 
 import json
 import os
@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from minillm.profiling.page import page, ranks, report
+from minillm.profiling.page import correlation, page, report
 
-HOME = Path(ranks.__file__).resolve().parents[3]
+HOME = Path(correlation.__file__).resolve().parents[3]
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ HOME = Path(ranks.__file__).resolve().parents[3]
     ],
 )
 def test_spearman(bounds, speeds, rho):
-    found = ranks.spearman(list(zip(bounds, speeds, strict=True)))
+    found = correlation.spearman(list(zip(bounds, speeds, strict=True)))
     assert found == (None if rho is None else pytest.approx(rho))
 
 
@@ -48,11 +48,11 @@ ROWS = [
 
 
 def test_entries_are_ranked_by_themselves_and_what_has_no_time_is_left_out():
-    attention, newton, rope, mean = ranks.correlations(ROWS)
+    attention, newton, rope, mean = correlation.correlations(ROWS)
     assert attention == {"op": "attention", "kernel": "fwd", "size": "64", "tiles": 4, "rho": 1.0}
     assert newton["rho"] == pytest.approx(0.8) and rope["rho"] is None and rope["tiles"] == 4
     assert mean["op"] == "mean" and mean["tiles"] == 8 and mean["rho"] == pytest.approx(0.9)
-    assert ranks.correlations(tiles("rope", [None] * 4, [1.0] * 4)) == []
+    assert correlation.correlations(tiles("rope", [None] * 4, [1.0] * 4)) == []
 
 
 def test_the_report_tells_them():
@@ -72,21 +72,21 @@ LAUNCHED = """
 import json
 from minillm.kernels import _launch
 from minillm.profiling.audit import audit, cases
-from minillm.profiling.page import ranks
+from minillm.profiling.page import correlation
 from minillm.profiling.audit.dry import dry_gpu
 case = cases.Case(90, "attention", "bf16", 64, ("mha",))
 audited = {row["kernel"]: row["bound_tflops"] for row in audit.audit_case(case)}
 with dry_gpu(90):
-    with ranks.launches() as launched:
+    with correlation.launches() as launched:
         case.run()
     case.run()  # no longer listed
 tables = _launch._tables("attention")
 found = {}
 for kernel in ("fwd", "dkdv", "dq"):
     tile = tables[kernel]["sm_90"]["64"]
-    found[kernel] = ranks.bound_of(launched, kernel, tile, 90)
-absent = ranks.bound_of(launched, "fwd", {"BLOCK_T": 7}, 90)
-delta = ranks.bound_of(launched, "delta", tables["delta"]["sm_90"]["64"], 90)
+    found[kernel] = correlation.bound_of(launched, kernel, tile, 90)
+absent = correlation.bound_of(launched, "fwd", {"BLOCK_T": 7}, 90)
+delta = correlation.bound_of(launched, "delta", tables["delta"]["sm_90"]["64"], 90)
 print(json.dumps([audited, found, absent, delta, len(launched)]))
 """
 

@@ -1,4 +1,4 @@
-"""The optimisers' operations as PyTorch runs them fastest; eager.py hands them on."""
+"""The operations of optimizers; kernels/reference/optim.py says what they mean."""
 
 import torch
 from torch import Tensor
@@ -9,10 +9,10 @@ from minillm.kernels._entrance import entrance
 
 @entrance(forward_mode=True)
 def newton_schulz(g: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
-    """As reference.newton_schulz, but every product in `dtype`, which may be bf16.
+    """Push the singular values of each matrix of g, (..., M, N), towards 1.
 
-    The norm is computed, and G divided by it, in at least fp32: fp16 holds neither the norm of
-    large gradients nor small gradients themselves.
+    Every product is in `dtype` (None: g's), which may be bf16. The norm is computed, and g divided
+    by it, in at least fp32: fp16 holds neither the norm of large gradients nor small gradients.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     wide = torch.promote_types(g.dtype, torch.float32)
@@ -40,7 +40,7 @@ def adamw(
     grad_scale: Tensor | None = None,
     copies: list[Tensor] | None = None,
 ) -> None:
-    """As reference.adamw: PyTorch's fused kernel, once for each pair of rate and decay."""
+    """Take one step of AdamW in place: PyTorch's fused kernel, once per pair of rate and decay."""
     grads = [g.to(p.dtype) for g, p in zip(grads, params, strict=True)]
     if grad_scale is not None:
         grads = torch._foreach_mul(grads, grad_scale)
