@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minillm.config.model import ModelConfig
+from minillm.model.block import make_block, matrices_of_block
 from minillm.model.init import draw_weights
 from minillm.model.kv_cache import KVCache
-from minillm.model.layers import Head, make_block, make_norm, matrices_of_block
+from minillm.model.linear import Head
+from minillm.model.norms import make_norm
 from minillm.model.place import Place, check_cached, counting
 from minillm.model.positions import rope_tables, sinusoidal_table, unpadded
 from minillm.model.recurrence import Injection, start_noise

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from minillm.config.model import ModelConfig
-from minillm.model.layers import Linear, make_norm
+from minillm.model.linear import Linear
+from minillm.model.norms import make_norm
 from minillm.ops import Ops
 
 SIGMA = 0.5  # of the logarithm of the Poisson's rate
