@@ -7,6 +7,7 @@ Shapes: B batch, T time, C width, G key/value heads, D head width, V vocabulary.
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -16,10 +17,15 @@ from torch.utils.checkpoint import checkpoint
 from minillm.config.model import ModelConfig
 from minillm.model.block import make_block, matrices_of_block
 from minillm.model.init import draw_weights
+from minillm.model.inputs import (
+    BlockInputs,
+    CoreState,
+    check_continuation,
+    mask_padding_targets,
+)
 from minillm.model.kv_cache import KVCache
 from minillm.model.linear import Head
 from minillm.model.norms import make_norm
-from minillm.model.place import Place, check_cached, counting
 from minillm.model.positions import rope_tables, sinusoidal_table, unpadded
 from minillm.model.recurrence import Injection, start_noise
 from minillm.ops import Ops
@@ -85,7 +91,7 @@ class GPT(nn.Module):
         x = self.trunk(tokens, None, recurrence, keys, attention_mask)
         if targets is None:
             return self.logits(x)
-        return self.loss(x, counting(targets, tokens, attention_mask))
+        return self.loss(x, mask_padding_targets(targets, tokens, attention_mask))
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy, () fp32, of what `trunk` returns, (B, T, C), and targets, (B, T)."""
@@ -113,28 +119,23 @@ class GPT(nn.Module):
         tokens: these give what they give alone, and what comes out at padding means nothing.
         Raises ValueError if the positions reach beyond seq_len, the model has no core to run, the
         mask is not of the tokens' shape, has a hole or comes with a cache, whose rows may differ in
-        length without one, or if the cache cannot be followed by these tokens, see check_cached.
+        length without one, or if these tokens cannot follow those of the cache, see
+        check_continuation.
         """
         r = self.iterations(recurrence)
         if cache is not None:
-            check_cached(self.config, tokens, cache, r)
-        place, x = self.embedded(tokens, cache, attention_mask)
-        prelude, core, coda = self.config.depths
-        x = self.run(range(prelude), x, place)
-        if core:
-            text, s = self.injection.prepare(x), self.start_state(x, keys, place)
-            free = r - min(r, self.config.backprop_depth) if torch.is_grad_enabled() else 0
-            with torch.no_grad():
-                for i in range(free):
-                    s = self.iterate(s, text, place, i)
-            for i in range(free, r):
-                s = self.iterate(s, text, place, i)
-            x = self.run(range(prelude + core, prelude + core + coda), self.norm(s), place)
-            if cache is not None and cache.warm:
-                cache.state = self.carried(s[:, -1])
+            check_continuation(self.config, tokens, cache, r)
+        core = self.begin(tokens, cache, keys, attention_mask)
+        free = max(0, r - self.config.backprop_depth) if r and torch.is_grad_enabled() else 0
+        with torch.no_grad():
+            core = self.iterate(core, free)
+        core = self.iterate(core, r)
+        x = self.finish(core)
         if cache is not None:
-            cache.advance(tokens.shape[1], r if core else None)
-        return self.norm(x)
+            if cache.warm:
+                cache.state = self.carried(core.state[:, -1])
+            cache.advance(tokens.shape[1], r or None)
+        return x
 
     def readings(
         self, tokens: Tensor, recurrences: list[int], keys: Tensor | None = None
@@ -144,21 +145,58 @@ class GPT(nn.Module):
         """
         if any(self.iterations(r) <= before for before, r in pairwise([0, *recurrences])):
             raise ValueError(f"recurrences {recurrences}: expected each above the one before")
-        place, x = self.embedded(tokens, None)
-        prelude, core, coda = self.config.depths
-        x = self.run(range(prelude), x, place)
-        text, s, done = self.injection.prepare(x), self.start_state(x, keys, place), 0
+        core = self.begin(tokens, None, keys)
         for r in recurrences:
-            for i in range(done, r):
-                s = self.iterate(s, text, place, i)
-            done = r
-            y = self.run(range(prelude + core, prelude + core + coda), self.norm(s), place)
-            yield r, self.norm(y), s
+            core = self.iterate(core, r)
+            yield r, self.finish(core), core.state
 
-    def embedded(
+    def begin(
+        self,
+        tokens: Tensor,
+        cache: KVCache | None = None,
+        keys: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> CoreState:
+        """Return a pass over tokens, (B, T), that has stopped before the first iteration.
+
+        `iterate` and `finish` take it further; the parameters are those of `trunk`.
+        """
+        inputs, x = self.embed_tokens(tokens, cache, attention_mask)
+        prelude, core, _ = self.config.depths
+        x = self.run(range(prelude), x, inputs)
+        if not core:
+            return CoreState(inputs, None, x)
+        return CoreState(inputs, self.injection.prepare(x), self.start_state(x, keys, inputs))
+
+    def iterate(self, core: CoreState, until: int) -> CoreState:
+        """Return the pass after `until` iterations of the core; it may have had some of them.
+
+        With `checkpointing`, iterations are computed again in the backward pass.
+        """
+        s = core.state
+        for i in range(core.done, until):
+            if self.checkpointing and torch.is_grad_enabled():
+                s = checkpoint(self._iteration, s, core.text, core.inputs, i, use_reentrant=False)
+            else:
+                s = self._iteration(s, core.text, core.inputs, i)
+        return replace(core, state=s, done=max(core.done, until))
+
+    def _iteration(self, s: Tensor, text: Tensor, inputs: BlockInputs, i: int) -> Tensor:
+        """Return the state after iteration i, counted from 0."""
+        prelude, core, _ = self.config.depths
+        return self.run(range(prelude, prelude + core), self.injection(s, text), inputs, i)
+
+    def finish(self, core: CoreState) -> Tensor:
+        """Return the output of the trunk, (B, T, C), for the state that the core has reached."""
+        prelude, n_core, coda = self.config.depths
+        x = self.norm(core.state) if n_core else core.state
+        x = self.run(range(prelude + n_core, prelude + n_core + coda), x, core.inputs)
+        return self.norm(x)
+
+    def embed_tokens(
         self, tokens: Tensor, cache: KVCache | None, attention_mask: Tensor | None = None
-    ) -> tuple[Place, Tensor]:
-        """Where the tokens stand, and their embeddings, (B, T, C)."""
+    ) -> tuple[BlockInputs, Tensor]:
+        """Return the inputs of the blocks, and the embedded tokens, (B, T, C)."""
         c, T, held = self.config, tokens.shape[1], 0 if cache is None else max(cache.lengths)
         if held + T > c.seq_len:
             raise ValueError(f"{held + T} positions; seq_len is {c.seq_len}")
@@ -169,8 +207,8 @@ class GPT(nn.Module):
             if cache is not None:
                 raise ValueError("an attention mask and a cache exclude each other")
             if attention_mask.shape != tokens.shape:
-                told, wanted = tuple(attention_mask.shape), tuple(tokens.shape)
-                raise ValueError(f"attention_mask is {told}; expected {wanted}, as the tokens are")
+                found, wanted = tuple(attention_mask.shape), tuple(tokens.shape)
+                raise ValueError(f"attention_mask is {found}; expected {wanted}, as the tokens are")
             at, pieces = unpadded(attention_mask.bool())
         x = self.embed(tokens)  # (B, T, C)
         if c.init == "takase" or c.position == "sinusoidal":
@@ -190,18 +228,18 @@ class GPT(nn.Module):
             documents = (tokens == c.bos_id).cumsum(1)  # (B, T)
         if pieces is not None:
             documents = pieces if documents is None else documents + pieces * (T + 1)
-        return Place(at, rotation, documents, cache), self.dropout(x).to(self.dtype)
+        return BlockInputs(at, rotation, documents, cache), self.dropout(x).to(self.dtype)
 
-    def start_state(self, like: Tensor, keys: Tensor | None, place: Place) -> Tensor:
+    def start_state(self, like: Tensor, keys: Tensor | None, inputs: BlockInputs) -> Tensor:
         """What the core starts from, (B, T, C), as `like`: zeros or noise, but in a warm cache the
         first new token where the one before it ended.
         """
-        s = self._cold_state(like, keys, place)
-        if place.cache is not None and place.cache.state is not None:
-            s[:, 0] = place.cache.state
+        s = self._cold_state(like, keys, inputs)
+        if inputs.cache is not None and inputs.cache.state is not None:
+            s[:, 0] = inputs.cache.state
         return s
 
-    def _cold_state(self, like: Tensor, keys: Tensor | None, place: Place) -> Tensor:
+    def _cold_state(self, like: Tensor, keys: Tensor | None, inputs: BlockInputs) -> Tensor:
         if self.config.start_state == "zero":
             return torch.zeros_like(like)
         B, _, C = like.shape
@@ -209,7 +247,7 @@ class GPT(nn.Module):
             keys = torch.zeros(B, dtype=torch.int64, device=like.device)
         if keys.shape != (B,):
             raise ValueError(f"keys are {tuple(keys.shape)}; expected ({B},), one for each row")
-        at = place.at
+        at = inputs.positions
         if isinstance(at, slice):
             at = torch.arange(at.start, at.stop, device=like.device)
         return start_noise(keys, at, C, like.dtype)
@@ -223,26 +261,15 @@ class GPT(nn.Module):
         """
         return self.norm(s) if self.config.recurrence_style == "huginn" else s
 
-    def iterate(self, s: Tensor, text: Tensor, place: Place, i: int) -> Tensor:
-        """The state after iteration i (from 0) of the core.    s, text, result: (B, T, C)."""
-        prelude, core, _ = self.config.depths
-        layers = range(prelude, prelude + core)
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(self._iteration, s, text, place, layers, i, use_reentrant=False)
-        return self._iteration(s, text, place, layers, i)
-
-    def _iteration(self, s: Tensor, text: Tensor, place: Place, layers: range, i: int) -> Tensor:
-        return self.run(layers, self.injection(s, text), place, i)
-
-    def run(self, layers: range, x: Tensor, place: Place, i: int = 0) -> Tensor:
+    def run(self, layers: range, x: Tensor, inputs: BlockInputs, i: int = 0) -> Tensor:
         """Blocks one after the other; i: the iteration, of blocks of the core."""
         prelude, core, _ = self.config.depths
         for n in layers:
             of_core = prelude <= n < prelude + core  # iterations are computed again whole
             again = self.checkpointing and torch.is_grad_enabled() and not of_core
-            slot = 0 if place.cache is None else place.cache.slot(n, i)
-            arguments = x, place.rotation, place.documents, place.cache, slot
-            fast = self.compiled is not None and place.cache is None
+            slot = 0 if inputs.cache is None else inputs.cache.slot(n, i)
+            arguments = x, inputs.rotation, inputs.documents, inputs.cache, slot
+            fast = self.compiled is not None and inputs.cache is None
             block = self.compiled[n] if fast else self.blocks[n]
             x = checkpoint(block, *arguments, use_reentrant=False) if again else block(*arguments)
         return x

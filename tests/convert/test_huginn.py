@@ -136,8 +136,8 @@ def logits_of(w, config, tokens, start, r):
 @torch.no_grad()
 def distance(model, w, config, r, keys=None):
     """The largest difference of both models' logits, as a share of the largest logit."""
-    place, x = model.embedded(TOKENS, None)
-    theirs = logits_of(w, config, TOKENS, model.start_state(x, keys, place), r)
+    start = model.begin(TOKENS, keys=keys).state
+    theirs = logits_of(w, config, TOKENS, start, r)
     ours = model(TOKENS, recurrence=r, keys=keys)
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 

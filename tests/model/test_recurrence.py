@@ -161,15 +161,15 @@ def test_gradients_are_those_of_the_last_iterations(style, r, depth):
     model(tokens, targets, recurrence=r).backward()
     ours = {n: p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad()
-    place, x = model.embedded(tokens, None)
-    x = model.blocks[0](x, place.rotation, None, None, 0)
-    s = model.start_state(x, None, place)
+    inputs, x = model.embed_tokens(tokens, None)
+    x = model.blocks[0](x, inputs.rotation, None, None, 0)
+    s = model.start_state(x, None, inputs)
     for i in range(r):
         u = model.injection(s, model.injection.prepare(x))
         for block in model.blocks[1:3]:
-            u = block(u, place.rotation, None, None, 0)
+            u = block(u, inputs.rotation, None, None, 0)
         s = u.detach() if i < r - depth else u
-    y = model.blocks[3](model.norm(s), place.rotation, None, None, 0)
+    y = model.blocks[3](model.norm(s), inputs.rotation, None, None, 0)
     model.loss(model.norm(y), targets).backward()
     for name, p in model.named_parameters():
         torch.testing.assert_close(ours[name], p.grad, rtol=1e-9, atol=1e-12)

@@ -71,8 +71,7 @@ def test_checkpointing_is_reckoned_with_its_second_pass(recurrent, style):
 def bytes_of_an_iteration(model: GPT, rows: int) -> int:
     """What one iteration of the core keeps while it is computed again."""
     known = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    place, x = model.embedded(torch.zeros(rows, 16, dtype=torch.int64), None)
-    core = range(model.config.depths[0], sum(model.config.depths[:2]))
+    inputs, x = model.embed_tokens(torch.zeros(rows, 16, dtype=torch.int64), None)
     text = model.injection.prepare(x)
     found = {}
 
@@ -83,7 +82,7 @@ def bytes_of_an_iteration(model: GPT, rows: int) -> int:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        model._iteration(x, text, place, core, 0)
+        model._iteration(x, text, inputs, 0)
     return sum(found.values())
 
 
