@@ -18,7 +18,6 @@ INITS = ("gpt2", "zero", "takase")
 STYLES = ("huginn", "parcae")
 INJECTIONS = ("concat", "add", "diagonal")
 STARTS = ("noise", "zero")
-INJECTED = {"concat": 2, "diagonal": 1}  # square matrices of the injection
 SHALLOW = 8  # mean recurrences up to which gradients go through all iterations
 
 
@@ -187,70 +186,6 @@ class ModelConfig:
         """Blocks that a token passes at the mean recurrence."""
         prelude, core, coda = self.depths
         return prelude + core * self.mean_recurrence + coda
-
-    @property
-    def gated(self) -> bool:
-        """Whether the MLP multiplies by a gate."""
-        return self.mlp in GATED
-
-    @property
-    def n_block_parameters(self) -> int:
-        """Parameters of one block's matrices."""
-        attention = (2 * self.n_head + 2 * self.n_kv_head) * self.d_head * self.d_model
-        mlp = (3 if self.gated else 2) * self.d_ff * self.d_model
-        return attention + mlp
-
-    @property
-    def n_matrix_parameters(self) -> int:
-        """Parameters that multiply activations: the blocks' matrices, the head, the injection's."""
-        n = self.n_layer * self.n_block_parameters + (self.vocab_size or 0) * self.d_model
-        return n + INJECTED.get(self.injection, 0) * self.d_model**2 * (self.recurrent is not None)
-
-    @property
-    def n_parameters(self) -> int:
-        """All parameters that are stored, tied ones once."""
-        C = self.d_model
-        n = self.n_matrix_parameters
-        if not self.tie_embeddings:
-            n += (self.vocab_size or 0) * C
-        if self.position == "learned":
-            n += self.seq_len * C
-        heads = self.n_head + 2 * self.n_kv_head
-        per_layer = 2 * self.d_head if self.qk_norm else 0
-        if self.qk_bias:
-            per_layer += (self.n_head + self.n_kv_head) * self.d_head
-        if self.bias:
-            up = 2 * self.d_ff if self.gated else self.d_ff
-            per_layer += heads * self.d_head + C + up + C
-        norms = (2 if self.bias and self.norm == "layernorm" else 1) * C
-        each = 2
-        if self.recurrent is not None:
-            each = 4 if self.recurrence_style == "huginn" else 2
-            n += norms * (self.recurrence_style == "parcae") + 2 * C * (
-                self.injection == "diagonal"
-            )
-        return n + self.n_layer * (per_layer + each * norms) + norms
-
-    def flops_per_token(self, recurrence: float | None = None, grad: float | None = None) -> float:
-        """Forward and backward of a step: 6 N + 12 L H D T of what gradients go through, a third
-        of that of iterations without.
-
-        recurrence: iterations of the core; default: the mean.    grad: how many of them carry
-        gradients; default: as many as --backprop-depth allows.
-        Source: Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
-        """
-        span = min(self.seq_len, self.window or self.seq_len)
-        block = 6 * self.n_block_parameters + 12 * self.n_head * self.d_head * span
-        prelude, core, coda = self.depths
-        once = (prelude + coda) * block + 6 * (self.vocab_size or 0) * self.d_model
-        if self.recurrent is None:
-            return once
-        r = self.mean_recurrence if recurrence is None else recurrence
-        k = min(r, self.backprop_depth) if grad is None else grad
-        # Of a concat the embedding's half is computed once a pass, the state's in each iteration.
-        square = 6 * self.d_model**2
-        in_loop = core * block + (square if self.injection == "concat" else 0)
-        return once + square * (self.injection != "add") + (k + (r - k) / 3) * in_loop
 
 
 def _divisor(flag: str, value: int, whole_flag: str, whole: int) -> str:

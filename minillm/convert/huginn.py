@@ -26,7 +26,7 @@ from torch import Tensor
 from minillm.config.model import ModelConfig
 from minillm.errors import CorruptError, UsageError
 from minillm.model.gpt import GPT
-from minillm.model.positions import rope_tables
+from minillm.model.positions import RotaryPositions
 from minillm.ops import Ops
 from minillm.runtime.files import MAX_JSON
 
@@ -98,7 +98,7 @@ def load(folder: str | Path, ops: Ops, dtype: torch.dtype = torch.float32) -> GP
     model.load_state_dict(weights, assign=True)
     if config.tie_embeddings:
         model.head.weight = model.embed.weight
-    model.cos, model.sin = rope_tables(config.seq_len, config.d_head, config.rope_base)
+    model.position = RotaryPositions(config)  # its tables were made on the meta device, too
     return model.eval()
 
 

@@ -61,6 +61,68 @@ class CoreState:
         return replace(self, inputs=inputs, text=self.text[index], state=self.state[index])
 
 
+def positions_of(
+    tokens: Tensor, cache: KVCache | None, attention_mask: Tensor | None
+) -> tuple[Tensor | slice, Tensor | None]:
+    """Return the positions of tokens, and with a mask the number of each token's segment.
+
+    Positions are (T,) or (B, T) int64, or a slice of them; segments are as in `split_at_padding`.
+
+    tokens: tokens, (B, T) int64
+    cache: earlier tokens, which these follow, or None
+    attention_mask: (B, T), 0 where a row is padded, or None
+    Raises ValueError on a mask with a cache, of another shape than the tokens, or with a hole.
+    """
+    T = tokens.shape[1]
+    if attention_mask is not None:
+        if cache is not None:
+            raise ValueError("an attention mask and a cache exclude each other")
+        if attention_mask.shape != tokens.shape:
+            found, wanted = tuple(attention_mask.shape), tuple(tokens.shape)
+            raise ValueError(f"attention_mask is {found}; expected {wanted}, as the tokens are")
+        return split_at_padding(attention_mask.bool())
+    if cache is not None and not cache.uniform():
+        return cache.positions(T), None
+    held = 0 if cache is None else cache.lengths[0]
+    return slice(held, held + T), None
+
+
+def split_at_padding(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return positions of the tokens in their rows, and numbers of segments, (B, T) int64 each.
+
+    A row falls into at most three segments: padding, tokens, padding.
+
+    mask: (B, T) bool, False where a row is padded
+    Raises ValueError if there is padding between tokens.
+    """
+    starts = mask & ~mask.roll(1, 1)
+    starts[:, 0] = mask[:, 0]
+    if (starts.sum(1) > 1).any():
+        raise ValueError("the attention mask has a hole: padding stands before or after tokens")
+    changes = mask[:, 1:] != mask[:, :-1]
+    segments = torch.cat([torch.zeros_like(mask[:, :1]), changes], 1).long().cumsum(1)
+    return (mask.long().cumsum(1) - 1).clamp(min=0), segments
+
+
+def documents_of(
+    config: ModelConfig, tokens: Tensor, cache: KVCache | None, segments: Tensor | None
+) -> Tensor | None:
+    """Return the number of each token's document, (B, T) int64, or None if nothing is masked.
+
+    Attention stays within a document. Padding counts as a document of its own.
+
+    tokens: tokens, (B, T) int64
+    cache: earlier tokens, which are in the same document, or None
+    segments: result of `split_at_padding`, or None
+    """
+    documents = None
+    if config.document_mask and cache is None:
+        documents = (tokens == config.bos_id).cumsum(1)
+    if segments is None:
+        return documents
+    return segments if documents is None else documents + segments * (tokens.shape[1] + 1)
+
+
 def check_continuation(
     config: ModelConfig, tokens: Tensor, cache: KVCache, iterations: int
 ) -> None:

@@ -6,10 +6,17 @@ collectives travel (links.py).
 """
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 
-from minillm.config.model import INJECTED, ModelConfig
+from minillm.config.model import ModelConfig
 from minillm.errors import UsageError
+from minillm.model import size
+from minillm.model.block import block_matrices
+from minillm.model.injection import injection_matrices, injection_parameters
+from minillm.model.linear import Matrix
+from minillm.model.norms import norm_parameters
+from minillm.model.positions import POSITIONS
 from minillm.planning.network import Network
 
 STAGES = (0, 1, 2, 3)
@@ -71,61 +78,46 @@ class Job:
 
 
 def parts(model: ModelConfig) -> dict[str, tuple[int, int]]:
-    """{part: (parameters stored, parameters used in a pass at the mean recurrence)}.
+    """Return {part: (parameters stored, parameters used in a pass at the mean recurrence)}.
 
-    What is stored adds up to model.n_parameters; a tied head stores nothing and uses its matrix.
+    The stored ones add up to those of the model. A tied head stores nothing and uses its matrix.
     """
-    V, C = model.vocab_size or 0, model.d_model
+    embedding = size.n_embedding_parameters(model)
     prelude, core, coda = model.depths
     r = model.mean_recurrence if core else 1
-    norm, block = _norm(model), _block(model)
-    found = {"embedding": (V * C, V * C)}
-    if model.position == "learned":
-        found["positions"] = (model.seq_len * C,) * 2
+    norm, block = norm_parameters(model), size.n_block_parameters(model)
+    found = {"embedding": (embedding, embedding)}
+    if positions := POSITIONS[model.position].parameters(model):
+        found["positions"] = (positions, positions)
     if not core:
         found["blocks"] = (prelude * block,) * 2
     else:
-        text = 0 if model.injection == "add" else C * C  # once a pass ...
-        text += norm if model.recurrence_style == "parcae" else 0
-        state = {"concat": C * C, "diagonal": 2 * C, "add": 0}[model.injection]  # ... and r times
+        once, each = injection_parameters(model)
         found["prelude"] = (prelude * block,) * 2
-        found["injection"] = (text + state, text + r * state)
+        found["injection"] = (once + each, once + r * each)
         found["core"] = (core * block, r * core * block)
         found["coda"] = (coda * block,) * 2
     found["norm"] = (norm, 2 * norm if core else norm)
-    found["head"] = (0 if model.tie_embeddings else V * C, V * C)
+    found["head"] = (0 if model.tie_embeddings else embedding, embedding)
     return found
-
-
-def _norm(model: ModelConfig) -> int:
-    return (2 if model.bias and model.norm == "layernorm" else 1) * model.d_model
-
-
-def _block(model: ModelConfig) -> int:
-    """Parameters of a block, norms and biases with it: what one more of them adds."""
-    if model.recurrent is None:
-        one, two = (replace(model, n_layer=n) for n in (1, 2))
-    else:
-        one, two = (replace(model, recurrent=f"0,{n},0") for n in (1, 2))
-    return two.n_parameters - one.n_parameters
 
 
 def units(model: ModelConfig) -> list[int]:
     """Parameters of what stage 3 gathers at once: each block, the core whole, and all the rest."""
     prelude, core, coda = model.depths
-    block = _block(model)
+    block = size.n_block_parameters(model)
     found = [block] * (prelude + coda) + [core * block] * (core > 0)
-    return [*found, model.n_parameters - model.n_layer * block]
+    return [*found, size.n_parameters(model) - model.n_layer * block]
 
 
 def muon_parameters(model: ModelConfig) -> int:
-    """Parameters of the matrices that Muon moves: of the blocks and the injection."""
-    return model.n_matrix_parameters - (model.vocab_size or 0) * model.d_model
+    """Return the number of parameters that Muon moves: the matrices of blocks and injection."""
+    return size.n_inner_matrix_parameters(model)
 
 
 def step_flops(job: Job) -> float:
     """FLOPs of a step over all ranks, at the mean recurrence; without what is computed again."""
-    return job.model.flops_per_token() * job.tokens
+    return size.flops_per_token(job.model) * job.tokens
 
 
 def refusal(job: Job, stage: int) -> str | None:
@@ -153,7 +145,7 @@ def memory(job: Job, stage: int) -> dict[str, float]:
     padding (less than 1 % of models worth sharding), what gloo, NCCL and FSDP2 copy on the way,
     activations.
     """
-    N, W, w = job.model.n_parameters, job.ranks, job.width
+    N, W, w = size.n_parameters(job.model), job.ranks, job.width
     share = N if stage == 0 else N / W
     two = 2 * N - (muon_parameters(job.model) if job.optimizer == "muon" else 0)
     found = {
@@ -198,7 +190,7 @@ def traffic(job: Job, stage: int) -> list[Traffic]:
     """
     if job.ranks == 1:
         return []
-    N, A = job.model.n_parameters, job.micro_batches
+    N, A = size.n_parameters(job.model), job.micro_batches
     small = Traffic("all_reduce", 8, SMALL_SUMS, False)
     if stage == 3:
         pieces = units(job.model)
@@ -274,7 +266,7 @@ def optimizer_seconds(
     28 bytes moved an element (and w for the copy in a narrow dtype), with Muon the products of
     Newton-Schulz; with --offload also 4 bytes an element down and w up over the host's link.
     """
-    n = job.model.n_parameters / (job.ranks if stage else 1)
+    n = size.n_parameters(job.model) / (job.ranks if stage else 1)
     narrow = stage > 0 and job.width != WIDE
     seconds = (MOVED + (job.width if narrow else 0)) * n / bytes_per_s
     if job.optimizer == "muon":
@@ -285,13 +277,14 @@ def optimizer_seconds(
 
 
 def newton_schulz_flops(model: ModelConfig) -> float:
-    """Of all of Muon's matrices: 5 (4 m^2 M + 2 m^3) for one of m <= M rows and columns."""
-    C, D = model.d_model, model.d_head
-    q, kv = model.n_head * D, model.n_kv_head * D
-    ups = 2 if model.gated else 1
-    block = [(q, C), (kv, C), (kv, C), (C, q), *[(model.d_ff, C)] * ups, (C, model.d_ff)]
-    squares = INJECTED.get(model.injection, 0) if model.recurrent else 0
-    shapes = block * model.n_layer + [(C, C)] * squares
-    return float(sum(
-        NEWTON_SCHULZ * (4 * min(s) ** 2 * max(s) + 2 * min(s) ** 3) for s in shapes
-    ))  # fmt: skip
+    """Return FLOPs of orthogonalising all of Muon's matrices in one step.
+
+    One of m <= M rows and columns takes 5 (4 m^2 M + 2 m^3).
+    """
+    block, others = block_matrices(model).values(), injection_matrices(model).values()
+    return float(model.n_layer * _newton_schulz(block) + _newton_schulz(others))
+
+
+def _newton_schulz(matrices: Iterable[Matrix]) -> int:
+    sides = [sorted((rows, m.columns)) for m in matrices for rows in m.rows]
+    return sum(NEWTON_SCHULZ * (4 * m**2 * M + 2 * m**3) for m, M in sides)

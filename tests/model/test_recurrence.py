@@ -13,6 +13,7 @@ from minillm.inference.generate import generate
 from minillm.kernels import reference
 from minillm.model.gpt import GPT
 from minillm.model.recurrence import draw, start_noise, state_keys
+from minillm.model.size import flops_per_token, n_matrix_parameters, n_parameters
 from minillm.ops import EAGER
 
 SHAPE = {"vocab_size": 31, "seq_len": 16, "n_head": 2, "d_model": 16, "d_ff": 24}
@@ -245,14 +246,14 @@ def test_the_state_of_a_sandwich_is_bounded():
 def test_parameters_are_counted(style, injection):
     model = model_of(recurrence_style=style, injection=injection)
     stored = sum(p.numel() for p in model.parameters())
-    assert stored == model.config.n_parameters
+    assert stored == n_parameters(model.config)
     matrices = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2)
-    assert matrices - model.embed.weight.numel() == model.config.n_matrix_parameters
+    assert matrices - model.embed.weight.numel() == n_matrix_parameters(model.config)
 
 
 def test_without_a_core_an_injection_counts_for_nothing():
     model = model_of(recurrent=None, n_layer=1, injection="concat")
-    assert sum(p.numel() for p in model.parameters()) == model.config.n_parameters
+    assert sum(p.numel() for p in model.parameters()) == n_parameters(model.config)
 
 
 @pytest.mark.parametrize(
@@ -265,10 +266,10 @@ def test_flops_are_counted(injection, outside, inside):
     block = 6 * (4 * 16 * 16 + 3 * 16 * 24) + 12 * 16 * 16
     once = 2 * block + 6 * 31 * 16 + 6 * 256 * outside
     loop = 2 * block + 6 * 256 * inside
-    assert c.flops_per_token(5) == once + 3 * loop + 2 * loop / 3
-    assert c.flops_per_token(2) == once + 2 * loop
+    assert flops_per_token(c, 5) == once + 3 * loop + 2 * loop / 3
+    assert flops_per_token(c, 2) == once + 2 * loop
     plain = ModelConfig(**{**SHAPE, "n_layer": 4})
-    assert plain.flops_per_token() == 6 * plain.n_matrix_parameters + 12 * 4 * 16 * 16
+    assert flops_per_token(plain) == 6 * n_matrix_parameters(plain) + 12 * 4 * 16 * 16
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -363,7 +364,12 @@ def slot_oracle(model: GPT, tokens: list[int], prefix: int, r: int) -> torch.Ten
         heads = b.attention.qkv(b.attention_norm(x)).view(1, T, -1, c.d_head)
         q, k, v = heads.split((c.n_head, c.n_kv_head, c.n_kv_head), dim=2)
         q, k = reference.rope(
-            q, k, model.cos[at], model.sin[at], b.attention.q_norm, b.attention.k_norm
+            q,
+            k,
+            model.position.cos[at],
+            model.position.sin[at],
+            b.attention.q_norm,
+            b.attention.k_norm,
         )
         keys = k if past is None else torch.cat((past[0], k), 1)
         values = v if past is None else torch.cat((past[1], v), 1)

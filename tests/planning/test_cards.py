@@ -12,6 +12,7 @@ import torch
 from minillm import __main__ as verbs
 from minillm.config.train import PRESETS, ModelConfig
 from minillm.errors import UsageError
+from minillm.model.size import n_parameters
 from minillm.planning import cards, estimate as plan, fit as plan_fit
 from minillm.planning.cards import CARDS, GIB
 from minillm.planning.estimate import Job
@@ -169,7 +170,7 @@ def test_the_verdict_by_hand(planned):
     config = ModelConfig(**{"vocab_size": 4096} | shape)
     one, more = made_up_line(config, torch.float16)
     usable = 0.9 * 15.7 * GIB
-    by_hand = {n: 16 * config.n_parameters + one + (n - 1) * more for n in range(1, 4097)}
+    by_hand = {n: 16 * n_parameters(config) + one + (n - 1) * more for n in range(1, 4097)}
     most = max(n for n, need in by_hand.items() if need <= usable)
     v = found["verdict"]
     assert v["needed_bytes"] == pytest.approx(by_hand[64]) and v["micro_batch"] == 64

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minillm.kernels import reference
+from minillm.model.size import n_parameters
 from minillm.ops import EAGER
 from minillm.profiling.timing import decoding, implementations, operations, precision, sizes, steps
 from minillm.profiling.timing.workloads import BACKWARD, BOTH, FORWARD, Problem
@@ -238,4 +239,4 @@ def test_models_are_as_large_as_is_said():
         (steps.size.__doc__, steps.size("cuda", False).model),
         (decoding.shape.__doc__, decoding.shape("cuda", 16385)),
     ):
-        assert f"{config.n_parameters / 1e6:.0f}M parameters" in said
+        assert f"{n_parameters(config) / 1e6:.0f}M parameters" in said
