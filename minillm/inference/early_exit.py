@@ -97,7 +97,7 @@ def read(
         if not len(going):
             break
         if len(going) < len(rows):
-            rows, gone, core = rows[going], gone[going], core.chosen(going)
+            rows, gone, core = rows[going], gone[going], core.select_rows(going)
             watch.keep(going)
     return logits, steps
 
@@ -135,19 +135,19 @@ def read_next(
         if z is not None:
             told, source, mine = z[leaving], work, leaving
         else:  # the coda has yet to run, of those that leave
-            source, mine = work.chosen(leaving) if staying else work, list(range(len(leaving)))
-            told = model.logits(model.finish(core.chosen(leaving, source)))
+            source, mine = work.select_rows(leaving) if staying else work, list(range(len(leaving)))
+            told = model.logits(model.finish(core.select_rows(leaving, source)))
         for n, row in enumerate(theirs):
             logits[row], steps[row], ended[row] = told[n, 0], i + 1, core.state[leaving[n], 0]
         if source is not cache:
-            source.give_back(cache, mine, theirs)
+            source.copy_newest(cache, mine, theirs)
         cache.repeat_iteration(theirs, i)
         if not staying:
             break
         index = torch.tensor(staying, device=tokens.device)
         watch.keep(index)
-        work = work.chosen(staying)
-        core = core.chosen(index, work)
+        work = work.select_rows(staying)
+        core = core.select_rows(index, work)
         rows = [rows[n] for n in staying]
     if cache.warm:
         cache.state = model.carried(ended)

@@ -89,11 +89,11 @@ class Attention(nn.Module):
         if rotation is None:
             k, v = cache.write(layer, k, v)  # (B, S, G, D)
         else:
-            past = cache.room(layer, T)  # (B, S, G, D) each
+            past = cache.entries(layer, T)  # (B, S, G, D) each
             norms = self.q_norm, self.k_norm, self.config.norm_eps
-            q = self.ops.rope_cache(q, k, v, *rotation, *past, cache.starts(), *norms)
+            q = self.ops.rope_cache(q, k, v, *rotation, *past, cache.next_positions(), *norms)
             k, v = past
-        ends = None if cache.uniform() else cache.starts() + T
+        ends = None if cache.equal_lengths() else cache.next_positions() + T
         return self.ops.decode_attention(q, k, v, ends, **options)
 
 

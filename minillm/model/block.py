@@ -39,7 +39,11 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, rotation, documents, cache: KVCache | None, layer: int) -> Tensor:
-        """Return y, (B, T, C), for x, (B, T, C); the other parameters are those of Attention."""
+        """Return the stream after the block, (B, T, C).
+
+        x: stream before it, (B, T, C)
+        rotation, documents, cache, layer: see Attention.forward
+        """
         y = self.attention(self.attention_norm(x), rotation, documents, cache, layer)
         y, x = self.mlp_norm.add(self.dropout(y), x)
         return x + self.dropout(self.mlp(y))
@@ -71,7 +75,11 @@ class SandwichBlock(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, rotation, documents, cache: KVCache | None, layer: int) -> Tensor:
-        """Return y, (B, T, C), for x, (B, T, C); the other parameters are those of Attention."""
+        """Return the stream after the block, (B, T, C).
+
+        x: stream before it, (B, T, C)
+        rotation, documents, cache, layer: see Attention.forward
+        """
         y = self.attention(self.attention_norm(x), rotation, documents, cache, layer)
         post, pre = self.attention_post_norm.weight, self.mlp_norm.weight
         y, x = self.ops.sandwich_norm(self.dropout(y), x, post, pre, self.eps)

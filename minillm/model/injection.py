@@ -59,7 +59,10 @@ class ConcatInjection(Injection):
         return self.text(super().prepare(e))
 
     def forward(self, s: Tensor, prepared: Tensor) -> Tensor:
-        """Return A_s s + prepared, (B, T, C)."""
+        """Return A_s s + prepared, (B, T, C).
+
+        s, prepared: see Injection.forward
+        """
         return self.state(s) + prepared
 
 
@@ -81,7 +84,10 @@ class DiagonalInjection(Injection):
         return e * F.softplus(self.step).to(e.dtype)
 
     def forward(self, s: Tensor, prepared: Tensor) -> Tensor:
-        """Return the decayed state plus `prepared`, (B, T, C)."""
+        """Return the decayed state plus `prepared`, (B, T, C).
+
+        s, prepared: see Injection.forward
+        """
         # At least fp32, where a decay just below 1 stays below it; in bf16 0.999 would be 1.
         wide = torch.promote_types(s.dtype, torch.float32)
         decay = torch.exp(-F.softplus(self.step.to(wide)) * self.rate.to(wide).exp())
@@ -128,7 +134,11 @@ INJECTIONS = {
 
 
 def make_injection(config: ModelConfig, ops: Ops) -> Injection:
-    """Return a new injection of the kind that the configuration names."""
+    """Return a new injection of the kind that the configuration names.
+
+    config: shape of the model
+    ops: table of operations
+    """
     return INJECTIONS[config.injection].build(config, ops)
 
 

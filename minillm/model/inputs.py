@@ -46,7 +46,7 @@ class CoreState:
     state: Tensor
     done: int = 0
 
-    def chosen(self, rows: list[int] | Tensor, cache: KVCache | None = None) -> "CoreState":
+    def select_rows(self, rows: list[int] | Tensor, cache: KVCache | None = None) -> "CoreState":
         """Return a copy with some rows of the batch only.
 
         rows: indices of the rows
@@ -81,7 +81,7 @@ def positions_of(
             found, wanted = tuple(attention_mask.shape), tuple(tokens.shape)
             raise ValueError(f"attention_mask is {found}; expected {wanted}, as the tokens are")
         return split_at_padding(attention_mask.bool())
-    if cache is not None and not cache.uniform():
+    if cache is not None and not cache.equal_lengths():
         return cache.positions(T), None
     held = 0 if cache is None else cache.lengths[0]
     return slice(held, held + T), None
@@ -111,6 +111,7 @@ def documents_of(
 
     Attention stays within a document. Padding counts as a document of its own.
 
+    config: shape of the model
     tokens: tokens, (B, T) int64
     cache: earlier tokens, which are in the same document, or None
     segments: result of `split_at_padding`, or None
@@ -131,7 +132,9 @@ def check_continuation(
     This happens if the cache has another number of rows, if it lacks keys and values of an
     iteration that the tokens would attend to, or if a token begins another document.
 
-    tokens: the new tokens, (B, T) int64
+    config: shape of the model
+    tokens: new tokens, (B, T) int64
+    cache: cache of the earlier tokens
     iterations: iterations of the core that will run for them; 0 without a core
     """
     B = tokens.shape[0]

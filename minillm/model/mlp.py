@@ -84,5 +84,9 @@ MLPS = {
 
 
 def make_mlp(config: ModelConfig, ops: Ops) -> nn.Module:
-    """Return a new MLP of the kind that the configuration names."""
+    """Return a new MLP of the kind that the configuration names.
+
+    config: shape of the model
+    ops: table of operations
+    """
     return MLPS[config.mlp].build(config, ops)

@@ -33,7 +33,10 @@ class RMSNorm(nn.Module):
         return self.ops.rms_norm(x, self.weight, self.eps)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Return norm(x + residual) and x + residual, computed in one pass over both."""
+        """Return norm(x + residual) and x + residual, computed in one pass over both.
+
+        x, residual: tensors of one shape, (..., width)
+        """
         return self.ops.add_rms_norm(x, residual, self.weight, self.eps)
 
 
@@ -58,7 +61,10 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), bias, self.eps)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Return norm(x + residual) and x + residual."""
+        """Return norm(x + residual) and x + residual.
+
+        x, residual: tensors of one shape, (..., width)
+        """
         total = x + residual
         return self(total), total
 
@@ -88,7 +94,11 @@ NORMS = {
 
 
 def make_norm(config: ModelConfig, ops: Ops) -> nn.Module:
-    """Return a new normalisation layer over the residual stream."""
+    """Return a new normalisation layer over the residual stream.
+
+    config: shape of the model
+    ops: table of operations
+    """
     return NORMS[config.norm].build(config, ops)
 
 

@@ -61,7 +61,10 @@ class LearnedPositions(NoPositions):
         nn.init.normal_(self.weight)
 
     def encode(self, x: Tensor, at: Tensor | slice) -> Tensor:
-        """Return x + weight[at], (B, T, C)."""
+        """Return x + weight[at], (B, T, C).
+
+        x, at: see NoPositions.encode
+        """
         return x + self.weight[at]
 
 
@@ -76,7 +79,10 @@ class SinusoidalPositions(NoPositions):
         self.register_buffer("table", table, persistent=False)
 
     def encode(self, x: Tensor, at: Tensor | slice) -> Tensor:
-        """Return x + table[at], (B, T, C)."""
+        """Return x + table[at], (B, T, C).
+
+        x, at: see NoPositions.encode
+        """
         return x + self.table[at]
 
 

@@ -78,6 +78,7 @@ def initial_state(
 ) -> Tensor:
     """Return zeros or noise, as `config.start_state` names it: (B, T, C).
 
+    config: shape of the model
     like: tensor whose shape, (B, T, C), dtype and device the state gets
     keys: result of `state_keys`, (B,) int64; default: zeros
     positions: absolute positions, (T,) or (B, T) int64, or a slice of them

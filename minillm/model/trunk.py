@@ -125,7 +125,9 @@ class Trunk(nn.Module):
     ) -> CoreState:
         """Return a pass over tokens, (B, T), that has stopped before the first iteration.
 
-        `iterate` and `finish` take it further; the parameters are those of `trunk`.
+        `iterate` and `finish` continue it.
+
+        tokens, cache, keys, attention_mask: see `trunk`
         """
         inputs, x = self.embed_tokens(tokens, cache, attention_mask)
         prelude, core, _ = self.config.depths
@@ -135,9 +137,12 @@ class Trunk(nn.Module):
         return CoreState(inputs, self.injection.prepare(x), self.start_state(x, keys, inputs))
 
     def iterate(self, core: CoreState, until: int) -> CoreState:
-        """Return the pass after `until` iterations of the core; it may have had some of them.
+        """Return the pass after more iterations of the core.
 
-        With `checkpointing`, iterations are computed again in the backward pass.
+        With `checkpointing`, they are computed again in the backward pass.
+
+        core: pass that has stopped before or between iterations
+        until: number of iterations after which it stops again, counted from the first
         """
         s = core.state
         for i in range(core.done, until):
@@ -164,7 +169,7 @@ class Trunk(nn.Module):
     ) -> tuple[BlockInputs, Tensor]:
         """Return the inputs of the blocks, and the embedded tokens, (B, T, C).
 
-        The parameters are those of `trunk`.
+        tokens, cache, attention_mask: see `trunk`
         """
         c, T, held = self.config, tokens.shape[1], 0 if cache is None else max(cache.lengths)
         if held + T > c.seq_len:

@@ -246,7 +246,7 @@ def test_what_is_loaded_generates_and_learns(tmp_path):
     "change, message",
     [
         ({"n_embd": None}, "n_embd None; expected a whole number from 1"),
-        ({"n_heads": 3}, "n_embd 32 is no multiple of 2 x 3"),
+        ({"n_heads": 3}, "n_embd 32 is not a multiple of 2 x 3"),
         ({"num_key_value_heads": 2}, "num_key_value_heads 2; can be 4 only"),
         ({"head_dim": 16}, "head_dim 16; can be 8 only"),
         ({"n_layers_in_recurrent_block": 0}, "n_layers_in_recurrent_block 0; expected a whole"),
@@ -325,7 +325,7 @@ def test_folders_that_are_none(tmp_path):
         load(tmp_path, EAGER)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
-    with pytest.raises(UsageError, match=r"no model.safetensors.index.json; pickle is not read"):
+    with pytest.raises(UsageError, match=r"or model.safetensors.index.json; pickles are not read"):
         load(tmp_path, EAGER)
     (tmp_path / "model.safetensors").write_bytes(b"\x08")
     with pytest.raises(CorruptError, match=r"model.safetensors: "):

@@ -501,7 +501,7 @@ def test_cached_equals_uncached(options, pieces):
     for n in pieces:
         got.append(model.logits(model.trunk(tokens[:, at : at + n], cache)))
         at += n
-        assert cache.lengths == [at, at] and cache.uniform()
+        assert cache.lengths == [at, at] and cache.equal_lengths()
     assert_same(torch.cat(got, 1), expected)
 
 
@@ -515,17 +515,17 @@ def test_ragged_rows_equal_single_ones(options, step):
     expected = [model(tokens[b : b + 1])[0] for b in range(3)]
     cache, held = model.make_cache(batch=3), [2, 6, 3]
     for b, n in enumerate(held):
-        view = cache.row(b)
+        view = cache.row_view(b)
         first = model.logits(model.trunk(tokens[b : b + 1, :n], view))
         assert_same(first[0], expected[b][:n])
         cache.lengths[b] = view.lengths[0]
-    assert cache.lengths == held and not cache.uniform()
+    assert cache.lengths == held and not cache.equal_lengths()
     for _ in range(6 // step):
         new = torch.stack([tokens[b, n : n + step] for b, n in enumerate(cache.lengths)])
         logits = model.logits(model.trunk(new, cache))
         for b, end in enumerate(cache.lengths):
             assert_same(logits[b], expected[b][end - step : end])
-    cache.keep([2, 0])
+    cache.keep_rows([2, 0])
     new = torch.stack([tokens[b, n : n + 1] for b, n in zip((2, 0), cache.lengths, strict=True)])
     logits = model.logits(model.trunk(new, cache))
     for i, b in enumerate((2, 0)):
@@ -539,7 +539,7 @@ def test_a_row_is_read_anew_from_where_it_is_kept():
     model, tokens = make_model(config), make_tokens(config, T=12)
     cache = model.make_cache(batch=2)
     model.trunk(tokens, cache)
-    view = cache.row(1, 4)
+    view = cache.row_view(1, 4)
     other = (tokens[1:, 4:9] + 5) % 23
     logits = model.logits(model.trunk(other, view))
     text = torch.cat((tokens[1:, :4], other), 1)
@@ -565,7 +565,7 @@ def test_the_cache_has_an_end():
         model.trunk(torch.ones(1, 1, dtype=torch.int64), cache)
     small = model.make_cache(1, capacity=4)
     assert small.capacity == 4 and small.k.shape == (2, 1, 4, 4, 4)
-    with pytest.raises(ValueError, match="cache holds 4 positions; 5 are asked for"):
+    with pytest.raises(ValueError, match="cache holds 4 positions; 5 are needed"):
         model.trunk(torch.ones(1, 5, dtype=torch.int64), small)
 
 

@@ -300,14 +300,14 @@ def test_shallow_cores_carry_gradients_through_every_iteration():
 
 @pytest.mark.parametrize("words", ["0,0,0", "1,2", "1,0,1", "a,b,c", "1,-1,1", "", "1,2,3,4"])
 def test_depths_are_refused_in_a_line(words):
-    with pytest.raises(UsageError, match="--recurrent.* is not PRELUDE,CORE,CODA"):
+    with pytest.raises(UsageError, match="recurrent.* is not PRELUDE,CORE,CODA"):
         ModelConfig(**{**SHAPE, "recurrent": words})
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(UsageError, match="--max-recurrence 3 is below --mean-recurrence 4"):
+    with pytest.raises(UsageError, match="max_recurrence 3 is below mean_recurrence 4"):
         model_of(max_recurrence=3)
-    with pytest.raises(UsageError, match="huginn needs --norm rmsnorm"):
+    with pytest.raises(UsageError, match="huginn needs norm rmsnorm"):
         model_of(norm="layernorm")
     with pytest.raises(ValueError, match="recurrence 0: expected 1 or more"):
         model_of()(text(), recurrence=0)

@@ -15,8 +15,8 @@ from minillm.errors import UsageError
 from minillm.model.size import n_parameters
 from minillm.planning import cards, estimate as plan, fit as plan_fit
 from minillm.planning.cards import CARDS, GIB
-from minillm.planning.estimate import Job
 from minillm.planning.fit import Budget, Capacity
+from minillm.planning.job import Job
 from minillm.runtime import ceilings, device as world, units
 
 GPUS = (1, 8, 64)
@@ -69,7 +69,7 @@ def test_cards_have_the_dense_rates_of_their_data_sheets(name, bf16, fp32, gb, g
     assert card.source and "NVLink" in card.link or "PCIe" in card.link
     if name in ("t4", "v100", "v100-32"):
         assert not card.has_bf16 and not card.runs_triton
-        with pytest.raises(UsageError, match="--dtype bf16: .* use --dtype fp16 or fp32"):
+        with pytest.raises(UsageError, match="dtype bf16: .* use dtype fp16 or fp32"):
             card.peak_flops("bf16")
     else:
         assert card.runs_triton and card.peak_flops("bf16") == card.peak_flops("fp16")

@@ -13,7 +13,7 @@ from minillm.model.gpt import GPT
 from minillm.model.size import flops_per_token, n_block_matrix_parameters, n_parameters
 from minillm.ops import EAGER
 from minillm.planning import estimate as plan
-from minillm.planning.estimate import Job
+from minillm.planning.job import Job
 from minillm.planning.network import ROUNDS, Link, alone, nodes
 from minillm.runtime import ceilings, device as world
 
@@ -178,9 +178,9 @@ def test_the_optimisers_step_by_hand():
 
 
 def test_what_cannot_be_shared_out():
-    with pytest.raises(UsageError, match="--batch-size 64 is not divisible by 5 ranks"):
+    with pytest.raises(UsageError, match="batch_size 64 is not divisible by 5 ranks"):
         Job(MODEL, ranks=5)
-    with pytest.raises(UsageError, match="--micro-batch-size 32 does not divide the 16 sequences"):
+    with pytest.raises(UsageError, match="micro_batch_size 32 does not divide the 16 sequences"):
         Job(MODEL, ranks=4, micro_batch=32)
 
 
