@@ -30,6 +30,7 @@ from minillm.inference.speculative import speculate
 from minillm.inference.text_stream import TextStream
 from minillm.model.gpt import GPT
 from minillm.model.kv_cache import slots
+from minillm.model.size import n_parameters
 from minillm.runtime import device as world, terminal
 from minillm.runtime.json_text import json_text
 from minillm.runtime.terminal import visible
@@ -55,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
         args.checkpoint,
         lambda found: (found.step, checkpoint.load_run(run, checkpoint=found, **options)),
     )
-    small = config.n_parameters < ONE_THREAD_BELOW
+    small = n_parameters(config) < ONE_THREAD_BELOW
     threads, _ = world.set_threads(1 if args.threads == "auto" and small else args.threads)
     note(f"{run}, step {step}, {device}, {model.ops.name} kernels ({model.ops.why}), "
          f"{threads} thread{'s' * (threads > 1)}, seed {args.seed}")  # fmt: skip

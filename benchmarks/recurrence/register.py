@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from minillm.checkpoint.find import load_run
 from minillm.model.gpt import GPT
+from minillm.model.size import flops_per_token, n_parameters
 
 STEPS, MEAN, LENGTH = 700, 6, 32
 GRID = ("0.0025", "0.005", "0.01", "0.02", "0.04")
@@ -102,8 +103,8 @@ def train_arms(args, corpus: Path, arms: dict, grid, seeds, steps: int, judge) -
             model, _, config = load_run(run)
             found.append({
                 "arm": arm, "seed": seed, "rate": best, "val_loss_by_rate": losses,
-                "parameters": config.n_parameters,
-                "train_flops_per_token": config.flops_per_token(), "train_s": round(seconds(run)),
+                "parameters": n_parameters(config),
+                "train_flops_per_token": flops_per_token(config), "train_s": round(seconds(run)),
                 **judge(model),
             })  # fmt: skip
             far = {r: solved(a) for r, a in found[-1]["accuracy"].items()}

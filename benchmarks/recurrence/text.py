@@ -20,6 +20,7 @@ sys.path.insert(0, str(HERE))
 from register import ROOT, call, last, rows, seconds
 
 from minillm.checkpoint.find import load_run
+from minillm.model.size import flops_per_token, n_parameters
 
 GRID = ("0.01", "0.02", "0.05", "0.1", "0.2")
 RECURRENT = ["--preset", "nano", "--recurrent", "1,2,1", "--mean-recurrence", "4"]
@@ -67,8 +68,8 @@ def result(args: argparse.Namespace, arm: str, rate: str) -> dict:
     at_r = [row["val_loss_at_r"] for row in rows(run) if "val_loss_at_r" in row]
     config = load_run(run)[2]
     return {
-        "arm": arm, "rate": rate, "parameters": config.n_parameters,
-        "train_flops_per_token": config.flops_per_token(), "train_s": round(seconds(run)),
+        "arm": arm, "rate": rate, "parameters": n_parameters(config),
+        "train_flops_per_token": flops_per_token(config), "train_s": round(seconds(run)),
         "val_loss": last(run, "val_loss"), "val_loss_at_r": at_r[-1] if at_r else None,
     }  # fmt: skip
 

@@ -19,6 +19,7 @@ from minillm.distributed.agreement import gather
 from minillm.distributed.ranks import connect
 from minillm.distributed.strategies import shard
 from minillm.model.gpt import GPT
+from minillm.model.size import n_parameters
 from minillm.ops import EAGER
 from minillm.optim.build import recipes, set_learning_rate
 from minillm.planning import estimate as plan
@@ -39,7 +40,7 @@ def main() -> None:
     torch.set_num_threads(1)
     ranks = connect(world.launched(), torch.device("cpu"), 300)
     config = ModelConfig(vocab_size=4096, seq_len=64, n_layer=8, n_head=4, d_model=256)
-    lines = [f"{config.n_parameters:,} parameters, {ranks.size} ranks; MiB counted (by formula)",
+    lines = [f"{n_parameters(config):,} parameters, {ranks.size} ranks; MiB counted (by formula)",
              "", "| optimiser | dtype | --zero | " + " | ".join(KINDS) + " | all | off by |",
              "|---|---|--:|" + "--:|" * (len(KINDS) + 2)]  # fmt: skip
     for stage, dtype, optimizer in CASES:

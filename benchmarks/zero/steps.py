@@ -26,6 +26,7 @@ from minillm.config.train import ModelConfig
 from minillm.distributed.ranks import Ranks, connect
 from minillm.distributed.strategies import shard
 from minillm.model.gpt import GPT
+from minillm.model.size import n_parameters
 from minillm.ops import EAGER
 from minillm.optim.build import recipes, set_learning_rate
 from minillm.planning import estimate as plan, network as links
@@ -130,7 +131,7 @@ def write(config: ModelConfig, size: int, args: argparse.Namespace, times: dict)
         for name, stage in OURS.items()
     }
     lines = [
-        f"{config.n_parameters:,} parameters, {args.micro_batches} micro-batches of 2 x "
+        f"{n_parameters(config):,} parameters, {args.micro_batches} micro-batches of 2 x "
         f"{config.seq_len} tokens a rank, {size} ranks of one thread, fp32, {args.rounds} rounds",
         "",
         "| way | s, median (p20 to p80) | by DDP + ZeroRedundancyOptimizer | planned s | error |",

@@ -32,6 +32,7 @@ from minillm.distributed.agreement import agree, gather
 from minillm.distributed.ranks import Ranks
 from minillm.errors import CorruptError, UsageError
 from minillm.model.gpt import GPT
+from minillm.model.size import n_parameters
 from minillm.ops import select
 from minillm.runtime.launch import shell_command
 from minillm.runtime.program import one_line
@@ -219,9 +220,9 @@ def check_model(run: Path, config: ModelConfig, found: Checkpoint) -> None:
                 f"{run}/config.json: states {name} {own.get(name)!r}, step {found.step} was "
                 f"trained with {value!r}; is it another run's?"
             )
-    if config.n_parameters > 2 * held + SMALL:
+    if n_parameters(config) > 2 * held + SMALL:
         raise CorruptError(
-            f"{run}/config.json: states {config.n_parameters:,} parameters, {found.folder} holds "
+            f"{run}/config.json: states {n_parameters(config):,} parameters, {found.folder} holds "
             f"{held:,}"
         )
 

@@ -16,6 +16,7 @@ from minillm.data.shards import Corpus, is_prepared
 from minillm.data.tokenizer import load_tokenizer
 from minillm.errors import UsageError
 from minillm.flags import plan as flags
+from minillm.model.size import flops_per_token, n_parameters
 from minillm.planning import estimate as plan, fit as plan_fit, hardware
 from minillm.planning.fit import Budget, Verdict
 from minillm.planning.hardware import Hardware, Speeds
@@ -160,13 +161,13 @@ def _model(model: ModelConfig, train: TrainConfig) -> dict:
 
 def _parameters(model: ModelConfig, vocabulary: str) -> dict:
     parts = {n: {"stored": s, "used": u} for n, (s, u) in plan.parts(model).items()}
-    return {"parts": parts, "total": model.n_parameters, "vocabulary": vocabulary}
+    return {"parts": parts, "total": n_parameters(model), "vocabulary": vocabulary}
 
 
 def _flops(job: plan.Job, steps: int | None, time_limit_s: float | None) -> dict:
     step = plan.step_flops(job)
     return {
-        "token": job.model.flops_per_token(),
+        "token": flops_per_token(job.model),
         "step": step,
         "step_tokens": job.tokens,
         "steps": steps,

@@ -1,6 +1,7 @@
-"""What a decoder looks like: one frozen configuration, checked when it is made.
+"""Shape of a decoder: one frozen configuration, which is checked when it is made.
 
-Each field is also a flag, see settings.py.
+Each field is also a flag, see flags.py. Here stand only the names of norms, MLPs, positions and
+injections; their implementations, with a table by name, are in model/.
 """
 
 from argparse import ArgumentTypeError
@@ -8,7 +9,7 @@ from dataclasses import dataclass, fields
 from itertools import count
 
 from minillm.config.fields import check_range, setting
-from minillm.errors import UsageError
+from minillm.errors import UsageError, parameter
 
 POSITIONS = ("rope", "learned", "sinusoidal", "alibi", "none")
 NORMS = ("rmsnorm", "layernorm")
@@ -18,12 +19,14 @@ INITS = ("gpt2", "zero", "takase")
 STYLES = ("huginn", "parcae")
 INJECTIONS = ("concat", "add", "diagonal")
 STARTS = ("noise", "zero")
-INJECTED = {"concat": 2, "diagonal": 1}  # square matrices of the injection
-SHALLOW = 8  # mean recurrences up to which gradients go through all iterations
+SHALLOW = 8  # largest mean recurrence at which gradients go through all iterations by default
 
 
 def depths_text(text: str) -> str:
-    """PRELUDE,CORE,CODA, checked; argparse.ArgumentTypeError on anything else."""
+    """Return a text of the form PRELUDE,CORE,CODA, checked and without spaces.
+
+    Raises argparse.ArgumentTypeError on any other text.
+    """
     parts = [part.strip() for part in text.split(",")]
     fits = len(parts) == 3 and all(p.isascii() and p.isdigit() and len(p) < 5 for p in parts)
     if not fits or int(parts[1]) < 1:
@@ -35,9 +38,9 @@ def depths_text(text: str) -> str:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a decoder. Fields left at None are derived, so that a made config has none.
+    """Shape of a decoder. Fields that are None are derived from the others.
 
-    Raises UsageError, naming the flag, if the fields do not fit together.
+    Raises UsageError, which names the field, if the fields do not fit together.
     """
 
     vocab_size: int | None = setting(
@@ -85,10 +88,10 @@ class ModelConfig:
     init: str | None = setting(
         None, "initial weights: zero starts output projections and head at 0; takase is truncated "
         "and scaled by width and depth",
-        choices=INITS, derived="gpt2; with --recurrent takase, whatever the preset",
+        choices=INITS, derived="gpt2; with --recurrent takase, for every preset",
     )  # fmt: skip
     document_mask: bool = setting(
-        False, "attend only within a document, whose beginning its BOS token marks"
+        False, "restrict attention to the document; a BOS token begins each document"
     )
     recurrent: str | None = setting(
         None, "number of blocks before, in and after a core that is run several times, such as "
@@ -101,7 +104,7 @@ class ModelConfig:
         "injection", choices=STYLES,
     )  # fmt: skip
     injection: str | None = setting(
-        None, "how the embedded text enters each iteration", choices=INJECTIONS,
+        None, "operation by which the embedded text enters each iteration", choices=INJECTIONS,
         derived="huginn: concat, parcae: diagonal",
     )  # fmt: skip
     start_state: str | None = setting(
@@ -118,45 +121,57 @@ class ModelConfig:
         high=16384,
         derived=f"all if --mean-recurrence is at most {SHALLOW}, else {SHALLOW}",
     )  # fmt: skip
-    bos_id: int | None = None  # the tokenizer's, where documents begin
+    bos_id: int | None = None  # the tokenizer's token that begins a document
 
     def __post_init__(self) -> None:
         for f in fields(self):
             check_range(f, getattr(self, f.name))
         if self.d_head is None:
             if self.d_model % self.n_head:
-                raise UsageError(_divisor("--n-head", self.n_head, "--d-model", self.d_model))
+                raise UsageError(_divisor("n_head", self.n_head, "d_model", self.d_model))
             object.__setattr__(self, "d_head", self.d_model // self.n_head)
         if self.n_kv_head is None:
             object.__setattr__(self, "n_kv_head", self.n_head)
         if self.n_head % self.n_kv_head:
-            raise UsageError(_divisor("--n-kv-head", self.n_kv_head, "--n-head", self.n_head))
+            raise UsageError(_divisor("n_kv_head", self.n_kv_head, "n_head", self.n_head))
         if self.d_ff is None:
             wide = -(-8 * self.d_model // 3 // 64) * 64 if self.mlp in GATED else 4 * self.d_model
             object.__setattr__(self, "d_ff", wide)
         if self.position == "rope" and self.d_head % 2:
-            raise UsageError(f"--position rope needs an even --d-head; got {self.d_head}")
+            raise UsageError(
+                f"{parameter('position')} rope needs an even {parameter('d_head')}; "
+                f"got {self.d_head}"
+            )
         if self.position == "sinusoidal" and self.d_model % 2:
-            raise UsageError(f"--position sinusoidal needs an even --d-model; got {self.d_model}")
+            raise UsageError(
+                f"{parameter('position')} sinusoidal needs an even {parameter('d_model')}; "
+                f"got {self.d_model}"
+            )
         if self.recurrent is not None:
             self._derive_recurrence()
         if self.init is None:
             object.__setattr__(self, "init", "takase" if self.recurrent is not None else "gpt2")
         if self.init == "zero" and self.tie_embeddings:
-            raise UsageError("--init zero would zero the embedding that --tie-embeddings shares")
+            raise UsageError(
+                f"{parameter('init')} zero would zero the embedding that "
+                f"{parameter('tie_embeddings')} shares"
+            )
 
     def _derive_recurrence(self) -> None:
         try:
             object.__setattr__(self, "recurrent", depths_text(self.recurrent))
         except ArgumentTypeError as error:
-            raise UsageError(f"--recurrent: {error}") from None
+            raise UsageError(f"{parameter('recurrent')}: {error}") from None
         if sum(self.depths) > 10000:
             raise UsageError(
-                f"--recurrent {self.recurrent} is {sum(self.depths)} blocks; at most 10000"
+                f"{parameter('recurrent')} {self.recurrent} is {sum(self.depths)} blocks; "
+                "at most 10000"
             )
         huginn = self.recurrence_style == "huginn"
         if huginn and self.norm != "rmsnorm":
-            raise UsageError("--recurrence-style huginn needs --norm rmsnorm")
+            raise UsageError(
+                f"{parameter('recurrence_style')} huginn needs {parameter('norm')} rmsnorm"
+            )
         derived = {
             "n_layer": sum(self.depths),
             "qk_norm": self.qk_norm or not huginn,
@@ -168,8 +183,8 @@ class ModelConfig:
             object.__setattr__(self, name, value)
         if self.max_recurrence < self.mean_recurrence:
             raise UsageError(
-                f"--max-recurrence {self.max_recurrence} is below --mean-recurrence "
-                f"{self.mean_recurrence}"
+                f"{parameter('max_recurrence')} {self.max_recurrence} is below "
+                f"{parameter('mean_recurrence')} {self.mean_recurrence}"
             )
         if self.backprop_depth is None:
             shallow = self.mean_recurrence <= SHALLOW
@@ -177,88 +192,31 @@ class ModelConfig:
 
     @property
     def depths(self) -> tuple[int, int, int]:
-        """Blocks of prelude, core and coda; without recurrence all are prelude."""
+        """Return the number of blocks of prelude, core and coda; without a core all are prelude."""
         if self.recurrent is None:
             return self.n_layer, 0, 0
         return tuple(map(int, self.recurrent.split(",")))
 
     @property
     def effective_layers(self) -> int:
-        """Blocks that a token passes at the mean recurrence."""
+        """Return the number of blocks that a token passes at the mean recurrence."""
         prelude, core, coda = self.depths
         return prelude + core * self.mean_recurrence + coda
 
-    @property
-    def gated(self) -> bool:
-        """Whether the MLP multiplies by a gate."""
-        return self.mlp in GATED
 
-    @property
-    def n_block_parameters(self) -> int:
-        """Parameters of one block's matrices."""
-        attention = (2 * self.n_head + 2 * self.n_kv_head) * self.d_head * self.d_model
-        mlp = (3 if self.gated else 2) * self.d_ff * self.d_model
-        return attention + mlp
-
-    @property
-    def n_matrix_parameters(self) -> int:
-        """Parameters that multiply activations: the blocks' matrices, the head, the injection's."""
-        n = self.n_layer * self.n_block_parameters + (self.vocab_size or 0) * self.d_model
-        return n + INJECTED.get(self.injection, 0) * self.d_model**2 * (self.recurrent is not None)
-
-    @property
-    def n_parameters(self) -> int:
-        """All parameters that are stored, tied ones once."""
-        C = self.d_model
-        n = self.n_matrix_parameters
-        if not self.tie_embeddings:
-            n += (self.vocab_size or 0) * C
-        if self.position == "learned":
-            n += self.seq_len * C
-        heads = self.n_head + 2 * self.n_kv_head
-        per_layer = 2 * self.d_head if self.qk_norm else 0
-        if self.qk_bias:
-            per_layer += (self.n_head + self.n_kv_head) * self.d_head
-        if self.bias:
-            up = 2 * self.d_ff if self.gated else self.d_ff
-            per_layer += heads * self.d_head + C + up + C
-        norms = (2 if self.bias and self.norm == "layernorm" else 1) * C
-        each = 2
-        if self.recurrent is not None:
-            each = 4 if self.recurrence_style == "huginn" else 2
-            n += norms * (self.recurrence_style == "parcae") + 2 * C * (
-                self.injection == "diagonal"
-            )
-        return n + self.n_layer * (per_layer + each * norms) + norms
-
-    def flops_per_token(self, recurrence: float | None = None, grad: float | None = None) -> float:
-        """Forward and backward of a step: 6 N + 12 L H D T of what gradients go through, a third
-        of that of iterations without.
-
-        recurrence: iterations of the core; default: the mean.    grad: how many of them carry
-        gradients; default: as many as --backprop-depth allows.
-        Source: Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
-        """
-        span = min(self.seq_len, self.window or self.seq_len)
-        block = 6 * self.n_block_parameters + 12 * self.n_head * self.d_head * span
-        prelude, core, coda = self.depths
-        once = (prelude + coda) * block + 6 * (self.vocab_size or 0) * self.d_model
-        if self.recurrent is None:
-            return once
-        r = self.mean_recurrence if recurrence is None else recurrence
-        k = min(r, self.backprop_depth) if grad is None else grad
-        # Of a concat the embedding's half is computed once a pass, the state's in each iteration.
-        square = 6 * self.d_model**2
-        in_loop = core * block + (square if self.injection == "concat" else 0)
-        return once + square * (self.injection != "add") + (k + (r - k) / 3) * in_loop
-
-
-def _divisor(flag: str, value: int, whole_flag: str, whole: int) -> str:
+def _divisor(name: str, value: int, whole_name: str, whole: int) -> str:
     nearest = nearest_divisor(value, whole)
-    return f"{flag} {value} does not divide {whole_flag} {whole}; nearest: {nearest}"
+    return (
+        f"{parameter(name)} {value} does not divide {parameter(whole_name)} {whole}; "
+        f"nearest: {nearest}"
+    )
 
 
 def nearest_divisor(value: int, whole: int) -> int:
-    """The divisor of `whole` that is closest to `value`, the larger of two that are as close."""
+    """Return the divisor that is closest to a number, the larger one of two.
+
+    value: number
+    whole: number to be divided
+    """
     near = (d for k in count() for d in (value + k, value - k))
     return next(d for d in near if 0 < d <= whole and whole % d == 0)

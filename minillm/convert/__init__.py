@@ -1,1 +1,1 @@
-"""Models in other people's formats."""
+"""Models in the formats of other projects. huginn.py reads Huginn-0125."""

@@ -1,11 +1,16 @@
-"""Checkpoints in the published layout of huginn-0125, read into our model, with the same logits.
+"""Checkpoints in the published layout of huginn-0125, read into our model with the same logits.
 
-What differs is names, and three arrangements: their rotation turns the pairs (2j, 2j + 1) of a head
-where ours turns (j, j + D/2), so the rows of queries and keys, and their biases, change places;
-their adapter is one matrix [state, text], ours two; their two biases are one tensor. Their start
-states are drawn anew in each pass; ours are model.start_state, of the same distribution. The angles
-of their tables are rounded to fp32, ours are not: at position 4095 the cosines differ by 4e-4.
-What this room does not do: fetch files, read pickles or their tokenizer.
+The models differ in names and in three arrangements:
+
+    rotation   theirs turns the pairs (2j, 2j + 1) of a head, ours (j, j + D/2), so that the rows of
+               queries and keys, and their biases, change places
+    adapter    theirs is one matrix [state, text], ours is two
+    biases     theirs of queries and keys are one tensor, ours are two
+
+Their initial states are drawn again in each pass; ours are model.start_state, of the same
+distribution. The angles of their tables are rounded to fp32 and ours are not: at position 4095 the
+cosines differ by 4e-4. Files are not downloaded, pickles and their tokenizer are not read.
+
 Source of names, shapes and defaults: github.com/seal-rg/recurrent-pretraining at commit
 59e0b69b2d96a59cbbe79c9d5034d89ecb5ab6f6, recpre/raven_modeling_minimal.py and
 recpre/raven_config_minimal.py; of the model: Geiping et al. 2025, arXiv:2502.05171, section 3.
@@ -26,11 +31,11 @@ from torch import Tensor
 from minillm.config.model import ModelConfig
 from minillm.errors import CorruptError, UsageError
 from minillm.model.gpt import GPT
-from minillm.model.positions import rope_tables
+from minillm.model.positions import RotaryPositions
 from minillm.ops import Ops
 from minillm.runtime.files import MAX_JSON
 
-# Whole numbers: ours, the lowest, and their names, where the second is an alias.
+# Whole numbers: our name, the lowest value, and their names, the second of which is an alias.
 SIZES = {
     "d_model": (1, "n_embd", "hidden_size"),
     "n_head": (1, "n_heads", "num_attention_heads"),
@@ -51,7 +56,7 @@ DEFAULTS = {
     "qk_bias": True,
     "tie_embeddings": True,
 }
-# What our model is, under their names; a field that is absent is taken to be so.
+# Fixed properties of our model, under their names. A field that is absent counts as equal.
 FIXED = {
     "model_type": "huginn_raven",
     "block_class_name": "SandwichBlock",
@@ -79,10 +84,13 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def load(folder: str | Path, ops: Ops, dtype: torch.dtype = torch.float32) -> GPT:
-    """The model of a local folder: config.json and model.safetensors, or its shards and index.
+    """Return the model of a local folder, in evaluation mode.
 
-    dtype: of the weights and the computation.    Raises UsageError on what is not there or what our
-    model cannot be, CorruptError on files that are damaged or do not fit.
+    folder: folder with config.json and model.safetensors, or with shards and their index
+    ops: table of operations
+    dtype: dtype of the weights and the computation
+    Raises UsageError on missing files and on properties that our model cannot have. Raises
+    CorruptError on files that are damaged or do not fit together.
     """
     folder = Path(folder)
     config = config_from(_read_json(folder / "config.json"))
@@ -91,21 +99,22 @@ def load(folder: str | Path, ops: Ops, dtype: torch.dtype = torch.float32) -> GP
         weights = {name: w.to(dtype) for name, w in weights_from(tensors, config).items()}
     except CorruptError as error:
         raise CorruptError(f"{folder}: {error}") from None
-    with torch.device("meta"):  # no start weights are drawn
+    with torch.device("meta"):  # no initial weights are drawn
         model = GPT(config, ops, dtype)
     if config.tie_embeddings:
         weights["head.weight"] = weights["embed.weight"]
     model.load_state_dict(weights, assign=True)
     if config.tie_embeddings:
         model.head.weight = model.embed.weight
-    model.cos, model.sin = rope_tables(config.seq_len, config.d_head, config.rope_base)
+    model.position = RotaryPositions(config)  # its tables were made on the meta device, too
     return model.eval()
 
 
 def config_from(huginn_config: Mapping[str, Any]) -> ModelConfig:
-    """Our configuration from the content of their config.json.
+    """Return our configuration for the content of their config.json.
 
-    Raises UsageError, naming the field, on what our model cannot be.
+    huginn_config: content of config.json
+    Raises UsageError, which names the field, on properties that our model cannot have.
     """
     theirs = {**DEFAULTS, **huginn_config}
     for name, expected in FIXED.items():
@@ -114,7 +123,7 @@ def config_from(huginn_config: Mapping[str, Any]) -> ModelConfig:
     sizes = {ours: _whole(theirs, low, *names) for ours, (low, *names) in SIZES.items()}
     C, H = sizes["d_model"], sizes["n_head"]
     if C % (2 * H):
-        raise UsageError(f"config.json: n_embd {C} is no multiple of 2 x {H}, its n_heads")
+        raise UsageError(f"config.json: n_embd {C} is not a multiple of 2 x {H}, its n_heads")
     for name, expected in {"num_key_value_heads": H, "head_dim": C // H}.items():
         if theirs.get(name, expected) != expected:
             raise UsageError(f"config.json: {name} {theirs[name]!r}; can be {expected} only")
@@ -138,10 +147,14 @@ def config_from(huginn_config: Mapping[str, Any]) -> ModelConfig:
 
 
 def weights_from(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Our model's weights by name, in their dtype; the head's only if it is not the embedding's.
+    """Return the weights of our model by name, without the head's if it is tied.
 
-    Raises CorruptError, naming the tensor, if one is missing, unknown, of another shape or no
-    floats, or holds what is not finite. Buffers are ignored.
+    Buffers are ignored.
+
+    tensors: their tensors by name
+    config: result of `config_from`
+    Raises CorruptError, which names the tensor, if one is missing, unknown, of another shape or
+    dtype, or not finite.
     """
     C, H, D = config.d_model, config.n_head, config.d_head
     theirs = {name: t for name, t in tensors.items() if name not in BUFFERS}
@@ -172,18 +185,18 @@ def weights_from(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str
 
 
 def _halves(rows: Tensor, d_head: int) -> Tensor:
-    """Rows of heads, (H D, ...): of each head first those of even number, then the odd."""
+    """Return rows, (H D, ...), reordered within each head: even ones first, then odd ones."""
     return rows.unflatten(0, (-1, d_head // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def _blocks(config: ModelConfig) -> list[str]:
-    """What the names of each block's tensors begin with, in our order."""
+    """Return the prefix of the names of each block's tensors, in our order."""
     parts = zip(PARTS, config.depths, strict=True)
     return [f"transformer.{part}.{i}." for part, depth in parts for i in range(depth)]
 
 
 def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor, by their names."""
+    """Return the shape of every tensor, by their names."""
     C, F, V, wide = config.d_model, config.d_ff, config.vocab_size, config.n_head * config.d_head
     block = dict.fromkeys(BLOCK, (C,))
     block |= {"attn.Wqkv.weight": (3 * wide, C), "attn.proj.weight": (C, wide)}
@@ -213,7 +226,7 @@ def _check(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]])
 
 
 def _whole(fields: Mapping[str, Any], low: int, *names: str) -> int:
-    """The field of the first of these names that is there."""
+    """Return the whole number in the first field that exists."""
     value = next((fields[name] for name in names if name in fields), None)
     if type(value) is not int or value < low:
         raise UsageError(f"config.json: {names[0]} {value!r}; expected a whole number from {low}")
@@ -235,12 +248,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of model.safetensors, or of the files that the index names, on the CPU."""
+    """Return all tensors of model.safetensors, or of the files in the index, on the CPU."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return _read_file(single)
     if not index.is_file():
-        raise UsageError(f"{folder}: has no {single.name} and no {index.name}; pickle is not read")
+        raise UsageError(f"{folder}: has no {single.name} or {index.name}; pickles are not read")
     where = _read_json(index).get("weight_map")
     if not isinstance(where, dict) or not all(map(_is_shard, where.values())):
         raise CorruptError(f"{index}: weight_map does not name .safetensors files of its folder")

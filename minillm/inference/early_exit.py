@@ -12,13 +12,15 @@ have gone. Confidence need not wait, but wants patience (3 was right where 0 was
 Source: Geiping et al. 2025, arXiv:2502.05171, section 6.1, for kl and latent.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from minillm.inference.exit_rules import ExitRule
 from minillm.model.gpt import GPT
+from minillm.model.inputs import check_continuation
 from minillm.model.kv_cache import KVCache
-from minillm.model.place import Place, check_cached
 
 
 class Watch:
@@ -57,13 +59,6 @@ class Watch:
         self.logp = None if self.logp is None else self.logp[rows]
 
 
-def _spoken(model: GPT, s: Tensor, place: Place) -> Tensor:
-    """The logits, (B, T, V), of states, (B, T, C): through the coda and the head."""
-    prelude, core, coda = model.config.depths
-    y = model.run(range(prelude + core, prelude + core + coda), model.norm(s), place)
-    return model.logits(model.norm(y))
-
-
 @torch.no_grad()
 def read(
     model: GPT, tokens: Tensor, rule: ExitRule, most: int, keys: Tensor | None = None
@@ -75,9 +70,7 @@ def read(
     Raises ValueError if the model has no core, or `most` is below 1.
     """
     model.iterations(most)
-    place, x = model.embedded(tokens, None)
-    x = model.run(range(model.config.depths[0]), x, place)
-    text, s = model.injection.prepare(x), model.start_state(x, keys, place)
+    core = model.begin(tokens, None, keys)
     B, T = tokens.shape
     logits = torch.empty(B, T, model.config.vocab_size, device=tokens.device)
     steps = torch.zeros(B, T, dtype=torch.int64, device=tokens.device)
@@ -85,10 +78,10 @@ def read(
     gone = torch.zeros(B, T, dtype=torch.bool, device=tokens.device)
     watch = Watch(rule)
     for i in range(most):
-        new = model.iterate(s, text, place, i)
-        z = _spoken(model, new, place) if rule.hears else None
-        leaves = watch.leaves(new, s, z) | gone
-        s = torch.where(gone[..., None], s, new)
+        new = model.iterate(core, i + 1)
+        z = model.logits(model.finish(new)) if rule.hears else None
+        leaves = watch.leaves(new.state, core.state, z) | gone
+        core = replace(new, state=torch.where(gone[..., None], core.state, new.state))
         if rule.by != "confidence":
             leaves = leaves.cumprod(1).bool()
         if i == most - 1:
@@ -96,7 +89,7 @@ def read(
         now = leaves & ~gone
         if not now.any():
             continue
-        z = _spoken(model, new, place) if z is None else z
+        z = model.logits(model.finish(new)) if z is None else z
         logits[rows[now.nonzero()[:, 0]], now.nonzero()[:, 1]] = z[now]
         steps[rows[now.nonzero()[:, 0]], now.nonzero()[:, 1]] = i + 1
         gone = gone | leaves
@@ -104,10 +97,8 @@ def read(
         if not len(going):
             break
         if len(going) < len(rows):
-            rows, s, text, gone = rows[going], s[going], text[going], gone[going]
+            rows, gone, core = rows[going], gone[going], core.select_rows(going)
             watch.keep(going)
-            documents = None if place.documents is None else place.documents[going]
-            place = Place(place.at, place.rotation, documents, None)
     return logits, steps
 
 
@@ -121,23 +112,22 @@ def read_next(
     gives what each gives alone. Its keys and values stay those of its last iteration, in a cache
     that keeps more of them in the later ones' place too.
     Raises ValueError if the model has no core, `most` is below 1 or the cache cannot be followed by
-    these tokens, see check_cached.
+    these tokens, see check_continuation.
     """
-    check_cached(model.config, tokens, cache, model.iterations(most))
+    check_continuation(model.config, tokens, cache, model.iterations(most))
     if tokens.shape[1] != 1:
         raise ValueError(f"tokens are {tuple(tokens.shape)}; expected (B, 1), one of each row")
-    place, x = model.embedded(tokens, cache)
-    x = model.run(range(model.config.depths[0]), x, place)
-    text, s = model.injection.prepare(x), model.start_state(x, keys, place)
+    core = model.begin(tokens, cache, keys)
     rows = list(range(len(tokens)))  # of the batch, those still in the core
     logits = torch.empty(len(rows), model.config.vocab_size, device=tokens.device)
-    steps, watch, work, ended = [most] * len(rows), Watch(rule), cache, torch.empty_like(s[:, 0])
+    steps, watch, work = [most] * len(rows), Watch(rule), cache
+    ended = torch.empty_like(core.state[:, 0])
     for i in range(most):
-        new = model.iterate(s, text, place, i)
-        z = _spoken(model, new, place) if rule.hears else None
-        leaves = watch.leaves(new, s, z)[:, 0].tolist()
+        new = model.iterate(core, i + 1)
+        z = model.logits(model.finish(new)) if rule.hears else None
+        leaves = watch.leaves(new.state, core.state, z)[:, 0].tolist()
         leaving = [n for n, out in enumerate(leaves) if out or i == most - 1]
-        s = new
+        core = new
         if not leaving:
             continue
         theirs = [rows[n] for n in leaving]
@@ -145,21 +135,20 @@ def read_next(
         if z is not None:
             told, source, mine = z[leaving], work, leaving
         else:  # the coda has yet to run, of those that leave
-            source, mine = work.chosen(leaving) if staying else work, list(range(len(leaving)))
-            told = _spoken(model, s[leaving], Place(place.at, place.rotation, None, source))
+            source, mine = work.select_rows(leaving) if staying else work, list(range(len(leaving)))
+            told = model.logits(model.finish(core.select_rows(leaving, source)))
         for n, row in enumerate(theirs):
-            logits[row], steps[row], ended[row] = told[n, 0], i + 1, s[leaving[n], 0]
+            logits[row], steps[row], ended[row] = told[n, 0], i + 1, core.state[leaving[n], 0]
         if source is not cache:
-            source.give_back(cache, mine, theirs)
+            source.copy_newest(cache, mine, theirs)
         cache.repeat_iteration(theirs, i)
         if not staying:
             break
         index = torch.tensor(staying, device=tokens.device)
-        s, text = s[index], text[index]
         watch.keep(index)
-        work = work.chosen(staying)
+        work = work.select_rows(staying)
+        core = core.select_rows(index, work)
         rows = [rows[n] for n in staying]
-        place = Place(place.at, place.rotation, None, work)
     if cache.warm:
         cache.state = model.carried(ended)
     cache.advance(1)

@@ -182,7 +182,7 @@ class Context:
         kept = [i for i, row in enumerate(self.rows) if row not in ended]
         self.rows = [self.rows[i] for i in kept]
         if self.cache is not None and kept:
-            self.cache.keep(kept)
+            self.cache.keep_rows(kept)
 
     def _cut(self) -> set[int]:
         """Move the start of rows that have outgrown seq_len; returns those rows."""
@@ -201,19 +201,19 @@ class Context:
         rule = self.depth.rule
         if cut or rule is None:
             return self._read(i, held)
-        row, cache = self.rows[i], self.cache.row(i, held)
+        row, cache = self.rows[i], self.cache.row_view(i, held)
         last, keys = self._unread(row, held), self.keys([row])
         logits, steps = read_next(self.model, last, cache, rule, self.depth.recurrence, keys)
-        self.cache.take_back(i, cache)
+        self.cache.update_row(i, cache)
         self._steps[i] = steps[0]
         return logits
 
     def _read(self, i: int, held: int) -> Tensor:
         """Read what the i-th row's cache, keeping its first `held` entries, lacks; (1, V)."""
-        cache = self.cache.row(i, held)
+        cache = self.cache.row_view(i, held)
         row = self.rows[i]
         logits = self._logits(self._unread(row, held), cache, [row])
-        self.cache.take_back(i, cache)
+        self.cache.update_row(i, cache)
         return logits
 
     def _logits(self, tokens: Tensor, cache: KVCache | None, rows: list[int]) -> Tensor:

@@ -18,6 +18,7 @@ from minillm.errors import UsageError
 from minillm.inference.generate import Context, Depth, Token, only, require_choice
 from minillm.inference.sampling_params import check_prompts, check_recurrence, check_sampling
 from minillm.model.gpt import GPT
+from minillm.model.inputs import CoreState
 from minillm.model.kv_cache import KVCache
 
 LOOKAHEAD = 4  # tokens drafted at a time
@@ -136,26 +137,18 @@ def _cycle(
     then holds what is before the last of them.
     """
     few, many = recurrences
-    prelude, core, coda = model.config.depths
-    tail, held = range(prelude + core, prelude + core + coda), list(cache.lengths)
-    tokens, states, texts = [last], [], []
+    held, tokens, drafts = list(cache.lengths), [last], []
     for ahead in range(lookahead):
-        place, x = model.embedded(tokens[-1], cache)
-        x = model.run(range(prelude), x, place)
-        text, s = model.injection.prepare(x), model.start_state(x, keys, place)
-        for i in range(few):
-            s = model.iterate(s, text, place, i)
-        y = model.norm(model.run(tail, model.norm(s), place))
-        tokens.append(choose(model.logits(y[:, -1]), ahead)[:, None])
-        states.append(s)
-        texts.append(text)
+        draft = model.iterate(model.begin(tokens[-1], cache, keys), few)
+        logits = model.logits(model.finish(draft)[:, -1])
+        tokens.append(choose(logits, ahead)[:, None])
+        drafts.append(draft)
         cache.advance(1)
     cache.lengths = held
-    place, _ = model.embedded(torch.cat(tokens[:-1], 1), cache)
-    s, text = torch.cat(states, 1), torch.cat(texts, 1)
-    for i in range(few, many):
-        s = model.iterate(s, text, place, i)
-    logits = model.logits(model.norm(model.run(tail, model.norm(s), place)))
+    inputs, _ = model.embed_tokens(torch.cat(tokens[:-1], 1), cache)
+    states, texts = [d.state for d in drafts], [d.text for d in drafts]
+    drafted = CoreState(inputs, torch.cat(texts, 1), torch.cat(states, 1), few)
+    logits = model.logits(model.finish(model.iterate(drafted, many)))
     right = torch.stack([choose(logits[:, i], i) for i in range(lookahead)], 1)
     agreed = (right == torch.cat(tokens[1:], 1)).long().cumprod(1).sum(1).tolist()
     stand = [min(n + 1, lookahead) for n in agreed]

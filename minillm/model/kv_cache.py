@@ -1,6 +1,8 @@
-"""Keys and values of the past, so that a new token costs one token's work.
+"""KV cache: keys and values of earlier tokens, so that a new token costs one token's work.
 
-Allocated once; a row may be shorter than its neighbours. What this room does not do: attend.
+The memory is allocated once. Rows may differ in length.
+Shapes: B batch, T time, S length of the longest row, C width of the residual stream, G key/value
+heads, D head width.
 """
 
 import torch
@@ -8,23 +10,37 @@ from torch import Tensor
 
 
 def slots(depths: tuple[int, int, int], iterations: int) -> int:
-    """How many layers' keys and values are held: each block's, of the core's each iteration's."""
+    """Return the number of layers whose keys and values are held.
+
+    depths: blocks of prelude, core and coda
+    iterations: iterations of the core that are held separately
+    """
     prelude, core, coda = depths
     return prelude + iterations * core + coda
 
 
 class KVCache:
-    """Room for `capacity` positions of every layer in a batch of rows.
+    """KV cache of every layer for a batch of rows.
 
-    depths: blocks of prelude, core and coda.    iterations: of the core whose keys and values are
-    kept, each apart; later ones are written over the last of them.
-    warm: whether the core starts each token from the state of the one before it: `state`, (B, C),
-    which the model keeps here.
-    k, v: (slots, B, capacity, G, D), prelude + iterations x core + coda slots.    lengths: entries
-    held by each row, in tokens.    reached: of each row, the iterations of which all its entries
-    have keys and values; with more than these, tokens would attend to what was never written.
-    Raises ValueError if iterations, batch or capacity is below 1, or if it is warm without a core.
-    Memory: 2 slots B capacity G D itemsize bytes.
+    It takes 2 slots B capacity G D itemsize bytes, where slots is prelude + iterations core + coda.
+
+    depths: blocks of prelude, core and coda
+    iterations: iterations of the core whose keys and values are kept separately; those of later
+        iterations replace the last of them
+    batch: number of rows
+    capacity: positions of each row
+    n_kv_head: number of key/value heads
+    d_head: head width
+    dtype: dtype of keys and values
+    device: device of the memory
+    warm: whether the core starts each token from the state in which the one before it ended
+    Raises ValueError if iterations, batch or capacity is below 1, or if warm is set without a core.
+
+    k, v: attributes; keys and values, (slots, B, capacity, G, D)
+    lengths: attribute; number of tokens in each row
+    reached: attribute; for each row, the number of iterations for which all its tokens have keys
+        and values. Tokens that run more iterations would attend to entries that were never written.
+    state: attribute; if warm, the state in which the last token of each row ended, (B, C)
     """
 
     def __init__(
@@ -55,11 +71,15 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        """Positions a row can hold."""
+        """Return the number of positions of each row."""
         return self.k.shape[2]
 
     def slot(self, block: int, iteration: int) -> int:
-        """Where the keys and values of a block, in an iteration of the core, are held."""
+        """Return the first index into k and v for a block.
+
+        block: number of the block
+        iteration: iteration, counted from 0, if it is a block of the core
+        """
         prelude, core, _ = self.depths
         if block < prelude:
             return block
@@ -67,14 +87,17 @@ class KVCache:
             return block + min(iteration, self.iterations - 1) * core
         return block + (self.iterations - 1) * core
 
-    def uniform(self) -> bool:
-        """Whether all rows hold equally many entries."""
+    def equal_lengths(self) -> bool:
+        """Return whether all rows hold the same number of tokens."""
         return min(self.lengths) == max(self.lengths)
 
-    def row(self, b: int, held: int = 0) -> "KVCache":
-        """Row b alone with its first `held` entries, sharing this cache's memory.
+    def row_view(self, b: int, held: int = 0) -> "KVCache":
+        """Return a cache of one row that shares this cache's memory.
 
-        The view counts for itself: `take_back` what it comes to.
+        The view has its own length and state; `update_row` copies them back.
+
+        b: number of the row
+        held: number of its tokens, from the first on, that the view holds
         """
         reached = self.reached[b] if held else self.iterations
         view = self._with(self.k[:, b : b + 1], self.v[:, b : b + 1], [held], [reached])
@@ -82,8 +105,12 @@ class KVCache:
             view.state = self.state[b : b + 1]
         return view
 
-    def take_back(self, b: int, view: "KVCache") -> None:
-        """Row b is now what its view, see `row`, has become."""
+    def update_row(self, b: int, view: "KVCache") -> None:
+        """Copy the length and state of a view back into its row.
+
+        b: number of the row
+        view: result of `row_view` for this row
+        """
         self.lengths[b], self.reached[b] = view.lengths[0], view.reached[0]
         if view.state is not None:
             if self.state is None:
@@ -91,36 +118,45 @@ class KVCache:
             self.state[b] = view.state[0]
 
     def _with(self, k: Tensor, v: Tensor, lengths: list[int], reached: list[int]) -> "KVCache":
-        """A cache of the same layers over other memory."""
+        """Return a cache of the same layers over other memory."""
         found = object.__new__(KVCache)
         found.depths, found.iterations, found.warm = self.depths, self.iterations, self.warm
         found.k, found.v, found.lengths, found.reached, found.state = k, v, lengths, reached, None
         found._starts = [], None
         return found
 
-    def keep(self, rows: list[int]) -> None:
-        """Drop all rows but these, in this order."""
+    def keep_rows(self, rows: list[int]) -> None:
+        """Drop all rows except `rows`, which take this order."""
         index = torch.tensor(rows, device=self.k.device)
         self.k, self.v = self.k[:, index], self.v[:, index]
         self.lengths = [self.lengths[b] for b in rows]
         self.reached = [self.reached[b] for b in rows]
         self.state = None if self.state is None else self.state[index]
 
-    def chosen(self, rows: list[int]) -> "KVCache":
-        """A copy of these rows, with room for one more entry, to go on with while others rest."""
+    def select_rows(self, rows: list[int]) -> "KVCache":
+        """Return a copy of some rows with capacity for one more token."""
         index = torch.tensor(rows, device=self.k.device)
         end = max(self.lengths[b] for b in rows) + 1
         lengths, reached = [self.lengths[b] for b in rows], [self.reached[b] for b in rows]
         return self._with(self.k[:, index, :end], self.v[:, index, :end], lengths, reached)
 
-    def give_back(self, cache: "KVCache", mine: list[int], theirs: list[int]) -> None:
-        """Copy the newest entries of rows `mine`, not yet counted, to rows `theirs` of `cache`."""
+    def copy_newest(self, cache: "KVCache", mine: list[int], theirs: list[int]) -> None:
+        """Copy the newest token of some rows, which `advance` has not counted yet, to a cache.
+
+        cache: cache that is written to
+        mine: numbers of the rows in this cache
+        theirs: numbers of the same rows in the other cache
+        """
         at = [self.lengths[b] for b in mine]
         cache.k[:, theirs, at] = self.k[:, mine, at]
         cache.v[:, theirs, at] = self.v[:, mine, at]
 
     def repeat_iteration(self, rows: list[int], iteration: int) -> None:
-        """The newest entries of rows, not yet counted, stay in later iterations what they were."""
+        """Use the keys and values of one iteration for all later ones, for the newest token.
+
+        rows: numbers of the rows
+        iteration: last iteration that ran for them, counted from 0
+        """
         prelude, core, _ = self.depths
         at = [self.lengths[b] for b in rows]
         for later in range(iteration + 1, self.iterations):
@@ -130,14 +166,18 @@ class KVCache:
                 self.v[there, rows, at] = self.v[here, rows, at]
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put T new entries after each row's last; return the layer's k, v with them.
+        """Write T new tokens after the last of each row; return the layer's keys and values.
 
-        k, v: (B, T, G, D).    Returns (B, S, G, D) each, S the longest row's new length.
-        The rows' lengths move on only with `advance`, once all layers have written.
+        These are (B, S, G, D) each, where S includes the new tokens. The lengths change only with
+        `advance`, after all layers have written.
+
+        layer: result of `slot`
+        k: keys, (B, T, G, D)
+        v: values, (B, T, G, D)
         """
         T = k.shape[1]
-        into_k, into_v = self.room(layer, T)
-        if self.uniform():
+        into_k, into_v = self.entries(layer, T)
+        if self.equal_lengths():
             into_k[:, -T:] = k
             into_v[:, -T:] = v
         else:
@@ -147,36 +187,39 @@ class KVCache:
             into_v[rows, columns] = v.to(self.v.dtype)
         return into_k, into_v
 
-    def room(self, layer: int, T: int) -> tuple[Tensor, Tensor]:
-        """The layer's k, v, (B, S, G, D) each, up to the longest row's end after T more entries.
+    def entries(self, layer: int, T: int) -> tuple[Tensor, Tensor]:
+        """Return views of the layer's keys and values with T more tokens, (B, S, G, D) each.
 
+        layer: result of `slot`
+        T: number of new tokens
         Raises ValueError if the cache is too small for them.
         """
         end = max(self.lengths) + T
         if end > self.capacity:
-            raise ValueError(f"cache holds {self.capacity} positions; {end} are asked for")
+            raise ValueError(f"the cache holds {self.capacity} positions; {end} are needed")
         return self.k[layer, :, :end], self.v[layer, :, :end]
 
-    def starts(self) -> Tensor | int:
-        """Where each row's next entry stands: (B,), or one number if the rows are equally long."""
-        if self.uniform():
+    def next_positions(self) -> Tensor | int:
+        """Return the position of each row's next token: (B,) int64, or one number if all agree."""
+        if self.equal_lengths():
             return self.lengths[0]
-        if self._starts[0] != self.lengths:  # told to the device once a token, not once a layer
+        if self._starts[0] != self.lengths:  # sent to the device once a token, not once a layer
             self._starts = list(self.lengths), torch.tensor(self.lengths, device=self.k.device)
         return self._starts[1]
 
     def positions(self, T: int) -> Tensor:
-        """(B, T): where the next T entries of each row stand."""
+        """Return the positions of the next T tokens of each row, (B, T) int64."""
         device = self.k.device
-        starts = self.starts()
+        starts = self.next_positions()
         if isinstance(starts, int):
             starts = torch.full((len(self.lengths),), starts, device=device)
         return starts[:, None] + torch.arange(T, device=device)
 
     def advance(self, T: int, iterations: int | None = None) -> None:
-        """Count the T entries that every layer has written.
+        """Count T tokens, after every layer has written them.
 
-        iterations: how often the core ran for them; default: as often as there is a place for.
+        T: number of tokens
+        iterations: iterations of the core that ran for them; default: all that the cache keeps
         """
         if iterations is not None:
             self.reached = [min(before, iterations) for before in self.reached]

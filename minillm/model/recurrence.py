@@ -1,32 +1,36 @@
-"""Recurrent depth: how often the core runs, where it starts, and how the text enters each time.
+"""Recurrent depth: the number of iterations of a training step, and the initial state of the core.
 
-What this room does not do: know blocks. model.py runs them; it asks here for the rest.
 Source: Geiping et al. 2025, arXiv:2502.05171, section 3.
+Shapes: B batch, T time, C width of the residual stream.
 """
 
 import math
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minillm.config.model import ModelConfig
-from minillm.model.layers import Linear, make_norm
-from minillm.ops import Ops
 
-SIGMA = 0.5  # of the logarithm of the Poisson's rate
-CUT = 3.0  # standard deviations at which start states end
-VARIANCE = 2 / 5  # of start states, before the cut
+SIGMA = 0.5  # standard deviation of the logarithm of the Poisson's rate
+CUT = 3.0  # standard deviations at which noise is cut off
+VARIANCE = 2 / 5  # variance of the noise before the cut
 
 
 def draw(seed: int, step: int, groups: int, mean: float, cap: int) -> list[int]:
-    """How often the core runs for each group of sequences in a step; a function of the arguments.
+    """Draw the number of iterations r of each group of sequences in a training step.
 
         r = min(cap, 1 + Poisson(lambda)),   ln lambda ~ N(ln(mean - 1) - SIGMA^2 / 2, SIGMA)
 
-    mean: of r, but for the cap. At 1, r is 1. Each draw has a counter-based generator of its own,
-    keyed (seed, step, group), so that ranks, micro-batches and resumed runs draw the same.
-    Source: section 3.3 there; its mean is one above what it names.
+    Each draw has a counter-based generator of its own, keyed (seed, step, group), so that ranks,
+    micro-batches and resumed runs draw the same numbers.
+
+    seed: seed of the run
+    step: number of the training step
+    groups: number of groups
+    mean: mean of r before it is capped; 1 gives 1 always
+    cap: largest r
+    Source: section 3.3 of the paper; its mean is one above the one it names.
     """
     if mean <= 1:
         return [1] * groups
@@ -39,16 +43,24 @@ def draw(seed: int, step: int, groups: int, mean: float, cap: int) -> list[int]:
 
 
 def state_keys(seed: int, samples: Tensor) -> Tensor:
-    """(B,) int64 keys of start states from a seed and the numbers of the samples, (B,) int64."""
+    """Return the keys of initial states, (B,) int64.
+
+    seed: seed of the run, or of the sampling
+    samples: numbers of the samples, (B,) int64
+    """
     return _mix64(_mix64(samples + _signed64(seed * 0x9E3779B97F4A7C15)))
 
 
 def start_noise(keys: Tensor, positions: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """Start states, normal of variance 2/5, cut at three standard deviations: (B, T, width).
+    """Return normal noise of variance 2/5, cut at three deviations, (B, T, width).
 
-    keys: (B,) int64.    positions: (T,) or (B, T) int64, absolute.    Each number is a function of
-    its key, position and column alone, on every device, so that a token read later, or in another
-    row of a batch, starts where it would have started.
+    Each number is a function of its key, position and column alone, on every device. A token that
+    is read later, or in another row of a batch, therefore starts from the same state.
+
+    keys: result of `state_keys`, (B,) int64
+    positions: absolute positions, (T,) or (B, T) int64
+    width: width of the residual stream
+    dtype: dtype of the result
     """
     if positions.dim() == 1:
         positions = positions[None]
@@ -61,22 +73,45 @@ def start_noise(keys: Tensor, positions: Tensor, width: int, dtype: torch.dtype)
     return z.mul_(math.sqrt(2 * VARIANCE)).to(dtype)
 
 
+def initial_state(
+    config: ModelConfig, like: Tensor, keys: Tensor | None, positions: Tensor | slice
+) -> Tensor:
+    """Return zeros or noise, as `config.start_state` names it: (B, T, C).
+
+    config: shape of the model
+    like: tensor whose shape, (B, T, C), dtype and device the state gets
+    keys: result of `state_keys`, (B,) int64; default: zeros
+    positions: absolute positions, (T,) or (B, T) int64, or a slice of them
+    Raises ValueError if there is not one key for each row.
+    """
+    if config.start_state == "zero":
+        return torch.zeros_like(like)
+    B, _, C = like.shape
+    if keys is None:
+        keys = torch.zeros(B, dtype=torch.int64, device=like.device)
+    if keys.shape != (B,):
+        raise ValueError(f"keys are {tuple(keys.shape)}; expected ({B},), one for each row")
+    if isinstance(positions, slice):
+        positions = torch.arange(positions.start, positions.stop, device=like.device)
+    return start_noise(keys, positions, C, like.dtype)
+
+
 def _mix64(z: Tensor) -> Tensor:
-    """The finaliser of splitmix64 (Steele et al. 2014, section 4), modulo 2^64."""
+    """Apply the finaliser of splitmix64 (Steele et al. 2014, section 4), modulo 2^64."""
     z = (z ^ (z >> 30 & (1 << 34) - 1)) * _signed64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> 27 & (1 << 37) - 1)) * _signed64(0x94D049BB133111EB)
     return z ^ (z >> 31 & (1 << 33) - 1)
 
 
 def _mix32(x: Tensor) -> Tensor:
-    """A bijection of 32 bits: C. Wellons 2018, "Prospecting for hash functions", lowbias32."""
+    """Apply lowbias32, a bijection (C. Wellons 2018, "Prospecting for hash functions")."""
     x = (x ^ (x >> 16 & 0xFFFF)) * 0x7FEB352D
     x = (x ^ (x >> 15 & 0x1FFFF)) * _signed32(0x846CA68B)
     return x ^ (x >> 16 & 0xFFFF)
 
 
 def _int32(x: Tensor) -> Tensor:
-    """The low 32 bits of int64, as int32."""
+    """Return the low 32 bits of int64 numbers as int32."""
     return ((x & 0xFFFFFFFF ^ 0x80000000) - 0x80000000).to(torch.int32)
 
 
@@ -86,50 +121,3 @@ def _signed64(word: int) -> int:
 
 def _signed32(word: int) -> int:
     return (word + (1 << 31)) % (1 << 32) - (1 << 31)
-
-
-class Injection(nn.Module):
-    """How the embedded text e enters the state s at the start of each iteration.
-
-        concat:    A [s; e] = A_s s + A_e e, the latter computed once a pass
-        add:       s + e
-        diagonal:  exp(-softplus(b) exp(a)) s + softplus(b) B e, of a decay between 0 and 1,
-                   taken and multiplied in fp32
-
-    The style parcae normalises e first. Sources: concat and add: section 3.2 of the paper above;
-    diagonal: Parcae, arXiv:2604.12946.
-    """
-
-    def __init__(self, config: ModelConfig, ops: Ops) -> None:
-        super().__init__()
-        C, self.kind = config.d_model, config.injection
-        self.norm = make_norm(config, ops) if config.recurrence_style == "parcae" else None
-        if self.kind == "concat":
-            self.state = Linear(C, C, bias=False)
-        if self.kind != "add":
-            self.text = Linear(C, C, bias=False)
-        if self.kind == "diagonal":
-            self.rate = nn.Parameter(torch.zeros(C))  # a
-            self.step = nn.Parameter(torch.zeros(C))  # b
-
-    def prepare(self, e: Tensor) -> Tensor:
-        """What of e each iteration takes, computed once.    e, result: (B, T, C)."""
-        if self.norm is not None:
-            e = self.norm(e)
-        if self.kind == "add":
-            return e
-        e = self.text(e)
-        return e * nn.functional.softplus(self.step).to(e.dtype) if self.kind == "diagonal" else e
-
-    def forward(self, s: Tensor, prepared: Tensor) -> Tensor:
-        """The state with the text in it.    s, prepared, result: (B, T, C)."""
-        if self.kind == "concat":
-            return self.state(s) + prepared
-        if self.kind == "diagonal":
-            # At least fp32, where a decay just below 1 stays below it; in bf16 0.999 would be 1.
-            wide = torch.promote_types(s.dtype, torch.float32)
-            decay = torch.exp(
-                -nn.functional.softplus(self.step.to(wide)) * self.rate.to(wide).exp()
-            )
-            return (decay * s + prepared).to(s.dtype)
-        return s + prepared

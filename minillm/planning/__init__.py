@@ -1,4 +1,4 @@
-"""What a training takes, before it runs: parameters, memory and time.
+"""Estimates of a training run before it starts: parameters, memory and time.
 
-Start with estimate.py, then hardware.py and fit.py.
+Start with job.py and estimate.py, then hardware.py and fit.py.
 """

@@ -1,7 +1,7 @@
-"""Bytes that a forward pass keeps for its backward, counted on tensors that have a shape alone.
+"""Bytes that a forward pass keeps for its backward pass, counted on tensors that have only a shape.
 
-As microbatch.py counts them, but nothing is computed and nothing allocated, so that a model larger
-than this machine can be counted too. What this room does not do: find what fits (microbatch.py).
+This counts as training/microbatch.py does, but computes and allocates nothing, so that a model
+larger than this machine can be counted too.
 """
 
 from dataclasses import replace
@@ -14,7 +14,7 @@ from minillm.config.model import ModelConfig
 from minillm.model.gpt import GPT
 from minillm.ops import EAGER, Ops
 
-DEEPEST = 500  # blocks that are worth the seconds to count
+DEEPEST = 500  # largest number of blocks that is counted, as counting takes seconds
 
 
 def activation_bytes(
@@ -26,7 +26,11 @@ def activation_bytes(
     again: bool = False,
     fused: bool = False,
 ) -> float | None:
-    """Return what `rows` sequences keep for their backward pass, see `activation_line`."""
+    """Return bytes that sequences keep for their backward pass, or None if they are not counted.
+
+    rows: number of sequences
+    config, dtype, narrow, again, fused: see `activation_line`
+    """
     line = activation_line(config, dtype, narrow=narrow, again=again, fused=fused)
     return None if line is None else line[0] + (rows - 1) * line[1]
 
@@ -41,14 +45,16 @@ def activation_line(
 ) -> tuple[float, float] | None:
     """Return the bytes that one sequence keeps, and those that each further one adds.
 
-    They are those at the deepest recurrence that has gradients. Return None if the blocks around a
-    core are too many to be counted.
+    They are counted at the deepest recurrence that has gradients. Return None if the model has a
+    core and too many blocks to be counted.
 
+    config: shape of the model
+    dtype: compute dtype
     narrow: whether the parameters are in `dtype` too; else they are fp32, and their copies in
     `dtype` are kept
     again: activation checkpointing; one block, or one iteration's blocks, are kept in addition
-    fused: whether attention keeps only its inputs, its output and one number a row, as on a GPU;
-    else it is PyTorch's on a CPU
+    fused: whether attention keeps only its inputs, its output and one number per row, as on a
+        GPU; else it keeps what PyTorch keeps on a CPU
     """
     r = min(config.max_recurrence, config.backprop_depth) if config.recurrent else None
     if config.recurrent and config.n_layer > DEEPEST:
@@ -56,7 +62,7 @@ def activation_line(
     ops = replace(EAGER, attention=_fused_attention) if fused else EAGER
 
     def both(depth: int, again: bool) -> tuple[float, float]:
-        """Return what one and what two sequences keep; copies of weights are in both once."""
+        """Return bytes for one and for two sequences; both include one copy of the weights."""
         return tuple(_at_depth(config, n, dtype, ops, depth, narrow, again) for n in (1, 2))
 
     one, two = both(r or config.n_layer, again)
@@ -76,7 +82,7 @@ def _at_depth(
     narrow: bool,
     again: bool,
 ) -> int:
-    """What is kept at so many iterations, or layers; each from the third on keeps as the third."""
+    """Return bytes kept at a depth in iterations or layers; all from the third on keep the same."""
 
     def kept(n: int) -> int:
         shape, r = (config, n) if config.recurrent else (replace(config, n_layer=n), None)
@@ -94,9 +100,10 @@ def _kept(
     narrow: bool,
     again: bool,
 ) -> int:
-    # Some start weights are drawn until they fit, which shapes alone cannot tell.
+    # Some initial weights are drawn until they fit, which needs values and not only shapes.
     config = replace(config, init="gpt2", bos_id=0 if config.document_mask else None)
-    kept: dict[int, tuple[int, torch.UntypedStorage]] = {}  # holding on, so that no key comes twice
+    # The storages are held as well, so that no key is used twice.
+    kept: dict[int, tuple[int, torch.UntypedStorage]] = {}
     with FakeTensorMode():
         model = GPT(config, ops, dtype)
         model.checkpointing = again
@@ -117,7 +124,7 @@ def _kept(
 
 
 def _narrow(model: GPT, dtype: torch.dtype) -> None:
-    """Parameters in another dtype; tied ones stay one."""
+    """Convert the parameters to a dtype; tied ones stay one tensor."""
     done: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, p in module._parameters.items():
@@ -127,12 +134,12 @@ def _narrow(model: GPT, dtype: torch.dtype) -> None:
 
 
 def _fused_attention(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
-    """The shape of attention. q: (B, T, H, D).    k, v: (B, S, G, D).    Returns (B, T, H, D)."""
+    """Return the shape of attention, (B, T, H, D), for q, (B, T, H, D), and k, v, (B, S, G, D)."""
     return _Fused.apply(q, k, v)
 
 
 class _Fused(torch.autograd.Function):
-    """What a fused kernel keeps: inputs, output, and the logarithm of each row's sum."""
+    """Attention that keeps what a fused kernel does: inputs, output, and one number per row."""
 
     @staticmethod
     def forward(ctx, q, k, v):

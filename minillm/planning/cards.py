@@ -8,7 +8,7 @@ them was measured here. What share of them training reaches is an assumption, wh
 import re
 from dataclasses import dataclass
 
-from minillm.errors import UsageError
+from minillm.errors import UsageError, parameter
 from minillm.runtime.cli import nearest
 
 GIB = 2**30
@@ -69,7 +69,8 @@ class Card:
         """
         if dtype == "bf16" and not self.has_bf16:
             raise UsageError(
-                f"--dtype bf16: {self.title} has no bf16 arithmetic; use --dtype fp16 or fp32"
+                f"{parameter('dtype')} bf16: {self.title} has no bf16 arithmetic; use "
+                f"{parameter('dtype')} fp16 or fp32"
             )
         return 1e12 * (self.fp32_tflops if dtype == "fp32" else self.half_tflops)
 
@@ -82,7 +83,7 @@ _V100_NET = (6.25, "four ports of 100 Gbit/s for 8 GPUs, as in a DGX-1")
 _PCIE_NET = (100 / 8 / 8, "one port of 100 Gbit/s for 8 GPUs")
 
 # memory_gib is the total that PyTorch states in its out-of-memory messages for these cards; of
-# several such figures the least.
+# several such figures the smallest.
 CARDS = (
     Card("h200", "H200 SXM 141 GB", (9, 0), 139.7, 4800, 989.4, 66.9, "NVLink 4", 450, *_H100_NET,
          "NVIDIA H200 Tensor Core GPU Datasheet"),
@@ -108,7 +109,7 @@ CARDS = (
          "NVIDIA V100 Tensor Core GPU Datasheet"),
 )  # fmt: skip
 NAMES = tuple(card.name for card in CARDS)
-# What else people write; a name without a size means the card with less memory.
+# Other names that people use. A name without a size means the card with less memory.
 SYNONYMS = {"a100": "a100-40", "v100-16": "v100"}
 
 
@@ -124,7 +125,9 @@ def find(text: str) -> Card:
         return known[key]
     near = nearest(key, known)
     hint = f"did you mean {known[near].name}? " if near else ""
-    raise UsageError(f"--gpu {text!r} is not a known card; {hint}known: {', '.join(NAMES)}")
+    raise UsageError(
+        f"{parameter('gpu')} {text!r} is not a known card; {hint}known: {', '.join(NAMES)}"
+    )
 
 
 def _plain(name: str) -> str:
@@ -136,7 +139,7 @@ def of_device(name: str, total_bytes: int) -> Card | None:
     """Return the card of the table that a CUDA device is, or None.
 
     name: what CUDA calls it, such as "NVIDIA H100 80GB HBM3"
-    total_bytes: its memory, which tells cards of one name apart
+    total_bytes: its memory, which distinguishes cards of one name
     """
     words = re.findall(r"[a-z0-9]+", name.lower())
     if "pcie" in words or "laptop" in words or "nvl" in words:

@@ -1,146 +1,102 @@
-"""What a training takes before it runs: parameters by part, FLOPs, bytes of a rank, seconds a step.
+"""Estimate of a training run: parameters by part, FLOPs, bytes of a rank, seconds per step.
 
-Arithmetic alone: nothing is measured, run or sent. N parameters, W ranks, A micro-batches of a rank
-in a step. What this file does not do: know how fast a machine is (hardware.py), or how
-collectives travel (links.py).
+This is arithmetic alone: nothing is measured, run or sent. hardware.py knows how fast a machine
+is, and network.py how long collectives take.
+Symbols: N parameters, W ranks, A micro-batches of a rank in a step.
 """
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 
-from minillm.config.model import INJECTED, ModelConfig
-from minillm.errors import UsageError
+from minillm.config.model import ModelConfig
+from minillm.errors import parameter
+from minillm.model import size
+from minillm.model.block import block_matrices
+from minillm.model.injection import injection_matrices, injection_parameters
+from minillm.model.linear import Matrix
+from minillm.model.norms import norm_parameters
+from minillm.model.positions import POSITIONS
+from minillm.planning.job import WIDE, Job
 from minillm.planning.network import Network
 
 STAGES = (0, 1, 2, 3)
-WIDE = 4  # bytes of fp32: gradients, masters, moments
-BACKWARD = 2 / 3  # of a step's FLOPs
-AGAIN = 4 / 3  # with activation checkpointing: the forward pass once more
-NEWTON_SCHULZ = 5  # iterations of Muon's
-# Bytes an element moves in an AdamW step: weight, gradient and two moments in, all but one out.
+BACKWARD = 2 / 3  # share of a step's FLOPs in backward passes
+RECOMPUTED = 4 / 3  # with activation checkpointing, which runs the forward pass twice
+NEWTON_SCHULZ = 5  # iterations of Newton-Schulz in Muon
+# Bytes per element that an AdamW step moves: weight, gradient and two moments are read, and all
+# but the gradient are written.
 MOVED = 7 * WIDE
-SMALL_SUMS = 2  # a step's all-reduces of a number or two: the loss, the gradients' norm
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is planned. Raises UsageError if the sequences cannot be shared out evenly.
-
-    batch_size: sequences a step over all ranks.    micro_batch: of a rank at a time; None: all its
-    own.    width: bytes of the computation's dtype.    average: --ema.    again: activation
-    checkpointing.    bucket_bytes: of gradients that travel together.
-    """
-
-    model: ModelConfig
-    ranks: int = 1
-    batch_size: int = 64
-    micro_batch: int | None = None
-    width: int = WIDE
-    optimizer: str = "adamw"
-    average: bool = False
-    offload: bool = False
-    again: bool = False
-    bucket_bytes: int = 25 << 20
-
-    def __post_init__(self) -> None:
-        if self.batch_size % self.ranks:
-            raise UsageError(
-                f"--batch-size {self.batch_size} is not divisible by {self.ranks} ranks; "
-                f"nearest: {max(1, round(self.batch_size / self.ranks)) * self.ranks}"
-            )
-        if self.share % (self.micro_batch or 1):
-            raise UsageError(
-                f"--micro-batch-size {self.micro_batch} does not divide the {self.share} sequences "
-                f"of each of {self.ranks} ranks"
-            )
-
-    @property
-    def share(self) -> int:
-        """Sequences of a rank in a step."""
-        return self.batch_size // self.ranks
-
-    @property
-    def micro_batches(self) -> int:
-        """Of a rank in a step."""
-        return self.share // (self.micro_batch or self.share)
-
-    @property
-    def tokens(self) -> int:
-        """Of all ranks in a step."""
-        return self.batch_size * self.model.seq_len
+SMALL_SUMS = 2  # all-reduces of one or two numbers in a step: the loss, the gradient norm
 
 
 def parts(model: ModelConfig) -> dict[str, tuple[int, int]]:
-    """{part: (parameters stored, parameters used in a pass at the mean recurrence)}.
+    """Return {part: (parameters stored, parameters used in a pass at the mean recurrence)}.
 
-    What is stored adds up to model.n_parameters; a tied head stores nothing and uses its matrix.
+    The stored ones add up to those of the model. A tied head stores nothing and uses its matrix.
     """
-    V, C = model.vocab_size or 0, model.d_model
+    embedding = size.n_embedding_parameters(model)
     prelude, core, coda = model.depths
     r = model.mean_recurrence if core else 1
-    norm, block = _norm(model), _block(model)
-    found = {"embedding": (V * C, V * C)}
-    if model.position == "learned":
-        found["positions"] = (model.seq_len * C,) * 2
+    norm, block = norm_parameters(model), size.n_block_parameters(model)
+    found = {"embedding": (embedding, embedding)}
+    if positions := POSITIONS[model.position].parameters(model):
+        found["positions"] = (positions, positions)
     if not core:
         found["blocks"] = (prelude * block,) * 2
     else:
-        text = 0 if model.injection == "add" else C * C  # once a pass ...
-        text += norm if model.recurrence_style == "parcae" else 0
-        state = {"concat": C * C, "diagonal": 2 * C, "add": 0}[model.injection]  # ... and r times
+        once, each = injection_parameters(model)
         found["prelude"] = (prelude * block,) * 2
-        found["injection"] = (text + state, text + r * state)
+        found["injection"] = (once + each, once + r * each)
         found["core"] = (core * block, r * core * block)
         found["coda"] = (coda * block,) * 2
     found["norm"] = (norm, 2 * norm if core else norm)
-    found["head"] = (0 if model.tie_embeddings else V * C, V * C)
+    found["head"] = (0 if model.tie_embeddings else embedding, embedding)
     return found
 
 
-def _norm(model: ModelConfig) -> int:
-    return (2 if model.bias and model.norm == "layernorm" else 1) * model.d_model
-
-
-def _block(model: ModelConfig) -> int:
-    """Parameters of a block, norms and biases with it: what one more of them adds."""
-    if model.recurrent is None:
-        one, two = (replace(model, n_layer=n) for n in (1, 2))
-    else:
-        one, two = (replace(model, recurrent=f"0,{n},0") for n in (1, 2))
-    return two.n_parameters - one.n_parameters
-
-
 def units(model: ModelConfig) -> list[int]:
-    """Parameters of what stage 3 gathers at once: each block, the core whole, and all the rest."""
+    """Return the parameters of each unit that stage 3 gathers at once.
+
+    The units are each block of prelude and coda, the whole core, and everything else.
+    """
     prelude, core, coda = model.depths
-    block = _block(model)
+    block = size.n_block_parameters(model)
     found = [block] * (prelude + coda) + [core * block] * (core > 0)
-    return [*found, model.n_parameters - model.n_layer * block]
+    return [*found, size.n_parameters(model) - model.n_layer * block]
 
 
 def muon_parameters(model: ModelConfig) -> int:
-    """Parameters of the matrices that Muon moves: of the blocks and the injection."""
-    return model.n_matrix_parameters - (model.vocab_size or 0) * model.d_model
+    """Return the number of parameters that Muon moves: the matrices of blocks and injection."""
+    return size.n_inner_matrix_parameters(model)
 
 
 def step_flops(job: Job) -> float:
-    """FLOPs of a step over all ranks, at the mean recurrence; without what is computed again."""
-    return job.model.flops_per_token() * job.tokens
+    """Return FLOPs of a step over all ranks, at the mean recurrence.
+
+    The second forward pass of activation checkpointing is not included.
+    """
+    return size.flops_per_token(job.model) * job.tokens
 
 
 def refusal(job: Job, stage: int) -> str | None:
-    """Why a job cannot run at a stage, in a line; None if it can."""
+    """Return the reason why a job cannot run at a ZeRO stage, or None if it can.
+
+    job: run to be planned
+    stage: ZeRO stage, 0 to 3
+    """
     if stage == 3 and job.optimizer == "muon":
         return (
-            "--zero 3 shards matrices, which Muon needs whole; take --zero 2 or --optimizer adamw"
+            f"{parameter('zero')} 3 shards matrices, which Muon needs whole; use "
+            f"{parameter('zero')} 2 or {parameter('optimizer')} adamw"
         )
     if stage == 0 and job.offload:
-        return "--offload moves a rank's share of the optimiser; add --zero 1 or 2"
+        return f"{parameter('offload')} needs {parameter('zero')} 1 or 2; add one"
     return None
 
 
 def memory(job: Job, stage: int) -> dict[str, float]:
-    """Bytes of a rank by kind; "host" is beside them, in the host's memory.
+    """Return bytes of a rank by kind. "host" is in the host's memory, the others on the device.
 
         stage  parameters  gradients  masters  moments  buffers
         0      4 N         4 N                 8 N
@@ -148,12 +104,16 @@ def memory(job: Job, stage: int) -> dict[str, float]:
         2      w N         4 N/W      4 N/W    8 N/W    two buckets of 25 MiB
         3      4 N/W       4 N/W               8 N/W    the largest unit, gathered, twice: 2 w U
 
-    w: bytes of the computation's dtype; at 4 the masters are the parameters themselves. Moments of
-    Muon's matrices are 4 N. --ema adds 4 N. --offload moves masters and moments. Not counted:
-    padding (less than 1 % of models worth sharding), what gloo, NCCL and FSDP2 copy on the way,
-    activations.
+    w: bytes of the compute dtype; at 4 the masters are the parameters themselves
+    Moments of Muon's matrices take 4 N. An average of the weights adds 4 N. Offloading moves
+    masters and moments to the host.
+    Not counted are padding (less than 1 % in models that are worth sharding), temporary copies of
+    gloo, NCCL and FSDP2, and activations.
+
+    job: run to be planned
+    stage: ZeRO stage, 0 to 3
     """
-    N, W, w = job.model.n_parameters, job.ranks, job.width
+    N, W, w = size.n_parameters(job.model), job.ranks, job.width
     share = N if stage == 0 else N / W
     two = 2 * N - (muon_parameters(job.model) if job.optimizer == "muon" else 0)
     found = {
@@ -174,9 +134,12 @@ def memory(job: Job, stage: int) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Collectives of one kind in a step. n_bytes: of each; count: how many.
+    """Collectives of one kind in a step.
 
-    hidden: whether they run beside the computation.
+    collective: "all_reduce", "reduce_scatter" or "all_gather"
+    n_bytes: bytes of each
+    count: number of them
+    hidden: whether they can run during the computation
     """
 
     collective: str
@@ -186,19 +149,22 @@ class Traffic:
 
 
 def traffic(job: Job, stage: int) -> list[Traffic]:
-    """What a step sends.
+    """Return the collectives of a step.
 
-        0  gradients, fp32: all-reduce, once a step
-        1  gradients: reduce-scatter, once a step; parameters: all-gather after it
-        2  gradients: reduce-scatter in each micro-batch; parameters: all-gather after the step
-        3  parameters: all-gather in each forward and each backward; gradients: reduce-scatter in
-           each micro-batch
+        stage  gradients, in fp32                 parameters, in the compute dtype
+        0      all-reduce once a step
+        1      reduce-scatter once a step         all-gather after the step
+        2      reduce-scatter each micro-batch    all-gather after the step
+        3      reduce-scatter each micro-batch    all-gather in each forward and backward pass
 
-    In buckets of bucket_bytes, at stage 3 unit by unit.
+    They run in buckets of bucket_bytes, at stage 3 unit by unit.
+
+    job: run to be planned
+    stage: ZeRO stage, 0 to 3
     """
     if job.ranks == 1:
         return []
-    N, A = job.model.n_parameters, job.micro_batches
+    N, A = size.n_parameters(job.model), job.micro_batches
     small = Traffic("all_reduce", 8, SMALL_SUMS, False)
     if stage == 3:
         pieces = units(job.model)
@@ -221,7 +187,13 @@ def traffic(job: Job, stage: int) -> list[Traffic]:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step. exposed_s: of the communication, what nothing hides."""
+    """Seconds of a step.
+
+    compute_s: forward and backward passes
+    communication_s: all communication
+    exposed_s: communication that no computation hides
+    optimizer_s: step of the optimizer
+    """
 
     compute_s: float
     communication_s: float
@@ -230,7 +202,7 @@ class StepTime:
 
     @property
     def total_s(self) -> float:
-        """What the step takes."""
+        """Return the seconds of the whole step."""
         return self.compute_s + self.exposed_s + self.optimizer_s
 
 
@@ -242,39 +214,56 @@ def step_time(
     optimizer_s: float = 0.0,
     overlap: float = 0.0,
 ) -> StepTime:
-    """The time of a step from that of its parts.
+    """Return the time of a step, from that of its parts.
 
         T = compute + max(0, overlap H - window) + (1 - overlap) H + E + optimiser
 
-    H: communication that can run beside the computation; E: the rest.    overlap: the share of H
-    that does.    window: the computation it can hide behind: the last micro-batch's backward at
-    stages 0 and 1, all backward passes at 2, everything at 3; then the first two terms are
-    max(compute, overlap H).    compute_s: forward and backward passes of all micro-batches, as
-    measured or from `compute_seconds`.
+    H is the communication that can run during the computation, and E the rest. The window is the
+    computation that can hide H: the last micro-batch's backward pass at stages 0 and 1, all
+    backward passes at stage 2, everything at stage 3. There the first two terms are
+    max(compute, overlap H).
+
+    job: run to be planned
+    stage: ZeRO stage, 0 to 3
+    network: links between the ranks
+    compute_s: seconds of the forward and backward passes of all micro-batches, measured or from
+        `compute_seconds`
+    optimizer_s: seconds of the optimizer's step
+    overlap: share of H that does run during the computation
     """
-    beside = after = 0.0
+    during = after = 0.0
     for t in traffic(job, stage):
         seconds = t.count * network.seconds(t.collective, t.n_bytes)
-        beside, after = beside + seconds * t.hidden, after + seconds * (not t.hidden)
+        during, after = during + seconds * t.hidden, after + seconds * (not t.hidden)
     share = (BACKWARD / job.micro_batches, BACKWARD / job.micro_batches, BACKWARD, 1.0)[stage]
-    exposed = max(0.0, overlap * beside - share * compute_s) + (1 - overlap) * beside + after
-    return StepTime(compute_s, beside + after, exposed, optimizer_s)
+    exposed = max(0.0, overlap * during - share * compute_s) + (1 - overlap) * during + after
+    return StepTime(compute_s, during + after, exposed, optimizer_s)
 
 
 def compute_seconds(job: Job, flops_per_s: float) -> float:
-    """Forward and backward passes of a rank's sequences.    flops_per_s: what a rank reaches."""
-    return (AGAIN if job.again else 1) * step_flops(job) / (job.ranks * flops_per_s)
+    """Return seconds of the forward and backward passes of a rank's sequences.
+
+    job: run to be planned
+    flops_per_s: FLOP/s that a rank reaches
+    """
+    return (RECOMPUTED if job.again else 1) * step_flops(job) / (job.ranks * flops_per_s)
 
 
 def optimizer_seconds(
     job: Job, stage: int, flops_per_s: float, bytes_per_s: float, host_bytes_per_s: float
 ) -> float:
-    """The optimiser's step on what a rank keeps.
+    """Return seconds of the optimizer's step on the parameters that a rank keeps.
 
-    28 bytes moved an element (and w for the copy in a narrow dtype), with Muon the products of
-    Newton-Schulz; with --offload also 4 bytes an element down and w up over the host's link.
+    An element moves 28 bytes, and w more for the copy in a narrow dtype. Muon adds the products of
+    Newton-Schulz. Offloading moves 4 bytes per element down and w up over the link to the host.
+
+    job: run to be planned
+    stage: ZeRO stage, 0 to 3
+    flops_per_s: FLOP/s that a rank reaches
+    bytes_per_s: bandwidth of its memory
+    host_bytes_per_s: bandwidth of its link to the host's memory
     """
-    n = job.model.n_parameters / (job.ranks if stage else 1)
+    n = size.n_parameters(job.model) / (job.ranks if stage else 1)
     narrow = stage > 0 and job.width != WIDE
     seconds = (MOVED + (job.width if narrow else 0)) * n / bytes_per_s
     if job.optimizer == "muon":
@@ -285,13 +274,14 @@ def optimizer_seconds(
 
 
 def newton_schulz_flops(model: ModelConfig) -> float:
-    """Of all of Muon's matrices: 5 (4 m^2 M + 2 m^3) for one of m <= M rows and columns."""
-    C, D = model.d_model, model.d_head
-    q, kv = model.n_head * D, model.n_kv_head * D
-    ups = 2 if model.gated else 1
-    block = [(q, C), (kv, C), (kv, C), (C, q), *[(model.d_ff, C)] * ups, (C, model.d_ff)]
-    squares = INJECTED.get(model.injection, 0) if model.recurrent else 0
-    shapes = block * model.n_layer + [(C, C)] * squares
-    return float(sum(
-        NEWTON_SCHULZ * (4 * min(s) ** 2 * max(s) + 2 * min(s) ** 3) for s in shapes
-    ))  # fmt: skip
+    """Return FLOPs of orthogonalising all of Muon's matrices in one step.
+
+    One of m <= M rows and columns takes 5 (4 m^2 M + 2 m^3).
+    """
+    block, others = block_matrices(model).values(), injection_matrices(model).values()
+    return float(model.n_layer * _newton_schulz(block) + _newton_schulz(others))
+
+
+def _newton_schulz(matrices: Iterable[Matrix]) -> int:
+    sides = [sorted((rows, m.columns)) for m in matrices for rows in m.rows]
+    return sum(NEWTON_SCHULZ * (4 * m**2 * M + 2 * m**3) for m, M in sides)

@@ -1,7 +1,7 @@
-"""Whether a planned job fits into memory, the largest micro-batch that does, and what would help.
+"""Verdict on a planned job: whether it fits, the largest micro-batch that fits, and advice.
 
-Arithmetic alone, as in plan.py and activations.py; nothing is allocated. What this file does not
-do: find out how much memory there is (hardware.py).
+This is arithmetic alone, as in estimate.py and activations.py; nothing is allocated. hardware.py
+finds out how much memory there is.
 """
 
 from collections.abc import Iterator, Mapping
@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from minillm.planning import activations, estimate as plan
+from minillm.planning import activations
 from minillm.planning.cards import CARDS, GIB
-from minillm.planning.estimate import Job
+from minillm.planning.estimate import STAGES, memory, refusal
+from minillm.planning.job import WIDE, Job
 
 MOST_GPUS = 1024  # more are never advised
 
@@ -37,10 +38,10 @@ class Capacity:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a job holds in memory, at any stage and micro-batch.
+    """Memory that a job needs, at any stage and micro-batch.
 
-    dtype: of the computation
-    fused: as in activations.activation_line
+    dtype: compute dtype
+    fused: whether attention is fused, see activations.activation_line
     capacity: memory of one rank
     """
 
@@ -50,8 +51,13 @@ class Budget:
     _lines: dict = field(default_factory=dict, compare=False, repr=False)
 
     def activations(self, job: Job, stage: int, rows: int) -> float | None:
-        """Return bytes that `rows` sequences keep; None where they were not counted."""
-        narrow = stage > 0 and job.width < plan.WIDE
+        """Return bytes of activations that sequences keep, or None if they cannot be counted.
+
+        job: run to be planned
+        stage: ZeRO stage, 0 to 3
+        rows: number of sequences
+        """
+        narrow = stage > 0 and job.width < WIDE
         key = (narrow, job.again)
         if key not in self._lines:
             self._lines[key] = activations.activation_line(
@@ -61,27 +67,43 @@ class Budget:
         return None if line is None else line[0] + (rows - 1) * line[1]
 
     def parts(self, job: Job, stage: int) -> dict[str, float | None]:
-        """Return plan.memory's parts of a rank and, with them, "activations"."""
+        """Return bytes of a rank by kind, as estimate.memory does, with "activations" added.
+
+        job: run to be planned
+        stage: ZeRO stage, 0 to 3
+        """
         rows = job.share // job.micro_batches
-        return {**plan.memory(job, stage), "activations": self.activations(job, stage, rows)}
+        return {**memory(job, stage), "activations": self.activations(job, stage, rows)}
 
     def needed(self, job: Job, stage: int, rows: int | None = None) -> float | None:
-        """Return bytes of a rank at a stage, with micro-batches of `rows`, else the job's own."""
+        """Return bytes that a rank needs, or None if they cannot be counted.
+
+        job: run to be planned
+        stage: ZeRO stage, 0 to 3
+        rows: sequences of a micro-batch; default: the job's
+        """
         rows = rows or job.share // job.micro_batches
         kept = self.activations(job, stage, rows)
         if kept is None:
             return None
-        return kept + sum(n for kind, n in plan.memory(job, stage).items() if kind != "host")
+        return kept + sum(n for kind, n in memory(job, stage).items() if kind != "host")
 
     def fits(self, job: Job, stage: int, rows: int | None = None) -> bool | None:
-        """Return whether that much is usable; None where either figure is unknown."""
+        """Return whether the job fits, or None if its memory or the capacity is unknown.
+
+        job, stage, rows: see `needed`
+        """
         needed = self.needed(job, stage, rows)
         if needed is None or self.capacity.total is None:
             return None
         return needed <= self.capacity.usable
 
     def most_rows(self, job: Job, stage: int) -> int | None:
-        """Return how many sequences fit at a time, whatever the batch; 0: not even one."""
+        """Return the number of sequences that fit at a time in a batch of any size, or None.
+
+        job: run to be planned
+        stage: ZeRO stage, 0 to 3
+        """
         one, two = self.needed(job, stage, 1), self.needed(job, stage, 2)
         if one is None or two is None or self.capacity.total is None:
             return None
@@ -90,7 +112,11 @@ class Budget:
         return 1 + int((self.capacity.usable - one) // (two - one))
 
     def largest(self, job: Job, stage: int) -> int | None:
-        """Return the largest micro-batch that fits and divides a rank's sequences; 0: none."""
+        """Return the largest micro-batch that fits and divides a rank's sequences; 0: none fits.
+
+        job: run to be planned
+        stage: ZeRO stage, 0 to 3
+        """
         most = self.most_rows(job, stage)
         if most is None:
             return None
@@ -100,7 +126,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a job fits at its stage. Sizes are in bytes of one rank.
+    """Verdict on a job at its stage. Sizes are in bytes of one rank.
 
     fits: None where the memory, or what is needed of it, is unknown
     largest: the largest micro-batch that fits; 0: none
@@ -133,7 +159,13 @@ class Verdict:
 
 
 def judge(budget: Budget, job: Job, stage: int, card: str | None = None) -> Verdict:
-    """Return the verdict on a job. card: the name of the card, whose larger sisters may help."""
+    """Return the verdict on a job.
+
+    budget: memory that jobs need, and the capacity
+    job: run to be planned
+    stage: ZeRO stage, 0 to 3
+    card: name of the card; larger cards are part of the advice
+    """
     fits = budget.fits(job, stage)
     advice = tuple(_advice(budget, job, stage, card)) if fits is False else ()
     return Verdict(
@@ -149,7 +181,8 @@ def _advice(budget: Budget, job: Job, stage: int, card: str | None) -> Iterator[
     if largest:
         found = True
         yield f"--micro-batch-size {largest}"
-    higher = [s for s in plan.STAGES[stage + 1 :] if job.ranks > 1 and not plan.refusal(job, s)]
+    above = STAGES[stage + 1 :] if job.ranks > 1 else ()
+    higher = [s for s in above if not refusal(job, s)]
     if (better := next((s for s in higher if budget.fits(job, s)), None)) is not None:
         found = True
         yield f"--zero {better}"

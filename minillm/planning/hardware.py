@@ -1,7 +1,7 @@
-"""What a planned rank runs on: a card of the table, this machine as measured, or figures given.
+"""Machine of a planned rank: a card of the table, this machine as measured, or given figures.
 
 Each figure comes with a sentence that says where it is from, so that figures of two machines are
-never mixed without a word. What this file does not do: plan (plan.py, plan_fit.py).
+never mixed without a word.
 """
 
 from argparse import Namespace
@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import torch
 
 from minillm.config.train import TrainConfig
-from minillm.errors import UnavailableError, UsageError
-from minillm.planning import cards, network as links
+from minillm.errors import UnavailableError, UsageError, parameter
+from minillm.planning import cards, network
 from minillm.planning.cards import GIB, HOST_GBS, LATENCY_US, MFU, NODE_GPUS, OVERLAP, Card
 from minillm.planning.fit import Capacity
 from minillm.planning.network import Link, Network
-from minillm.runtime import ceilings, device as world
+from minillm.runtime import ceilings, device
 from minillm.runtime.units import digits, si, size
 
 # For GPUs that are not in the table: one direction, GB/s.
@@ -26,7 +26,7 @@ USABLE_CPU = 0.5  # of a CPU's free memory, as training takes it (microbatch.SHA
 
 @dataclass(frozen=True)
 class Speeds:
-    """What a rank reaches.
+    """Speeds that a rank reaches.
 
     flops: FLOP/s in training, which is the peak times the MFU
     peak_flops: FLOP/s that the processor can do at most
@@ -70,37 +70,42 @@ def is_described(args: Namespace) -> bool:
 
 
 def check(args: Namespace) -> Card | None:
-    """Return the card that --gpu names. Raises UsageError on flags that describe no one machine,
-    and UnavailableError for --device cuda without a GPU.
+    """Return the card that --gpu names, or None.
 
-    They describe none where they exclude each other, and where figures of this machine would be
-    mixed with those of another one: processors of a laptop with links of a GPU, for example.
+    args: flags of `minillm plan`
+    Raises UsageError if flags exclude each other or would mix figures of this machine with those of
+    another one, such as a laptop's processor with a GPU's links. Raises UnavailableError for
+    --device cuda without a GPU.
     """
     name = args.device or "auto"
     if args.gpu is not None:
         if name.partition(":")[0] not in ("auto", "cuda"):
-            raise UsageError(f"--gpu {args.gpu} and --device {name} exclude each other; drop one")
+            raise UsageError(
+                f"{parameter('gpu')} {args.gpu} and {parameter('device')} {name} exclude each "
+                "other; drop one"
+            )
         return cards.find(args.gpu)
     if torch.cuda.is_available() and name.partition(":")[0] in ("auto", "cuda"):
         return None
     known = ", ".join(cards.NAMES)
     if (args.flops is None) != (args.memory_gbs is None):
-        one, other = ("--flops", "--memory-gbs")[:: 1 if args.flops else -1]
+        one, other = map(parameter, ("flops", "memory_gbs")[:: 1 if args.flops else -1])
         raise UsageError(
             f"{one} without {other} would mix another machine with this one; give both, or name "
-            f"the card with --gpu: {known}"
+            f"the card with {parameter('gpu')}: {known}"
         )
     wanted = name.partition(":")[0] == "cuda" and args.flops is None
     alone = args.gpus == 1 or args.links or (args.flops and args.link_gbs)
     if wanted:
         raise UnavailableError(
-            f"--device {name}: there is no GPU here; use --device cpu, or name the card to plan "
-            f"for with --gpu: {known}"
+            f"{parameter('device')} {name}: there is no GPU here; use {parameter('device')} cpu, "
+            f"or name the card to plan for with {parameter('gpu')}: {known}"
         )
     if not alone:
         raise UsageError(
-            f"--gpus {args.gpus}: there is no GPU here to plan for; name the card with --gpu: "
-            f"{known}; or give --flops, --memory-gbs and --link-gbs"
+            f"{parameter('gpus')} {args.gpus}: there is no GPU here to plan for; name the card "
+            f"with {parameter('gpu')}: {known}; or give {parameter('flops')}, "
+            f"{parameter('memory_gbs')} and {parameter('link_gbs')}"
         )
     return None
 
@@ -108,8 +113,10 @@ def check(args: Namespace) -> Card | None:
 def describe(args: Namespace, train: TrainConfig, card: Card | None, width: int) -> Hardware:
     """Return the machine that the flags describe, or this one, measured.
 
-    card: what `check` returned
-    width: the model's, by which training picks its dtype
+    args: flags of `minillm plan`
+    train: settings of the training
+    card: result of `check`
+    width: width of the model, by which training picks its dtype
     """
     if is_described(args):
         return _described(args, train, card)
@@ -138,53 +145,53 @@ def _described(args: Namespace, train: TrainConfig, card: Card | None) -> Hardwa
         )
         if train.kernels == "triton":
             raise UsageError(
-                f"--kernels triton: {name} is older than sm_80, the oldest supported; use "
-                "--kernels auto"
+                f"{parameter('kernels')} triton: {name} is older than sm_80, the oldest supported; "
+                f"use {parameter('kernels')} auto"
             )
     capacity = _gpu_memory(None if gib is None else gib * GIB, notes)
-    network = _network(args, card)
-    speeds = _speeds(args, train, peak, 1e9 * memory, network, notes)
-    dtype = world.DTYPES[word]
-    return Hardware(name, "GPU", card, dtype, capacity, speeds, network, False, tuple(notes))
+    links = _network(args, card)
+    speeds = _speeds(args, train, peak, 1e9 * memory, links, notes)
+    dtype = device.DTYPES[word]
+    return Hardware(name, "GPU", card, dtype, capacity, speeds, links, False, tuple(notes))
 
 
 def _here(args: Namespace, train: TrainConfig, width: int) -> Hardware:
     """Return this machine, measured as far as the flags do not say otherwise."""
-    device = world.pick_device(train.device)
-    on_gpu = device.type == "cuda"
-    dtype = world.pick_dtype(train.dtype, device, width)
+    here = device.pick_device(train.device)
+    on_gpu = here.type == "cuda"
+    dtype = device.pick_dtype(train.dtype, here, width)
     together = bool(args.links) and args.gpus > 1  # ranks that share this machine's processors
-    if device.type == "cpu":
-        world.set_threads(1 if together else train.threads)
-    name, notes = ceilings.name(device), []
+    if here.type == "cpu":
+        device.set_threads(1 if together else train.threads)
+    name, notes = ceilings.name(here), []
     peak, said = args.flops, _of(args.flops, f"measured here, {name}")
     if peak is None:
-        peak = world.measured_peak_flops(device, dtype)
-    threads = world.available_threads()
-    if together and device.type == "cpu" and args.gpus > threads:
+        peak = device.measured_peak_flops(here, dtype)
+    threads = device.available_threads()
+    if together and here.type == "cpu" and args.gpus > threads:
         peak *= threads / args.gpus
         said += f", whose {threads} processors {args.gpus} ranks share"
     memory = args.memory_gbs
     if memory is None:
-        memory = ceilings.ceilings(device, (), quick=True)["memory_gbps"]
+        memory = ceilings.ceilings(here, (), quick=True)["memory_gbps"]
     notes.append(
         f"peak {si(peak, 'FLOP/s')} per rank: {said}; "
         f"memory {si(1e9 * memory, 'B/s')}: {_of(args.memory_gbs, 'measured here')}"
     )
     if on_gpu:
-        total = torch.cuda.get_device_properties(device).total_memory
+        total = torch.cuda.get_device_properties(here).total_memory
         card = cards.of_device(name, total)
         capacity = _gpu_memory(args.memory_gib * GIB if args.memory_gib else total, notes)
     else:
         card = None
-        free = args.memory_gib * GIB if args.memory_gib else world.available_memory(device)
+        free = args.memory_gib * GIB if args.memory_gib else device.available_memory(here)
         total = None if free is None else free / args.gpus
         reason = f"{_percent(USABLE_CPU)} of the memory that is free here now, as training takes it"
         capacity = Capacity(total, USABLE_CPU, reason)
-    network = _network(args, card)
-    speeds = _speeds(args, train, peak, 1e9 * memory, network, notes)
+    links = _network(args, card)
+    speeds = _speeds(args, train, peak, 1e9 * memory, links, notes)
     kind = "GPU" if on_gpu else "CPU"
-    return Hardware(name, kind, card, dtype, capacity, speeds, network, True, tuple(notes))
+    return Hardware(name, kind, card, dtype, capacity, speeds, links, True, tuple(notes))
 
 
 def _gpu_memory(total: float | None, notes: list[str]) -> Capacity:
@@ -199,7 +206,7 @@ def _speeds(
     train: TrainConfig,
     peak: float,
     memory: float,
-    network: Network,
+    links: Network,
     notes: list[str],
 ) -> Speeds:
     """Return what a rank reaches in training, and add to `notes` what is assumed about it."""
@@ -209,14 +216,14 @@ def _speeds(
     if train.offload:
         notes.append(f"link to the host's memory {digits(host)} GB/s: {_of(args.host_gbs)}")
     # Ranks that share processors send with the ones that compute.
-    overlap = (0.0 if network.measured else OVERLAP) if args.overlap is None else args.overlap
-    if network.ranks > 1:
-        notes.append(f"links: {network.source}")
+    overlap = (0.0 if links.measured else OVERLAP) if args.overlap is None else args.overlap
+    if links.ranks > 1:
+        notes.append(f"links: {links.source}")
         notes.append(
             f"{_percent(overlap)} of the communication that can run during the computation does so "
             f"(--overlap): {_of(args.overlap)}"
         )
-    if not network.measured:
+    if not links.measured:
         notes.append(
             "collectives are rings at any size; trees, which take less time where latency counts, "
             "are left out"
@@ -236,9 +243,9 @@ def _of(given: float | None, otherwise: str = "assumed, not measured") -> str:
 def _network(args: Namespace, card: Card | None) -> Network:
     """Return what connects the ranks: as given, as measured by fit.py, or of the card's sheet."""
     if args.gpus == 1:
-        return links.alone()
+        return network.alone()
     if args.links:
-        return links.read(args.links, args.gpus)
+        return network.read(args.links, args.gpus)
     per_node = args.node_gpus or NODE_GPUS
     inside_gbs = args.link_gbs or (card.link_gbs if card else PCIE_GBS)
     between_gbs = args.node_link_gbs or (card.network_gbs if card else NETWORK_GBS)
@@ -251,7 +258,7 @@ def _network(args: Namespace, card: Card | None) -> Network:
         source += f"; nodes of {per_node}, {digits(between_gbs)} GB/s per GPU between nodes ({net})"
     source += f"; {digits(latency_s * 1e6)} us per message: {_of(args.latency_us)}"
     inside, between = Link(latency_s, inside_gbs * 1e9), Link(latency_s, between_gbs * 1e9)
-    return links.nodes(args.gpus, per_node, inside, between, source)
+    return network.nodes(args.gpus, per_node, inside, between, source)
 
 
 def raw(found: Hardware) -> dict[str, object]:
@@ -270,7 +277,12 @@ def raw(found: Hardware) -> dict[str, object]:
 
 
 def in_words(found: Hardware, ranks: int, per_node: int | None) -> str:
-    """Return what the job runs on: "64 x H100 SXM 80 GB in 8 nodes of 8"."""
+    """Return a description of the machine, such as "64 x H100 SXM 80 GB in 8 nodes of 8".
+
+    found: machine of one rank
+    ranks: number of ranks
+    per_node: ranks of a node; None: 8
+    """
     per_node = per_node or NODE_GPUS
     if found.kind == "CPU":
         return f"this machine, {found.name}" + (f", {ranks} ranks" if ranks > 1 else "")

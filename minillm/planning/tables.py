@@ -1,4 +1,4 @@
-"""A plan as text: what commands/plan.py found, in lines and tables of at most 80 columns."""
+"""Text of a plan: what commands/plan.py found, in lines and tables of at most 80 columns."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,11 @@ NAMES = {
 
 
 def shown(found: dict, hardware: str) -> str:
-    """Return the plan as text. hardware: what the job runs on, in words."""
+    """Return the plan as text.
+
+    found: plan, as `minillm plan --json` prints it
+    hardware: description of the machine
+    """
     lines = [
         *_field("verdict", _verdict(found["verdict"], found)),
         *_field("micro-batch", _micro(found["verdict"], found)),
@@ -47,7 +51,7 @@ def shown(found: dict, hardware: str) -> str:
 
 
 def _field(name: str, words: str) -> list[str]:
-    """Return a name and what it is, folded beside it."""
+    """Return a name and its text, folded to the right of it."""
     return textwrap.wrap(
         words, WIDTH, initial_indent=f"{name:<12}", subsequent_indent=" " * 12,
         break_long_words=False, break_on_hyphens=False,

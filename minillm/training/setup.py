@@ -20,6 +20,7 @@ from minillm.data.tokenizer import KINDS
 from minillm.distributed.agreement import gather
 from minillm.distributed.ranks import Ranks
 from minillm.errors import UnavailableError, UsageError
+from minillm.model.size import n_parameters
 from minillm.planning import estimate as plan
 from minillm.runtime import device as world, relative_paths as places
 from minillm.runtime.files import check_place, file_digest
@@ -232,11 +233,11 @@ def require_memory(model: ModelConfig, config: TrainConfig, ranks: Ranks) -> Non
     """Raise UnavailableError if a rank's weights and optimiser alone cannot fit on its device."""
     job = plan.Job(model, ranks.size, config.batch_size, None, optimizer=config.optimizer)
     each = plan.memory(job, config.zero)
-    need = max(4 * model.n_parameters, sum(each[kind] for kind in HELD))  # it is built whole
+    need = max(4 * n_parameters(model), sum(each[kind] for kind in HELD))  # it is built whole
     room = room_of_a_rank(ranks)
     if room is not None and need > room:
         raise UnavailableError(
-            f"{model.n_parameters:,} parameters need {need / 2**30:,.1f} GiB to train and "
+            f"{n_parameters(model):,} parameters need {need / 2**30:,.1f} GiB to train and "
             f"{room / 2**30:,.1f} GiB are free; reduce --d-model or --n-layer"
         )
 

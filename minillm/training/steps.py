@@ -10,6 +10,7 @@ from minillm.data.batches import IGNORED
 from minillm.distributed.strategies import Sharding
 from minillm.errors import UsageError
 from minillm.model.gpt import GPT
+from minillm.model.size import flops_per_token
 
 
 def accumulate(
@@ -52,7 +53,7 @@ def accumulate(
 
 def mean_flops(shape: ModelConfig, rounds: Sequence[int | None]) -> float:
     """FLOPs a token of a step, over its groups."""
-    return sum(shape.flops_per_token(r) for r in rounds) / len(rounds)
+    return sum(flops_per_token(shape, r) for r in rounds) / len(rounds)
 
 
 def compiled(model: GPT, whole: bool) -> Callable:

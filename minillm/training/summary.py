@@ -6,6 +6,7 @@ import torch
 
 from minillm.config.train import ModelConfig
 from minillm.data.batches import warnings_for
+from minillm.model.size import flops_per_token, n_parameters
 from minillm.planning.estimate import Job, memory
 from minillm.runtime import device as world
 from minillm.runtime.launch import shell_command
@@ -26,15 +27,15 @@ def announce(t: Training) -> list[str]:
     step_tokens = c.batch_size * model.seq_len
     judged = c.final_eval_batches * step_tokens or t.corpus.tokens["val"]
     judge_s = min(judged, t.corpus.tokens["val"]) / step_tokens * step_s / 3  # forward only
-    warnings = warnings_for(t.corpus.tokens["train"], plan.steps * step_tokens, model.n_parameters)
+    warnings = warnings_for(t.corpus.tokens["train"], plan.steps * step_tokens, n_parameters(model))
     if plan.warmup > plan.steps / 2:
         warnings.append(f"--warmup {plan.warmup} is most of the {plan.steps} steps")
     return [
         f"run       {t.run}" + (f" from step {t.progress.step}" if t.progress.step else ""),
         f"text      {t.corpus.bytes['train']:,} + {t.corpus.bytes['val']:,} bytes, "
         f"{t.corpus.tokens['train']:,} + {t.corpus.tokens['val']:,} tokens (train + validation)",
-        f"model     {model.n_parameters:,} parameters, {_layers(model)} layers of {model.d_model}, "
-        f"context {model.seq_len}, vocabulary {model.vocab_size:,}",
+        f"model     {n_parameters(model):,} parameters, {_layers(model)} layers of "
+        f"{model.d_model}, context {model.seq_len}, vocabulary {model.vocab_size:,}",
         f"machine   {device}, {t.fixed['dtype']}{_tf32(device)}, {t.model.ops.name} kernels "
         f"({t.model.ops.why}), {things(t.fixed['threads'], 'thread')} ({t.why_threads})",
         *_ranks(t),
@@ -122,7 +123,7 @@ def meter_of(t: Training) -> Meter:
     """Return what reports the run from here on; on ranks other than the first it prints nothing."""
     peak = world.measured_peak_flops(t.ranks.device, t.model.dtype)
     path = t.run / "metrics.jsonl" if t.ranks.rank == 0 else None
-    flops = t.model.config.flops_per_token()
+    flops = flops_per_token(t.model.config)
     return Meter(path, t.progress.step, t.plan.steps, flops, t.ranks.size * peak, outlook_of(t))
 
 

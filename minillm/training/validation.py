@@ -9,6 +9,7 @@ import torch
 
 from minillm.data.batches import evaluation_windows
 from minillm.errors import DivergedError
+from minillm.model.size import n_parameters
 from minillm.training import recurrence_metrics as ladder
 from minillm.training.evaluate import Evaluation, evaluate
 from minillm.training.state import Progress, Training, averaged, heed
@@ -84,7 +85,7 @@ def findings(t: Training, row: dict) -> list[str]:
         return []
     mean, step, steps = t.model.config.mean_recurrence, t.progress.step, t.plan.steps
     lines = [ladder.line(row, mean)]
-    grown = step >= steps / 2 and t.progress.tokens >= GROWN * t.model.config.n_parameters
+    grown = step >= steps / 2 and t.progress.tokens >= GROWN * n_parameters(t.model.config)
     for kind, line in ladder.alarms(row, mean).items():
         early = not grown if kind == "ignored" else step < steps / 10
         if not early and kind not in t.warned:

@@ -130,7 +130,7 @@ def test_how_often_a_core_runs_may_be_set_anew(recurrent_run):
                          "--recurrence-curriculum")  # fmt: skip
     assert depths(settings) == (4, 6, 2) and settings.model.recurrent == "1,1,1"
     assert settings.train.recurrence_groups == 2 and settings.train.recurrence_curriculum
-    with pytest.raises(UsageError, match="--max-recurrence 1 is below --mean-recurrence 2"):
+    with pytest.raises(UsageError, match="max_recurrence 1 is below mean_recurrence 2"):
         inherited(recurrent_run, "--max-recurrence", "1")
 
 

@@ -18,6 +18,7 @@ from minillm.errors import CorruptError, UsageError
 from minillm.inference.generate import generate
 from minillm.model.gpt import GPT
 from minillm.model.recurrence import state_keys
+from minillm.model.size import n_parameters
 from minillm.ops import EAGER, select
 from tests.support.broad import broad
 
@@ -137,8 +138,8 @@ def logits_of(w, config, tokens, start, r):
 @torch.no_grad()
 def distance(model, w, config, r, keys=None):
     """The largest difference of both models' logits, as a share of the largest logit."""
-    place, x = model.embedded(TOKENS, None)
-    theirs = logits_of(w, config, TOKENS, model.start_state(x, keys, place), r)
+    start = model.begin(TOKENS, keys=keys).state
+    theirs = logits_of(w, config, TOKENS, start, r)
     ours = model(TOKENS, recurrence=r, keys=keys)
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
@@ -246,7 +247,7 @@ def test_what_is_loaded_generates_and_learns(tmp_path):
     "change, message",
     [
         ({"n_embd": None}, "n_embd None; expected a whole number from 1"),
-        ({"n_heads": 3}, "n_embd 32 is no multiple of 2 x 3"),
+        ({"n_heads": 3}, "n_embd 32 is not a multiple of 2 x 3"),
         ({"num_key_value_heads": 2}, "num_key_value_heads 2; can be 4 only"),
         ({"head_dim": 16}, "head_dim 16; can be 8 only"),
         ({"n_layers_in_recurrent_block": 0}, "n_layers_in_recurrent_block 0; expected a whole"),
@@ -284,7 +285,7 @@ def test_the_published_size():
              "n_layers_in_recurrent_block": 4, "n_layers_in_coda": 2}  # fmt: skip
     config = config_from(sizes)
     block = 4 * 5280**2 + 3 * 5280 * 17920 + 4 * 5280 + 2 * 5280
-    assert config.n_parameters == 8 * block + 2 * 5280**2 + 65536 * 5280 + 5280
+    assert n_parameters(config) == 8 * block + 2 * 5280**2 + 65536 * 5280 + 5280
 
 
 @pytest.mark.parametrize(
@@ -325,7 +326,7 @@ def test_folders_that_are_none(tmp_path):
         load(tmp_path, EAGER)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
-    with pytest.raises(UsageError, match=r"no model.safetensors.index.json; pickle is not read"):
+    with pytest.raises(UsageError, match=r"or model.safetensors.index.json; pickles are not read"):
         load(tmp_path, EAGER)
     (tmp_path / "model.safetensors").write_bytes(b"\x08")
     with pytest.raises(CorruptError, match=r"model.safetensors: "):
@@ -382,7 +383,7 @@ def biased(ops=EAGER, dtype=torch.float64, **options) -> GPT:
 @torch.no_grad()
 def test_biases_are_counted_and_are_those_of_the_fused_matrix(options):
     model = biased(**options)
-    assert sum(p.numel() for p in model.parameters()) == model.config.n_parameters
+    assert sum(p.numel() for p in model.parameters()) == n_parameters(model.config)
     twin = GPT(ModelConfig(**SHAPE, bias=True, **options), EAGER, torch.float64).double().eval()
     twin.load_state_dict(model.state_dict() | {
         n: torch.zeros_like(w) for n, w in twin.state_dict().items() if n.endswith(".bias")

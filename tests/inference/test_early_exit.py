@@ -90,13 +90,13 @@ def test_a_batch_gives_what_each_row_gives_alone(model, by, cache):
 @torch.no_grad()
 def test_rows_that_have_left_are_not_computed(model, monkeypatch):
     """One row never leaves: from the others' exit on, the core sees one row."""
-    sizes, plain = [], GPT.iterate
+    sizes, plain = [], GPT._iteration
 
     def counted(self, s, *rest):
         sizes.append(len(s))
         return plain(self, s, *rest)
 
-    monkeypatch.setattr(GPT, "iterate", counted)
+    monkeypatch.setattr(GPT, "_iteration", counted)
     rule = ExitRule("confidence", 0.3, 0)
     keys = state_keys(0, torch.arange(6))
     _, steps = read(model, text(6), rule, 9, keys)

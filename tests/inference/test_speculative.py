@@ -63,14 +63,14 @@ def test_a_good_draft_is_accepted_and_a_bad_one_mostly_not():
 
 def test_the_draft_s_iterations_are_not_run_again(monkeypatch):
     """Of each token drafted the core runs r times in all, as in plain decoding."""
-    ran, plain = [], GPT.iterate
+    ran, plain = [], GPT._iteration
 
-    def counted(self, s, text, place, i):
+    def counted(self, s, text, inputs, i):
         ran.extend([i] * s.shape[1])
-        return plain(self, s, text, place, i)
+        return plain(self, s, text, inputs, i)
 
     model, tally = model_of(), Tally()
-    monkeypatch.setattr(GPT, "iterate", counted)
+    monkeypatch.setattr(GPT, "_iteration", counted)
     list(speculate(model, [[1, 2]], draft_recurrence=2, recurrence=5, max_tokens=9,
                    temperature=0.0, tally=tally))  # fmt: skip
     each = Counter(ran)

@@ -44,16 +44,16 @@ def oracle(model: GPT, prompt: list[int], r: int, count: int) -> list[int]:
     """By hand: the prompt at once, then a token at a time, its state handed on."""
     cache = model.make_cache(1, recurrence=r)
     (prelude, core, coda), kept, found = model.config.depths, None, []
-    tokens = torch.tensor([prompt])
+    core_blocks, tokens = range(prelude, prelude + core), torch.tensor([prompt])
     for _ in range(count):
-        place, x = model.embedded(tokens, cache)
-        x = model.run(range(prelude), x, place)
+        inputs, x = model.embed_tokens(tokens, cache)
+        x = model.run(range(prelude), x, inputs)
         text = model.injection.prepare(x)
-        s = model.start_state(x, None, place) if kept is None else kept
+        s = model.start_state(x, None, inputs) if kept is None else kept
         for i in range(r):
-            s = model.iterate(s, text, place, i)
+            s = model.run(core_blocks, model.injection(s, text), inputs, i)
         kept = s[:, -1:] if model.config.recurrence_style == "parcae" else model.norm(s[:, -1:])
-        y = model.run(range(prelude + core, prelude + core + coda), model.norm(s), place)
+        y = model.run(range(prelude + core, prelude + core + coda), model.norm(s), inputs)
         cache.advance(tokens.shape[1])
         found.append(int(model.logits(model.norm(y))[0, -1].argmax()))
         tokens = torch.tensor([found[-1:]])
@@ -110,8 +110,8 @@ def test_huginn_hands_on_what_the_published_implementation_does(tmp_path, r):
     w["transformer.wte.weight"] *= 4  # else it is one token for ever
     model = load(write(tmp_path, w, config), EAGER, torch.float64)
     prompt, count = [3, 11, 28, 7, 7], 42
-    place, x = model.embedded(torch.tensor([prompt]), None)
-    starts = model.start_state(x, state_keys(0, torch.tensor([0])), place)[0]
+    keys = state_keys(0, torch.tensor([0]))
+    starts = model.begin(torch.tensor([prompt]), keys=keys).state[0]
     past: dict = {}
     for at, token in enumerate(prompt):
         logits, kept = next_logits(w, config, token, at, starts[at], r, past)

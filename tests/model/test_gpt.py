@@ -14,6 +14,7 @@ from minillm.errors import UsageError
 from minillm.model import gpt as model_file
 from minillm.model.gpt import GPT
 from minillm.model.positions import alibi_slopes, rope_tables, sinusoidal_table
+from minillm.model.size import flops_per_token, n_matrix_parameters, n_parameters
 from minillm.ops import EAGER
 from tests.support.broad import broad
 
@@ -246,21 +247,21 @@ def parameters_of(config):
 @given(ANY_CONFIG, st.integers(1, 50), st.integers(1, 40))
 def test_n_parameters_is_the_real_count(config, vocab_size, seq_len):
     config = replace(config, vocab_size=vocab_size, seq_len=seq_len)
-    assert config.n_parameters == parameters_of(config)
+    assert n_parameters(config) == parameters_of(config)
     names = [f"blocks.{i}." for i in range(config.n_layer)] + ["head."]
     with torch.device("meta"):
         shapes = {n: w.shape for n, w in GPT(config, EAGER).state_dict().items()}
     matrices = [s for n, s in shapes.items() if n.startswith(tuple(names)) and len(s) == 2]
-    assert config.n_matrix_parameters == sum(map(math.prod, matrices))
+    assert n_matrix_parameters(config) == sum(map(math.prod, matrices))
 
 
 def test_flops_per_token():
     config = config_of(window=5)
     attention, mlp = 4 * 16 * 16, 3 * 24 * 16
     products = 2 * (attention + mlp) + 23 * 16
-    assert config.n_matrix_parameters == products
-    assert config.flops_per_token() == 6 * products + 12 * 2 * 16 * 5
-    assert config_of().flops_per_token() == 6 * products + 12 * 2 * 16 * 16
+    assert n_matrix_parameters(config) == products
+    assert flops_per_token(config) == 6 * products + 12 * 2 * 16 * 5
+    assert flops_per_token(config_of()) == 6 * products + 12 * 2 * 16 * 16
 
 
 def preset_config(name, **options):
@@ -282,7 +283,7 @@ def test_nanogpt_presets_have_its_parameters(preset, V, count):
     C, L, T = config.d_model, config.n_layer, config.seq_len
     block = C * 3 * C + C * C + C * 4 * C + 4 * C * C + 2 * C
     assert V * C + T * C + L * block + C == count  # the head is the embedding
-    assert config.n_parameters == parameters_of(config) == count
+    assert n_parameters(config) == parameters_of(config) == count
 
 
 NANOGPT_NAMES = {
@@ -501,7 +502,7 @@ def test_cached_equals_uncached(options, pieces):
     for n in pieces:
         got.append(model.logits(model.trunk(tokens[:, at : at + n], cache)))
         at += n
-        assert cache.lengths == [at, at] and cache.uniform()
+        assert cache.lengths == [at, at] and cache.equal_lengths()
     assert_same(torch.cat(got, 1), expected)
 
 
@@ -515,17 +516,17 @@ def test_ragged_rows_equal_single_ones(options, step):
     expected = [model(tokens[b : b + 1])[0] for b in range(3)]
     cache, held = model.make_cache(batch=3), [2, 6, 3]
     for b, n in enumerate(held):
-        view = cache.row(b)
+        view = cache.row_view(b)
         first = model.logits(model.trunk(tokens[b : b + 1, :n], view))
         assert_same(first[0], expected[b][:n])
         cache.lengths[b] = view.lengths[0]
-    assert cache.lengths == held and not cache.uniform()
+    assert cache.lengths == held and not cache.equal_lengths()
     for _ in range(6 // step):
         new = torch.stack([tokens[b, n : n + step] for b, n in enumerate(cache.lengths)])
         logits = model.logits(model.trunk(new, cache))
         for b, end in enumerate(cache.lengths):
             assert_same(logits[b], expected[b][end - step : end])
-    cache.keep([2, 0])
+    cache.keep_rows([2, 0])
     new = torch.stack([tokens[b, n : n + 1] for b, n in zip((2, 0), cache.lengths, strict=True)])
     logits = model.logits(model.trunk(new, cache))
     for i, b in enumerate((2, 0)):
@@ -539,7 +540,7 @@ def test_a_row_is_read_anew_from_where_it_is_kept():
     model, tokens = make_model(config), make_tokens(config, T=12)
     cache = model.make_cache(batch=2)
     model.trunk(tokens, cache)
-    view = cache.row(1, 4)
+    view = cache.row_view(1, 4)
     other = (tokens[1:, 4:9] + 5) % 23
     logits = model.logits(model.trunk(other, view))
     text = torch.cat((tokens[1:, :4], other), 1)
@@ -565,7 +566,7 @@ def test_the_cache_has_an_end():
         model.trunk(torch.ones(1, 1, dtype=torch.int64), cache)
     small = model.make_cache(1, capacity=4)
     assert small.capacity == 4 and small.k.shape == (2, 1, 4, 4, 4)
-    with pytest.raises(ValueError, match="cache holds 4 positions; 5 are asked for"):
+    with pytest.raises(ValueError, match="cache holds 4 positions; 5 are needed"):
         model.trunk(torch.ones(1, 5, dtype=torch.int64), small)
 
 

@@ -13,21 +13,21 @@ def cache() -> KVCache:
 
 def test_rows_of_one_length_are_told_as_one_number(cache):
     cache.advance(2)
-    assert cache.uniform() and cache.starts() == 2
+    assert cache.equal_lengths() and cache.next_positions() == 2
     assert cache.positions(2).tolist() == [[2, 3]] * 3
 
 
 def test_ragged_rows_are_told_to_the_device_once_a_token(cache):
     cache.lengths = [0, 2, 1]
-    starts = cache.starts()
-    assert starts.tolist() == [0, 2, 1] and cache.starts() is starts
+    starts = cache.next_positions()
+    assert starts.tolist() == [0, 2, 1] and cache.next_positions() is starts
     assert cache.positions(2).tolist() == [[0, 1], [2, 3], [1, 2]]
     cache.advance(1)
-    assert cache.starts().tolist() == [1, 3, 2]
+    assert cache.next_positions().tolist() == [1, 3, 2]
     cache.lengths[0] = 5  # in place, as `generate` does when a row begins anew
-    assert cache.starts().tolist() == [5, 3, 2]
-    cache.keep([2, 0])
-    assert cache.starts().tolist() == [2, 5]
+    assert cache.next_positions().tolist() == [5, 3, 2]
+    cache.keep_rows([2, 0])
+    assert cache.next_positions().tolist() == [2, 5]
     assert starts.tolist() == [0, 2, 1]
 
 
@@ -42,5 +42,5 @@ def test_what_is_written_stands_after_what_was_held(cache):
 
 def test_too_many_entries_are_refused(cache):
     cache.lengths = [5, 0, 0]
-    with pytest.raises(ValueError, match="cache holds 6 positions; 7 are asked for"):
-        cache.room(0, 2)
+    with pytest.raises(ValueError, match="cache holds 6 positions; 7 are needed"):
+        cache.entries(0, 2)

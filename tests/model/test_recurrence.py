@@ -12,6 +12,7 @@ from minillm.errors import UsageError
 from minillm.inference.generate import generate
 from minillm.model.gpt import GPT
 from minillm.model.recurrence import draw, start_noise, state_keys
+from minillm.model.size import flops_per_token, n_matrix_parameters, n_parameters
 from minillm.ops import EAGER, REFERENCE
 from tests.support.broad import broad
 
@@ -161,15 +162,15 @@ def test_gradients_are_those_of_the_last_iterations(style, r, depth):
     model(tokens, targets, recurrence=r).backward()
     ours = {n: p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad()
-    place, x = model.embedded(tokens, None)
-    x = model.blocks[0](x, place.rotation, None, None, 0)
-    s = model.start_state(x, None, place)
+    inputs, x = model.embed_tokens(tokens, None)
+    x = model.blocks[0](x, inputs.rotation, None, None, 0)
+    s = model.start_state(x, None, inputs)
     for i in range(r):
         u = model.injection(s, model.injection.prepare(x))
         for block in model.blocks[1:3]:
-            u = block(u, place.rotation, None, None, 0)
+            u = block(u, inputs.rotation, None, None, 0)
         s = u.detach() if i < r - depth else u
-    y = model.blocks[3](model.norm(s), place.rotation, None, None, 0)
+    y = model.blocks[3](model.norm(s), inputs.rotation, None, None, 0)
     model.loss(model.norm(y), targets).backward()
     for name, p in model.named_parameters():
         torch.testing.assert_close(ours[name], p.grad, rtol=1e-9, atol=1e-12)
@@ -245,14 +246,14 @@ def test_the_state_of_a_sandwich_is_bounded():
 def test_parameters_are_counted(style, injection):
     model = model_of(recurrence_style=style, injection=injection)
     stored = sum(p.numel() for p in model.parameters())
-    assert stored == model.config.n_parameters
+    assert stored == n_parameters(model.config)
     matrices = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2)
-    assert matrices - model.embed.weight.numel() == model.config.n_matrix_parameters
+    assert matrices - model.embed.weight.numel() == n_matrix_parameters(model.config)
 
 
 def test_without_a_core_an_injection_counts_for_nothing():
     model = model_of(recurrent=None, n_layer=1, injection="concat")
-    assert sum(p.numel() for p in model.parameters()) == model.config.n_parameters
+    assert sum(p.numel() for p in model.parameters()) == n_parameters(model.config)
 
 
 @pytest.mark.parametrize(
@@ -265,10 +266,10 @@ def test_flops_are_counted(injection, outside, inside):
     block = 6 * (4 * 16 * 16 + 3 * 16 * 24) + 12 * 16 * 16
     once = 2 * block + 6 * 31 * 16 + 6 * 256 * outside
     loop = 2 * block + 6 * 256 * inside
-    assert c.flops_per_token(5) == once + 3 * loop + 2 * loop / 3
-    assert c.flops_per_token(2) == once + 2 * loop
+    assert flops_per_token(c, 5) == once + 3 * loop + 2 * loop / 3
+    assert flops_per_token(c, 2) == once + 2 * loop
     plain = ModelConfig(**{**SHAPE, "n_layer": 4})
-    assert plain.flops_per_token() == 6 * plain.n_matrix_parameters + 12 * 4 * 16 * 16
+    assert flops_per_token(plain) == 6 * n_matrix_parameters(plain) + 12 * 4 * 16 * 16
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -299,14 +300,14 @@ def test_shallow_cores_carry_gradients_through_every_iteration():
 
 @pytest.mark.parametrize("words", ["0,0,0", "1,2", "1,0,1", "a,b,c", "1,-1,1", "", "1,2,3,4"])
 def test_depths_are_refused_in_a_line(words):
-    with pytest.raises(UsageError, match="--recurrent.* is not PRELUDE,CORE,CODA"):
+    with pytest.raises(UsageError, match="recurrent.* is not PRELUDE,CORE,CODA"):
         ModelConfig(**{**SHAPE, "recurrent": words})
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(UsageError, match="--max-recurrence 3 is below --mean-recurrence 4"):
+    with pytest.raises(UsageError, match="max_recurrence 3 is below mean_recurrence 4"):
         model_of(max_recurrence=3)
-    with pytest.raises(UsageError, match="huginn needs --norm rmsnorm"):
+    with pytest.raises(UsageError, match="huginn needs norm rmsnorm"):
         model_of(norm="layernorm")
     with pytest.raises(ValueError, match="recurrence 0: expected 1 or more"):
         model_of()(text(), recurrence=0)
@@ -363,7 +364,12 @@ def slot_oracle(model: GPT, tokens: list[int], prefix: int, r: int) -> torch.Ten
         heads = b.attention.qkv(b.attention_norm(x)).view(1, T, -1, c.d_head)
         q, k, v = heads.split((c.n_head, c.n_kv_head, c.n_kv_head), dim=2)
         q, k = REFERENCE.rope(
-            q, k, model.cos[at], model.sin[at], b.attention.q_norm, b.attention.k_norm
+            q,
+            k,
+            model.position.cos[at],
+            model.position.sin[at],
+            b.attention.q_norm,
+            b.attention.k_norm,
         )
         keys = k if past is None else torch.cat((past[0], k), 1)
         values = v if past is None else torch.cat((past[1], v), 1)

@@ -5,6 +5,7 @@ import torch
 
 from minillm.config.train import ModelConfig
 from minillm.model.gpt import GPT
+from minillm.model.size import n_block_matrix_parameters
 from minillm.ops import EAGER
 from minillm.planning import activations
 from minillm.planning.activations import activation_bytes
@@ -41,7 +42,7 @@ def test_narrow_parameters_need_no_copies():
     wide, narrow = (
         activation_bytes(config, 1, torch.bfloat16, narrow=narrow) for narrow in (False, True)
     )
-    blocks = 2 * config.n_layer * config.n_block_parameters
+    blocks = 2 * config.n_layer * n_block_matrix_parameters(config)
     assert wide - narrow >= blocks
     # Beside them: copies of the head's matrix and of the norms, and the head's gradient.
     assert wide - narrow <= blocks + (2 + 4) * 50 * 32 + 2 * 5 * 32

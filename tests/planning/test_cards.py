@@ -12,10 +12,11 @@ import torch
 from minillm import __main__ as verbs
 from minillm.config.train import PRESETS, ModelConfig
 from minillm.errors import UsageError
+from minillm.model.size import n_parameters
 from minillm.planning import cards, estimate as plan, fit as plan_fit
 from minillm.planning.cards import CARDS, GIB
-from minillm.planning.estimate import Job
 from minillm.planning.fit import Budget, Capacity
+from minillm.planning.job import Job
 from minillm.runtime import ceilings, device as world, units
 
 GPUS = (1, 8, 64)
@@ -68,7 +69,7 @@ def test_cards_have_the_dense_rates_of_their_data_sheets(name, bf16, fp32, gb, g
     assert card.source and "NVLink" in card.link or "PCIe" in card.link
     if name in ("t4", "v100", "v100-32"):
         assert not card.has_bf16 and not card.runs_triton
-        with pytest.raises(UsageError, match="--dtype bf16: .* use --dtype fp16 or fp32"):
+        with pytest.raises(UsageError, match="dtype bf16: .* use dtype fp16 or fp32"):
             card.peak_flops("bf16")
     else:
         assert card.runs_triton and card.peak_flops("bf16") == card.peak_flops("fp16")
@@ -169,7 +170,7 @@ def test_the_verdict_by_hand(planned):
     config = ModelConfig(**{"vocab_size": 4096} | shape)
     one, more = made_up_line(config, torch.float16)
     usable = 0.9 * 15.7 * GIB
-    by_hand = {n: 16 * config.n_parameters + one + (n - 1) * more for n in range(1, 4097)}
+    by_hand = {n: 16 * n_parameters(config) + one + (n - 1) * more for n in range(1, 4097)}
     most = max(n for n, need in by_hand.items() if need <= usable)
     v = found["verdict"]
     assert v["needed_bytes"] == pytest.approx(by_hand[64]) and v["micro_batch"] == 64

@@ -42,7 +42,7 @@ def test_alone_nothing_is_sent(collective):
 
 
 def test_nodes_are_full():
-    with pytest.raises(UsageError, match="--gpus 12 does not fill nodes of --node-gpus 8"):
+    with pytest.raises(UsageError, match="gpus 12 does not fill nodes of node_gpus 8"):
         links.nodes(12, 8, FAST, SLOW, "")
 
 

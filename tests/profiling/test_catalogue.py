@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from minillm.model.size import n_parameters
 from minillm.ops import EAGER, REFERENCE
 from minillm.profiling.catalogue.entry import BACKWARD, BOTH, FORWARD
 from minillm.profiling.catalogue.problem import CATALOGUE, Problem, problems_of, small_problem
@@ -238,4 +239,4 @@ def test_models_are_as_large_as_is_said():
         (steps.size.__doc__, steps.size("cuda", False).model),
         (decoding.shape.__doc__, decoding.shape("cuda", 16385)),
     ):
-        assert f"{config.n_parameters / 1e6:.0f}M parameters" in said
+        assert f"{n_parameters(config) / 1e6:.0f}M parameters" in said

@@ -67,11 +67,11 @@ def test_a_cache_refuses_more_iterations_than_it_has_keys_of(kept):
     with pytest.raises(ValueError, match="recurrence 2: the cache has keys and values of 1"):
         model.trunk(TEXT[:, 4:5], cache, 2, keys)
     assert not cache.k[cache.slot(1, 3)].any()  # what would have been read
-    cache.keep([1])
+    cache.keep_rows([1])
     assert cache.reached == [1]
-    again = cache.row(0)
+    again = cache.row_view(0)
     model.trunk(TEXT[1:], again, 4, keys[1:])
-    cache.take_back(0, again)
+    cache.update_row(0, again)
     model.trunk(TEXT[1:, :1], cache, 4, keys[1:])
 
 

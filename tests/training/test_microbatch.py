@@ -10,6 +10,7 @@ from minillm.distributed.ranks import Ranks
 from minillm.distributed.strategies import shard
 from minillm.errors import UnavailableError
 from minillm.model.gpt import GPT
+from minillm.model.size import n_parameters
 from minillm.ops import EAGER
 from minillm.training import microbatch
 from minillm.training.microbatch import largest_that_fits, seconds_per_step
@@ -31,7 +32,7 @@ def test_the_largest_divisor_that_fits(model, monkeypatch, sequences, batch_size
     """What does not grow with the sequences is counted once, and room is left for the copies."""
     one, two = (microbatch._bytes_for_backward(model, rows, CPU) for rows in (1, 2))
     assert 0 < two - one < one
-    need = one + (sequences - 1) * (two - one) + copies * 4 * model.config.n_parameters
+    need = one + (sequences - 1) * (two - one) + copies * 4 * n_parameters(model.config)
     free = math.ceil(need / microbatch.SHARE)
     monkeypatch.setattr(microbatch, "available_memory", lambda device: free)
     assert largest_that_fits(model, batch_size, CPU, copies) == expected
@@ -71,8 +72,7 @@ def test_checkpointing_is_reckoned_with_its_second_pass(recurrent, style):
 def bytes_of_an_iteration(model: GPT, rows: int) -> int:
     """What one iteration of the core keeps while it is computed again."""
     known = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    place, x = model.embedded(torch.zeros(rows, 16, dtype=torch.int64), None)
-    core = range(model.config.depths[0], sum(model.config.depths[:2]))
+    inputs, x = model.embed_tokens(torch.zeros(rows, 16, dtype=torch.int64), None)
     text = model.injection.prepare(x)
     found = {}
 
@@ -83,7 +83,7 @@ def bytes_of_an_iteration(model: GPT, rows: int) -> int:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        model._iteration(x, text, place, core, 0)
+        model._iteration(x, text, inputs, 0)
     return sum(found.values())
 
 
@@ -115,7 +115,7 @@ def test_on_a_gpu_running_out_is_caught(model, monkeypatch):
     assert tried == [12, 6, 4]
     with pytest.raises(UnavailableError, match="does not fit"):
         largest_that_fits(model, 12, torch.device("cuda"), 3)
-    assert held[0] == 0 and held[-1] == 12 * model.config.n_parameters
+    assert held[0] == 0 and held[-1] == 12 * n_parameters(model.config)
 
 
 def test_a_trial_leaves_no_gradient_and_no_change(model):

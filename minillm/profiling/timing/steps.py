@@ -16,6 +16,7 @@ from torch import nn
 
 from minillm.config.train import ModelConfig
 from minillm.model.gpt import GPT
+from minillm.model.size import flops_per_token, n_parameters
 from minillm.ops import EAGER, Ops
 from minillm.optim.build import make_optimizers, set_learning_rate
 from minillm.profiling.timing.implementations import Absent, error_in_words, triton_table
@@ -102,7 +103,7 @@ def run(
         ("triton", ours, False),
         ("triton_compile", ours, True),
     ):
-        say(f"model, {name}: {chosen.model.n_parameters:,} parameters, {_words(chosen)}")
+        say(f"model, {name}: {n_parameters(chosen.model):,} parameters, {_words(chosen)}")
         if isinstance(ops, Absent):
             rows.append(_row(name, note=ops))
         elif compiled and not effort.compiled:
@@ -132,7 +133,7 @@ def _measured(name, chosen, ops, compiled, device, dtype, roofs, effort) -> Row:
     timing = summary(seconds)
     tokens_per_s = step.tokens.numel() / (timing.median_us / 1e6)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    flops = chosen.model.flops_per_token() * tokens_per_s
+    flops = flops_per_token(chosen.model) * tokens_per_s
     return _row(
         name,
         step_ms=timing.median_us / 1e3,
@@ -141,7 +142,7 @@ def _measured(name, chosen, ops, compiled, device, dtype, roofs, effort) -> Row:
         mfu=flops / (roofs[f"{dtype}_tflops"] * 1e12),
         peak_bytes=peak,
         loss=loss.item(),
-        note=f"{chosen.model.n_parameters:,} parameters, {_words(chosen)}, {dtype}",
+        note=f"{n_parameters(chosen.model):,} parameters, {_words(chosen)}, {dtype}",
     )
 
 
