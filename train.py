@@ -22,7 +22,8 @@ if __name__ == "__main__":  # help and refusals need no torch, whose import take
 
 import torch
 
-from minillm.checkpoint import find as checkpoint, placing, run_folder as runs
+from minillm.checkpoint import find as checkpoint, placing
+from minillm.checkpoint.run_folder import RunFolder
 from minillm.config.flags import Settings
 from minillm.config.resolve import LENGTHS, as_of
 from minillm.distributed.agreement import agree, in_turn
@@ -70,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
         train(settings, run, ranks)
 
 
-def train(settings: Settings, run: Path | None, ranks: Ranks) -> None:
+def train(settings: Settings, run: RunFolder | None, ranks: Ranks) -> None:
     """The run from its first step, or from the last checkpoint of `run`, to its end."""
     with ExitStack() as held:
         if run:  # nobody else may write it from here on
@@ -85,7 +86,7 @@ def train(settings: Settings, run: Path | None, ranks: Ranks) -> None:
         if run is None:
             agree(ranks, lambda: begin_run(held, t, settings) if ranks.rank == 0 else None)
             t.run = Path(ranks.share(str(t.run)))
-            agree(ranks, lambda: runs.require_shared(t.run))
+            agree(ranks, RunFolder(t.run).require_shared)
         for line in announce(t):
             ranks.say(line)
         t.meter = meter_of(t)
@@ -103,15 +104,14 @@ def train(settings: Settings, run: Path | None, ranks: Ranks) -> None:
                 raise SystemExit(128 + stop.signal) from None
 
 
-def set_up(settings: Settings, run: Path | None, ranks: Ranks) -> Training:
+def set_up(settings: Settings, run: RunFolder | None, ranks: Ranks) -> Training:
     """All that a run works with, as its last checkpoint has it or as it begins."""
     # On which data.
-    device = ranks.device
-    begun = run is not None and ranks.share(bool(runs.step_folders(run)))
+    begun = run is not None and ranks.share(bool(run.step_folders()))
     past = checkpoint.open_checkpoint(run, ranks=ranks) if begun else None
     if past:  # what it was opened in place of
         agree(ranks, lambda: ranks.rank or checkpoint.set_aside(run, past.step))
-    progress = progress_of(past)
+    device, progress = ranks.device, progress_of(past)
     settings = as_of(settings, past.state, past.folder, ranks.world.launch) if past else settings
     config = settings.train
     corpus = in_turn(ranks, "corpus", lambda: startup.find_corpus(settings, run, ranks.say))
@@ -122,7 +122,7 @@ def set_up(settings: Settings, run: Path | None, ranks: Ranks) -> Training:
     batches = startup.batches_of(run, corpus, shape.seq_len, config, ranks.size)
 
     # With which model.
-    fixed = dict(past.state["fixed"]) if past else runs.fixed_of(run) if run else {}
+    fixed = dict(past.state["fixed"]) if past else run.fixed if run else {}
     alike = run and fixed.get("ranks", 1) == ranks.size and "threads" not in settings.given
     threads = fixed["threads"] if alike else config.threads
     threads = "1" if threads == "auto" and ranks.size > 1 else threads
@@ -167,9 +167,9 @@ def set_up(settings: Settings, run: Path | None, ranks: Ranks) -> Training:
     step_s = ranks.share(seconds_per_step(sharding, rows, micro, device))
     pacer = Pacer(config, wished_steps(config, batches), progress.trained_s, step_s)
     t = Training(
-        run, config, corpus, batches, sharding, progress, pacer, pacer.schedule(), fixed, micro,
-        Watch(config.hang_timeout, step_s, ranks.say), why_threads, start_scale(dtype),
-        asked=settings.given & LENGTHS if run else frozenset(),
+        run and run.path, config, corpus, batches, sharding, progress, pacer, pacer.schedule(),
+        fixed, micro, Watch(config.hang_timeout, step_s, ranks.say), why_threads,
+        start_scale(dtype), asked=settings.given & LENGTHS if run else frozenset(),
     )  # fmt: skip
     if past:
         restore(t, past)
@@ -293,7 +293,7 @@ def begin_run(held: ExitStack, t: Training, settings: Settings) -> None:
     held.enter_context(lock or nullcontext())
     t.corpus.tokenizer().save(t.run)
     facts = startup.facts_of(settings, t.corpus, launch) | t.fixed
-    runs.write_config(t.run, t.model.config, asdict(c), facts)  # with it, it is a run
+    RunFolder(t.run).write_config(t.model.config, asdict(c), facts)  # with it, it is a run
 
 
 if __name__ == "__main__":

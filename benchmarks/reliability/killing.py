@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import minillm
 from minillm.checkpoint import find as checkpoint
 from minillm.checkpoint.find import open_checkpoint
-from minillm.checkpoint.run_folder import checkpoints_of
+from minillm.checkpoint.run_folder import RunFolder
 from minillm.distributed.ranks import first_to_say, leave
 from minillm.runtime import device as world, program
 from minillm.scripts import train
@@ -219,7 +219,7 @@ def traces(run: Path) -> dict[str, Any]:
         row = json.loads(line, parse_float=str)
         rows.append({name: x for name, x in row.items() if name not in VOLATILE})
     found: dict[str, Any] = {"metrics.jsonl": rows}
-    for step in checkpoints_of(run):
+    for step in RunFolder(run).checkpoints():
         past = open_checkpoint(run, str(step))
         found[f"state of step {step}"] = {
             name: {k: v for k, v in x.items() if k not in VOLATILE} if isinstance(x, dict) else x

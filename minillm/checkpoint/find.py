@@ -11,20 +11,13 @@ KIND-0000R-of-0000N of what it has, and any number of ranks reads it, each what 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
+from os import PathLike
 from typing import TypeVar
 
 import torch
 
 from minillm.checkpoint.read import Checkpoint, read_state, verified
-from minillm.checkpoint.run_folder import (
-    TRIES,
-    folder_of,
-    listing,
-    load_run_tokenizer,
-    read_config,
-    require_run,
-)
+from minillm.checkpoint.run_folder import TRIES, RunFolder
 from minillm.checkpoint.write import ALONE, discard_after, prune, save, set_aside, take_up, tidy
 from minillm.config.train import ModelConfig
 from minillm.data.tokenizer import Tokenizer
@@ -45,7 +38,7 @@ SMALL = 10_000_000  # parameters that are no danger to anybody's memory
 
 
 def open_checkpoint(
-    run: Path,
+    run: str | PathLike[str],
     which: str = "last",
     ranks: Ranks = ALONE,
     say: Callable[[str], None] | None = None,
@@ -65,6 +58,7 @@ def open_checkpoint(
     Raises UsageError if there is no such run or checkpoint, CorruptError if it is damaged or none
     is good; the same on all ranks.
     """
+    run = RunFolder(run)
     for _ in range(TRIES):
         there = gather(ranks, agree(ranks, lambda: _all_steps(run)))[0]
         steps = [step for step, _ in there]
@@ -79,9 +73,9 @@ def open_checkpoint(
     return found
 
 
-def _all_steps(run: Path) -> list[list]:
-    """List all checkpoints, damaged ones among them, the newest first; see runs.listing."""
-    there = sorted(map(list, listing(require_run(run))), key=lambda one: -one[0])
+def _all_steps(run: RunFolder) -> list[list]:
+    """List all checkpoints, damaged ones among them, the newest first; see RunFolder.listing."""
+    there = sorted(map(list, run.require().listing()), key=lambda one: -one[0])
     if not there:
         raise UsageError(
             f"{run} holds no checkpoint yet; train on: {shell_command('train', '--resume', run)}"
@@ -97,7 +91,7 @@ class _Look:
     weights: as open_checkpoint takes it
     """
 
-    run: Path
+    run: RunFolder
     steps: list[int]
     ranks: Ranks
     weights: bool
@@ -107,7 +101,7 @@ class _Look:
         damages = []
         for step in steps:
             try:
-                return verified(folder_of(self.run, step), step, self.ranks, self.weights), damages
+                return verified(self.run.step_folder(step), step, self.ranks, self.weights), damages
             except CorruptError as damage:
                 damages.append(damage)
         return None, damages
@@ -137,7 +131,7 @@ class _Look:
 
 
 def while_there(
-    run: str | Path, which: str, use: Callable[[Checkpoint], T], ranks: Ranks = ALONE
+    run: str | PathLike[str], which: str, use: Callable[[Checkpoint], T], ranks: Ranks = ALONE
 ) -> T:
     """Return use(checkpoint), of the weights to generate with of the checkpoint `which`.
 
@@ -145,7 +139,7 @@ def while_there(
     opened. Every rank calls it. Raises as open_checkpoint and `use` do, the same on all ranks.
     """
     for last in (False,) * (TRIES - 1) + (True,):
-        found = open_checkpoint(Path(run), which, ranks, weights=True)
+        found = open_checkpoint(run, which, ranks, weights=True)
         try:
             result = agree(ranks, partial(use, found))
         except CorruptError:
@@ -157,10 +151,10 @@ def while_there(
     return result
 
 
-def _step_of(run: Path, which: str, steps: list[int]) -> int:
+def _step_of(run: RunFolder, which: str, steps: list[int]) -> int:
     step = int(which) if which.isdecimal() and len(which) <= 8 else -1
     if which == "best":
-        best = read_state(folder_of(run, steps[0])).get("progress", {}).get("best_step")
+        best = read_state(run.step_folder(steps[0])).get("progress", {}).get("best_step")
         step = steps[0] if best is None else best
     if step not in steps:
         known = ", ".join(map(str, sorted(steps)))
@@ -169,7 +163,7 @@ def _step_of(run: Path, which: str, steps: list[int]) -> int:
 
 
 def load_run(
-    run: str | Path,
+    run: str | PathLike[str],
     *,
     checkpoint: str | Checkpoint = "last",
     device: torch.device | str = "cpu",
@@ -185,13 +179,13 @@ def load_run(
 
     Raises UsageError if there is no such run, CorruptError if a file is damaged.
     """
-    run = Path(run)
+    run = RunFolder(run)
     if isinstance(checkpoint, str):
         options = {"device": device, "dtype": dtype, "kernels": kernels}
         return while_there(
             run, checkpoint, lambda found: load_run(run, checkpoint=found, **options)
         )
-    config, found = read_config(run)[0], checkpoint
+    config, found = run.model, checkpoint
     check_model(run, config, found)
     ops = select(
         kernels, device,
@@ -199,7 +193,7 @@ def load_run(
     )  # fmt: skip
     model = GPT(config, ops, dtype)
     found.load_into(model)
-    tokenizer = load_run_tokenizer(run, config)
+    tokenizer = run.tokenizer()
     model = model.to(device).eval().requires_grad_(False)
     for p in model.parameters():
         p.data = p.data.to(dtype)
@@ -208,7 +202,7 @@ def load_run(
     return model, tokenizer, config
 
 
-def check_model(run: Path, config: ModelConfig, found: Checkpoint) -> None:
+def check_model(run: str | PathLike[str], config: ModelConfig, found: Checkpoint) -> None:
     """Raise CorruptError, before any memory is taken, unless the run's configuration is that of the
     checkpoint: another run's may have the same names and shapes, and be another model.
     """

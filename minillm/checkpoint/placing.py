@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 from minillm.checkpoint.discarding import discard_all
-from minillm.checkpoint.run_folder import checkpoints_of, is_of
+from minillm.checkpoint.run_folder import RunFolder
 from minillm.config.fields import parts_of
 from minillm.config.flags import Settings
 from minillm.data.tokenizer import KINDS
@@ -90,7 +90,7 @@ def check_out(
             what = "is a run whose config.json is damaged or of a newer minillm, so that its files "
             what += "cannot be told from yours"
         raise UsageError(f"--out {run} {what}; name another folder")
-    if not overwrite and (checkpoints_of(run) or not is_of(run, launch)):
+    if not overwrite and (RunFolder(run).checkpoints() or not RunFolder(run).is_of(launch)):
         raise UsageError(
             f"--out {run} exists; continue it with {shell_command('train', '--resume', run)}, or "
             "replace it with --overwrite"

@@ -15,6 +15,7 @@ import re
 import shutil
 from collections.abc import Iterable
 from contextlib import suppress
+from os import PathLike
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -30,7 +31,7 @@ from minillm.checkpoint.discarding import (
     own_names,
 )
 from minillm.checkpoint.placing import is_temporary, lock
-from minillm.checkpoint.run_folder import checkpoints_of, require_run, step_folders
+from minillm.checkpoint.run_folder import RunFolder
 from minillm.checkpoint.sharded_safetensors import (
     file_bytes,
     file_name,
@@ -135,7 +136,9 @@ def _complete(temporary: Path, final: Path, parts: list[dict], state: dict) -> N
     try:
         temporary.rename(final)
     except OSError:
-        with suppress(OSError):  # if not even that can be done, checkpoints_of knows it there
+        with suppress(
+            OSError
+        ):  # if not even that can be done, RunFolder.checkpoints finds it there
             aside.rename(final)
         raise
     sync_folder(final.parent)
@@ -144,29 +147,29 @@ def _complete(temporary: Path, final: Path, parts: list[dict], state: dict) -> N
         discard(aside)
 
 
-def prune(run: Path, keep_last: int, best: int | None) -> None:
+def prune(run: str | PathLike[str], keep_last: int, best: int | None) -> None:
     """Delete all checkpoints but the newest `keep_last` and step `best`."""
-    steps = checkpoints_of(run)
+    steps = RunFolder(run).checkpoints()
     for step in sorted(steps)[:-keep_last]:
         if step != best:
             discard(steps[step])
 
 
-def discard_after(run: Path, step: int) -> None:
+def discard_after(run: str | PathLike[str], step: int) -> None:
     """Delete the checkpoints of later steps, which a roll-back has made untrue."""
-    for later, folder in checkpoints_of(run).items():
+    for later, folder in RunFolder(run).checkpoints().items():
         if later > step:
             discard(folder)
 
 
-def set_aside(run: Path, step: int) -> list[Path]:
+def set_aside(run: str | PathLike[str], step: int) -> list[Path]:
     """Rename all checkpoints after `step`, which a run that goes on from there has passed over as
     damaged: none of them shall be the last one again, or keep a good one from being kept.
 
     Returns where they are now: checkpoints/damaged-step-00000200.
     """
     moved = []
-    for later, folder in sorted(step_folders(run).items()):
+    for later, folder in sorted(RunFolder(run).step_folders().items()):
         if later > step:
             place = folder.with_name(f"damaged-{folder.name}")
             discard(place)
@@ -180,10 +183,11 @@ def set_aside(run: Path, step: int) -> list[Path]:
     return moved
 
 
-def take_up(run: Path) -> TextIO | None:
+def take_up(run: str | PathLike[str]) -> TextIO | None:
     """Lock a run that is to be written, and take away what a killed process left in it."""
-    held = lock(require_run(run))
-    tidy(run)
+    path = RunFolder(run).require().path
+    held = lock(path)
+    tidy(path)
     return held
 
 
@@ -197,11 +201,11 @@ def tidy(run: Path) -> None:
         if is_temporary(path):
             path.unlink()
     discard_all(run / "checkpoints.tmp")  # what an earlier release deleted by way of this name
-    for step, folder in checkpoints_of(run).items():
+    for step, folder in RunFolder(run).checkpoints().items():
         folder.rename(folder.with_name(f"step-{step:08d}"))
     for folder in sorted(run.glob("checkpoints/.step-*.tmp"), reverse=True):
         written = WRITTEN.fullmatch(folder.name)
-        if written and not checkpoints_of(run) and _is_whole(folder):
+        if written and not RunFolder(run).checkpoints() and _is_whole(folder):
             folder.rename(folder.with_name(written[1]))
     clear(run / "checkpoints")
     if (run / "checkpoints").is_dir():

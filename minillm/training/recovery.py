@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from minillm.checkpoint import find as checkpoint, run_folder as runs
+from minillm.checkpoint import find as checkpoint
+from minillm.checkpoint.run_folder import RunFolder
 from minillm.distributed.agreement import agree
 from minillm.errors import CorruptError, DivergedError, UnavailableError
 from minillm.runtime.json_text import json_text
@@ -110,13 +111,14 @@ def _require_finite(t: Training) -> None:
 
 def _earlier(t: Training) -> checkpoint.Checkpoint | None:
     """The newest good checkpoint BACK steps or more before the trouble, else the oldest good."""
-    steps = t.ranks.share(sorted(runs.checkpoints_of(t.run), reverse=True))
+    run = RunFolder(t.run)
+    steps = t.ranks.share(sorted(run.checkpoints(), reverse=True))
     first = t.progress.step - t.guard.in_a_row
     early = [step for step in steps if step <= first - BACK]
     late = [step for step in steps if step > first - BACK]
     for step in (*early, *reversed(late)):
         try:
-            return checkpoint.verified(runs.folder_of(t.run, step), step, t.ranks)
+            return checkpoint.verified(run.step_folder(step), step, t.ranks)
         except CorruptError as error:
             t.meter.say(f"warning   {error}")
     return None

@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minillm.checkpoint import run_folder as runs, write as saving
+from minillm.checkpoint import write as saving
 from minillm.checkpoint.find import ALONE, load_run, open_checkpoint, prune, save
 from minillm.checkpoint.read import verified
+from minillm.checkpoint.run_folder import RunFolder
 from minillm.config.train import ModelConfig
 from minillm.distributed import state_dict as statetensors
 from minillm.errors import CorruptError, UsageError
@@ -234,11 +235,11 @@ def test_prune_keeps_the_last_ones_and_the_best(tmp_path):
     for step in (1, 2, 3, 10, 20):
         save(tmp_path, step, {"model": {"w": torch.ones(1)}}, {})
     prune(tmp_path, 2, best=2)
-    assert sorted(runs.checkpoints_of(tmp_path)) == [2, 10, 20]
+    assert sorted(RunFolder(tmp_path).checkpoints()) == [2, 10, 20]
     prune(tmp_path, 1, best=None)
-    assert sorted(runs.checkpoints_of(tmp_path)) == [20]
+    assert sorted(RunFolder(tmp_path).checkpoints()) == [20]
     prune(tmp_path, 5, best=None)
-    assert sorted(runs.checkpoints_of(tmp_path)) == [20]
+    assert sorted(RunFolder(tmp_path).checkpoints()) == [20]
 
 
 def test_a_save_that_fails_midway_leaves_the_old_checkpoint(run, monkeypatch):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from minillm.checkpoint import write as saving
 from minillm.checkpoint.find import open_checkpoint, save
-from minillm.checkpoint.run_folder import checkpoints_of
+from minillm.checkpoint.run_folder import RunFolder
 from minillm.checkpoint.sharded_safetensors import file_name, key_of
 from minillm.checkpoint.write import sharded_tensors
 from minillm.distributed.ranks import Ranks
@@ -271,7 +271,7 @@ def test_a_rank_that_cannot_write_stops_all(tmp_path, monkeypatch, name):
     for r, error in enumerate(raised):
         assert type(error) is (OSError if r == rank else UnavailableError)
         assert "No space left" in str(error) and (r == rank or f"rank {rank}" in str(error))
-    assert not checkpoints_of(tmp_path)
+    assert not RunFolder(tmp_path).checkpoints()
     assert not list(tmp_path.glob("checkpoints/.*"))
     well(save_on(tmp_path, 3))
     (tmp_path / "config.json").touch()
@@ -285,4 +285,4 @@ def test_what_a_caller_gets_wrong_is_never_written(tmp_path):
     tensors = [{"model": {}, "ema": {}}, {"model": {}}]
     raised = together(2, lambda r: save(tmp_path, 1, tensors[r.rank], {}, r))
     assert all("ema-00001-of-00001.safetensors was expected" in str(e) for e in raised)
-    assert not checkpoints_of(tmp_path)
+    assert not RunFolder(tmp_path).checkpoints()

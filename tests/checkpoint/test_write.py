@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load, load_file
 
-from minillm.checkpoint import run_folder as runs
 from minillm.checkpoint.find import open_checkpoint, save, tidy
+from minillm.checkpoint.run_folder import RunFolder
 from minillm.checkpoint.sharded_safetensors import DTYPES, file_bytes, read_header
 from minillm.errors import DivergedError, UnavailableError
 from minillm.runtime.files import bytes_digest, write_whole
@@ -142,7 +142,7 @@ def test_what_is_put_aside_counts_until_it_is_replaced(run):
     folder = run / "checkpoints"
     leave(run, ".step-00000001.tmp")
     (folder / "step-00000001").rename(folder / ".step-00000001.old.tmp")
-    assert runs.checkpoints_of(run) == {1: folder / ".step-00000001.old.tmp"}
+    assert RunFolder(run).checkpoints() == {1: folder / ".step-00000001.old.tmp"}
     assert open_checkpoint(run).tensors("model")["w"].tolist() == [0, 1, 2, 3, 4, 5]
     tidy(run)
     assert names(run) == ["step-00000001"] and open_checkpoint(run).step == 1

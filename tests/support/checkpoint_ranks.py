@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from minillm.checkpoint import find as checkpoint
-from minillm.checkpoint.run_folder import checkpoints_of
+from minillm.checkpoint.run_folder import RunFolder
 from minillm.checkpoint.sharded_safetensors import key_of
 from minillm.distributed.ranks import Ranks, connect
 from minillm.runtime.device import launched
@@ -92,7 +92,10 @@ def main(run: Path) -> None:
     if ranks.rank == 1:
         os._exit(0)
     killed = failure(lambda: checkpoint.save(run, 3, own(ranks), state, ranks))
-    print(json.dumps({"failed": bool(killed), "left": sorted(checkpoints_of(run))}), flush=True)
+    print(
+        json.dumps({"failed": bool(killed), "left": sorted(RunFolder(run).checkpoints())}),
+        flush=True,
+    )
     os._exit(0)  # there is nobody to take leave of
 
 
