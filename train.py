@@ -32,7 +32,8 @@ from minillm.distributed.strategies import shard
 from minillm.model.gpt import GPT
 from minillm.model.recurrence import state_keys
 from minillm.ops import EAGER, select
-from minillm.optim.build import Average, recipes, set_learning_rate
+from minillm.optim import clip, ema
+from minillm.optim.build import OPTIMIZERS, recipes, set_learning_rate
 from minillm.optim.loss_scale import start_scale
 from minillm.runtime import console, device as world
 from minillm.training import setup as startup
@@ -50,7 +51,7 @@ from minillm.training.state import (
     restore,
     share_plan,
 )
-from minillm.training.steps import accumulate, clip_factor, compiled, mean_flops
+from minillm.training.steps import accumulate, compiled, mean_flops
 from minillm.training.summary import announce, farewell, meter_of, nothing_left
 from minillm.training.validation import findings, judge, note_best
 from minillm.training.watchdog import Stopped, Watch
@@ -65,8 +66,7 @@ def main(argv: Sequence[str]) -> None:
         if here.rank == 0:
             print(startup.config_text(settings))
         return
-    local_rank = here.local_rank if here.size > 1 else None
-    device = world.pick_device(settings.train.device, local_rank)
+    device = world.pick_device(settings.train.device, here.local_rank if here.size > 1 else None)
     with connected(here, device, settings.train.rank_timeout) as ranks:
         train(settings, run, ranks)
 
@@ -139,7 +139,7 @@ def set_up(settings: Settings, run: RunFolder | None, ranks: Ranks) -> Training:
     model = GPT(shape, ops, dtype, start).to("cpu" if cut else device).train()
     model.checkpointing = config.activation_checkpointing
     if "micro_batch_size" not in fixed:
-        copies = (2 if config.optimizer == "adamw" else 1) + 2 * bool(config.ema)
+        copies = OPTIMIZERS[config.optimizer].matrix_copies + 2 * bool(config.ema)
         copies /= ranks.size if config.zero else 1
         found = config.micro_batch_size
         if found == "auto" and cut and device.type == "cuda":
@@ -175,7 +175,7 @@ def set_up(settings: Settings, run: RunFolder | None, ranks: Ranks) -> Training:
         restore(t, past)
         replan(t, past, settings.given)
     elif config.ema:
-        t.average = Average(parameters, config.ema)
+        t.average = ema.Average(parameters, config.ema)
     share_plan(t)
     return t
 
@@ -219,7 +219,7 @@ def learn(t: Training) -> None:
         if why or overflowed:
             sharding.drop()
         else:
-            sharding.step(clip_factor(norm, config.grad_clip, factor))
+            sharding.step(clip.clip_factor(norm, config.grad_clip, factor))
             if t.scale:
                 t.scale.went_well()
             if t.average:

@@ -16,7 +16,8 @@ from minillm.distributed.agreement import agree
 from minillm.distributed.pieces import Piece, TensorSource, bytes_of, whole_pieces
 from minillm.distributed.ranks import Ranks
 from minillm.model.gpt import GPT
-from minillm.optim.build import Recipe, squares
+from minillm.optim.clip import sum_of_squares
+from minillm.optim.recipe import Recipe
 
 
 class Full:
@@ -59,7 +60,7 @@ class Full:
     def squares(self) -> Tensor:
         """As sharding.Replicated's; each rank adds those of its rows."""
         found = [p.grad.to_local() for p in self.parameters.values() if p.grad is not None]
-        return self.ranks.sum(squares(found).to(self.ranks.device))
+        return self.ranks.sum(sum_of_squares(found).to(self.ranks.device))
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """As sharding.Replicated's: this rank's rows."""

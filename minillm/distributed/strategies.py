@@ -24,7 +24,8 @@ from minillm.distributed.ranks import Ranks
 from minillm.distributed.state_dict import load_optimizer_tensors, load_weights
 from minillm.distributed.zero import ZeroOptimizer
 from minillm.model.gpt import GPT
-from minillm.optim.build import Recipe, squares
+from minillm.optim.clip import sum_of_squares
+from minillm.optim.recipe import Recipe
 
 BUFFERS = "broadcast_buffers"  # renamed by torch 2.13; ours are constants
 
@@ -54,7 +55,7 @@ class Replicated:
 
     def squares(self) -> Tensor:
         """The sum of the squares of all gradients, () fp64, the same on all ranks."""
-        return squares([p.grad for p in self.parameters.values() if p.grad is not None])
+        return sum_of_squares([p.grad for p in self.parameters.values() if p.grad is not None])
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """(parameter, elements of its gradient): what this rank looks after; over the ranks, each

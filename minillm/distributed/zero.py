@@ -32,7 +32,7 @@ from minillm.distributed.offload import Lane
 from minillm.distributed.pieces import Piece, Read, drop, fill, give, inner_group, nbytes, pieces_of
 from minillm.distributed.ranks import Ranks
 from minillm.distributed.trained import Arrivals, Frozen
-from minillm.optim.build import squares
+from minillm.optim.clip import sum_of_squares
 
 # torch 2.13 has renamed both.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
@@ -206,7 +206,7 @@ class ZeroOptimizer:
         """Sum of the squares of this rank's gradients, () fp64; over the ranks, of the model's."""
         self._settle()
         shards = [bucket.shard for bucket in self.buckets if bucket.shard is not None]
-        return squares(shards).to(self.ranks.sums_on)
+        return sum_of_squares(shards).to(self.ranks.sums_on)
 
     @torch.no_grad()
     def step(self, grad_scale: Tensor | None = None) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from minillm.config.model import INJECTED, ModelConfig
 from minillm.errors import UsageError
+from minillm.optim.build import OPTIMIZERS
 from minillm.planning.network import Network
 
 STAGES = (0, 1, 2, 3)
@@ -130,7 +131,7 @@ def step_flops(job: Job) -> float:
 
 def refusal(job: Job, stage: int) -> str | None:
     """Why a job cannot run at a stage, in a line; None if it can."""
-    if stage == 3 and job.optimizer == "muon":
+    if stage == 3 and OPTIMIZERS[job.optimizer].whole:
         return (
             "--zero 3 shards matrices, which Muon needs whole; take --zero 2 or --optimizer adamw"
         )
@@ -155,12 +156,13 @@ def memory(job: Job, stage: int) -> dict[str, float]:
     """
     N, W, w = job.model.n_parameters, job.ranks, job.width
     share = N if stage == 0 else N / W
-    two = 2 * N - (muon_parameters(job.model) if job.optimizer == "muon" else 0)
+    kind, matrices = OPTIMIZERS[job.optimizer], muon_parameters(job.model)
+    moments = kind.matrix_copies * matrices + kind.other_copies * (N - matrices)
     found = {
         "parameters": (WIDE * N, w * N, w * N, WIDE * N / W)[stage],
         "gradients": (WIDE * N, WIDE * (N + N / W), WIDE * N / W, WIDE * N / W)[stage],
         "masters": WIDE * share if stage in (1, 2) and w != WIDE else 0,
-        "moments": WIDE * two * share / N,
+        "moments": WIDE * moments * share / N,
         "average": WIDE * N if job.average else 0,
         "buffers": (0, 0, 2 * min(job.bucket_bytes, WIDE * N), 2 * w * max(units(job.model)))[
             stage

@@ -22,7 +22,8 @@ from minillm.distributed.strategies import Sharding
 from minillm.errors import CorruptError
 from minillm.model.gpt import GPT
 from minillm.model.recurrence import draw
-from minillm.optim.build import Average, state_kinds
+from minillm.optim.build import state_kinds
+from minillm.optim.ema import Average
 from minillm.optim.loss_scale import LossScale
 from minillm.optim.schedule import Schedule
 from minillm.runtime import device as world, relative_paths as places

@@ -18,7 +18,8 @@ from minillm.distributed import state_dict as statetensors
 from minillm.errors import CorruptError, UsageError
 from minillm.model.gpt import GPT
 from minillm.ops import EAGER
-from minillm.optim.build import Average, make_optimizers, set_learning_rate
+from minillm.optim.build import make_optimizers, set_learning_rate
+from minillm.optim.ema import Average
 from minillm.runtime import files as storage, program
 from minillm.scripts import sample
 

@@ -20,7 +20,8 @@ from minillm.distributed.state_dict import optimizer_tensors
 from minillm.distributed.strategies import shard
 from minillm.model.gpt import GPT
 from minillm.ops import EAGER
-from minillm.optim.build import Average, recipes
+from minillm.optim.build import recipes
+from minillm.optim.ema import Average
 from minillm.optim.schedule import Schedule
 from minillm.runtime import program
 from minillm.scripts import sample

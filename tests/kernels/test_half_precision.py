@@ -10,7 +10,7 @@ import torch
 
 from minillm.kernels import eager, linear_cross_entropy, newton_schulz, reference
 from minillm.ops import EAGER
-from minillm.optim.build import Muon
+from minillm.optim.muon import Muon
 
 LOSSES = {
     "reference": reference.linear_cross_entropy,

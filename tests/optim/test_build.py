@@ -13,16 +13,10 @@ from minillm.config.train import ModelConfig
 from minillm.kernels import reference
 from minillm.model.gpt import GPT
 from minillm.ops import EAGER
-from minillm.optim.build import (
-    EMBED_RATE,
-    HEAD_RATE,
-    VECTOR_RATE,
-    AdamW,
-    Average,
-    Muon,
-    make_optimizers,
-    set_learning_rate,
-)
+from minillm.optim.adamw import AdamW
+from minillm.optim.build import make_optimizers, set_learning_rate
+from minillm.optim.ema import Average
+from minillm.optim.muon import EMBED_RATE, HEAD_RATE, VECTOR_RATE, Muon
 
 
 def random_matrix(generator, rows, columns):

@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from minillm.distributed.ranks import Ranks
 from minillm.distributed.zero import ZeroOptimizer
 from minillm.ops import EAGER
-from minillm.optim.build import AdamW, Muon
+from minillm.optim.adamw import AdamW
+from minillm.optim.muon import Muon
 
 ROWS = 16  # sequences a step
 BUCKET_MB = 1703 * 4 / 2**20  # 1703 elements of fp32: cuts Toy into at least five buckets
