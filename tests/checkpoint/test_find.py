@@ -14,7 +14,7 @@ from minillm.checkpoint.find import ALONE, load_run, open_checkpoint, prune, sav
 from minillm.checkpoint.read import verified
 from minillm.checkpoint.run_folder import RunFolder
 from minillm.config.train import ModelConfig
-from minillm.distributed import state_dict as statetensors
+from minillm.distributed.state_dict import load_optimizer_tensors, load_weights
 from minillm.errors import CorruptError, UsageError
 from minillm.model.gpt import GPT
 from minillm.ops import EAGER
@@ -22,6 +22,7 @@ from minillm.optim.build import make_optimizers, set_learning_rate
 from minillm.optim.ema import Average
 from minillm.runtime import files as storage, program
 from minillm.scripts import sample
+from tests.support.optimizer_states import optimizer_tensors
 
 WEIGHTS = "model-00001-of-00001.safetensors"
 README = Path(__file__).resolve().parents[2] / "README.md"
@@ -57,7 +58,7 @@ def test_weights_optimisers_and_average_come_back_bit_for_bit(tmp_path, name):
     take_steps(model, optimizers, average, 3)
     parameters = dict(model.named_parameters())
     names = {p: n for n, p in parameters.items()}
-    state = statetensors.optimizer_tensors(optimizers, names)
+    state = optimizer_tensors(optimizers, names)
     tensors = {"model": parameters, "optimizer": state, "ema": average.weights}
     save(tmp_path, 3, tensors, {"pace": [[0, 0.0], [9, 1.0]]})
 
@@ -71,9 +72,9 @@ def test_weights_optimisers_and_average_come_back_bit_for_bit(tmp_path, name):
             assert torch.equal(loaded[key], value), key
 
     other, others, mean = equipped(name, seed=1)
-    statetensors.load_weights(other, found.tensors("model"), found.folder)
+    load_weights(other, found.tensors("model"), found.folder)
     theirs = dict(other.named_parameters())
-    statetensors.load_optimizer_tensors(others, theirs, found.tensors("optimizer"))
+    load_optimizer_tensors(others, theirs, found.tensors("optimizer"))
     mean.weights = found.tensors("ema")
     for m, o, a in ((model, optimizers, average), (other, others, mean)):
         take_steps(m, o, a, 2)

@@ -25,7 +25,7 @@ from minillm.checkpoint.write import sharded_tensors
 from minillm.config.resolve import resolve
 from minillm.config.train import PRESETS
 from minillm.data.tokenizer import load_tokenizer
-from minillm.distributed.buckets import cut
+from minillm.distributed.layout import cut
 from minillm.distributed.pieces import Piece
 from minillm.distributed.ranks import Ranks
 from minillm.errors import CorruptError, UsageError
