@@ -27,7 +27,7 @@ from minillm.checkpoint.run_folder import RunFolder
 from minillm.config.flags import Settings
 from minillm.config.resolve import LENGTHS, as_of
 from minillm.distributed.agreement import agree, in_turn
-from minillm.distributed.ranks import Ranks, connected, first_to_say, leave, named
+from minillm.distributed.ranks import Ranks, connected, first_to_say, leave, with_launch_name
 from minillm.distributed.strategies import shard
 from minillm.model.gpt import GPT
 from minillm.model.recurrence import state_keys
@@ -60,7 +60,7 @@ from minillm.training.watchdog import Stopped, Watch
 def main(argv: Sequence[str]) -> None:
     """Train as the command line says, with the other ranks that torchrun has started."""
     args = flags.parse(argv)
-    here = named(launched())
+    here = with_launch_name(launched())
     settings, run = startup.begin(args, here)
     if args.print_config:
         if here.rank == 0:
@@ -85,7 +85,7 @@ def train(settings: Settings, run: RunFolder | None, ranks: Ranks) -> None:
         t.progress.ended = False
         if run is None:
             agree(ranks, lambda: begin_run(held, t, settings) if ranks.rank == 0 else None)
-            t.run = Path(ranks.share(str(t.run)))
+            t.run = Path(ranks.broadcast(str(t.run)))
             agree(ranks, RunFolder(t.run).require_shared)
         for line in announce(t):
             ranks.say(line)
@@ -107,7 +107,7 @@ def train(settings: Settings, run: RunFolder | None, ranks: Ranks) -> None:
 def set_up(settings: Settings, run: RunFolder | None, ranks: Ranks) -> Training:
     """All that a run works with, as its last checkpoint has it or as it begins."""
     # On which data.
-    begun = run is not None and ranks.share(bool(run.step_folders()))
+    begun = run is not None and ranks.broadcast(bool(run.step_folders()))
     past = checkpoint.open_checkpoint(run, ranks=ranks) if begun else None
     if past:  # what it was opened in place of
         agree(ranks, lambda: ranks.rank or checkpoint.set_aside(run, past.step))
@@ -147,7 +147,7 @@ def set_up(settings: Settings, run: RunFolder | None, ranks: Ranks) -> Training:
         elif found == "auto":
             fits = partial(largest_that_fits, model, rows, device, copies, ranks.world.local_size)
             found = agree(ranks, fits)
-        fixed["micro_batch_size"] = int(ranks.least(int(found)))
+        fixed["micro_batch_size"] = int(ranks.minimum(int(found)))
     fixed["ranks"], micro = ranks.size, gcd(rows, fixed["micro_batch_size"])
     if config.init_from and not past:
         checkpoint.while_there(config.init_from, "last", lambda it: it.load_into(model), ranks)
@@ -164,7 +164,7 @@ def set_up(settings: Settings, run: RunFolder | None, ranks: Ranks) -> Training:
     )
 
     # From where, and for how long.
-    step_s = ranks.share(seconds_per_step(sharding, rows, micro, device))
+    step_s = ranks.broadcast(seconds_per_step(sharding, rows, micro, device))
     pacer = Pacer(config, wished_steps(config, batches), progress.trained_s, step_s)
     t = Training(
         run and run.path, config, corpus, batches, sharding, progress, pacer, pacer.schedule(),

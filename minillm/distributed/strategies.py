@@ -114,7 +114,9 @@ class DataParallel:
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the gradients of this rank's share of the parameters."""
-        mine = ((name, self.parameters[name].grad) for name in self.ranks.share_of(self.parameters))
+        mine = (
+            (name, self.parameters[name].grad) for name in self.ranks.own_share(self.parameters)
+        )
         yield from ((name, gradient) for name, gradient in mine if gradient is not None)
 
     def step(self, grad_scale: Tensor | None) -> None:
@@ -139,7 +141,7 @@ class DataParallel:
 
     def pieces(self) -> Iterator[Piece]:
         """Yield whole parameters: this rank's share of them."""
-        mine = self.ranks.share_of(self.parameters)
+        mine = self.ranks.own_share(self.parameters)
         yield from whole_pieces({name: self.parameters[name] for name in mine}, self.optimizers)
 
     def load(self, past: TensorSource) -> None:
@@ -174,7 +176,7 @@ class ZeroSharded:
         self.optimizers = [
             ZeroOptimizer(
                 {n: own[n] for g in r.groups for n in g["params"]}, r.groups, r.make, ranks,
-                whole=r.whole, group=ranks.lane(i), **options,
+                whole=r.whole, group=ranks.optimizer_group(i), **options,
             )
             for i, r in enumerate(recipes)
         ]  # fmt: skip

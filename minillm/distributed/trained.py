@@ -48,7 +48,7 @@ class Frozen(dict[str, nn.Parameter]):
 
     def pieces(self, ranks: Ranks) -> Iterator[Piece]:
         """Yield the pieces that this rank saves: whole parameters without a state."""
-        for name in ranks.share_of(self):
+        for name in ranks.own_share(self):
             values = self[name].detach().reshape(-1)
             yield Piece(name, 0, len(values), values, {})
 

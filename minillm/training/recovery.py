@@ -102,7 +102,7 @@ def roll_back(t: Training) -> str:
 def _require_finite(t: Training) -> None:
     """Raise DivergedError, on all ranks, if there is nothing to go back to but spoilt weights."""
     fine = all(bool(p.isfinite().all()) for p in t.model.parameters())
-    if not t.ranks.least(float(fine)):
+    if not t.ranks.minimum(float(fine)):
         raise DivergedError(
             f"step {t.progress.step}: weights are not finite, and there is no checkpoint to go "
             "back to; start again with a smaller --learning-rate, and --save-every"
@@ -112,7 +112,7 @@ def _require_finite(t: Training) -> None:
 def _earlier(t: Training) -> checkpoint.Checkpoint | None:
     """The newest good checkpoint BACK steps or more before the trouble, else the oldest good."""
     run = RunFolder(t.run)
-    steps = t.ranks.share(sorted(run.checkpoints(), reverse=True))
+    steps = t.ranks.broadcast(sorted(run.checkpoints(), reverse=True))
     first = t.progress.step - t.guard.in_a_row
     early = [step for step in steps if step <= first - BACK]
     late = [step for step in steps if step > first - BACK]

@@ -120,7 +120,7 @@ def save(t: Training) -> None:
     shapes = {name: tuple(p.shape) for name, p in t.model.named_parameters()}
     tensors = sharded_tensors(t.sharding.pieces(), shapes)
     if t.average:
-        tensors["ema"] = {name: t.average.weights[name] for name in t.ranks.share_of(shapes)}
+        tensors["ema"] = {name: t.average.weights[name] for name in t.ranks.own_share(shapes)}
     settings = {name: getattr(t.config, name) for name in sorted(RESUMABLE)}
     state = {
         "model": asdict(t.model.config),
@@ -203,7 +203,7 @@ def replan(t: Training, past: Checkpoint, given: frozenset[str]) -> None:
 def share_plan(t: Training) -> None:
     """The schedule of rank 0's clock for all ranks."""
     if t.ranks.size > 1:
-        t.plan = replace(t.plan, pace=tuple(map(tuple, t.ranks.share(t.plan.pace))))
+        t.plan = replace(t.plan, pace=tuple(map(tuple, t.ranks.broadcast(t.plan.pace))))
 
 
 def averaged(t: Training) -> AbstractContextManager[None]:

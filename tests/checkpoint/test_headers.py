@@ -99,7 +99,7 @@ def pieces_of(preset: str, zero: int, rank: int, size: int) -> Iterator[tuple[st
     shapes, _ = shapes_of(preset)
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     if zero == 0:
-        mine = Ranks.share_of(SimpleNamespace(rank=rank, size=size), shapes)
+        mine = Ranks.own_share(SimpleNamespace(rank=rank, size=size), shapes)
         yield from ((name, 0, sizes[name]) for name in mine)
     elif zero == 3:  # as torch.chunk cuts rows
         for name, shape in shapes.items():

@@ -69,7 +69,7 @@ def recorded(ranks: Ranks, dtype: torch.dtype, accumulate: int, split: bool, **o
     names = list(named(model))
     shares = [names[::2], names[1::2]] if split else [names]
     zeros = [
-        make_zero(model, ranks, Record, share, group=ranks.lane(i), **options)
+        make_zero(model, ranks, Record, share, group=ranks.optimizer_group(i), **options)
         for i, share in enumerate(shares)
     ]
     # Whole matrices of all sizes are only even in buckets of many; of bf16, twice as many fit.
@@ -120,7 +120,7 @@ def same_everywhere(model: nn.Module, ranks: Ranks) -> bool:
     """Whether the ranks' parameters agree to the bit."""
     flat = torch.cat([p.detach().reshape(-1).double() for p in model.parameters()])
     together = ranks.sum(flat.clone())  # sums of two or four equal numbers are exact
-    return ranks.least(float(torch.equal(together, flat * ranks.size))) == 1
+    return ranks.minimum(float(torch.equal(together, flat * ranks.size))) == 1
 
 
 def training(ranks: Ranks, folder: Path) -> None:
