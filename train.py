@@ -22,7 +22,7 @@ if __name__ == "__main__":  # help and refusals need no torch, whose import take
 
 import torch
 
-from minillm.checkpoint import find as checkpoint, placing
+from minillm.checkpoint import find as checkpoint, placing, write
 from minillm.checkpoint.run_folder import RunFolder
 from minillm.config.flags import Settings
 from minillm.config.resolve import LENGTHS, as_of
@@ -75,7 +75,7 @@ def train(settings: Settings, run: RunFolder | None, ranks: Ranks) -> None:
     """The run from its first step, or from the last checkpoint of `run`, to its end."""
     with ExitStack() as held:
         if run:  # nobody else may write it from here on
-            lock = agree(ranks, lambda: checkpoint.take_up(run) if ranks.rank == 0 else None)
+            lock = agree(ranks, lambda: write.take_up(run) if ranks.rank == 0 else None)
             held.enter_context(lock or nullcontext())
         with console.busy("reading the text, building the model ...", ranks.rank == 0):
             t = set_up(settings, run, ranks)
@@ -110,7 +110,7 @@ def set_up(settings: Settings, run: RunFolder | None, ranks: Ranks) -> Training:
     begun = run is not None and ranks.broadcast(bool(run.step_folders()))
     past = checkpoint.open_checkpoint(run, ranks=ranks) if begun else None
     if past:  # what it was opened in place of
-        agree(ranks, lambda: ranks.rank or checkpoint.set_aside(run, past.step))
+        agree(ranks, lambda: ranks.rank or write.set_aside(run, past.step))
     device, progress = ranks.device, progress_of(past)
     settings = as_of(settings, past.state, past.folder, ranks.world.launch) if past else settings
     config = settings.train

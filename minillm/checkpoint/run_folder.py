@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from minillm.checkpoint import not_a_run
-from minillm.checkpoint.discarding import ASIDE, STEP, is_of_others
+from minillm.checkpoint.deletion import REPLACED, STEP, holds_only_others
 from minillm.checkpoint.read import read_state, stamp_of
 from minillm.config.train import ModelConfig
 from minillm.data.tokenizer import Tokenizer, load_tokenizer
@@ -49,7 +49,7 @@ class RunFolder:
         """Return self. Raise UsageError if this is not a run folder."""
         if claims(self.path, RUN):
             return self
-        raise UsageError(not_a_run.about(self.path))
+        raise UsageError(not_a_run.explain(self.path))
 
     def require_shared(self) -> None:
         """Raise UsageError if this process does not see the run that another process has begun."""
@@ -198,10 +198,10 @@ class RunFolder:
         """
         for _ in range(TRIES):
             folders = self.path.glob("checkpoints/*")
-            folders = [f for f in folders if f.is_dir() and not is_of_others(f)]
+            folders = [f for f in folders if f.is_dir() and not holds_only_others(f)]
             found = {
                 int(m[1]): f
-                for names in (ASIDE, STEP)
+                for names in (REPLACED, STEP)
                 for f in folders
                 if (m := names.fullmatch(f.name))
             }

@@ -115,6 +115,9 @@ class Ranks:
             self.lost_reader |= not complain(text, console.write)
 
 
+ALONE = Ranks()
+
+
 def connect(world: World, device: torch.device, timeout_s: float) -> Ranks:
     """Connect the ranks of this launch. A process alone returns at once.
 

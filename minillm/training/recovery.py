@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from minillm.checkpoint import find as checkpoint
+from minillm.checkpoint import read, write
 from minillm.checkpoint.run_folder import RunFolder
 from minillm.distributed.agreement import agree
 from minillm.errors import CorruptError, DivergedError, UnavailableError
@@ -89,7 +89,7 @@ def roll_back(t: Training) -> str:
         else:
             restore(t, past)
             t.guard, t.progress.ended = guard.rolled_back(t.guard), False
-            agree(t.ranks, lambda: t.ranks.rank or checkpoint.discard_after(t.run, past.step))
+            agree(t.ranks, lambda: t.ranks.rank or write.discard_after(t.run, past.step))
             t.meter.back_to(past.step)
     t.progress.skipped = max(bad, t.progress.position + SKIPPED) - t.progress.step
     where = "the weights as they are" if past is None else f"step {past.step}"
@@ -109,7 +109,7 @@ def _require_finite(t: Training) -> None:
         )
 
 
-def _earlier(t: Training) -> checkpoint.Checkpoint | None:
+def _earlier(t: Training) -> read.Checkpoint | None:
     """The newest good checkpoint BACK steps or more before the trouble, else the oldest good."""
     run = RunFolder(t.run)
     steps = t.ranks.broadcast(sorted(run.checkpoints(), reverse=True))
@@ -118,7 +118,7 @@ def _earlier(t: Training) -> checkpoint.Checkpoint | None:
     late = [step for step in steps if step > first - BACK]
     for step in (*early, *reversed(late)):
         try:
-            return checkpoint.verified(run.step_folder(step), step, t.ranks)
+            return read.verified(run.step_folder(step), step, t.ranks)
         except CorruptError as error:
             t.meter.say(f"warning   {error}")
     return None

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from minillm.checkpoint import find as checkpoint
-from minillm.checkpoint.find import Checkpoint
+from minillm.checkpoint import find, write
+from minillm.checkpoint.read import Checkpoint
 from minillm.checkpoint.schema import RESUMED, check_state
 from minillm.checkpoint.write import sharded_tensors
 from minillm.config.resolve import LENGTHS, RESUMABLE
@@ -135,11 +135,11 @@ def save(t: Training) -> None:
     }
     if t.ranks.size > 1:
         state["shapes"] = {name: list(shape) for name, shape in shapes.items()}
-    checkpoint.save(t.run, t.progress.step, tensors, state, t.ranks)
+    write.save(t.run, t.progress.step, tensors, state, t.ranks)
     if t.ranks.rank == 0:
         try:
             best = t.progress.best_step if t.config.keep_best else None
-            checkpoint.prune(t.run, t.config.keep_last, best)
+            write.prune(t.run, t.config.keep_last, best)
         except OSError as error:  # what is too many now is deleted the next time
             t.ranks.say(f"warning   {error.filename}: not deleted: {error.strerror}")
 
@@ -162,7 +162,7 @@ def restore(t: Training, past: Checkpoint) -> None:
 
 
 def _check_fit(t: Training, past: Checkpoint, own: dict, kinds: dict) -> None:
-    checkpoint.check_model(t.run, t.model.config, past)
+    find.check_model(t.run, t.model.config, past)
     past.check_fit("model", own)
     past.check_optimizer(kinds)
     if t.config.ema:

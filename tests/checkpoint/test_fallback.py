@@ -8,8 +8,9 @@ import pytest
 from safetensors.torch import load_file
 
 from minillm.checkpoint import find as checkpoint, read as reading
-from minillm.checkpoint.find import load_run, open_checkpoint, save, set_aside
+from minillm.checkpoint.find import load_run, open_checkpoint
 from minillm.checkpoint.run_folder import RunFolder, newest_run, run_of_launch
+from minillm.checkpoint.write import save, set_aside
 from minillm.errors import CorruptError
 from minillm.runtime import files as storage, program
 from minillm.scripts import sample
@@ -80,21 +81,21 @@ def test_none_is_good(run):
     words = "step-00000008/manifest.json: is missing.*; no other checkpoint of the run is good"
     with pytest.raises(CorruptError, match=words):
         open_checkpoint(run)
-    with pytest.raises(CorruptError, match="--checkpoint 4 is refused; no other is good"):
+    with pytest.raises(CorruptError, match="checkpoint 4 is refused; no other is good"):
         open_checkpoint(run, "4")
     assert program.run("sample.py", sample.main, [str(run)]) == 3
 
 
 def test_one_that_was_asked_for_is_no_others_place(run):
     cut(run / LAST / FILES[2])
-    with pytest.raises(CorruptError, match="ema-.*; --checkpoint 8 is refused; good: 4"):
+    with pytest.raises(CorruptError, match="ema-.*; checkpoint 8 is refused; good: 4"):
         open_checkpoint(run, "8")
     state = run / LAST / "state.json"
     rewrite(state, {"progress.best_step": 8})
-    with pytest.raises(CorruptError, match="; --checkpoint best is refused; good: 4"):
+    with pytest.raises(CorruptError, match="; checkpoint best is refused; good: 4"):
         open_checkpoint(run, "best")
     flip(state)  # which says what the best one is
-    with pytest.raises(CorruptError, match="state.json: .*; --checkpoint best is refused; good: 4"):
+    with pytest.raises(CorruptError, match="state.json: .*; checkpoint best is refused; good: 4"):
         open_checkpoint(run, "best")
     assert open_checkpoint(run, "4").step == 4
 

@@ -10,10 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minillm.checkpoint import write as saving
-from minillm.checkpoint.find import ALONE, load_run, open_checkpoint, prune, save
+from minillm.checkpoint.find import load_run, open_checkpoint
 from minillm.checkpoint.read import verified
 from minillm.checkpoint.run_folder import RunFolder
+from minillm.checkpoint.write import prune, save
 from minillm.config.train import ModelConfig
+from minillm.distributed.ranks import ALONE
 from minillm.distributed.state_dict import load_optimizer_tensors, load_weights
 from minillm.errors import CorruptError, UsageError
 from minillm.model.gpt import GPT
@@ -219,7 +221,7 @@ def test_an_older_checkpoint_can_be_asked_for(run):
     averaged = load_file(run / "checkpoints" / "step-00000004" / AVERAGED)
     assert torch.equal(older.head.weight, averaged["head.weight"])
     assert open_checkpoint(run, "best").step in (4, 8)
-    with pytest.raises(UsageError, match="--checkpoint 5: .* holds steps 4, 8; or last, best"):
+    with pytest.raises(UsageError, match="checkpoint 5: .* holds steps 4, 8; or last, best"):
         open_checkpoint(run, "5")
 
 

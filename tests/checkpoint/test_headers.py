@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.utils import _device
 
 from minillm.checkpoint import sharded_safetensors as tensorfiles
-from minillm.checkpoint.find import open_checkpoint, save
+from minillm.checkpoint.find import open_checkpoint
 from minillm.checkpoint.sharded_safetensors import TensorFiles, file_bytes
-from minillm.checkpoint.write import sharded_tensors
+from minillm.checkpoint.write import save, sharded_tensors
 from minillm.config.resolve import resolve
 from minillm.config.train import PRESETS
 from minillm.data.tokenizer import load_tokenizer

@@ -13,8 +13,9 @@ from minillm.checkpoint import (
     run_folder,
     sharded_safetensors as tensorfiles,
 )
-from minillm.checkpoint.find import load_run, open_checkpoint, prune, while_there
+from minillm.checkpoint.find import load_run, open_checkpoint, while_there
 from minillm.checkpoint.run_folder import RunFolder, newest_run
+from minillm.checkpoint.write import prune
 from minillm.errors import CorruptError
 from minillm.runtime import program
 from minillm.scripts import sample
@@ -78,7 +79,7 @@ def test_one_that_was_asked_for_is_looked_for_again(run, monkeypatch, which):
     if which == "best":
         assert open_checkpoint(run, "best", weights=True).step == 8
     else:
-        with pytest.raises(errors.UsageError, match="--checkpoint 4: .* holds steps 8; or last"):
+        with pytest.raises(errors.UsageError, match="checkpoint 4: .* holds steps 8; or last"):
             open_checkpoint(run, "4", weights=True)
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from minillm.checkpoint import placing
-from minillm.checkpoint.find import load_run, save
+from minillm.checkpoint.find import load_run
 from minillm.checkpoint.run_folder import RunFolder, newest_run, run_of_launch
+from minillm.checkpoint.write import save
 from minillm.errors import UsageError
 from minillm.runtime import program
 from minillm.runtime.files import write_json
@@ -52,7 +53,7 @@ def test_where_a_run_may_go(tmp_path, run):
     placing.check_out(tmp_path / "empty", False)
     placing.check_out(run, True)
     with pytest.raises(
-        UsageError, match=r"exists; continue it with .* --resume .*, or replace it with --over"
+        UsageError, match=r"exists; continue it with .* --resume .*, or replace it with over"
     ):
         placing.check_out(run, False)
     for overwrite in (False, True):

@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minillm.checkpoint.find import open_checkpoint, save
+from minillm.checkpoint.find import open_checkpoint
 from minillm.checkpoint.sharded_safetensors import key_of
+from minillm.checkpoint.write import save
 from minillm.config.train import ModelConfig, TrainConfig
 from minillm.distributed.ranks import Ranks
 from minillm.distributed.strategies import shard

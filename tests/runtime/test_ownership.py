@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from minillm.checkpoint import placing
-from minillm.checkpoint.find import open_checkpoint, prune, save, set_aside, tidy
+from minillm.checkpoint.find import open_checkpoint
 from minillm.checkpoint.run_folder import RunFolder, newest_run
+from minillm.checkpoint.write import prune, save, set_aside, tidy
 from minillm.commands import prepare, profile
 from minillm.data.shards import is_prepared
 from minillm.errors import UsageError

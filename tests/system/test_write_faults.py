@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from minillm.checkpoint import placing
-from minillm.checkpoint.find import open_checkpoint, prune, save, tidy
+from minillm.checkpoint.find import open_checkpoint
 from minillm.checkpoint.run_folder import RunFolder
+from minillm.checkpoint.write import prune, save, tidy
 from minillm.config.train import ModelConfig
 from minillm.data import prepare as corpus, shards
 from minillm.data.tokenizer import train_tokenizer

@@ -8,7 +8,8 @@ import os
 import pytest
 
 from minillm.checkpoint import write as saving
-from minillm.checkpoint.find import Checkpoint, load_run, open_checkpoint
+from minillm.checkpoint.find import load_run, open_checkpoint
+from minillm.checkpoint.read import Checkpoint
 from minillm.checkpoint.run_folder import RunFolder
 from minillm.scripts import train as script
 from minillm.training import (

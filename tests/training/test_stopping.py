@@ -66,7 +66,7 @@ def test_a_signal_ends_the_run_with_its_step_saved(
         if where == "a step":
             patch.setattr(script, "accumulate", send(number, 3, script.accumulate))
         elif where == "a save":
-            patch.setattr(training.checkpoint, "save", send(number, 1, training.checkpoint.save))
+            patch.setattr(training.write, "save", send(number, 1, training.write.save))
         else:
             at = 2 if where == "the last evaluation" else 1
             patch.setattr(validation, "evaluate", send(number, at, validation.evaluate))
