@@ -96,7 +96,7 @@ def _make_empty(folder: Path, n_bytes: int) -> None:
     free = shutil.disk_usage(folder.parent).free
     if free < MARGIN * n_bytes:
         what = f"{free / 2**20:,.1f} MiB are free and a checkpoint takes {n_bytes / 2**20:,.1f}"
-        raise OSError(errno.ENOSPC, f"no room on the disk: {what}", str(folder.parent))
+        raise OSError(errno.ENOSPC, f"too little space on the disk: {what}", str(folder.parent))
     _remove(folder)
     folder.mkdir(exist_ok=holds_only_others(folder))
 

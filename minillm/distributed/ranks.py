@@ -76,7 +76,7 @@ class Ranks:
         return json.loads(bytes(data.cpu().tolist()))
 
     def own_share(self, names: Iterable[str]) -> list[str]:
-        """Return this rank's share of the names; each rank has as many as another, or one more."""
+        """Return this rank's share of the names; shares differ in length by at most one name."""
         return [*names][self.rank :: self.size]
 
     def optimizer_group(self, number: int) -> dist.ProcessGroup | None:

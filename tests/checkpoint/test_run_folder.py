@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minillm.checkpoint import placing
+from minillm.checkpoint import placing, run_folder
 from minillm.checkpoint.find import load_run
 from minillm.checkpoint.run_folder import RunFolder, newest_run, run_of_launch
 from minillm.checkpoint.write import save
@@ -189,3 +189,24 @@ def test_a_launch_knows_its_own_run(tmp_path, monkeypatch):
     for name, launch in (("a", "x"), ("b", "x"), ("c", "y"), ("c", None)):
         with pytest.raises(UsageError, match="exists; "):
             placing.check_out(Path("runs") / name, False, launch)
+
+
+def test_config_json_is_read_once_and_again_after_it_is_written(run, monkeypatch):
+    files, read = [], run_folder.read_json
+
+    def counted(path):
+        files.append(path)
+        return read(path)
+
+    monkeypatch.setattr(run_folder, "read_json", counted)
+    found = RunFolder(run)
+    assert files == [] and str(found) == str(run) and Path(found) == run
+    facts = found.facts | {"dtype": "fp32", "threads": 1, "micro_batch_size": 4, "ranks": 1}
+    assert found.model.d_model == 16 and found.train["steps"] == 8 and found.data_order == 2
+    assert found.tokenizer().sha256 == facts["tokenizer_sha256"] and found.corpus_places()
+    assert found.fixed["threads"] == found.config["threads"]
+    assert files == [run / "config.json"]
+    extra = {name: x for name, x in facts.items() if name not in ("model", "train", "sha256")}
+    found.write_config(found.model, found.train | {"steps": 9}, extra)
+    assert found.train["steps"] == 9 and found.fixed["micro_batch_size"] == 4
+    assert files == [run / "config.json"] * 2
