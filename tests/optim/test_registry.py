@@ -7,6 +7,7 @@ import torch
 
 from minillm.config.model import ModelConfig
 from minillm.config.train import TrainConfig
+from minillm.errors import UsageError
 from minillm.model.gpt import GPT
 from minillm.ops import EAGER
 from minillm.optim.build import OPTIMIZERS, make_optimizers, set_learning_rate, state_kinds
@@ -72,3 +73,13 @@ def test_only_an_optimiser_of_whole_matrices_is_refused_at_stage_3(added, monkey
     assert refused == {"muon"}
     monkeypatch.setitem(OPTIMIZERS, "sign", replace(OPTIMIZERS["sign"], whole=True))
     assert refusal(Job(SHAPE, optimizer="sign"), 3)
+
+
+def test_the_settings_refuse_stage_3_for_the_same_optimisers():
+    refused = set()
+    for name in OPTIMIZERS:
+        try:
+            TrainConfig(optimizer=name, zero=3)
+        except UsageError:
+            refused.add(name)
+    assert refused == {name for name, kind in OPTIMIZERS.items() if kind.whole} != set()
