@@ -23,6 +23,8 @@ setup(
     description="A small language model kit: one script trains, one samples, kernels in Triton.",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=["minillm", *(f"minillm.{wing}" for wing in WINGS), "minillm.kernels"],
     package_data={"minillm.kernels": ["tiles/*.json"]},
