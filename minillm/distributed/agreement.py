@@ -65,7 +65,7 @@ def in_turn(ranks: Ranks, name: str, work: Callable[[], T]) -> T:
 
     name: of the work, which must not have been used before
 
-    It may take longer than --rank-timeout. Raises as `agree` does.
+    It may take longer than the ranks otherwise wait for one another. Raises as `agree` does.
     """
     world = ranks.world
     if ranks.size == 1:

@@ -99,10 +99,10 @@ class OptimizerKind:
 
     @property
     def matrix_copies(self) -> int:
-        """How many numbers are kept for each element of a matrix of a block."""
+        """The number of state values kept for each element of a matrix of a block."""
         return len(self.matrix_states - {COUNT})
 
     @property
     def other_copies(self) -> int:
-        """How many numbers are kept for each element of every other parameter."""
+        """The number of state values kept for each element of every other parameter."""
         return len(self.other_states - {COUNT})
