@@ -21,7 +21,8 @@ from minillm.runtime.launch import answer
 if __name__ == "__main__":  # help and refusals need no torch, whose import takes seconds
     answer("sample.py", flags.parse, sys.argv[1:])
 
-from minillm.checkpoint import find as checkpoint, run_folder as runs
+from minillm.checkpoint import find as checkpoint
+from minillm.checkpoint.run_folder import newest_run
 from minillm.data.tokenizer import Tokenizer
 from minillm.inference.exit_rules import exit_rule
 from minillm.inference.generate import generate
@@ -42,7 +43,7 @@ ONE_THREAD_BELOW = 20_000_000  # parameters: smaller matrices are not worth shar
 def main(argv: Sequence[str]) -> None:
     """Generate as the command line says."""
     args = flags.parse(argv)
-    run = runs.newest_run() if args.run is None else Path(args.run)
+    run = newest_run().path if args.run is None else Path(args.run)
     device = world.pick_device(args.device)
     # One token at a time is bound by memory: on a CPU bf16 is slower there than fp32.
     name = "fp32" if args.dtype == "auto" and device.type == "cpu" else args.dtype

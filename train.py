@@ -22,16 +22,18 @@ if __name__ == "__main__":  # help and refusals need no torch, whose import take
 
 import torch
 
-from minillm.checkpoint import find as checkpoint, placing, run_folder as runs
+from minillm.checkpoint import find as checkpoint, placing, write
+from minillm.checkpoint.run_folder import RunFolder
 from minillm.config.flags import Settings
 from minillm.config.resolve import LENGTHS, as_of
 from minillm.distributed.agreement import agree, in_turn
-from minillm.distributed.ranks import Ranks, connected, first_to_say, leave, named
+from minillm.distributed.ranks import Ranks, connected, first_to_say, leave, with_launch_name
 from minillm.distributed.strategies import shard
 from minillm.model.gpt import GPT
 from minillm.model.recurrence import state_keys
 from minillm.ops import EAGER, select
-from minillm.optim.build import Average, recipes, set_learning_rate
+from minillm.optim import clip, ema
+from minillm.optim.build import OPTIMIZERS, recipes, set_learning_rate
 from minillm.optim.loss_scale import start_scale
 from minillm.runtime import console, device as world
 from minillm.training import setup as startup
@@ -49,7 +51,7 @@ from minillm.training.state import (
     restore,
     share_plan,
 )
-from minillm.training.steps import accumulate, clip_factor, compiled, mean_flops
+from minillm.training.steps import accumulate, compiled, mean_flops
 from minillm.training.summary import announce, farewell, meter_of, nothing_left
 from minillm.training.validation import findings, judge, note_best
 from minillm.training.watchdog import Stopped, Watch
@@ -58,23 +60,22 @@ from minillm.training.watchdog import Stopped, Watch
 def main(argv: Sequence[str]) -> None:
     """Train as the command line says, with the other ranks that torchrun has started."""
     args = flags.parse(argv)
-    here = named(launched())
+    here = with_launch_name(launched())
     settings, run = startup.begin(args, here)
     if args.print_config:
         if here.rank == 0:
             print(startup.config_text(settings))
         return
-    local_rank = here.local_rank if here.size > 1 else None
-    device = world.pick_device(settings.train.device, local_rank)
+    device = world.pick_device(settings.train.device, here.local_rank if here.size > 1 else None)
     with connected(here, device, settings.train.rank_timeout) as ranks:
         train(settings, run, ranks)
 
 
-def train(settings: Settings, run: Path | None, ranks: Ranks) -> None:
+def train(settings: Settings, run: RunFolder | None, ranks: Ranks) -> None:
     """The run from its first step, or from the last checkpoint of `run`, to its end."""
     with ExitStack() as held:
         if run:  # nobody else may write it from here on
-            lock = agree(ranks, lambda: checkpoint.take_up(run) if ranks.rank == 0 else None)
+            lock = agree(ranks, lambda: write.take_up(run) if ranks.rank == 0 else None)
             held.enter_context(lock or nullcontext())
         with console.busy("reading the text, building the model ...", ranks.rank == 0):
             t = set_up(settings, run, ranks)
@@ -84,8 +85,8 @@ def train(settings: Settings, run: Path | None, ranks: Ranks) -> None:
         t.progress.ended = False
         if run is None:
             agree(ranks, lambda: begin_run(held, t, settings) if ranks.rank == 0 else None)
-            t.run = Path(ranks.share(str(t.run)))
-            agree(ranks, lambda: runs.require_shared(t.run))
+            t.run = Path(ranks.broadcast(str(t.run)))
+            agree(ranks, RunFolder(t.run).require_shared)
         for line in announce(t):
             ranks.say(line)
         t.meter = meter_of(t)
@@ -103,15 +104,14 @@ def train(settings: Settings, run: Path | None, ranks: Ranks) -> None:
                 raise SystemExit(128 + stop.signal) from None
 
 
-def set_up(settings: Settings, run: Path | None, ranks: Ranks) -> Training:
+def set_up(settings: Settings, run: RunFolder | None, ranks: Ranks) -> Training:
     """All that a run works with, as its last checkpoint has it or as it begins."""
     # On which data.
-    device = ranks.device
-    begun = run is not None and ranks.share(bool(runs.step_folders(run)))
+    begun = run is not None and ranks.broadcast(bool(run.step_folders()))
     past = checkpoint.open_checkpoint(run, ranks=ranks) if begun else None
     if past:  # what it was opened in place of
-        agree(ranks, lambda: ranks.rank or checkpoint.set_aside(run, past.step))
-    progress = progress_of(past)
+        agree(ranks, lambda: ranks.rank or write.set_aside(run, past.step))
+    device, progress = ranks.device, progress_of(past)
     settings = as_of(settings, past.state, past.folder, ranks.world.launch) if past else settings
     config = settings.train
     corpus = in_turn(ranks, "corpus", lambda: startup.find_corpus(settings, run, ranks.say))
@@ -122,7 +122,7 @@ def set_up(settings: Settings, run: Path | None, ranks: Ranks) -> Training:
     batches = startup.batches_of(run, corpus, shape.seq_len, config, ranks.size)
 
     # With which model.
-    fixed = dict(past.state["fixed"]) if past else runs.fixed_of(run) if run else {}
+    fixed = dict(past.state["fixed"]) if past else run.fixed if run else {}
     alike = run and fixed.get("ranks", 1) == ranks.size and "threads" not in settings.given
     threads = fixed["threads"] if alike else config.threads
     threads = "1" if threads == "auto" and ranks.size > 1 else threads
@@ -139,7 +139,7 @@ def set_up(settings: Settings, run: Path | None, ranks: Ranks) -> Training:
     model = GPT(shape, ops, dtype, start).to("cpu" if cut else device).train()
     model.checkpointing = config.activation_checkpointing
     if "micro_batch_size" not in fixed:
-        copies = (2 if config.optimizer == "adamw" else 1) + 2 * bool(config.ema)
+        copies = OPTIMIZERS[config.optimizer].matrix_copies + 2 * bool(config.ema)
         copies /= ranks.size if config.zero else 1
         found = config.micro_batch_size
         if found == "auto" and cut and device.type == "cuda":
@@ -147,7 +147,7 @@ def set_up(settings: Settings, run: Path | None, ranks: Ranks) -> Training:
         elif found == "auto":
             fits = partial(largest_that_fits, model, rows, device, copies, ranks.world.local_size)
             found = agree(ranks, fits)
-        fixed["micro_batch_size"] = int(ranks.least(int(found)))
+        fixed["micro_batch_size"] = int(ranks.minimum(int(found)))
     fixed["ranks"], micro = ranks.size, gcd(rows, fixed["micro_batch_size"])
     if config.init_from and not past:
         checkpoint.while_there(config.init_from, "last", lambda it: it.load_into(model), ranks)
@@ -164,18 +164,18 @@ def set_up(settings: Settings, run: Path | None, ranks: Ranks) -> Training:
     )
 
     # From where, and for how long.
-    step_s = ranks.share(seconds_per_step(sharding, rows, micro, device))
+    step_s = ranks.broadcast(seconds_per_step(sharding, rows, micro, device))
     pacer = Pacer(config, wished_steps(config, batches), progress.trained_s, step_s)
     t = Training(
-        run, config, corpus, batches, sharding, progress, pacer, pacer.schedule(), fixed, micro,
-        Watch(config.hang_timeout, step_s, ranks.say), why_threads, start_scale(dtype),
-        asked=settings.given & LENGTHS if run else frozenset(),
+        run and run.path, config, corpus, batches, sharding, progress, pacer, pacer.schedule(),
+        fixed, micro, Watch(config.hang_timeout, step_s, ranks.say), why_threads,
+        start_scale(dtype), asked=settings.given & LENGTHS if run else frozenset(),
     )  # fmt: skip
     if past:
         restore(t, past)
         replan(t, past, settings.given)
     elif config.ema:
-        t.average = Average(parameters, config.ema)
+        t.average = ema.Average(parameters, config.ema)
     share_plan(t)
     return t
 
@@ -219,7 +219,7 @@ def learn(t: Training) -> None:
         if why or overflowed:
             sharding.drop()
         else:
-            sharding.step(clip_factor(norm, config.grad_clip, factor))
+            sharding.step(clip.clip_factor(norm, config.grad_clip, factor))
             if t.scale:
                 t.scale.went_well()
             if t.average:
@@ -293,7 +293,7 @@ def begin_run(held: ExitStack, t: Training, settings: Settings) -> None:
     held.enter_context(lock or nullcontext())
     t.corpus.tokenizer().save(t.run)
     facts = startup.facts_of(settings, t.corpus, launch) | t.fixed
-    runs.write_config(t.run, t.model.config, asdict(c), facts)  # with it, it is a run
+    RunFolder(t.run).write_config(t.model.config, asdict(c), facts)  # with it, it is a run
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import tokenize
 from pathlib import Path
 
 from minillm.checkpoint.find import load_run
-from minillm.checkpoint.run_folder import corpus_of
+from minillm.checkpoint.run_folder import RunFolder
 from minillm.data.batches import Tokens
 from minillm.data.shards import Corpus, open_corpus
 from minillm.inference.generate import generate
@@ -46,7 +46,7 @@ def is_accepted(line: str) -> bool:
 
 def main(run: Path) -> None:
     """Print the table."""
-    corpus = open_corpus(corpus_of(run))
+    corpus = open_corpus(RunFolder(run).corpus())
     held_out = raw_text(corpus, "val")
     print(f"held out: {corpus.documents['val']} files, {len(held_out):,} bytes")
     assert len(held_out) == corpus.bytes["val"]

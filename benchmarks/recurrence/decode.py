@@ -17,7 +17,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
 from minillm.checkpoint.find import load_run
-from minillm.checkpoint.run_folder import corpus_of
+from minillm.checkpoint.run_folder import RunFolder
 from minillm.data.batches import evaluation_windows
 from minillm.data.shards import open_corpus
 from minillm.inference.early_exit import read_next
@@ -45,7 +45,7 @@ def main() -> None:
              "|---|--:|---|--:|---|---|--:|--:|--:|"]  # fmt: skip
     for run in args.runs:
         model, _, config = load_run(run)
-        corpus = open_corpus(corpus_of(run))
+        corpus = open_corpus(RunFolder(run).corpus())
         windows = evaluation_windows(corpus, "val", config.seq_len, ROWS)
         tokens, targets = (torch.stack(x) for x in zip(*windows, strict=True))
         for r in args.recurrence:

@@ -29,7 +29,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 
 from minillm import errors
 from minillm.checkpoint.find import load_run, open_checkpoint
-from minillm.checkpoint.run_folder import newest_settings, read_config, read_facts
+from minillm.checkpoint.run_folder import RunFolder
 from minillm.data.batches import Tokens
 from minillm.data.prepare import prepare
 from minillm.data.shards import open_corpus
@@ -91,8 +91,9 @@ def make(place: Path) -> list[Victim]:
 
 def read_run(run: Path, say: Callable[[str], None]) -> str:
     """Everything of a run that sample.py and train.py --resume read."""
-    digest = hashlib.sha256(repr((*read_config(run), read_facts(run))).encode())
-    newest_settings(run)
+    found = RunFolder(run)
+    digest = hashlib.sha256(repr((found.model, found.train, found.facts)).encode())
+    found.newest_settings()
     past = open_checkpoint(run, say=say)
     digest.update(repr(past.state).encode())
     for kind in sorted(past.kinds):

@@ -18,7 +18,7 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 from killing import COUNTERS, Child, last_step, place_of, traces
 
-from minillm.checkpoint.run_folder import checkpoints_of
+from minillm.checkpoint.run_folder import RunFolder
 from tests.support.processes import free_port
 
 TIMES = 4  # that a run is killed at most
@@ -258,11 +258,11 @@ def stop_trial(course: Course, draw: random.Random) -> list[str]:
     expect(mine in good, f"{number.name} while {doing} at step {step}: {codes}", run)
     if looped:
         expect(len(set(codes)) == 1, f"the ranks ended with {codes}", run)
-        newest, logged = max(checkpoints_of(run), default=0), last_step(run)
+        newest, logged = max(RunFolder(run).checkpoints(), default=0), last_step(run)
         expect(newest == logged >= step, f"step {logged} is not saved, but {newest}", run)
         told += f"{newest}, which is saved"
         expect(mine in (0, -number) or told in children[0].said, "it does not say so", run)
-    course.go_on(run, also=max(checkpoints_of(run), default=0))
+    course.go_on(run, also=max(RunFolder(run).checkpoints(), default=0))
     return [doing + (", twice" if twice else "")]
 
 

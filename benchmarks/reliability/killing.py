@@ -24,9 +24,9 @@ import torch._dynamo  # noqa: F401 - each child would import it anew
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import minillm
-from minillm.checkpoint import find as checkpoint
+from minillm.checkpoint import write
 from minillm.checkpoint.find import open_checkpoint
-from minillm.checkpoint.run_folder import checkpoints_of
+from minillm.checkpoint.run_folder import RunFolder
 from minillm.distributed.ranks import first_to_say, leave
 from minillm.runtime import device as world, program
 from minillm.scripts import train
@@ -182,11 +182,11 @@ def _watch(board: Board, resumes: bool, die_at: tuple[str, int], slow_save_s: fl
     mark(train, "set_up", first, "opening")
     mark(startup, "prepare", "preparing", "opening")
     mark(train, "begin_run", "beginning", "opening")
-    mark(checkpoint, "take_up", "resuming", "opening")
+    mark(write, "take_up", "resuming", "opening")
     mark(train, "learn", "training", before=begun)
     mark(train, "heed", "training", before=done)
-    mark(checkpoint, "save", "saving", "saving", lambda run: time.sleep(slow_save_s))
-    mark(checkpoint, "prune", "pruning", "pruning")
+    mark(write, "save", "saving", "saving", lambda run: time.sleep(slow_save_s))
+    mark(write, "prune", "pruning", "pruning")
     mark(train, "finish", "ending", then="leaving")
     board.begun = 1
 
@@ -219,7 +219,7 @@ def traces(run: Path) -> dict[str, Any]:
         row = json.loads(line, parse_float=str)
         rows.append({name: x for name, x in row.items() if name not in VOLATILE})
     found: dict[str, Any] = {"metrics.jsonl": rows}
-    for step in checkpoints_of(run):
+    for step in RunFolder(run).checkpoints():
         past = open_checkpoint(run, str(step))
         found[f"state of step {step}"] = {
             name: {k: v for k, v in x.items() if k not in VOLATILE} if isinstance(x, dict) else x

@@ -92,7 +92,7 @@ def measure(ranks: Ranks, rounds: int) -> dict[tuple[str, int], list[float]]:
             for _ in range(times):
                 run[name](n)
             seconds = (time.perf_counter() - start) / times
-            found[name, n].append(-ranks.least(-seconds))
+            found[name, n].append(-ranks.minimum(-seconds))
     return {case: seconds[1:] for case, seconds in found.items()}
 
 

@@ -29,9 +29,9 @@ from minillm.model.gpt import GPT
 from minillm.model.size import n_parameters
 from minillm.ops import EAGER
 from minillm.optim.build import recipes, set_learning_rate
+from minillm.optim.clip import clip_factor
 from minillm.planning import estimate as plan, network as links
 from minillm.runtime import device as world
-from minillm.training.steps import clip_factor
 
 OURS = {f"stage {s}": s for s in range(4)}
 

@@ -1,4 +1,4 @@
-"""A run folder, and the checkpoints in it: written whole, verified and read.
+"""A run folder and the checkpoints in it, which are written whole, verified and read.
 
-Start with run_folder.py, then write.py, read.py and find.py.
+Read run_folder.py first, then write.py, read.py and find.py.
 """

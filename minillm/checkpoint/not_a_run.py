@@ -1,4 +1,4 @@
-"""What a path is that was given for a run and is none, and what to do instead."""
+"""The error for a path that was given for a run and is not a run: what it is, what to do."""
 
 import json
 import re
@@ -10,12 +10,12 @@ from minillm.runtime.ownership import RUN, claims
 from minillm.runtime.pickles import ENDINGS, is_pickle
 
 STEP = re.compile(r"step-(\d{8})")
-LISTED = 3  # runs that a message names
-MAX_CONFIG = 1 << 20  # bytes of a config.json that is looked into
+LISTED = 3  # number of runs that a message names
+MAX_CONFIG = 1 << 20  # bytes: a larger config.json is not read
 
 
 def foreign_config(folder: Path) -> dict[str, Any] | None:
-    """The content of config.json if it is that of a Hugging Face folder, not of a run of ours."""
+    """Return the content of config.json if it is that of a Hugging Face folder, else None."""
     path = folder / "config.json"
     try:
         if path.stat().st_size > MAX_CONFIG:
@@ -23,22 +23,22 @@ def foreign_config(folder: Path) -> dict[str, Any] | None:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
-    theirs = isinstance(content, dict) and "sha256" not in content and "train" not in content
-    return content if theirs and {"model_type", "architectures"} & content.keys() else None
+    foreign = isinstance(content, dict) and "sha256" not in content and "train" not in content
+    return content if foreign and {"model_type", "architectures"} & content.keys() else None
 
 
-def about(path: Path) -> str:
-    """One line: what `path` is, and what to name instead."""
+def explain(path: Path) -> str:
+    """Return one line that says what `path` is, and what to name instead."""
     if path.is_dir():
-        return f"{path} {_about_folder(path)}"
+        return f"{path} {_explain_folder(path)}"
     if path.exists():
-        return f"{path} {_about_file(path)}"
-    beside = Path("runs") / path
-    hint = f"; did you mean {beside}?" if _is_run(beside) else ""
+        return f"{path} {_explain_file(path)}"
+    likely = Path("runs") / path
+    hint = f"; did you mean {likely}?" if _is_run(likely) else ""
     return f"{path}: no such run{hint}"
 
 
-def _about_folder(folder: Path) -> str:
+def _explain_folder(folder: Path) -> str:
     config = foreign_config(folder)
     if config is not None and config.get("model_type") == "huginn_raven":
         return (
@@ -71,7 +71,7 @@ def _about_folder(folder: Path) -> str:
     return what
 
 
-def _about_file(path: Path) -> str:
+def _explain_file(path: Path) -> str:
     run = next((folder for folder in path.parents[:3] if _is_run(folder)), None)
     if run is not None:
         return f"is a file of a run, not a run folder; name the run itself, {run}"

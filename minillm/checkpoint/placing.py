@@ -1,6 +1,6 @@
-"""Where a new run may go, and which process writes it.
+"""The folder of a new run: which one it may be, and which process writes into it.
 
-A folder that is not a run of ours is never emptied, and of a run only the files that it wrote.
+Files are deleted only from a folder that is a run of minillm, and there only those it wrote.
 """
 
 import glob
@@ -10,12 +10,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
-from minillm.checkpoint.discarding import discard_all
-from minillm.checkpoint.run_folder import checkpoints_of, is_of
+from minillm.checkpoint.deletion import delete_all
+from minillm.checkpoint.run_folder import RunFolder
 from minillm.config.fields import parts_of
 from minillm.config.flags import Settings
 from minillm.data.tokenizer import KINDS
-from minillm.errors import UsageError
+from minillm.errors import UsageError, parameter
 from minillm.runtime.files import file_digest, read_json, sync_folder
 from minillm.runtime.launch import shell_command
 from minillm.runtime.ownership import RUN, claims, is_plain_file, is_run
@@ -23,23 +23,24 @@ from minillm.runtime.ownership import RUN, claims, is_plain_file, is_run
 # The files that a run writes into its folder, each by way of NAME.tmp. It also has checkpoints/.
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 FILES = ("config.json", *TOKENIZERS, "metrics.jsonl", "samples.txt", "bad-steps.jsonl")
-# All that a run without config.json may have: it was killed before its first step.
+# Everything that a run without config.json may hold. It was killed before its first step.
 BEGUN = {"lock", "config.json.tmp", *(name + end for name in TOKENIZERS for end in ("", ".tmp"))}
-# The content of `lock`, by which a folder without config.json is known to be a run that has begun.
+# The content of `lock`. It marks a folder without config.json as a run that has begun.
 MARK = b"minillm writes a run in this folder; the process that does holds a lock on this file.\n"
 
 
 def lock(run: Path) -> TextIO | None:
-    """A file by which nobody else may write the run until it is closed, however the process ends.
+    """Lock a run for this process. Return the lock file, which keeps the lock until it is closed.
 
-    Raises UsageError if another process holds it. Windows has no such lock: None.
+    The system closes it when the process ends, however it ends. Windows has no such lock: None.
+    Raises UsageError if another process holds the lock.
     """
     path = run / "lock"
     with suppress(FileExistsError), path.open("xb", buffering=0) as made:
         made.write(MARK)
         os.fsync(made.fileno())
     if 0 < path.stat().st_size < len(MARK) and MARK.startswith(path.read_bytes()):
-        _mark(path)  # half of it was written by a process that was killed
+        _mark(path)  # a process was killed after it had written half of it
     try:
         import fcntl
     except ImportError:
@@ -55,14 +56,14 @@ def lock(run: Path) -> TextIO | None:
 
 
 def _mark(lock: Path) -> None:
-    """Write MARK, or what is missing of it, into a lock file of ours, and wait for the disk."""
+    """Write MARK, or its missing end, into a lock file of ours, and wait for the disk."""
     with lock.open("ab", buffering=0) as file:
         file.write(MARK[lock.stat().st_size :])
         os.fsync(file.fileno())
 
 
 def _holder(file: TextIO) -> str:
-    """Who has locked a file, as far as the system says."""
+    """Return which process has locked a file, if the system says so."""
     inode, table = os.fstat(file.fileno()).st_ino, Path("/proc/locks")
     for line in table.read_text(encoding="utf-8").splitlines() if table.is_file() else ():
         words = line.split()
@@ -74,30 +75,34 @@ def _holder(file: TextIO) -> str:
 def check_out(
     run: Path, overwrite: bool, launch: str | None = None, sources: Iterable[tuple[str, str]] = ()
 ) -> None:
-    """Raise UsageError unless `run` is free: absent, empty, or a run that may be overwritten.
+    """Raise UsageError unless a new run may be made in `run`.
 
-    A run that `launch` itself has begun, and not brought to a checkpoint, may always be.
+    That is so if it does not exist, is empty, or is a run that may be overwritten.
 
-    sources: (flag, path) of what the same command reads, which must not be overwritten
+    overwrite: whether a run of minillm may be overwritten; one that `launch` began and that has no
+        checkpoint always may
+    launch: the name of this torchrun launch
+    sources: (parameter, path) of what the same command reads, which must not be overwritten
     """
     if not run.exists() or (run.is_dir() and is_free(run)):
         return
+    out = f"{parameter('out')} {run}"
     if not run.is_dir():
-        raise UsageError(f"--out {run} is a file; name a folder")
+        raise UsageError(f"{out} is a file; name a folder")
     if not is_run(run):
         what = "holds other things than a run"
         if claims(run, RUN):
             what = "is a run whose config.json is damaged or of a newer minillm, so that its files "
-            what += "cannot be told from yours"
-        raise UsageError(f"--out {run} {what}; name another folder")
-    if not overwrite and (checkpoints_of(run) or not is_of(run, launch)):
+            what += "cannot be distinguished from yours"
+        raise UsageError(f"{out} {what}; name another folder")
+    if not overwrite and (RunFolder(run).checkpoints() or not RunFolder(run).is_of(launch)):
         raise UsageError(
-            f"--out {run} exists; continue it with {shell_command('train', '--resume', run)}, or "
-            "replace it with --overwrite"
+            f"{out} exists; continue it with {shell_command('train', '--resume', run)}, or "
+            f"replace it with {parameter('overwrite')}"
         )
     if other := _other_tokenizer(run):
         raise UsageError(
-            f"--out {run}: {other.name} in it is not the tokenizer that the run was trained with; "
+            f"{out}: {other.name} in it is not the tokenizer that the run was trained with; "
             "move it elsewhere, or name another folder"
         )
     for name in (*FILES, "lock", "checkpoints"):
@@ -105,7 +110,7 @@ def check_out(
         fits = path.is_dir() if name == "checkpoints" else path.is_file()
         if path.is_symlink() or (path.exists() and not fits):
             raise UsageError(
-                f"--out {run}: {name} in it is not what minillm wrote there, but a link or a thing "
+                f"{out}: {name} in it is not what minillm wrote there, but a link or something "
                 "of another kind; remove it, or name another folder"
             )
     _refuse_sources(run, sources)
@@ -134,26 +139,29 @@ def is_free(folder: Path) -> bool:
 
 
 def sources(settings: Settings, config_file: str | None = None) -> list[tuple[str, str]]:
-    """Return (flag, path) of all that a command reads, and that must not be overwritten by it."""
+    """Return (parameter, path) of everything that a command reads and must not overwrite.
+
+    config_file: the path given with --config
+    """
     train = settings.train
-    read = [("--data", path) for path in parts_of(train.data)]
-    read += [("--val", path) for path in parts_of(train.val)]
+    read = [("data", path) for path in parts_of(train.data)]
+    read += [("val", path) for path in parts_of(train.val)]
     tokenizer = None if train.tokenizer in KINDS else train.tokenizer
-    single = {"--init-from": train.init_from, "--tokenizer": tokenizer, "--config": config_file}
-    return read + [(flag, path) for flag, path in single.items() if path]
+    single = {"init_from": train.init_from, "tokenizer": tokenizer, "config": config_file}
+    return read + [(name, path) for name, path in single.items() if path]
 
 
 def _refuse_sources(run: Path, sources: Iterable[tuple[str, str]]) -> None:
     """Raise UsageError if the command reads something that overwriting `run` would delete."""
     place = run.resolve()
-    own = {place, *(place / name for name in FILES)}
-    for flag, source in sources:
+    own = {place, *(place / file for file in FILES)}
+    for name, source in sources:
         for path in {source, *glob.glob(source, recursive=True)}:  # noqa: PTH207
             found = Path(path).resolve()
             if found in own or place / "checkpoints" in (found, *found.parents):
                 raise UsageError(
-                    f"--overwrite would delete {flag} {path}, which is part of --out {run}; name "
-                    "another folder"
+                    f"{parameter('overwrite')} would delete {parameter(name)} {path}, which is "
+                    f"part of {parameter('out')} {run}; name another folder"
                 )
 
 
@@ -164,10 +172,15 @@ def make_run(
     launch: str | None = None,
     sources: Iterable[tuple[str, str]] = (),
 ) -> tuple[Path, TextIO | None]:
-    """Make a run folder without files of a run, and lock it: `out`, or runs/name-N.
+    """Make the folder of a new run and lock it. Return the folder and the lock file.
 
-    A run that check_out allows to overwrite is emptied; what others have put into it stays. Of two
-    processes that ask for the same `out` one gets it, the other UsageError.
+    out: the folder; None: runs/NAME-N, with the first number N that is free
+    name: NAME
+    overwrite, launch, sources: see check_out
+
+    A run that may be overwritten is emptied, but files that minillm did not write stay. Raises
+    UsageError as check_out does. Of two processes that ask for the same folder, one gets it, the
+    other raises UsageError.
     """
     if out is None:
         run = _make_next(Path("runs"), name)
@@ -178,7 +191,7 @@ def make_run(
     sync_folder(run.parent)
     held = lock(run)
     try:
-        check_out(run, overwrite, launch, sources)  # now that nobody else can write it
+        check_out(run, overwrite, launch, sources)  # again, now that no other process can write it
         _empty(run)
     except BaseException:
         if held:
@@ -188,16 +201,16 @@ def make_run(
 
 
 def _empty(run: Path) -> None:
-    """Delete the files of a run. Killed on the way, the folder is still a run, or free.
+    """Delete the files of a run. If this is interrupted, the folder is still a run, or free.
 
-    config.json is deleted last. It stays, until it is replaced, where others have put files into
-    the folder: without it they would make a folder that is not ours of it.
+    config.json is deleted last. If the folder holds files that minillm did not write, it stays
+    until it is replaced, because without it the folder would not be a run.
     """
     if is_run(run):
         lock = run / "lock"
         if MARK.startswith(lock.read_bytes()):  # empty in earlier releases
             _mark(lock)
-        discard_all(run / "checkpoints")
+        delete_all(run / "checkpoints")
     for path in run.iterdir():
         if is_temporary(path) or (path.name in FILES[1:] and is_plain_file(path)):
             path.unlink()
@@ -206,13 +219,13 @@ def _empty(run: Path) -> None:
 
 
 def is_temporary(path: Path) -> bool:
-    """Return whether a file in a run's folder is one of the run's, under its temporary name."""
+    """Return whether a file in a run's folder is a file of the run under its temporary name."""
     name = path.name.removesuffix(".tmp")
     return name != path.name and name in FILES and is_plain_file(path)
 
 
 def _make_next(root: Path, name: str) -> Path:
-    """Make the first of root/name-1, root/name-2, ... that nobody else has."""
+    """Make and return the first of root/name-1, root/name-2, ... that does not exist."""
     n = 1
     while True:
         try:

@@ -1,6 +1,6 @@
-"""One checkpoint as it lies on the disk: verified, then read as asked for.
+"""Reading one checkpoint: its files are verified first, and its tensors read when asked for.
 
-Checkpoints are chosen in checkpoint.py and written in saving.py.
+Checkpoints are chosen in find.py and written in write.py.
 """
 
 import errno
@@ -21,8 +21,8 @@ from minillm.distributed.state_dict import load_into, refuse_misfit, refuse_valu
 from minillm.errors import CorruptError
 from minillm.runtime.files import file_digest, read_json
 
-# What a system says of a file that is gone since it was listed, of a medium that has lost data, and
-# of a thing that is no file.
+# The errors of a file that was deleted after it was listed, of a medium that has lost data, and of
+# something that is not a file.
 DAMAGED = {errno.ENOENT, errno.EIO, errno.EBADMSG, errno.ENXIO, errno.EISDIR, errno.ENOTDIR,
            errno.ELOOP, getattr(errno, "EUCLEAN", errno.EIO),
            getattr(errno, "ESTALE", errno.EIO)}  # fmt: skip
@@ -31,11 +31,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One verified checkpoint; tensors are read when asked for, onto the CPU.
+    """A verified checkpoint, whose tensors are read onto the CPU when asked for.
 
-    files: kind ("model", "optimizer", "ema") -> its files, a rank each; verified kinds alone.
-    Tensors of "optimizer" are called STATE.PARAMETER: "exp_avg.norm.weight".
-    Every method raises CorruptError if what it reads is damaged or not there.
+    folder: the folder of the checkpoint
+    step: its step
+    state: the content of state.json
+    files: the files of each verified kind ("model", "optimizer", "ema"), in the order of ranks
+
+    Tensors of the kind "optimizer" are named STATE.PARAMETER, such as "exp_avg.norm.weight". Every
+    method raises CorruptError if what it reads is damaged or missing.
     """
 
     folder: Path
@@ -46,43 +50,45 @@ class Checkpoint:
     _opened: dict[str, TensorFiles] = field(default_factory=dict, repr=False, compare=False)
 
     def is_there(self) -> bool:
-        """Return whether the files are those that were verified: neither deleted nor replaced."""
+        """Return whether the files still are those that were verified."""
         return stamp_of(self.folder) == self._stamp
 
     def is_replaced(self) -> bool:
-        """Return whether others are now in the place of the files that were verified."""
+        """Return whether other files have replaced those that were verified."""
         return stamp_of(self.folder) not in (None, self._stamp)
 
     @property
     def weights(self) -> str:
-        """The kind to generate with: the averaged weights where there are any."""
+        """The kind of tensors to generate with: "ema" if there are any, else "model"."""
         return weights_among(self.files)
 
     @property
     def kinds(self) -> frozenset[str]:
-        """The kinds of tensors that there are."""
+        """The kinds of tensors in the checkpoint."""
         return frozenset(self.files)
 
     def names(self, kind: str) -> list[str]:
-        """The names of the tensors of one kind."""
+        """Return the names of the tensors of one kind."""
         return sorted(self._of(kind).tensors)
 
     def keys(self, kind: str) -> list[str]:
-        """What the files hold: NAME of a whole tensor, NAME[start:stop] of a part."""
+        """Return the keys in the files: NAME of a whole tensor, NAME[start:stop] of a part."""
         return self._of(kind).keys()
 
     def read(self, kind: str, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Elements [start, stop) of a tensor, row by row: (stop - start,); no other is read."""
+        """Read elements [start, stop) of a flattened tensor, no others. Return (stop - start,)."""
         files = self._of(kind)
         if name not in files.tensors:
             raise CorruptError(f"{self.folder}: lacks {name} of the {kind}")
         return files.read(name, start, stop)
 
     def piece(self, kind: str, name: str, start: int, stop: int) -> Tensor | None:
-        """Elements [start, stop) of parameter `name`, for one who keeps only these.
+        """Return elements [start, stop) of the weights or of a state of parameter `name`.
 
-        kind: "model", "ema" or a state of the optimiser ("exp_avg"), of which there may be none:
-        None. Of a state that is one number for the whole parameter ("step"), this: ().
+        kind: "model", "ema" or a state of the optimiser, such as "exp_avg"
+
+        A state that is one number for the whole parameter ("step") is returned as (). The result is
+        None if the parameter has no such state.
         """
         if kind in ("model", "ema"):
             values = self.read(kind, name, start, stop)
@@ -97,7 +103,7 @@ class Checkpoint:
         return files.read(key, start, stop) if shape else files.whole(key)
 
     def tensors(self, kind: str) -> dict[str, Tensor]:
-        """All tensors of one kind by name, in their shapes."""
+        """Return all tensors of one kind by name, in their shapes."""
         files = self._of(kind)
         return {name: files.whole(name) for name in files.tensors}
 
@@ -106,10 +112,11 @@ class Checkpoint:
         refuse_misfit(self.folder, own, self._of(kind).tensors)
 
     def check_optimizer(self, kinds: dict[str, frozenset[str]]) -> None:
-        """Raise CorruptError unless each parameter has just these states, of its shape.
+        """Raise CorruptError unless each parameter has exactly these states, of its shape.
 
-        kinds: parameter -> the states that its optimiser keeps of it. Before an optimiser's first
-        step there are none of any.
+        kinds: parameter -> the states that its optimiser keeps of it
+
+        Before the first step of an optimiser no parameter has a state.
         """
         model = self._of("model").tensors
         states = self._of("optimizer").tensors if "optimizer" in self.kinds else {}
@@ -117,14 +124,14 @@ class Checkpoint:
         refuse_states(self.files.get("optimizer", [self.folder])[0], states, kinds, shapes)
 
     def n_elements(self, kind: str) -> int:
-        """Of all tensors of one kind together."""
+        """Return the number of elements of all tensors of one kind together."""
         return sum(math.prod(t.shape) for t in self._of(kind).tensors.values())
 
     def load_into(self, model: nn.Module) -> None:
-        """Give `model` these weights, the averaged ones where there are any."""
+        """Load these weights into `model`: the averaged ones if there are any."""
         kind, own = self.weights, dict(model.named_parameters())
         self.check_fit(kind, own)
-        for name, p in own.items():  # one at a time: together they may be as large as the model
+        for name, p in own.items():  # one at a time: together they are as large as the model
             load_into({name: p}, {name: self._of(kind).whole(name)}, self.folder)
 
     def _of(self, kind: str) -> TensorFiles:
@@ -140,7 +147,7 @@ class Checkpoint:
 
 
 def shape_of(state: dict[str, Any], kind: str, name: str) -> list[int] | None:
-    """The shape that state.json states for a tensor, that of its parameter."""
+    """Return the shape of a tensor's parameter as state.json states it, or None."""
     return state.get("shapes", {}).get(name.partition(".")[2] if kind == "optimizer" else name)
 
 
@@ -150,7 +157,10 @@ def weights_among(kinds: Collection[str]) -> str:
 
 
 def stamp_of(folder: Path) -> list[int] | None:
-    """Return what tells a checkpoint from one that replaces it; None if it has no manifest."""
+    """Return inode, time and size of the manifest; None if there is no manifest.
+
+    The stamp of a checkpoint differs from that of one that replaces it.
+    """
     try:
         found = (folder / "manifest.json").stat()
         return [found.st_ino, found.st_mtime_ns, found.st_size]
@@ -161,11 +171,12 @@ def stamp_of(folder: Path) -> list[int] | None:
 def verified(folder: Path, step: int, ranks: Ranks, weights: bool = False) -> Checkpoint:
     """Return the checkpoint in `folder`, every file checked against its hash.
 
-    Every rank calls it and hashes its share of the files.
+    Every rank calls it and checks its share of the files.
 
+    step: the step that the checkpoint must be of
     weights: check and open only the weights to generate with; the other files may be missing
 
-    Raises CorruptError, the same on all ranks, if it is not whole or does not belong.
+    Raises CorruptError, on all ranks, if a file is missing or damaged, or of another checkpoint.
     """
     return agree(ranks, lambda: _checked(folder, step, ranks, weights))
 
@@ -177,12 +188,12 @@ def _checked(folder: Path, step: int, ranks: Ranks, weights: bool) -> Checkpoint
         kind = weights_among(files)
         files = {kind: files.get(kind, [])}
     needed = ["state.json", *(path.name for paths in files.values() for path in paths)]
-    # Whole rounds from the largest down give each rank about as many bytes.
+    # Dealt out from the largest file down, each rank gets about the same number of bytes.
     by_size = sorted(needed, key=lambda name: (-stated[name]["bytes"], name))
     for name in by_size[ranks.rank :: ranks.size]:
         _or_corrupt(folder / name, partial(_check_file, folder / name, stated[name]))
     for path in _or_corrupt(folder, lambda: sorted(folder.glob("*.safetensors"))):
-        if FILE.fullmatch(path.name) and path.name not in stated:  # others may keep files there
+        if FILE.fullmatch(path.name) and path.name not in stated:  # other names are allowed
             raise CorruptError(f"{path}: is not in the manifest")
     state = read_state(folder)
     if state["step"] != step or state.get("progress", {}).get("step", step) != step:
@@ -191,7 +202,7 @@ def _checked(folder: Path, step: int, ranks: Ranks, weights: bool) -> Checkpoint
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """state.json of a checkpoint, its own digest and its fields checked, no other file."""
+    """Return the content of state.json, after its digest and its fields have been checked."""
     path = folder / "state.json"
     state = _or_corrupt(path, lambda: read_json(path))
     check_state(path, state, ["step"])
@@ -199,13 +210,13 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    """The files that the manifest names, with their sizes and digests."""
+    """Return the files that the manifest names, with their sizes and digests."""
     path = folder / "manifest.json"
     files = _or_corrupt(path, lambda: read_json(path)).get("files")
     if not isinstance(files, dict) or "state.json" not in files:
         raise CorruptError(f"{path}: names no state.json")
     for name, stated in files.items():
-        # Whoever made the manifest, it must not lead out of the folder.
+        # A name must not lead out of the folder, even in a manifest made by someone else.
         good = (name == "state.json" or FILE.fullmatch(name)) and isinstance(stated, dict)
         good = good and type(size := stated.get("bytes")) is int and 0 <= size < 2**63
         if not good or not isinstance(stated.get("sha256"), str):
@@ -223,7 +234,7 @@ def _check_file(path: Path, stated: dict[str, Any]) -> None:
 
 
 def _or_corrupt(path: Path, read: Callable[[], T]) -> T:
-    """What read() returns; CorruptError where the medium has lost it."""
+    """Return what read() returns. Raise CorruptError if the file is missing or unreadable."""
     try:
         return read()
     except OSError as error:
@@ -238,11 +249,12 @@ def refuse_states(
     kinds: dict[str, frozenset[str]],
     shapes: dict[str, tuple[int, ...]],
 ) -> None:
-    """Raise CorruptError unless the optimiser states `found`, KIND.PARAMETER, are what they must.
+    """Raise CorruptError unless the optimiser states are complete and have the right shapes.
 
-    source: the file that should have what is missing.    kinds: parameter -> its states, all of
-    which must be there; none at all is the state before the first step.    shapes: of the
-    parameters; a state has that of its own, "step" is one number.
+    source: the file to name if a state is missing
+    found: the states in the files, named KIND.PARAMETER; none at all is right before the first step
+    kinds: parameter -> the states that it must have
+    shapes: of the parameters; each state has that of its parameter, but "step" is one number
     """
     expected = {f"{kind}.{name}" for name, own in kinds.items() for kind in own}
     missing, extra = sorted(expected - found.keys()), sorted(found.keys() - expected)

@@ -1,10 +1,10 @@
-"""Tensors that lie in parts in several files: any elements of them, no other byte being read.
+"""Tensors whose parts lie in several safetensors files: any elements can be read, and no others.
 
-The files are safetensors: 8 bytes of length, a JSON header of that length, the data. A tensor that
-a file holds in part stands there in one dimension, under `NAME[start:stop]`: its elements from
-start to stop, row by row. One that it holds whole stands under its own name, with its shape.
+A safetensors file has 8 bytes of length, a JSON header of that length, and the data. A part of a
+tensor is stored 1-D under the key `NAME[start:stop]`: the elements from start to stop of the
+flattened tensor. A whole tensor is stored under its name, in its shape.
 
-What this room does not do: know what the tensors are for (checkpoint.py, saving.py).
+Source: https://github.com/huggingface/safetensors, "Format".
 """
 
 import json
@@ -21,7 +21,7 @@ from torch import Tensor
 from minillm.errors import CorruptError
 from minillm.runtime.pickles import HEAD, is_pickle, is_safetensors
 
-MAX_HEADER = 10_000_000  # bytes; the format itself allows ten times as much
+MAX_HEADER = 10_000_000  # bytes; the format allows 100,000,000
 MAX_TENSORS = 100_000  # in one file
 MAX_DIMS = 8
 FILE = re.compile(r"([a-z_]+)-\d{5}-of-\d{5}\.safetensors")  # as file_name makes it
@@ -35,9 +35,10 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Part:
-    """Elements [start, stop) of a tensor: from byte `offset` of a file on.
+    """Elements [start, stop) of a flattened tensor in a file.
 
-    shape: of the tensor, where the file holds the whole of it; None for a part.
+    offset: the byte of the file at which they begin
+    shape: of the tensor, if the file holds all of it; None for a part
     """
 
     path: Path
@@ -50,7 +51,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor as the files have it: its shape, its dtype, its parts by where they start."""
+    """A tensor in the files: its shape, its dtype, and its parts in the order of their starts."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -58,25 +59,25 @@ class Stored:
 
 
 def key_of(name: str, start: int, stop: int) -> str:
-    """What elements [start, stop) of a tensor are called in a file."""
+    """Return the key of elements [start, stop) of a tensor."""
     return f"{name}[{start}:{stop}]"
 
 
 def range_of(key: str) -> tuple[str, int, int] | None:
-    """(name, start, stop) that key_of made `key` of; None for the name of a whole tensor."""
+    """Return the (name, start, stop) of a key made by key_of; None for a whole tensor's name."""
     match = KEY.fullmatch(key)
     return (match[1], int(match[2]), int(match[3])) if match else None
 
 
 def file_name(kind: str, rank: int, size: int) -> str:
-    """The file in which rank `rank` of `size` keeps its tensors of one kind."""
+    """Return the name of the file in which rank `rank` of `size` saves its tensors of one kind."""
     return f"{kind}-{rank + 1:05d}-of-{size:05d}.safetensors"
 
 
 def files_by_kind(folder: Path, names: Iterable[str]) -> dict[str, list[Path]]:
-    """The files among `names` that file_name named, by kind, in the order of ranks.
+    """Return the safetensors files among `names` by kind, in the order of ranks.
 
-    Raises CorruptError if that of a rank is missing, or a name is none of these.
+    Raises CorruptError if the file of a rank is missing, or if file_name does not make such a name.
     """
     found: dict[str, list[str]] = {}
     for name in sorted(names):
@@ -90,7 +91,7 @@ def files_by_kind(folder: Path, names: Iterable[str]) -> dict[str, list[Path]]:
 
 
 def file_bytes(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """The bytes of a file of these tensors, in pieces; each tensor is fetched when it is due."""
+    """Yield the bytes of a file of these tensors, of which one at a time is copied to the CPU."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     # Wide elements first: each tensor then begins at a multiple of its element's size.
     order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
@@ -110,13 +111,15 @@ def file_bytes(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
 
 
 class TensorFiles:
-    """The tensors of some files taken together.
+    """The tensors in several files, of which only the headers are read at first.
 
-    shape_of: name -> the shape that the tensor is known to have, or None. A tensor in parts needs
-    one; a whole one must have it, unless it is a single number where `numbers` are allowed for.
-    Parts may overlap (each rank keeps a count of steps). Only headers are read to begin with.
-    Raises CorruptError on a file that is not safetensors, and on parts that leave a gap, reach
-    beyond the shape or differ in dtype.
+    paths: the files
+    shape_of: name -> the shape that the tensor must have, or None if it is not known. A tensor in
+        parts needs one.
+    numbers: whether a tensor of shape () is allowed in place of the shape
+
+    Parts may overlap: the files of all ranks have the count of steps. Raises CorruptError if a file
+    is not safetensors, or if parts leave a gap, reach beyond the shape or differ in dtype.
     """
 
     def __init__(
@@ -130,12 +133,11 @@ class TensorFiles:
             for name, part in read_header(path):
                 found.setdefault(name, []).append(part)
         self.tensors = {
-            name: _put_together(name, parts, shape_of(name), numbers)
-            for name, parts in found.items()
+            name: _assemble(name, parts, shape_of(name), numbers) for name, parts in found.items()
         }
 
     def keys(self) -> list[str]:
-        """What the files hold: names of whole tensors, key_of those in parts; each once."""
+        """Return the keys in all files, each once: names of whole tensors, key_of of parts."""
         return sorted(
             {
                 name if part.shape is not None else key_of(name, part.start, part.stop)
@@ -145,9 +147,9 @@ class TensorFiles:
         )
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Elements [start, stop) of a tensor, read row by row: (stop - start,), of its dtype.
+        """Return elements [start, stop) of a flattened tensor: (stop - start,), in its own dtype.
 
-        Raises KeyError for a name that is not there, CorruptError if it has not so many elements.
+        Raises KeyError for a name that is not there, CorruptError if it has fewer elements.
         """
         stored = self.tensors[name]
         size, width = math.prod(stored.shape), stored.dtype.itemsize
@@ -169,12 +171,12 @@ class TensorFiles:
         return data.view(stored.dtype)
 
     def whole(self, name: str) -> Tensor:
-        """A tensor in its shape. Raises as read."""
+        """Return a tensor in its shape. Raise KeyError or CorruptError as `read` does."""
         return self.read(name).view(self.tensors[name].shape)
 
 
-def _put_together(name: str, parts: list[Part], stated: Any, numbers: bool) -> Stored:
-    """The tensor that has these parts and, where `stated` is not None, that shape."""
+def _assemble(name: str, parts: list[Part], stated: Any, numbers: bool) -> Stored:
+    """Return the tensor that has these parts, and the shape `stated` if that is not None."""
     first = parts[0]
     whole = next((part.shape for part in parts if part.shape is not None), None)
     if stated is None or numbers and whole == ():
@@ -202,7 +204,7 @@ def _put_together(name: str, parts: list[Part], stated: Any, numbers: bool) -> S
 
 
 def read_header(path: Path) -> list[tuple[str, Part]]:
-    """(name, part) of each tensor in a file. Raises CorruptError if it is not safetensors."""
+    """Return (name, part) of each tensor in a file. Raise CorruptError if it is not safetensors."""
     header, data, size = _header(path)
     found, areas = [], []
     for key, entry in header.items():
@@ -217,12 +219,12 @@ def read_header(path: Path) -> list[tuple[str, Part]]:
         if good and span is not None:
             good = span[1] <= span[2] and shape == [span[2] - span[1]]
         if not good:
-            raise CorruptError(f"{path}: damaged, or of a dtype not known here: {key!r} is {entry}")
+            raise CorruptError(f"{path}: damaged, or of an unknown dtype: {key!r} is {entry}")
         name, start, stop = span or (key, 0, math.prod(shape))
         whole = None if span else tuple(shape)
         found.append((name, Part(path, data + begin, start, stop, dtype, whole)))
         areas.append((begin, end))
-    # As the format demands: no byte of the data belongs to nobody, none to two.
+    # The format demands that each byte of the data belongs to exactly one tensor.
     at = 0
     for begin, end in sorted(areas):
         if begin != at:
@@ -234,15 +236,15 @@ def read_header(path: Path) -> list[tuple[str, Part]]:
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int, int]:
-    """(the header, without its metadata; the byte at which the data begin; how many there are)."""
+    """Return the header without metadata, the byte at which the data begin, and their length."""
     try:
         with path.open("rb", buffering=0) as file:
-            room = path.stat().st_size - 8
+            size = path.stat().st_size - 8
             head = file.read(HEAD)
             length = int.from_bytes(head[:8], "little")
-            if not is_safetensors(head, room + 8) and is_pickle(path):
+            if not is_safetensors(head, size + 8) and is_pickle(path):
                 raise CorruptError(f"{path}: is a pickle or an archive of one, which is never read")
-            if not 0 < length <= min(room, MAX_HEADER):
+            if not 0 < length <= min(size, MAX_HEADER):
                 raise CorruptError(
                     f"{path}: damaged, states {length} bytes of header; at most {MAX_HEADER}"
                 )
@@ -253,11 +255,11 @@ def _header(path: Path) -> tuple[dict[str, Any], int, int]:
     except OSError as error:
         raise CorruptError(f"{path}: {error.strerror or error}") from None
     if not isinstance(header, dict):
-        raise CorruptError(f"{path}: damaged, its header is no object")
+        raise CorruptError(f"{path}: damaged, its header is not an object")
     header.pop("__metadata__", None)
     if len(header) > MAX_TENSORS:
         raise CorruptError(f"{path}: holds {len(header)} tensors; at most {MAX_TENSORS}")
-    return header, 8 + length, room - length
+    return header, 8 + length, size - length
 
 
 def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -268,7 +270,7 @@ def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _is_shape(value: Any) -> bool:
-    """Whether it is a list of whole numbers from 0 on, of a tensor that torch can count."""
+    """Return whether it is a list of whole numbers that can be the shape of a tensor."""
     counts = (
         isinstance(value, list)
         and len(value) <= MAX_DIMS
@@ -278,7 +280,7 @@ def _is_shape(value: Any) -> bool:
 
 
 def _read_into(view: memoryview, path: Path, offset: int) -> None:
-    """Fill `view` from a file. Read, not mapped: a mapped file cut off takes the process along."""
+    """Fill `view` from a file, which is not mapped: a mapped file that is cut kills the process."""
     try:
         with path.open("rb", buffering=0) as file:
             file.seek(offset)

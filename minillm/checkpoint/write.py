@@ -1,12 +1,11 @@
-"""Checkpoints written: whole or not at all, and never at the cost of the last good one.
+"""Writing checkpoints: whole or not at all, and never at the cost of the last good one.
 
-    checkpoints/step-00001000             whole; it gets this name when all of it is on the disk
+    checkpoints/step-00001000             complete; it gets this name when all of it is on the disk
     checkpoints/.step-00001000.tmp        being written, its manifest last
-    checkpoints/.step-00001000.old.tmp    what that step held, until the new one has the name
+    checkpoints/.step-00001000.old.tmp    the former checkpoint of a step, while it is replaced
     checkpoints/.step-00001000.gone.tmp   being deleted
 
-What a killed process leaves under a temporary name, `tidy` takes away. What this room does not do:
-read checkpoints (checkpoint.py).
+`tidy` removes what a killed process left under a temporary name.
 """
 
 import errno
@@ -15,22 +14,23 @@ import re
 import shutil
 from collections.abc import Iterable
 from contextlib import suppress
+from os import PathLike
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 
-from minillm.checkpoint.discarding import (
-    carry_over,
-    clear,
-    discard,
-    discard_all,
-    is_of_others,
+from minillm.checkpoint.deletion import (
+    delete,
+    delete_all,
+    delete_leftovers,
+    holds_only_others,
+    move_other_files,
     own_names,
 )
 from minillm.checkpoint.placing import is_temporary, lock
-from minillm.checkpoint.run_folder import checkpoints_of, require_run, step_folders
+from minillm.checkpoint.run_folder import RunFolder
 from minillm.checkpoint.sharded_safetensors import (
     file_bytes,
     file_name,
@@ -39,36 +39,40 @@ from minillm.checkpoint.sharded_safetensors import (
     range_of,
 )
 from minillm.distributed.agreement import agree, gather
-from minillm.distributed.ranks import Ranks
+from minillm.distributed.ranks import ALONE, Ranks
 from minillm.errors import CorruptError, DivergedError
 from minillm.runtime.files import file_digest, read_json, sync_folder, write_json, write_whole
 from minillm.runtime.ownership import remove_files
 
-ALONE = Ranks()
-MARGIN = 1.1  # of free space: the header, state.json and whatever else is written meanwhile
+MARGIN = 1.1  # free space per byte of tensors: for headers, state.json and other programs
 WRITTEN = re.compile(r"\.(step-\d{8})\.tmp")
 
 
 def save(
     run: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict, ranks: Ranks = ALONE
 ) -> Path:
-    """Write checkpoint `step`; afterwards it is whole or absent. Every rank calls it.
+    """Write checkpoint `step` and return its folder. Every rank calls it.
 
-    tensors: kind ("model", "optimizer", "ema") -> name -> tensor, this rank's own, the same kinds
-    on each. A part of one, in one dimension, is called tensorfiles.key_of(name, start, stop).
-    state: JSON, rank 0's; with parts its "shapes" says the shape of every parameter, by name.
-    The folder must be the same for all ranks. If one cannot write, or there is no room on the disk,
-    it raises its own OSError, the others UnavailableError. Raises DivergedError, on all alike and
-    before anything is written, if a weight is not finite.
+    Afterwards the checkpoint is complete or does not exist.
+
+    run: the folder, which must be the same one for all ranks
+    tensors: kind ("model", "optimizer", "ema") -> name -> tensor: those of this rank, the same
+        kinds on all ranks. A part of a tensor is 1-D and named by key_of(name, start, stop).
+    state: JSON, of which rank 0's is written; with parts, its "shapes" has the shape of every
+        parameter by name
+
+    A rank that cannot write, or finds too little space on the disk, raises OSError, and the others
+    raise UnavailableError. Raises DivergedError on all ranks, before anything is written, if a
+    weight is not finite.
     """
     final = run / "checkpoints" / f"step-{step:08d}"
     temporary = final.with_name(f".{final.name}.tmp")
     first, state = ranks.rank == 0, {"step": step, **state}
     bytes_of_all = sum(gather(ranks, agree(ranks, lambda: _bytes_to_write(tensors))))
     try:
-        agree(ranks, lambda: _make_anew(temporary, bytes_of_all) if first else None)
+        agree(ranks, lambda: _make_empty(temporary, bytes_of_all) if first else None)
         parts = gather(ranks, agree(ranks, lambda: _write_own(temporary, tensors, state, ranks)))
-        # What the ranks have is on the disk; the rest is one rank's work.
+        # The tensors of all ranks are on the disk. One rank does the rest.
         agree(ranks, lambda: _complete(temporary, final, parts, state) if first else None)
     except Exception:
         if first:
@@ -78,35 +82,35 @@ def save(
 
 
 def _bytes_to_write(tensors: dict[str, dict[str, Tensor]]) -> int:
-    """Of this rank's tensors. Raises DivergedError if a weight is not finite."""
+    """Return the bytes of this rank's tensors. Raise DivergedError if a weight is not finite."""
     for kind in tensors.keys() & {"model", "ema"}:
         require_finite(kind, tensors[kind])
     return sum(t.numel() * t.element_size() for named in tensors.values() for t in named.values())
 
 
-def _make_anew(folder: Path, n_bytes: int) -> None:
-    """Make an empty folder. Raises OSError if the disk has no room for `n_bytes` and some more."""
+def _make_empty(folder: Path, n_bytes: int) -> None:
+    """Make an empty folder. Raise OSError if the disk has too little space for `n_bytes`."""
     if not folder.parent.is_dir():
         folder.parent.mkdir(parents=True)
         sync_folder(folder.parent.parent)
     free = shutil.disk_usage(folder.parent).free
     if free < MARGIN * n_bytes:
         what = f"{free / 2**20:,.1f} MiB are free and a checkpoint takes {n_bytes / 2**20:,.1f}"
-        raise OSError(errno.ENOSPC, f"no room on the disk: {what}", str(folder.parent))
+        raise OSError(errno.ENOSPC, f"too little space on the disk: {what}", str(folder.parent))
     _remove(folder)
-    folder.mkdir(exist_ok=is_of_others(folder))
+    folder.mkdir(exist_ok=holds_only_others(folder))
 
 
 def _remove(folder: Path) -> None:
-    """Delete what an earlier attempt has written of a checkpoint, under its temporary name."""
+    """Delete what an earlier attempt wrote of a checkpoint under its temporary name."""
     if folder.is_dir():
         remove_files(folder, own_names(folder).__contains__)
 
 
 def _write_own(folder: Path, tensors: dict, state: dict, ranks: Ranks) -> dict[str, dict]:
-    """Write this rank's files and wait until they are on the disk; their entries in the manifest.
+    """Write this rank's files, wait until they are on the disk, return their manifest entries.
 
-    ValueError if a part is not what its name says.
+    Raises ValueError if a part has another length than its name says.
     """
     written = {}
     for kind, named in tensors.items():
@@ -122,94 +126,102 @@ def _write_own(folder: Path, tensors: dict, state: dict, ranks: Ranks) -> dict[s
 
 
 def _complete(temporary: Path, final: Path, parts: list[dict], state: dict) -> None:
-    """Write what is left, the manifest last, and give the folder its name."""
+    """Write state.json and then the manifest, and rename the folder to its final name."""
     files = {name: entry for part in parts for name, entry in part.items()}
     files_by_kind(temporary, files)
     files["state.json"] = write_json(temporary / "state.json", state)
-    # With it, the names of all files in the folder are on the disk.
+    # Writing it syncs the folder, so that the names of all its files are on the disk.
     write_json(temporary / "manifest.json", {"files": dict(sorted(files.items()))})
-    aside = final.with_name(f".{final.name}.old.tmp")
+    old = final.with_name(f".{final.name}.old.tmp")
     if final.exists():
-        discard(aside)
-        final.rename(aside)
+        delete(old)
+        final.rename(old)
     try:
         temporary.rename(final)
     except OSError:
-        with suppress(OSError):  # if not even that can be done, checkpoints_of knows it there
-            aside.rename(final)
+        with suppress(OSError):  # if this fails too, RunFolder finds it under its temporary name
+            old.rename(final)
         raise
     sync_folder(final.parent)
-    if aside.is_dir():
-        carry_over(aside, final)
-        discard(aside)
+    if old.is_dir():
+        move_other_files(old, final)
+        delete(old)
 
 
-def prune(run: Path, keep_last: int, best: int | None) -> None:
-    """Delete all checkpoints but the newest `keep_last` and step `best`."""
-    steps = checkpoints_of(run)
+def prune(run: str | PathLike[str], keep_last: int, best: int | None) -> None:
+    """Delete all checkpoints but those to keep.
+
+    keep_last: number of the newest checkpoints that are kept
+    best: a step that is kept too; None: none
+    """
+    steps = RunFolder(run).checkpoints()
     for step in sorted(steps)[:-keep_last]:
         if step != best:
-            discard(steps[step])
+            delete(steps[step])
 
 
-def discard_after(run: Path, step: int) -> None:
-    """Delete the checkpoints of later steps, which a roll-back has made untrue."""
-    for later, folder in checkpoints_of(run).items():
+def discard_after(run: str | PathLike[str], step: int) -> None:
+    """Delete the checkpoints of later steps, after a roll-back to `step`."""
+    for later, folder in RunFolder(run).checkpoints().items():
         if later > step:
-            discard(folder)
+            delete(folder)
 
 
-def set_aside(run: Path, step: int) -> list[Path]:
-    """Rename all checkpoints after `step`, which a run that goes on from there has passed over as
-    damaged: none of them shall be the last one again, or keep a good one from being kept.
+def set_aside(run: str | PathLike[str], step: int) -> list[Path]:
+    """Rename the damaged checkpoints after `step`, from which the run is resumed.
 
-    Returns where they are now: checkpoints/damaged-step-00000200.
+    Otherwise one of them would be the last checkpoint again, and count among those that are kept.
+
+    Returns their new paths, such as checkpoints/damaged-step-00000200.
     """
     moved = []
-    for later, folder in sorted(step_folders(run).items()):
+    for later, folder in sorted(RunFolder(run).step_folders().items()):
         if later > step:
-            place = folder.with_name(f"damaged-{folder.name}")
-            discard(place)
+            target = folder.with_name(f"damaged-{folder.name}")
+            delete(target)
             number = 1
-            while place.exists():  # others have put files into it
+            while target.exists():  # it holds files of others
                 number += 1
-                place = folder.with_name(f"damaged-{folder.name}-{number}")
-            moved.append(folder.rename(place))
+                target = folder.with_name(f"damaged-{folder.name}-{number}")
+            moved.append(folder.rename(target))
     if moved:
         sync_folder(moved[0].parent)
     return moved
 
 
-def take_up(run: Path) -> TextIO | None:
-    """Lock a run that is to be written, and take away what a killed process left in it."""
-    held = lock(require_run(run))
-    tidy(run)
+def take_up(run: str | PathLike[str]) -> TextIO | None:
+    """Lock a run to write into it, and remove what a killed process left. Return the lock file."""
+    path = RunFolder(run).require().path
+    held = lock(path)
+    tidy(path)
     return held
 
 
 def tidy(run: Path) -> None:
-    """Take away what a killed process left under temporary names; for who holds the run's lock.
+    """Remove what a killed process left under temporary names. The caller holds the run's lock.
 
-    A checkpoint that was put aside to be replaced gets its name back, and one that lacked nothing
-    but its name gets it if there is no other.
+    A checkpoint that was being replaced gets its name back. One that was written completely, but
+    not renamed, gets its name if there is no other checkpoint.
     """
     for path in run.glob("*.tmp"):
         if is_temporary(path):
             path.unlink()
-    discard_all(run / "checkpoints.tmp")  # what an earlier release deleted by way of this name
-    for step, folder in checkpoints_of(run).items():
+    delete_all(
+        run / "checkpoints.tmp"
+    )  # an earlier release renamed folders so before it deleted them
+    for step, folder in RunFolder(run).checkpoints().items():
         folder.rename(folder.with_name(f"step-{step:08d}"))
     for folder in sorted(run.glob("checkpoints/.step-*.tmp"), reverse=True):
         written = WRITTEN.fullmatch(folder.name)
-        if written and not checkpoints_of(run) and _is_whole(folder):
+        if written and not RunFolder(run).checkpoints() and _is_whole(folder):
             folder.rename(folder.with_name(written[1]))
-    clear(run / "checkpoints")
+    delete_leftovers(run / "checkpoints")
     if (run / "checkpoints").is_dir():
         sync_folder(run / "checkpoints")
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether every file of a checkpoint is what the manifest says."""
+    """Return whether every file of a checkpoint has the digest in the manifest."""
     try:
         files: dict[str, Any] = read_json(folder / "manifest.json")["files"]
         return all(file_digest(folder / name) == files[name]["sha256"] for name in files)
@@ -220,11 +232,10 @@ def _is_whole(folder: Path) -> bool:
 def sharded_tensors(
     pieces: Iterable[Any], shapes: dict[str, tuple[int, ...]]
 ) -> dict[str, dict[str, Tensor]]:
-    """What checkpoint.save wants of a rank that keeps pieces of parameters: "model", "optimizer".
+    """Return the tensors that `save` takes, from this rank's pieces of the parameters.
 
-    pieces: of elements [p.start, p.stop) of parameter p.name, row by row: p.master, their values,
-    and p.state, kind -> their state: (stop - start,), or () for one number for all of them.
-    shapes: of the whole parameters.
+    pieces: see distributed.pieces.Piece
+    shapes: of the whole parameters, by name
     """
     model, optimizer = {}, {}
     for p in pieces:
@@ -242,7 +253,7 @@ def sharded_tensors(
 def require_finite(kind: str, named: dict[str, Tensor]) -> None:
     """Raise DivergedError, naming the tensor, unless every value is finite."""
     for name, t in named.items():
-        # The sum is finite only if all of them are, and nine times cheaper than looking at each;
-        # a sum may also be too large where none of them is.
+        # A finite sum means that all values are finite, and takes a ninth of the time. If it is not
+        # finite, each value is looked at, because the sum itself may have overflowed.
         if not torch.isfinite(t.detach().sum()) and not torch.isfinite(t.detach()).all():
             raise DivergedError(f"{name} of the {kind} is not finite; no checkpoint is written")

@@ -4,8 +4,8 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 
+from minillm.checkpoint.run_folder import RunFolder
 from minillm.config.fields import parts_of
 from minillm.config.flags import Settings
 from minillm.config.train import ModelConfig, TrainConfig
@@ -114,7 +114,9 @@ def _figures(job: plan.Job, on: Hardware, verdict: Verdict, train: TrainConfig) 
     return [micro, *([usable] if on.capacity.total else []), kept, *on.notes]
 
 
-def _vocabulary(settings: Settings, run: Path | None) -> tuple[ModelConfig, Corpus | None, str]:
+def _vocabulary(
+    settings: Settings, run: RunFolder | None
+) -> tuple[ModelConfig, Corpus | None, str]:
     """The model with a vocabulary, the corpus where it is prepared, and whose vocabulary it is."""
     model, train = settings.model, settings.train
     paths = parts_of(train.data)

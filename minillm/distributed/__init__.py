@@ -1,4 +1,4 @@
-"""Processes, and how a model is sharded over them (ZeRO stages 0 to 3).
+"""Processes of one launch, and how a model is sharded over them.
 
-Start with ranks.py, then strategies.py, which chooses between zero.py and fsdp.py.
+Read ranks.py and strategies.py first, then zero.py, which stands on layout.py and buckets.py.
 """

@@ -1,6 +1,6 @@
-"""What one rank has, told to all; and work that fails on every rank if it fails on one.
+"""Collectives for Python values, and a way to make an error on one rank an error on all ranks.
 
-Without it a rank that met an error would leave the others waiting for it.
+Without it, a rank that met an error would leave the others waiting for it.
 """
 
 import json
@@ -14,11 +14,15 @@ from minillm import errors
 from minillm.distributed.ranks import Ranks
 
 T = TypeVar("T")
+Failure = list[str]  # the name of an error's class, then its arguments
 PATIENCE = timedelta(days=7)  # for work that one rank does while the others wait
 
 
 def gather(ranks: Ranks, value: Any) -> list[Any]:
-    """Every rank's value, which must be JSON, by rank; the same on all of them."""
+    """Return the values of all ranks, in the order of ranks; every rank gets the same list.
+
+    value: this rank's, which must be JSON
+    """
     if ranks.size == 1:
         return [value]
     text = json.dumps(value).encode("ascii")
@@ -26,19 +30,21 @@ def gather(ranks: Ranks, value: Any) -> list[Any]:
     lengths[ranks.rank] = len(text)
     lengths = ranks.sum(lengths).tolist()
     ends = [sum(lengths[: rank + 1]) for rank in range(ranks.size)]
-    # Each fills in its own stretch of zeros: the sum is all of them, one after the other.
+    # Each rank writes into its own stretch of a buffer of zeros, so that the sum over the ranks is
+    # all texts, one after the other.
     data = torch.zeros(ends[-1], dtype=torch.uint8, device=ranks.device)
     start = ends[ranks.rank] - len(text)
     data[start : ends[ranks.rank]] = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(data)
-    told = ranks.sum(data).cpu().numpy().tobytes()
-    return [json.loads(told[end - n : end]) for n, end in zip(lengths, ends, strict=True)]
+    texts = ranks.sum(data).cpu().numpy().tobytes()
+    return [json.loads(texts[end - n : end]) for n, end in zip(lengths, ends, strict=True)]
 
 
 def agree(ranks: Ranks, work: Callable[[], T]) -> T:
-    """What work() returns on this rank, when it has been done on all; all raise if one does.
+    """Return what work() returns on this rank, once it has succeeded on all ranks.
 
-    A refusal is raised alike by all, that of the lowest rank that has one. Any other error is
-    raised by its own rank; those without any raise UnavailableError, which tells of it.
+    If work() raises a MinillmError on some rank, all ranks raise the one of the lowest such rank.
+    A rank on which it raises another error raises that error itself. Then the ranks without an
+    error raise UnavailableError, with its text.
     """
     if ranks.size == 1:
         return work()
@@ -47,18 +53,19 @@ def agree(ranks: Ranks, work: Callable[[], T]) -> T:
         result = work()
     except Exception as error:
         own = error
-    told = gather(ranks, own and [type(own).__name__, str(own)])
+    failures = gather(ranks, own and _failure(own))
     if own is not None and not isinstance(own, errors.MinillmError):
         raise own
-    _raise_alike({f"rank {rank}": failure for rank, failure in enumerate(told) if failure})
+    _raise_the_same({f"rank {rank}": failure for rank, failure in enumerate(failures) if failure})
     return result
 
 
 def in_turn(ranks: Ranks, name: str, work: Callable[[], T]) -> T:
-    """What work() returns, done by one rank of each machine first and then by the others.
+    """Return what work() returns, after one rank of each machine has run it before the others.
 
-    name: of the work, used once. However long it takes: nobody is given up meanwhile. Raises as
-    `agree` does.
+    name: of the work, which must not have been used before
+
+    It may take longer than the ranks otherwise wait for one another. Raises as `agree` does.
     """
     world = ranks.world
     if ranks.size == 1:
@@ -69,22 +76,27 @@ def in_turn(ranks: Ranks, name: str, work: Callable[[], T]) -> T:
             result = work()
         except Exception as error:
             own = error
-        failure = own and [type(own).__name__, str(own)]
-        ranks.store.set(f"turn/{name}/{world.node}", json.dumps(failure))
+        ranks.store.set(f"turn/{name}/{world.node}", json.dumps(own and _failure(own)))
     keys = [f"turn/{name}/{node}" for node in range(world.nodes)]
     ranks.store.wait(keys, PATIENCE)
     if own is not None:
         raise own
-    told = {key: json.loads(ranks.store.get(key)) for key in keys}
-    _raise_alike({key: failure for key, failure in told.items() if failure})
+    failures = {key: json.loads(ranks.store.get(key)) for key in keys}
+    _raise_the_same({key: failure for key, failure in failures.items() if failure})
     return agree(ranks, lambda: result if world.local_rank == 0 else work())
 
 
-def _raise_alike(failures: dict[str, list[str]]) -> None:
-    """Raise what others have failed with: a refusal as it is, else that there was a failure."""
-    for name, text in failures.values():
+def _failure(error: Exception) -> Failure:
+    """Return an error as JSON. A MinillmError keeps the marks of parameters in its text."""
+    raw = isinstance(error, errors.MinillmError) and all(isinstance(x, str) for x in error.args)
+    return [type(error).__name__, *(error.args if raw else (str(error),))]
+
+
+def _raise_the_same(failures: dict[str, Failure]) -> None:
+    """Raise the first MinillmError among the failures, else UnavailableError if there is any."""
+    for name, *args in failures.values():
         kind = getattr(errors, name, None)
         if isinstance(kind, type) and issubclass(kind, errors.MinillmError):
-            raise kind(text)
-    for who, (name, text) in failures.items():
-        raise errors.UnavailableError(f"{who} failed: {name}: {text}")
+            raise kind(*args)
+    for where, (name, *args) in failures.items():
+        raise errors.UnavailableError(f"{where} failed: {name}: {' '.join(args)}")

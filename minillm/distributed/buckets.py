@@ -1,90 +1,30 @@
-"""Parameters side by side in flat buffers, cut into equal chunks: one for each rank to look after.
+"""Buckets: flat buffers of parameters, of which this rank steps one chunk; see layout.py.
 
-    flat     [ a a a a . b b b b b b b . c c c | c c c c c c . d d . . . . . . . ]
-              `-------- chunk of rank 0 -------' `-------- chunk of rank 1 -----'
-
-A parameter is from then on a view of its buffer, so that one collective moves them all and nothing
-is copied around it. The dots are padding to ALIGN elements; it is zero and stays so.
-
-What this room does not do: collectives, steps (zero.py).
+A parameter in a bucket is a view of its buffer, so that one collective moves all parameters of the
+bucket and no gradient or weight is copied for it. Collectives are started in zero.py.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-ALIGN = 64  # elements: every parameter and every chunk begins on a cache line, in any dtype
-UNEVEN = 1.25  # a bucket of whole matrices takes more of them while its padding exceeds a quarter
+from minillm.distributed.layout import Layout, Sizes, cut
+from minillm.distributed.pieces import Piece, Read
+
 WIDE = (torch.float32, torch.float64)  # dtypes that an optimiser can move by small steps
-
-Sizes = dict[str, int]  # elements of parameters by name, in the order of their gradients
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where parameters lie: offsets in the buffer by name, and the length of a rank's chunk."""
-
-    offsets: Sizes
-    chunk: int
-
-
-def in_a_row(sizes: Sizes, ranks: int) -> Layout:
-    """One after another; a chunk's border may run through a parameter."""
-    offsets, end = {}, 0
-    for name, size in sizes.items():
-        offsets[name] = end
-        end += _aligned(size)
-    return Layout(offsets, _aligned(-(-end // ranks)))
-
-
-def by_owner(sizes: Sizes, ranks: int) -> Layout:
-    """Each whole in one chunk: the largest first, always to the rank that has least.
-
-    The chunks are as long as the longest: with fewer parameters than ranks most of it is padding.
-    """
-    filled, places = [0] * ranks, {}
-    for name in sorted(sizes, key=sizes.__getitem__, reverse=True):
-        rank = filled.index(min(filled))
-        places[name] = rank, filled[rank]
-        filled[rank] += _aligned(sizes[name])
-    chunk = max(filled)
-    return Layout({name: places[name][0] * chunk + places[name][1] for name in sizes}, chunk)
-
-
-def _aligned(size: int) -> int:
-    # An empty parameter takes room too: it must lie inside some rank's chunk to have an owner.
-    return max(1, -(-size // ALIGN)) * ALIGN
-
-
-def cut(sizes: Sizes, ranks: int, limit: int, whole: bool) -> Iterator[Layout]:
-    """The layouts of buckets of at most `limit` elements, or of one parameter that has more.
-
-    whole: every parameter in one chunk. Such a bucket also grows, past the limit, until its
-    chunks are about evenly filled, or there are no parameters left.
-    """
-    arrange = by_owner if whole else in_a_row
-    members: Sizes = {}
-    for name, size in sizes.items():
-        total = sum(map(_aligned, members.values()))
-        if members and total + size > limit:
-            layout = arrange(members, ranks)
-            if not whole or layout.chunk * ranks <= UNEVEN * total:
-                yield layout
-                members = {}
-        members[name] = size
-    if members:
-        yield arrange(members, ranks)
 
 
 @dataclass
 class Part:
-    """Elements [start, stop) of the flattened parameter `name`: what this rank owns of it.
+    """Elements [start, stop) of the flattened parameter `name`, which this rank owns.
 
-    at: where in the chunk they begin.    master: these elements at full precision, 1-D, or in the
-    parameter's shape where parameters are kept whole; what the optimiser is given.
+    at: the element of the chunk at which they begin
+    master: these elements in full precision, as the optimiser gets them: 1-D, or in the shape of
+        the parameter where parameters are kept whole
     """
 
     name: str
@@ -95,13 +35,15 @@ class Part:
 
 
 class Bucket:
-    """One flat buffer of parameters and what this rank keeps for its chunk of it.
+    """One flat buffer of parameters, and what this rank keeps for its chunk of it.
 
-    flat: (ranks * chunk,), the parameters' storage.    own: (chunk,), this rank's part of it.
-    master: (chunk,), fp32, or `own` itself where that is wide enough and not offloaded.
-    full: (ranks * chunk,) gradients of this rank's batches, in dtype `wire`; None if there are
-    none.    shard: (chunk,) summed gradients in the masters' dtype; None if there are none.
-    missing: names whose gradient has not come in this backward.
+    flat: (ranks * chunk,) the storage of the parameters
+    own: (chunk,) this rank's part of `flat`
+    master: (chunk,) fp32, or `own` itself where that is wide enough and not offloaded
+    wire: the dtype in which gradients are summed
+    full: (ranks * chunk,) the gradients of this rank's sequences, in dtype `wire`; None: none yet
+    shard: (chunk,) the gradients summed over the ranks, in the dtype of `master`; None: none yet
+    missing: the names of parameters whose gradient has not come in this backward pass
     """
 
     def __init__(
@@ -137,7 +79,7 @@ class Bucket:
 
     @torch.no_grad()
     def _move(self, name: str, begin: int, whole: bool) -> Part | None:
-        """Take a parameter into the buffer; what of it lies in the chunk that begins there."""
+        """Move a parameter into the buffer. Return its part in the chunk that begins at `begin`."""
         p, offset = self.parameters[name], self.offsets[name]
         n, values = p.numel(), p.detach().reshape(-1)
         start, stop = (min(max(x - offset, 0), n) for x in (begin, begin + self.chunk))
@@ -145,7 +87,7 @@ class Bucket:
         part, at = None, offset + start - begin
         if own:
             master = self.master[at : at + stop - start]
-            # From the parameter as it was: its narrow copy has lost what the master is kept for.
+            # Copied from the parameter as it was: the buffer's dtype may be narrower.
             master.copy_(values[start:stop])
             master = nn.Parameter(master.view(p.shape) if whole else master)
             part = Part(name, start, stop, at, master)
@@ -154,26 +96,13 @@ class Bucket:
         return part
 
     def place(self, name: str, gradients: Tensor) -> Tensor:
-        """The elements of a parameter in a buffer like `flat`, 1-D."""
+        """Return the elements of a parameter, 1-D, in `gradients`, a buffer like `flat`."""
         offset = self.offsets[name]
         return gradients[offset : offset + self.parameters[name].numel()]
 
     def empty_gradients(self) -> Tensor:
-        """Zeros for `full`."""
+        """Return zeros for `full`."""
         return torch.zeros(len(self.flat), dtype=self.wire, device=self.flat.device)
-
-
-class Flight(NamedTuple):
-    """A reduction on its way: `full` of a bucket is being summed into `out`, this rank's chunk.
-
-    work: what to wait for, if anything.    last: whether it is of a step's last micro-batch.
-    """
-
-    bucket: Bucket
-    work: Any
-    out: Tensor
-    full: Tensor
-    last: bool
 
 
 def make_buckets(
@@ -188,9 +117,12 @@ def make_buckets(
     bucket_mb: float,
     offload: bool,
 ) -> list[Bucket]:
-    """The buckets of one group of parameters, filled from the last of them to the first.
+    """Return the buckets of one group of parameters, filled from the last parameter to the first.
 
-    bucket_mb: 2**20 bytes of gradients as they are reduced. dtype: of storage, None: as it is.
+    names: the parameters of the group
+    dtype: of storage; None: that of each parameter
+    reduce_dtype, whole, offload: see zero.ZeroOptimizer
+    bucket_mb: size of a bucket's gradients as they are reduced, in MiB
     """
     kinds: dict[tuple, Sizes] = {}
     for name in reversed(names):
@@ -204,3 +136,84 @@ def make_buckets(
             for layout in cut(sizes, ranks, limit, whole)
         ]
     return made
+
+
+def pieces_of(buckets: list[Bucket], inner: Optimizer) -> Iterator[Piece]:
+    """Yield the pieces of parameters in these buckets, with their states in the inner optimiser.
+
+    `state` is empty before the first step.
+    """
+    for part in (part for bucket in buckets for part in bucket.parts):
+        state = inner.state.get(part.master, {})
+        flat = {kind: x.view(-1) if x.dim() else x for kind, x in state.items()}
+        yield Piece(part.name, part.start, part.stop, part.master.detach().view(-1), flat)
+
+
+def inner_group(group: dict[str, Any], buckets: list[Bucket]) -> dict[str, Any]:
+    """Return the group of the inner optimiser: this rank's masters in place of the names.
+
+    A list that is as long as the names has an entry for each name. Only the entries of parameters
+    that this rank owns elements of are kept.
+    """
+    place = {name: i for i, name in enumerate(group["params"])}
+    parts = [part for bucket in buckets for part in bucket.parts]
+    inner = dict(group)
+    for key, value in group.items():
+        if isinstance(value, list) and len(value) == len(place):
+            inner[key] = [value[place[part.name]] for part in parts]
+    return {**inner, "params": [part.master for part in parts]}
+
+
+def set_gradients(bucket: Bucket, gradients: Tensor, names: Collection[str]) -> None:
+    """Give the masters of these parameters their gradients, for the inner optimiser.
+
+    gradients: (chunk,)
+    """
+    for part in (part for part in bucket.parts if part.name in names):
+        p = part.master
+        p.grad = gradients[part.at : part.at + p.numel()].view(p.shape)
+
+
+def drop_gradients(buckets: list[Bucket]) -> None:
+    """Drop the gradients of this rank's chunks."""
+    for bucket in buckets:
+        bucket.shard = None
+        for part in bucket.parts:
+            part.master.grad = None
+
+
+def make_state(buckets: list[Bucket], inner: Optimizer) -> None:
+    """Make the inner optimiser create its state, by a step with rate 0 on gradients of 0."""
+    rates = [group["lr"] for group in inner.param_groups]
+    for group in inner.param_groups:
+        group["lr"] = 0.0
+    for bucket in buckets:
+        set_gradients(bucket, torch.zeros_like(bucket.master), bucket.parameters)
+    inner.step()
+    for group, rate in zip(inner.param_groups, rates, strict=True):
+        group["lr"] = rate
+    drop_gradients(buckets)
+
+
+@torch.no_grad()
+def fill_from(buckets: list[Bucket], inner: Optimizer, read: Read) -> None:
+    """Fill the masters and the states of the inner optimiser from `read`.
+
+    Masters are read as kind "model", states as the kinds that the optimiser calls them, a state of
+    shape () as [0, 1). A master that `read` does not know stays as it is. A parameter none of whose
+    states it knows has no state afterwards, as before its first step.
+    """
+    make_state(buckets, inner)
+    parts = [part for bucket in buckets for part in bucket.parts]
+    for part, piece in zip(parts, list(pieces_of(buckets, inner)), strict=True):
+        values = read("model", piece.name, piece.start, piece.stop)
+        if values is not None:
+            piece.master.copy_(values.reshape(-1))
+        known = False
+        for kind, x in piece.state.items():
+            start, stop = (piece.start, piece.stop) if x.dim() else (0, 1)
+            values = read(kind, piece.name, start, stop)
+            x.zero_() if values is None else x.copy_(values.reshape(x.shape))
+            known = known or values is not None
+        if not known:
+            inner.state.pop(part.master, None)

@@ -1,4 +1,4 @@
-"""Stage 3: weights cut by rows over the ranks, by PyTorch's FSDP2, gathered where they are needed.
+"""Stage 3: weights cut by rows over the ranks and gathered where they are needed, by FSDP2.
 
 Source: Zhao et al. 2023, arXiv:2304.11277; torch.distributed.fsdp.fully_shard.
 """
@@ -16,11 +16,12 @@ from minillm.distributed.agreement import agree
 from minillm.distributed.pieces import Piece, TensorSource, bytes_of, whole_pieces
 from minillm.distributed.ranks import Ranks
 from minillm.model.gpt import GPT
-from minillm.optim.build import Recipe, squares
+from minillm.optim.clip import sum_of_squares
+from minillm.optim.recipe import Recipe
 
 
-class Full:
-    """Stage 3: weights cut by rows, gathered where they are needed. AdamW steps local shards."""
+class FullySharded:
+    """Stage 3: FSDP2 cuts the weights by rows; the optimisers step this rank's rows."""
 
     def __init__(
         self, model: GPT, recipes: list[Recipe], ranks: Ranks, forward: Callable, dtype: torch.dtype
@@ -31,7 +32,7 @@ class Full:
         policy = MixedPrecisionPolicy(
             param_dtype=dtype if narrow else None,
             reduce_dtype=torch.float32 if narrow else None,
-            cast_forward_inputs=False,  # tables of rotations stay fp32
+            cast_forward_inputs=False,  # the tables of rotary embeddings stay fp32
         )
         mesh = init_device_mesh(ranks.device.type, (ranks.size,))
         prelude, core, coda = model.config.depths
@@ -48,26 +49,24 @@ class Full:
 
     @contextmanager
     def synced(self, last: bool) -> Iterator[None]:
-        """As sharding.Replicated's. Gradients are cut after every micro-batch: whole they may not
-        fit.
-        """
+        """Sum and cut the gradients after every micro-batch, because they may not fit whole."""
         self.model.set_is_last_backward(last)
         yield
         if self.core:
             self.core[0].reshard()
 
     def squares(self) -> Tensor:
-        """As sharding.Replicated's; each rank adds those of its rows."""
+        """Sum the squares of all ranks' rows."""
         found = [p.grad.to_local() for p in self.parameters.values() if p.grad is not None]
-        return self.ranks.sum(squares(found).to(self.ranks.device))
+        return self.ranks.sum(sum_of_squares(found).to(self.ranks.device))
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """As sharding.Replicated's: this rank's rows."""
+        """Yield the gradients of this rank's rows."""
         found = self.parameters.items()
         yield from ((name, p.grad.to_local()) for name, p in found if p.grad is not None)
 
     def step(self, grad_scale: Tensor | None) -> None:
-        """As sharding.Replicated's."""
+        """Step this rank's rows."""
         for name, p in self.parameters.items():
             self.locals[name].grad = None if p.grad is None else p.grad.to_local()
         for optimizer in self.optimizers:
@@ -75,18 +74,18 @@ class Full:
         self.drop()
 
     def drop(self) -> None:
-        """Forget the gradients."""
+        """Drop the gradients."""
         for name, p in self.parameters.items():
             p.grad = self.locals[name].grad = None
 
     def pieces(self) -> Iterator[Piece]:
-        """As sharding.Replicated's: this rank's rows."""
+        """Yield this rank's rows."""
         for piece in whole_pieces(self.locals, self.optimizers):
             start = self._start(piece.name)
             yield replace(piece, start=start, stop=start + piece.stop)
 
     def load(self, past: TensorSource) -> None:
-        """As sharding.Replicated's; each rank reads its rows."""
+        """Read this rank's rows."""
         agree(self.ranks, lambda: self._read(past))
 
     @torch.no_grad()
@@ -106,20 +105,20 @@ class Full:
                     owner[p].state[p][kind] = values
 
     def _start(self, name: str) -> int:
-        """The element of a parameter at which this rank's rows begin; FSDP2 cuts as torch.chunk."""
+        """Return the element at which this rank's rows begin; FSDP2 cuts as torch.chunk does."""
         whole = self.parameters[name]
         rows = -(-whole.shape[0] // self.ranks.size)
         return min(self.ranks.rank * rows, whole.shape[0]) * (whole.numel() // whole.shape[0])
 
     def bytes(self) -> dict[str, int]:
-        """As sharding.Replicated's; what FSDP2 gathers is not seen."""
+        """Count this rank's rows, not what FSDP2 gathers."""
         for name, p in self.parameters.items():
             self.locals[name].grad = None if p.grad is None else p.grad.to_local()
         return bytes_of(self.locals, self.optimizers)
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """As sharding.Replicated's."""
+        """Gather the weights of all ranks."""
         self.model.unshard()
         try:
             yield

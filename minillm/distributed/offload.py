@@ -1,35 +1,41 @@
-"""Copies between a device and the host's memory, beside the computation.
+"""Copies between a device and host memory that overlap with the computation.
 
-On CUDA the host's memory is pinned and copies run in a stream of their own: nobody waits for them
-before their result is needed. On a CPU they are plain copies.
+On CUDA, host memory is pinned and copies run in a stream of their own, so that the computation
+waits only where it needs a result. On a CPU they are plain copies.
 """
 
 import torch
 from torch import Tensor
 
 
-class Lane:
-    """The way to the host and back. Tensors may be dropped as soon as they are on it."""
+class HostCopies:
+    """Asynchronous copies between a device and host memory.
+
+    A tensor may be dropped as soon as its copy has been started.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def down(self, x: Tensor) -> Tensor:
-        """x, as the computation so far leaves it, in host memory: there after wait()."""
+        """Return a copy of x in host memory, which is complete after wait()."""
         host = self._pinned(x, x.dtype)
         self._copy(host, x)
         return host
 
     def up(self, host: Tensor, x: Tensor) -> None:
-        """Into x, for whatever the device is told from now on. `host` may change after wait()."""
-        if host.dtype != x.dtype:  # half the bytes on the way
+        """Copy `host` into x before any operation that is started from now on.
+
+        `host` must not change before wait().
+        """
+        if host.dtype != x.dtype:  # converted first: fewer bytes to copy
             host = self._pinned(host, x.dtype).copy_(host)
         self._copy(x, host)
         if self._stream:
             torch.cuda.current_stream(x.device).wait_stream(self._stream)
 
     def wait(self) -> None:
-        """Until all copies are done."""
+        """Wait until all copies are complete."""
         if self._stream:
             self._stream.synchronize()
 

@@ -1,7 +1,4 @@
-"""The processes of one launch, and the few things that they tell one another.
-
-What this room does not do: gradients, weights (zero.py, sharding.py).
-"""
+"""The processes of one launch, how they are connected, and their collectives for small values."""
 
 import json
 import os
@@ -17,18 +14,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minillm.errors import PeerLostError, UnavailableError
+from minillm.errors import PeerLostError, UnavailableError, parameter
 from minillm.runtime import console
 from minillm.runtime.launch import World, launched, shell_command
 from minillm.runtime.program import complain
 
 
 class Ranks:
-    """This process among those of its launch. Alone, nothing is sent and everything comes back.
+    """This process among those of its launch. A process alone sends nothing.
 
-    world: what the launcher said.    device: where tensors are sent from.    store: of this
-    attempt, where there are several ranks.
-    lost_reader: whether standard error was a pipe whose other end has been closed.
+    world: what the launcher has set; None: this process is alone
+    device: the device of the tensors that are sent
+    store: the key-value store of this attempt; None if there is one rank
+
+    lost_reader is True once standard error was a pipe whose other end had been closed.
     """
 
     def __init__(
@@ -41,28 +40,31 @@ class Ranks:
         self.rank, self.size = self.world.rank, self.world.size
         self.device, self.store = torch.device(device), store
         self.lost_reader = False
-        self._lanes: list[dist.ProcessGroup | None] = []
+        self._groups: list[dist.ProcessGroup | None] = []
 
     @property
     def sums_on(self) -> torch.device:
-        """Where fp64 numbers lie that are summed over the ranks; MPS, of one rank, has no fp64."""
+        """The device on which fp64 numbers are summed over the ranks; MPS has no fp64."""
         return torch.device("cpu") if self.device.type == "mps" else self.device
 
     def sum(self, x: Tensor) -> Tensor:
-        """x becomes its sum over the ranks, in place; returns it."""
+        """Replace x by its sum over the ranks, in place, and return it."""
         if self.size > 1:
             dist.all_reduce(x)
         return x
 
-    def least(self, value: float) -> float:
-        """The smallest of the ranks' values."""
+    def minimum(self, value: float) -> float:
+        """Return the smallest of the ranks' values."""
         x = torch.tensor([value], dtype=torch.float64, device=self.sums_on)
         if self.size > 1:
             dist.all_reduce(x, op=dist.ReduceOp.MIN)
         return float(x)
 
-    def share(self, value: Any = None) -> Any:
-        """Rank 0's value, which must be JSON, on every rank."""
+    def broadcast(self, value: Any = None) -> Any:
+        """Return rank 0's value on every rank.
+
+        value: must be JSON; the values of the other ranks do not count
+        """
         if self.size == 1:
             return value
         text = json.dumps(value).encode() if self.rank == 0 else b""
@@ -73,54 +75,61 @@ class Ranks:
         dist.broadcast(data, 0)
         return json.loads(bytes(data.cpu().tolist()))
 
-    def share_of(self, names: Iterable[str]) -> list[str]:
-        """The names that fall to this rank, where each rank takes as many."""
+    def own_share(self, names: Iterable[str]) -> list[str]:
+        """Return this rank's share of the names; shares differ in length by at most one name."""
         return [*names][self.rank :: self.size]
 
-    def lane(self, number: int) -> dist.ProcessGroup | None:
-        """The process group of optimiser `number` of a model, made when it is first asked for.
+    def optimizer_group(self, number: int) -> dist.ProcessGroup | None:
+        """Return the process group of optimiser `number` of a model; it is made at the first call.
 
-        With two optimisers, which of them sends first may differ by rank where different parameters
-        are unused; in a group of its own each keeps its order.
+        Where different parameters are unused on different ranks, the ranks may differ in which of
+        two optimisers sends first. In a group of its own each optimiser keeps its order.
         """
-        while len(self._lanes) <= number:
-            self._lanes.append(self.new_group())
-        return self._lanes[number]
+        while len(self._groups) <= number:
+            self._groups.append(self.new_group())
+        return self._groups[number]
 
     def new_group(self) -> dist.ProcessGroup | None:
-        """One more process group of all ranks; with gloo it keeps three threads and five files."""
+        """Return a new process group of all ranks; None if there is one rank.
+
+        With gloo it keeps three threads and five open files.
+        """
         if self.size == 1:
             return None
-        # Left to itself a new group would wait half an hour for a rank that has stopped.
+        # By default a new group would wait half an hour for a rank that has stopped.
         return dist.new_group(timeout=dist.group.WORLD.get_group_store().timeout)
 
     def wait(self) -> None:
-        """Until every rank has come here."""
+        """Wait until all ranks have called this."""
         if self.size > 1:
             dist.barrier()
 
     def close(self) -> None:
-        """Take leave of the others."""
+        """Close the connections to the other ranks."""
         if self.size > 1:
             dist.destroy_process_group()
 
     def say(self, text: str) -> None:
-        """One line on standard error, of rank 0 alone."""
+        """Write one line to standard error, on rank 0 alone."""
         if self.rank == 0:
             self.lost_reader |= not complain(text, console.write)
 
 
-def connect(world: World, device: torch.device, timeout_s: float) -> Ranks:
-    """The ranks of this launch, connected; alone at once.
+ALONE = Ranks()
 
-    timeout_s: how long a rank may keep the others waiting before they give it up.
-    The store is that of the launcher, under a prefix of this attempt: what a killed attempt left in
-    it would lead the next one astray. Raises UnavailableError if the others cannot be reached.
+
+def connect(world: World, device: torch.device, timeout_s: float) -> Ranks:
+    """Connect the ranks of this launch. A process alone returns at once.
+
+    timeout_s: how long the others wait for a rank before they take it for lost
+
+    The store is that of the launcher. Each attempt uses a prefix of its own in it, because a killed
+    attempt leaves its keys there. Raises UnavailableError if the other ranks cannot be reached.
     """
     if world.size == 1:
         return Ranks(world, device)
     limit, cuda = timedelta(seconds=timeout_s), device.type == "cuda"
-    if cuda:  # pinned memory and whatever else asks for the current device
+    if cuda:  # pinned memory is of the current device
         torch.cuda.set_device(device)
     try:
         store = dist.PrefixStore(f"attempt/{world.attempt}", open_store(world, limit))
@@ -142,25 +151,28 @@ def connect(world: World, device: torch.device, timeout_s: float) -> Ranks:
 
 @contextmanager
 def connected(world: World, device: torch.device, timeout_s: float) -> Iterator[Ranks]:
-    """The ranks of `connect` inside the `with`. Raises PeerLostError when another one is gone."""
+    """Connect the ranks inside the `with`; see connect for the parameters and errors.
+
+    Raises PeerLostError if another rank is gone or does not answer.
+    """
     ranks = connect(world, device, timeout_s)
     try:
         yield ranks
         ranks.close()
     except RuntimeError as error:
-        # What the engine says when a peer's end of a connection closes, or stays silent.
-        engine = isinstance(error, dist.DistError) or "/gloo/" in str(error)
-        if world.size == 1 or not engine:
+        # NCCL's or gloo's error when another rank's connection closes, or stays silent.
+        backend = isinstance(error, dist.DistError) or "/gloo/" in str(error)
+        if world.size == 1 or not backend:
             raise
         raise PeerLostError(
             "another rank was killed, failed or has not answered for "
-            f"{timeout_s:g} s (--rank-timeout); let torchrun --max-restarts N start again, or "
-            f"continue with {shell_command('train', '--resume')}"
+            f"{timeout_s:g} s ({parameter('rank_timeout')}); let torchrun --max-restarts N start "
+            f"again, or continue with {shell_command('train', '--resume')}"
         ) from error
 
 
 def open_store(world: World, limit: timedelta) -> dist.Store:
-    """Where the processes of a launch leave each other word, through all attempts."""
+    """Open the key-value store of a launch, which all of its attempts share."""
     own = world.rank == 0 and not world.has_store
     store = dist.TCPStore(
         world.address, world.port, None, is_master=own, timeout=limit, wait_for_workers=False
@@ -168,9 +180,10 @@ def open_store(world: World, limit: timedelta) -> dist.Store:
     return dist.PrefixStore("minillm", store)
 
 
-def named(world: World) -> World:
-    """With the name of the launch, drawn once and left in the launcher's store: all attempts have
-    the same, and no other launch. Without torchrun there is none.
+def with_launch_name(world: World) -> World:
+    """Return the world with the name of its launch; without torchrun a launch has no name.
+
+    The name is random and kept in the launcher's store, so that all attempts have the same one.
     """
     if not world.has_store:
         return world
@@ -180,10 +193,10 @@ def named(world: World) -> World:
 
 
 def first_to_say(text: str) -> bool:
-    """Whether no other rank of this launch has said the same yet; it counts as said now.
+    """Return whether no other rank of this launch has said the same, and note that it is said now.
 
-    Without torchrun the store is rank 0's: where that has ended, to ask would take ten seconds, so
-    once the ranks have met each speaks for itself.
+    Without torchrun the store is rank 0's, and a question to a rank 0 that has ended would take ten
+    seconds. Then, once the ranks are connected, the answer is True on each of them.
     """
     world = launched()
     if world.size == 1 or dist.is_initialized() and not world.has_store:
@@ -196,10 +209,10 @@ def first_to_say(text: str) -> bool:
 
 
 def leave(code: int) -> int:
-    """`code`, to exit with; one of several ranks ends in here, at once, without Python's own end.
+    """Return `code`, to exit with. One of several ranks exits in here, without Python's shutdown.
 
-    A thread of gloo may be about to let go of a tensor. If Python is shutting down by then it ends
-    that thread in a way that aborts the process (before CPython 3.14): code 134 after a good run.
+    A thread of gloo may still have to free a tensor. If Python is shutting down then, before
+    CPython 3.14 it ends that thread such that the process aborts, with code 134 after a good run.
     """
     if launched().size > 1:
         for stream in (sys.stdout, sys.stderr):

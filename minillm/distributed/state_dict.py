@@ -1,7 +1,4 @@
-"""The tensors of a model and its optimisers by name: taken out, put back, refused if they misfit.
-
-What this room does not do: files (checkpoint.py).
-"""
+"""Loading the tensors of a model and of its optimisers by name, and the checks before it."""
 
 from pathlib import Path
 
@@ -12,20 +9,16 @@ from torch.optim import Optimizer
 from minillm.errors import CorruptError
 
 
-def optimizer_tensors(optimizers: list[Optimizer], names: dict[Tensor, str]) -> dict[str, Tensor]:
-    """Every tensor of the optimisers' states, named KIND.PARAMETER."""
-    return {
-        f"{kind}.{names[p]}": value if torch.is_tensor(value) else torch.tensor(value)
-        for optimizer in optimizers
-        for p, state in optimizer.state.items()
-        for kind, value in state.items()
-    }
-
-
 def load_optimizer_tensors(
     optimizers: list[Optimizer], parameters: dict[str, Tensor], tensors: dict[str, Tensor]
 ) -> None:
-    """Give each parameter's optimiser the state that optimizer_tensors took from it."""
+    """Put saved states into the optimisers of the parameters.
+
+    parameters: by name
+    tensors: the states, named KIND.PARAMETER, such as "exp_avg.head.weight"
+
+    Raises CorruptError if one is of another parameter or of another shape than its parameter.
+    """
     owner = {
         p: optimizer for optimizer in optimizers for g in optimizer.param_groups
         for p in g["params"]
@@ -44,15 +37,17 @@ def load_optimizer_tensors(
 
 
 def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
-    """Copy `tensors` into the model; raises as load_into does."""
+    """Copy `tensors` into the parameters of a model. Raise CorruptError as load_into does."""
     load_into(dict(model.named_parameters()), tensors, source)
 
 
 @torch.no_grad()
 def load_into(own: dict[str, Tensor], tensors: dict[str, Tensor], source: Path) -> None:
-    """Copy `tensors` into those of the same names.
+    """Copy `tensors` into the tensors of the same names in `own`.
 
-    Raises CorruptError if names or shapes are not the same or a value is not finite.
+    source: the file or folder that errors name
+
+    Raises CorruptError if names or shapes differ, or if a value is not finite.
     """
     refuse_misfit(source, own, tensors)
     for name, mine in own.items():
@@ -61,7 +56,7 @@ def load_into(own: dict[str, Tensor], tensors: dict[str, Tensor], source: Path) 
 
 
 def refuse_misfit(source: Path, own: dict[str, Tensor], found: dict) -> None:
-    """Raise CorruptError unless `found` has what `own` has: names, shapes, numbers with a point."""
+    """Raise CorruptError unless `found` has the names and shapes of `own`, in floating point."""
     missing, extra = sorted(own.keys() - found), sorted(found.keys() - own.keys())
     if missing or extra:
         what = f"lacks {missing[0]}" if missing else f"has {extra[0]}, which is unknown"
@@ -75,6 +70,6 @@ def refuse_misfit(source: Path, own: dict[str, Tensor], found: dict) -> None:
 
 
 def refuse_values(source: Path, name: str, values: Tensor) -> None:
-    """Raise CorruptError unless every weight is finite."""
+    """Raise CorruptError unless all values are finite."""
     if not torch.isfinite(values).all():
         raise CorruptError(f"{source}: {name} holds values that are not finite")

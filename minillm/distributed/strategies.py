@@ -1,11 +1,12 @@
-"""A model on several ranks: who holds which weights, gradients and optimiser state.
+"""How a model is laid out over the ranks: what each rank holds of it.
 
-    stage 0   every rank all of them; gradients are summed by DDP
-    stage 1   optimiser state and fp32 masters in shards (zero.py)
-    stage 2   gradients too
-    stage 3   weights too, by FSDP2
+    stage 0   DataParallel: weights, gradients, optimiser state; DDP sums the gradients
+    stage 1   ZeroSharded: a shard of the optimiser state and of the fp32 masters (zero.py)
+    stage 2   ZeroSharded: a shard of the gradients too
+    stage 3   FullySharded: a shard of the weights too, by FSDP2 (fsdp.py)
 
-Three classes with one face, which train.py works with. The model itself knows nothing of it.
+Sharding is what training sees of them. The model itself does not know that there are ranks.
+
 Source: Rajbhandari et al. 2020, arXiv:1910.02054, section 5.
 """
 
@@ -24,17 +25,72 @@ from minillm.distributed.ranks import Ranks
 from minillm.distributed.state_dict import load_optimizer_tensors, load_weights
 from minillm.distributed.zero import ZeroOptimizer
 from minillm.model.gpt import GPT
-from minillm.optim.build import Recipe, squares
+from minillm.optim.clip import sum_of_squares
+from minillm.optim.recipe import Recipe
 
-BUFFERS = "broadcast_buffers"  # renamed by torch 2.13; ours are constants
+BUFFERS = "broadcast_buffers"  # renamed in torch 2.13; the buffers of our models are constants
 
 
-class Replicated:
-    """Stage 0, and one rank alone.
+class Sharding(Protocol):
+    """A model on its ranks, as training works with it.
 
-    forward: what a micro-batch is called with; before a backward pass only within `synced`.
-    weight: by which losses are multiplied so that their gradients add up over the ranks.
+    The classes that follow it have a docstring where they do a thing in their own way.
+
+    model: the decoder on this rank
+    forward: what a micro-batch is given to; before a backward pass only inside `synced`
+    weight: the factor of the loss with which the ranks' gradients add up to the gradient wanted
+    optimizers: each has param_groups, as a torch optimiser
     """
+
+    model: GPT
+    ranks: Ranks
+    forward: Callable
+    weight: float
+    optimizers: list
+
+    def synced(self, last: bool) -> AbstractContextManager[None]:
+        """Return a context manager for the forward and the backward pass of a micro-batch.
+
+        last: whether this is the last micro-batch of the step, after which the gradients are summed
+            over the ranks
+        """
+
+    def squares(self) -> Tensor:
+        """Return the sum of the squares of all gradients, () fp64, the same on all ranks."""
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield (parameter, elements of its gradient): over the ranks, each element once."""
+
+    def step(self, grad_scale: Tensor | None) -> None:
+        """Step all optimisers, and drop the gradients.
+
+        grad_scale: () a factor of all gradients; None: 1
+        """
+
+    def drop(self) -> None:
+        """Drop the gradients of a step that is skipped."""
+
+    def pieces(self) -> Iterator[Piece]:
+        """Yield the pieces that this rank saves: over the ranks, each element once."""
+
+    def load(self, past: TensorSource) -> None:
+        """Take all weights and optimiser states from a checkpoint. Every rank calls it.
+
+        Raises CorruptError, on all ranks, if they do not fit or are damaged.
+        """
+
+    def bytes(self) -> dict[str, int]:
+        """Return the bytes on this rank: parameters, gradients, masters, moments, buffers."""
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """Return a context manager in which all methods of the model work, on all ranks at once.
+
+        At stage 3 only after a first forward and backward pass, in which FSDP2 finds its root.
+        """
+
+
+class DataParallel:
+    """Stage 0, and one rank alone: each rank holds everything."""
 
     def __init__(self, model: GPT, recipes: list[Recipe], ranks: Ranks, forward: Callable) -> None:
         self.model, self.ranks, self.forward = model, ranks, forward
@@ -49,24 +105,24 @@ class Replicated:
             )
 
     def synced(self, last: bool) -> AbstractContextManager:
-        """Around a micro-batch's forward and backward pass; after the last gradients are whole."""
+        """Have DDP sum the gradients in the last micro-batch alone."""
         return nullcontext() if last or self.ranks.size == 1 else self.forward.no_sync()
 
     def squares(self) -> Tensor:
-        """The sum of the squares of all gradients, () fp64, the same on all ranks."""
-        return squares([p.grad for p in self.parameters.values() if p.grad is not None])
+        """Sum the squares of this rank's gradients, which all ranks have."""
+        return sum_of_squares([p.grad for p in self.parameters.values() if p.grad is not None])
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """(parameter, elements of its gradient): what this rank looks after; over the ranks, each
-        element once.
-        """
-        mine = ((name, self.parameters[name].grad) for name in self.ranks.share_of(self.parameters))
+        """Yield the gradients of this rank's share of the parameters."""
+        mine = (
+            (name, self.parameters[name].grad) for name in self.ranks.own_share(self.parameters)
+        )
         yield from ((name, gradient) for name, gradient in mine if gradient is not None)
 
     def step(self, grad_scale: Tensor | None) -> None:
-        """Step all optimisers on the gradients times grad_scale, and drop them.
+        """Step all optimisers, and drop the gradients.
 
-        Raises RuntimeError on several ranks if one has no gradient, which DDP does not allow.
+        Raises RuntimeError on several ranks if a parameter has no gradient, which DDP needs.
         """
         missing = [n for n, p in self.parameters.items() if p.requires_grad and p.grad is None]
         if missing and self.ranks.size > 1:
@@ -79,124 +135,105 @@ class Replicated:
         self.drop()
 
     def drop(self) -> None:
-        """Forget the gradients."""
+        """Drop the gradients."""
         for p in self.parameters.values():
             p.grad = None
 
     def pieces(self) -> Iterator[Piece]:
-        """What this rank has to save: here its share of what all have."""
-        mine = self.ranks.share_of(self.parameters)
+        """Yield whole parameters: this rank's share of them."""
+        mine = self.ranks.own_share(self.parameters)
         yield from whole_pieces({name: self.parameters[name] for name in mine}, self.optimizers)
 
     def load(self, past: TensorSource) -> None:
-        """Take all weights and states from a checkpoint."""
+        """Read all tensors, on every rank."""
         load_weights(self.model, past.tensors("model"), past.folder)
         for optimizer in self.optimizers:
             optimizer.state.clear()
         load_optimizer_tensors(self.optimizers, self.parameters, past.tensors("optimizer"))
 
     def bytes(self) -> dict[str, int]:
-        """Bytes that this rank holds now: parameters, gradients, masters, moments, buffers."""
+        """Count whole parameters, gradients and states."""
         return bytes_of(self.parameters, self.optimizers)
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """The model's methods other than forward work inside the `with`, on all ranks at once.
-
-        At stage 3 only after a first forward and backward pass, in which FSDP2 finds its root.
-        """
+        """Do nothing: the weights are whole."""
         yield
 
 
-class Flat:
-    """Stages 1 and 2: each optimiser a ZeroOptimizer."""
+class ZeroSharded:
+    """Stages 1 and 2: each optimiser is a ZeroOptimizer."""
 
     def __init__(
         self, model: GPT, recipes: list[Recipe], ranks: Ranks, forward: Callable, **options
     ) -> None:
-        """options: stage, dtype, offload of ZeroOptimizer."""
+        """Build the optimisers.
+
+        options: stage, dtype and offload of ZeroOptimizer
+        """
         self.model, self.ranks, self.forward, self.weight = model, ranks, forward, 1.0
         own = dict(model.named_parameters())
         self.optimizers = [
             ZeroOptimizer(
                 {n: own[n] for g in r.groups for n in g["params"]}, r.groups, r.make, ranks,
-                whole=r.whole, group=ranks.lane(i), **options,
+                whole=r.whole, group=ranks.optimizer_group(i), **options,
             )
             for i, r in enumerate(recipes)
         ]  # fmt: skip
 
     @contextmanager
     def synced(self, last: bool) -> Iterator[None]:
-        """As Replicated's."""
+        """Have each optimiser take the gradients, and sum them as its stage says."""
         with ExitStack() as stack:
             for optimizer in self.optimizers:
                 stack.enter_context(optimizer.synced(last))
             yield
 
     def squares(self) -> Tensor:
-        """As Replicated's; each rank adds those of its shards."""
+        """Sum the squares of all shards over the ranks."""
         return self.ranks.sum(sum(optimizer.squares() for optimizer in self.optimizers))
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """As Replicated's: those of this rank's shards."""
+        """Yield the gradients of this rank's shards."""
         for optimizer in self.optimizers:
             yield from optimizer.gradients()
 
     def step(self, grad_scale: Tensor | None) -> None:
-        """As Replicated's; then all ranks have the new weights."""
+        """Step this rank's shards, and gather the new weights of all ranks."""
         for optimizer in self.optimizers:
             optimizer.step(grad_scale)
 
     def drop(self) -> None:
-        """Forget the gradients."""
+        """Drop the gradients."""
         for optimizer in self.optimizers:
             optimizer.zero_grad()
 
     def pieces(self) -> Iterator[Piece]:
-        """As Replicated's: this rank's shards."""
+        """Yield this rank's shards."""
         for optimizer in self.optimizers:
             yield from optimizer.pieces()
 
     def load(self, past: TensorSource) -> None:
-        """As Replicated's; each rank reads its shards."""
+        """Read this rank's shards."""
         past.check_fit("model", dict(self.model.named_parameters()))
-        agree(self.ranks, lambda: self._read(past))  # before any rank waits for the others
+        agree(self.ranks, lambda: self._read(past))
         for optimizer in self.optimizers:
             optimizer.load(past.piece)
 
     def _read(self, past: TensorSource) -> None:
-        """Read this rank's weights once, so that damage is met here."""
+        """Read this rank's weights once, so that damage is found before any rank waits."""
         for piece in self.pieces():
             past.piece("model", piece.name, piece.start, piece.stop)
 
     def bytes(self) -> dict[str, int]:
-        """As Replicated's."""
+        """Add up what the optimisers hold."""
         found = [optimizer.bytes() for optimizer in self.optimizers]
         return {kind: sum(each[kind] for each in found) for kind in found[0]}
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """As Replicated's."""
+        """Do nothing: the weights are whole."""
         yield
-
-
-class Sharding(Protocol):
-    """What Replicated, Flat and fsdp.Full have in common; Replicated says what each part means."""
-
-    model: GPT
-    ranks: Ranks
-    forward: Callable
-    weight: float
-    optimizers: list
-    synced: Callable[[bool], AbstractContextManager]
-    squares: Callable[[], Tensor]
-    gradients: Callable[[], Iterator[tuple[str, Tensor]]]
-    step: Callable[[Tensor | None], None]
-    drop: Callable[[], None]
-    pieces: Callable[[], Iterator[Piece]]
-    load: Callable[[TensorSource], None]
-    bytes: Callable[[], dict[str, int]]
-    gathered: Callable[[], AbstractContextManager]
 
 
 def shard(
@@ -209,22 +246,30 @@ def shard(
     offload: bool = False,
     forward: Callable | None = None,
 ) -> Sharding:
-    """The model on its ranks, at a stage; weights are kept in `dtype` where fp32 masters are.
+    """Return a model and its optimisers, sharded over the ranks. One rank alone keeps all weights.
 
-    recipes: of the optimisers.    forward: the model, compiled.    One rank alone keeps all its
-    weights, whatever the stage. Raises ValueError for stage 3 with matrices that are needed whole.
+    recipes: of the optimisers
+    stage: 0 to 3, see the head of this file
+    dtype: of the computation; at stages 1 and 2 weights are stored in it, next to fp32 masters
+    offload: keep the optimiser state of stages 1 and 2 in host memory
+    forward: the compiled model; None: the model itself
+
+    Raises ValueError for stage 3 with an optimiser that needs whole matrices.
     """
     # No `or`: torch gives a compiled module a length, which it then fails to compute.
     forward = model if forward is None else forward
     if stage == 0 or (stage == 3 and ranks.size == 1):
-        return Replicated(model, recipes, ranks, forward)
+        return DataParallel(model, recipes, ranks, forward)
     if stage in (1, 2):
         narrow = dtype if dtype in (torch.bfloat16, torch.float16) else None
-        return Flat(model, recipes, ranks, forward, stage=stage, dtype=narrow, offload=offload)
+        return ZeroSharded(
+            model, recipes, ranks, forward, stage=stage, dtype=narrow, offload=offload
+        )
     if any(recipe.whole for recipe in recipes):
-        raise ValueError("stage 3 cuts the matrices that one of the optimisers needs whole")
-    from minillm.distributed.fsdp import (
-        Full,  # FSDP takes a second to import, and only stage 3 needs it
-    )
+        raise ValueError(
+            "stage 3 cuts matrices that one of the optimisers needs whole; take stage 2"
+        )
+    # FSDP takes a second to import, and only stage 3 needs it.
+    from minillm.distributed.fsdp import FullySharded
 
-    return Full(model, recipes, ranks, forward, dtype)
+    return FullySharded(model, recipes, ranks, forward, dtype)

@@ -1,6 +1,6 @@
-"""Which parameters a step moves: those that are not frozen and have got a gradient.
+"""The parameters that a step moves: those that are not frozen and have a gradient.
 
-This file sends nothing to other ranks itself (zero.py does).
+Collectives are started in zero.py.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -14,16 +14,16 @@ from minillm.distributed.ranks import Ranks
 
 
 class Frozen(dict[str, nn.Parameter]):
-    """The parameters that an optimiser leaves as they are, by name: requires_grad is False.
+    """The frozen parameters (requires_grad=False) by name, which an optimiser does not move.
 
-    Every rank has them whole, in the dtype that they came in.
+    Every rank holds them whole, in their own dtype.
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
         super().__init__({name: p for name, p in parameters.items() if not p.requires_grad})
 
     def left_out(self, group: dict[str, Any]) -> dict[str, Any]:
-        """The group without them: every list with an entry for each name loses theirs too."""
+        """Return a group without the frozen parameters and their entries in lists."""
         names = group["params"]
         kept = [i for i, name in enumerate(names) if name not in self]
         return {
@@ -34,7 +34,7 @@ class Frozen(dict[str, nn.Parameter]):
         }
 
     def require_no_gradient(self) -> None:
-        """Raise RuntimeError if one has got a gradient, which would be passed over in silence."""
+        """Raise RuntimeError if a frozen parameter has a gradient, which would have no effect."""
         if odd := [name for name, p in self.items() if p.grad is not None]:
             raise RuntimeError(
                 f"{odd[0]} has a gradient, but was frozen when its ZeroOptimizer was made; make "
@@ -42,28 +42,28 @@ class Frozen(dict[str, nn.Parameter]):
             )
 
     def forget(self) -> None:
-        """Drop gradients that came all the same."""
+        """Drop the gradients of frozen parameters."""
         for p in self.values():
             p.grad = None
 
     def pieces(self, ranks: Ranks) -> Iterator[Piece]:
-        """What this rank saves of them: its share, whole, without a state."""
-        for name in ranks.share_of(self):
+        """Yield the pieces that this rank saves: whole parameters without a state."""
+        for name in ranks.own_share(self):
             values = self[name].detach().reshape(-1)
             yield Piece(name, 0, len(values), values, {})
 
     @torch.no_grad()
     def load(self, read: Read) -> None:
-        """Take all of them from `read`, on every rank; what it does not know stays as it is."""
+        """Fill the frozen parameters from `read`; one that it does not know stays as it is."""
         for name, p in self.items():
             if (values := read("model", name, 0, p.numel())) is not None:
                 p.copy_(values.view(p.shape))
 
 
 class Arrivals:
-    """Which parameters have got a gradient in the step, on this rank or on another.
+    """The parameters that have a gradient in this step, on this rank or on another.
 
-    names: of all that may get one, in the same order on all ranks.
+    names: the parameters that can get one, in the same order on all ranks
     """
 
     def __init__(self, names: Iterable[str]) -> None:
@@ -75,18 +75,19 @@ class Arrivals:
         """Note that this rank has a gradient of the parameter."""
         self._own[name] = True
 
-    def tell(self, device: torch.device, send: Callable[[Tensor], Any] | None) -> None:
-        """Let the other ranks know, at the end of the step's last backward pass.
+    def share(self, device: torch.device, send: Callable[[Tensor], Any] | None) -> None:
+        """Start to exchange the names between the ranks, after the last backward pass of a step.
 
-        send: takes the maximum of a tensor over the ranks in place, and returns what to wait for;
-        None: there is one rank.
+        device: of the tensor that is sent
+        send: replaces a tensor by its maximum over the ranks and returns a handle to wait for;
+            None: there is one rank
         """
-        self.names()  # of an earlier call
+        self.names()  # finish an earlier exchange
         self._flags = torch.tensor(list(self._own.values()), dtype=torch.int32, device=device)
         self._work = send(self._flags) if send and self._own else None
 
     def names(self) -> set[str]:
-        """The parameters that have a gradient on some rank; none before `tell`."""
+        """Return the parameters that have a gradient on some rank; none before `share`."""
         if self._flags is None:
             return set()
         if self._work is not None:
@@ -96,6 +97,6 @@ class Arrivals:
         return {name for name, flag in zip(self._own, flags, strict=True) if flag}
 
     def clear(self) -> None:
-        """Begin another step."""
-        self.names()  # what is on its way must come before it is forgotten
+        """Forget the gradients of this step."""
+        self.names()  # finish an exchange that has been started
         self._own, self._flags = dict.fromkeys(self._own, False), None

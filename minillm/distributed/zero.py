@@ -1,21 +1,21 @@
-"""ZeRO, stages 1 and 2: one optimiser, its state spread over the ranks.
+"""ZeRO, stages 1 and 2: one optimiser whose state is sharded over the ranks.
 
     every backward      hooks move each gradient into its bucket
-    as buckets fill     reduce-scatter: the sum over ranks of this rank's chunk  (stage 1: in the
-                        last micro-batch of a step; 2: in every one, the buffer freed behind it)
-    step                the optimiser moves this rank's chunk; all-gather: everybody's come back
+    as buckets fill     reduce-scatter: each rank gets the sum over the ranks of its chunk (stage 1:
+                        in the last micro-batch of a step; stage 2: in every micro-batch, after
+                        which the buffer is freed)
+    step                the optimiser moves this rank's chunk; all-gather: all ranks get all chunks
 
-Bytes a rank for P parameters on W ranks, AdamW, stored in (fp32 | bf16):
+Bytes on each rank for P parameters on W ranks with AdamW, stored in (fp32 | bf16):
     parameters 4P | 2P,  gradients stage 1: 4P + 4P/W, 2: 4P/W and about three buckets,
-    masters 0 | 4P/W,  moments 8P/W; to which comes the padding of the buckets.
-Losses must be weighted so that the sum over ranks is the gradient wanted. All ranks call the same
-methods in the same order and begin with equal parameters; at any one number of ranks results
-repeat bit for bit.
+    masters 0 | 4P/W,  moments 8P/W; the padding of the buckets is added to these.
+Losses must be weighted so that the sum of the gradients over the ranks is the gradient wanted. All
+ranks must call the same methods in the same order and begin with equal parameters. For a given
+number of ranks results repeat bit for bit.
 
 Source: Rajbhandari et al. 2020, arXiv:1910.02054.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -27,32 +27,44 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from minillm.distributed.buckets import Bucket, Flight, make_buckets
-from minillm.distributed.offload import Lane
-from minillm.distributed.pieces import Piece, Read, drop, fill, give, inner_group, nbytes, pieces_of
+from minillm.distributed.buckets import (
+    Bucket,
+    drop_gradients,
+    fill_from,
+    inner_group,
+    make_buckets,
+    pieces_of,
+    set_gradients,
+)
+from minillm.distributed.offload import HostCopies
+from minillm.distributed.pieces import Piece, Read, nbytes
 from minillm.distributed.ranks import Ranks
+from minillm.distributed.reductions import Reductions
 from minillm.distributed.trained import Arrivals, Frozen
-from minillm.optim.build import squares
+from minillm.optim.clip import sum_of_squares
 
-# torch 2.13 has renamed both.
-_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-IN_FLIGHT = 2  # reductions at a time: one on the wire, one behind it so that the wire never waits
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13's
 
 
 class ZeroOptimizer:
-    """Any element-wise torch optimiser, or Muon by whole matrices, sharded over ranks.
+    """Any element-wise torch optimiser, or Muon by whole matrices, sharded over the ranks.
 
-    parameters: by name, in the model's order; those it moves become views of flat buffers. What is
-    frozen (requires_grad=False) stays as it is, whole on every rank, and has no state.
-    groups: as an optimiser's, but "params" are names. Lists as long as them ("parts") go with the
-    parameters, anything else is handed on.    make: builds the inner optimiser from such groups
-    over this rank's elements: 1-D, or whole matrices.    stage: 1 or 2.
-    dtype: what parameters are stored in, None: as they are. Below fp32, masters are kept in fp32.
-    whole: no parameter is cut, as Muon needs it.    bucket_mb: 2**20 bytes that go in one
-    collective.    reduce_dtype: gradients are summed in it, or in the parameters' if that is wider.
-    offload: masters and the optimiser's state lie in host memory; `make` builds for the CPU.
-    group: of all ranks, to send in, no other optimiser's of the same step; None: a new one.
+    parameters: by name, in the order of the model; those that it moves become views of flat
+        buffers. A frozen one (requires_grad=False) stays whole on every rank and has no state.
+    groups: as those of an optimiser, but with names for "params"; a list as long as the names, such
+        as "parts", has an entry for each name
+    make: returns the inner optimiser of such groups over this rank's elements, which are 1-D, or
+        whole matrices
+    stage: 1 or 2
+    dtype: parameters are stored in it; None: in their own. Below fp32, masters are kept in fp32.
+    whole: do not cut parameters, as Muon needs it
+    bucket_mb: size of the gradients that travel in one collective, in MiB
+    reduce_dtype: gradients are summed in it, or in the parameters' dtype if that is wider
+    offload: keep masters and the optimiser's state in host memory; `make` builds for the CPU
+    group: the process group to send in, which no other optimiser of the same step may use; None: a
+        new one
+
+    Raises ValueError if `stage` is another, or if the groups do not name every parameter once.
     """
 
     def __init__(
@@ -72,19 +84,17 @@ class ZeroOptimizer:
     ) -> None:
         if stage not in (1, 2):
             raise ValueError(f"stage is {stage}; expected 1 or 2")
-        named = [name for group in groups for name in group["params"]]
-        if sorted(named) != sorted(parameters) or len(set(parameters.values())) < len(named):
-            raise ValueError("groups must name every parameter once, and no other")
+        _check_groups(parameters, groups)
         self.frozen = Frozen(parameters)
         groups = [self.frozen.left_out(group) for group in groups]
         self.ranks, self.stage = ranks, stage
         self._arrivals = Arrivals(n for n in parameters if n not in self.frozen)
         self._comm = ranks.new_group() if group is None else group
-        self._lane = Lane(ranks.device) if offload else None
-        self._flying: deque[Flight] = deque()
+        self._host = HostCopies(ranks.device) if offload else None
+        self._reductions = Reductions(ranks, stage, self._comm, self._host)
         self._open = self._last = False
-        self._complete = True  # no micro-batch of an unfinished step has come
-        self._next = 0  # the bucket whose turn it is to be reduced
+        self._complete = True  # False: some micro-batches of a step have come, not all
+        self._next = 0  # index of the next bucket to reduce
 
         by_group = [
             make_buckets(
@@ -94,30 +104,36 @@ class ZeroOptimizer:
             for group in groups
         ]  # fmt: skip
         self.inner = make([inner_group(*pair) for pair in zip(groups, by_group, strict=True)])
-        # Complete when the gradient of their earliest parameter is there: later ones go first.
+        # The gradient of a bucket's earliest parameter comes last: buckets of later ones go first.
         place = {name: i for i, name in enumerate(parameters)}
         self.buckets = sorted(
             (bucket for buckets in by_group for bucket in buckets),
             key=lambda bucket: -min(place[name] for name in bucket.parameters),
         )
         for bucket in self.buckets:
-            if stage == 1:
-                bucket.full = bucket.empty_gradients()
-            for name, p in bucket.parameters.items():
-                p.register_post_accumulate_grad_hook(partial(self._take, bucket, name))
+            self._take_gradients_of(bucket)
+
+    def _take_gradients_of(self, bucket: Bucket) -> None:
+        """Have every gradient of a bucket's parameters moved into the bucket when it comes."""
+        if self.stage == 1:
+            bucket.full = bucket.empty_gradients()
+        for name, p in bucket.parameters.items():
+            p.register_post_accumulate_grad_hook(partial(self._take, bucket, name))
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The inner optimiser's groups, one for each given; their "lr" may be set."""
+        """The groups of the inner optimiser, one for each given; their "lr" may be set."""
         return self.inner.param_groups
 
     @contextmanager
     def synced(self, last: bool) -> Iterator[None]:
-        """Around the backward of a micro-batch; last: of a step. All ranks do as many.
+        """Return a context manager for the backward pass of one micro-batch.
 
-        A gradient that is missing on some ranks counts as zero there. Raises RuntimeError where a
-        parameter gets two, or gets one outside of it; call zero_grad() where a backward was broken
-        off.
+        last: whether this is the last micro-batch of the step
+
+        All ranks must make the same number of calls. A gradient that is missing on some ranks
+        counts as zero there. Raises RuntimeError if a parameter gets two gradients, or gets one
+        outside. After a backward pass that was interrupted, call zero_grad().
         """
         self._open, self._complete, self._last, self._next = True, False, last, 0
         for bucket in self.buckets:
@@ -129,17 +145,17 @@ class ZeroOptimizer:
         self._reduce_in_turn(lambda bucket: True)
         if last:
             send = partial(dist.all_reduce, op=dist.ReduceOp.MAX, group=self._comm, async_op=True)
-            self._arrivals.tell(self.ranks.device, send if self.ranks.size > 1 else None)
+            self._arrivals.share(self.ranks.device, send if self.ranks.size > 1 else None)
         self._complete = last
 
     @torch.no_grad()
     def _take(self, bucket: Bucket, name: str, p: nn.Parameter) -> None:
-        """The hook: p's gradient of this micro-batch has come."""
+        """Move the gradient of p into its bucket; called when it has been accumulated."""
         if not self._open:
             raise RuntimeError(f"a gradient of {name} has come outside of synced()")
         if name not in bucket.missing:
             raise RuntimeError(
-                f"{name} has got two gradients in one backward, as happens with re-entrant "
+                f"{name} got two gradients in one backward pass, as happens with re-entrant "
                 f"checkpointing; use checkpoint(..., use_reentrant=False)"
             )
         bucket.missing.remove(name)
@@ -151,108 +167,79 @@ class ZeroOptimizer:
         self._reduce_in_turn(lambda bucket: not bucket.missing)
 
     def _reduce_in_turn(self, ready: Callable[[Bucket], bool]) -> None:
-        """Reduce buckets from the one whose turn it is, as long as they are ready.
+        """Reduce buckets in their order, up to the first that is not ready.
 
-        Never out of turn: ranks on which other gradients are missing must send in the same order.
+        The order is the same on all ranks, even where different gradients are missing.
         """
         if self.stage == 1 and not self._last:
             return
         while self._next < len(self.buckets) and ready(self.buckets[self._next]):
-            self._reduce(self.buckets[self._next])
+            self._reductions.start(self.buckets[self._next], self._last)
             self._next += 1
 
     @torch.no_grad()
-    def _reduce(self, bucket: Bucket) -> None:
-        """Send a bucket's gradients on their way."""
-        while len(self._flying) >= IN_FLIGHT or any(f.bucket is bucket for f in self._flying):
-            self._land()
-        full = bucket.empty_gradients() if bucket.full is None else bucket.full
-        out = torch.empty(bucket.chunk, dtype=bucket.wire, device=full.device)
-        work = None
-        if self.ranks.size == 1:
-            out.copy_(full)
-        else:
-            work = _reduce_scatter(out, full, group=self._comm, async_op=True)
-        if self.stage == 2:
-            bucket.full = None
-        self._flying.append(Flight(bucket, work, out, full, self._last))
-
-    def _land(self) -> None:
-        """Wait for the oldest reduction, and add what it brings to the shard."""
-        flight = self._flying.popleft()
-        bucket, out = flight.bucket, flight.out
-        if flight.work is not None:
-            flight.work.wait()  # gloo writes `out` in here
-        if self.stage == 1:
-            flight.full.zero_()
-        if bucket.shard is None:
-            bucket.shard = out.to(bucket.master.dtype)
-        else:
-            bucket.shard.add_(out.to(bucket.shard.device))
-        if flight.last and self._lane:
-            bucket.shard = self._lane.down(bucket.shard)
-
-    @torch.no_grad()
     def _settle(self) -> set[str]:
-        """Wait until every gradient is in its shard; the parameters that have one on some rank."""
-        while self._flying:
-            self._land()
-        if self._lane:
-            self._lane.wait()
+        """Wait until all gradients are in the shards. Return the parameters that have one."""
+        self._reductions.complete()
         return self._arrivals.names()
 
     @torch.no_grad()
     def squares(self) -> Tensor:
-        """Sum of the squares of this rank's gradients, () fp64; over the ranks, of the model's."""
+        """Return the sum of the squares of the gradients in this rank's shards, () fp64.
+
+        The sum of it over the ranks is that of all gradients.
+        """
         self._settle()
         shards = [bucket.shard for bucket in self.buckets if bucket.shard is not None]
-        return squares(shards).to(self.ranks.sums_on)
+        return sum_of_squares(shards).to(self.ranks.sums_on)
 
     @torch.no_grad()
     def step(self, grad_scale: Tensor | None = None) -> None:
         """Move every parameter that has a gradient on some rank, and drop the gradients.
 
-        grad_scale: () factor of the gradients.    Raises RuntimeError if the last micro-batch has
-        not been through synced(last=True), or if what was frozen has a gradient.
+        grad_scale: () a factor of all gradients; None: 1
+
+        Raises RuntimeError if no micro-batch was run in synced(last=True), or if a frozen parameter
+        has a gradient.
         """
         if not self._complete:
-            raise RuntimeError("step() before a backward in synced(last=True) has ended")
+            raise RuntimeError("step() before a backward pass in synced(last=True) has ended")
         self.frozen.require_no_gradient()
         arrived = self._settle()
         scaled = "grad_scale" in signature(self.inner.step).parameters
         for bucket in (bucket for bucket in self.buckets if bucket.shard is not None):
             if grad_scale is not None and not scaled:
                 bucket.shard.mul_(grad_scale.to(bucket.shard.device))
-            give(bucket, bucket.shard, arrived)
+            set_gradients(bucket, bucket.shard, arrived)
         if grad_scale is not None and scaled:
-            self.inner.step(grad_scale=grad_scale.cpu() if self._lane else grad_scale)
+            self.inner.step(grad_scale=grad_scale.cpu() if self._host else grad_scale)
         else:
             self.inner.step()
-        drop(self.buckets)
+        drop_gradients(self.buckets)
         self._arrivals.clear()
         self._gather()
 
     @torch.no_grad()
     def zero_grad(self) -> None:
-        """Drop the gradients, as where a step is skipped."""
+        """Drop the gradients of a step that is skipped."""
         self._settle()
         for bucket in self.buckets:
             bucket.full = bucket.empty_gradients() if self.stage == 1 else None
             for p in bucket.parameters.values():
-                p.grad = None  # a backward that was broken off may have left one
+                p.grad = None  # an interrupted backward pass may have left one
         self.frozen.forget()
         self._complete = True
         self._arrivals.clear()
-        drop(self.buckets)
+        drop_gradients(self.buckets)
 
     @torch.no_grad()
     def _gather(self) -> None:
-        """Parameters from everybody's masters."""
+        """Copy the masters of all ranks into the parameters."""
         gather = partial(_all_gather, group=self._comm, async_op=True)
         works = []
         for bucket in self.buckets:
-            if self._lane:
-                self._lane.up(bucket.master, bucket.own)
+            if self._host:
+                self._host.up(bucket.master, bucket.own)
             elif bucket.master is not bucket.own:
                 bucket.own.copy_(bucket.master)
             if self.ranks.size > 1:
@@ -261,35 +248,35 @@ class ZeroOptimizer:
             work.wait()
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """(parameter, this rank's elements of its gradient), before the step."""
+        """Yield (parameter, this rank's elements of its gradient), before the step."""
         arrived = self._settle()
         for bucket in (bucket for bucket in self.buckets if bucket.shard is not None):
             for part in (part for part in bucket.parts if part.name in arrived):
                 yield part.name, bucket.shard[part.at : part.at + part.master.numel()]
 
     def pieces(self) -> Iterator[Piece]:
-        """What this rank has of each parameter; over the ranks, every element once."""
+        """Yield this rank's pieces of the parameters; over the ranks, every element comes once."""
         yield from pieces_of(self.buckets, self.inner)
         yield from self.frozen.pieces(self.ranks)
 
     def load(self, read: Read) -> None:
-        """Take masters and state from read(kind, name, start, stop); see pieces.fill.
+        """Fill masters and states from `read`, see buckets.fill_from.
 
-        The other ranks wait at its end: a `read` that may raise should do so on all of them.
+        All ranks wait for one another at its end, so `read` must raise on all of them or on none.
         """
         self.zero_grad()
-        fill(self.buckets, self.inner, read)
+        fill_from(self.buckets, self.inner, read)
         self.frozen.load(read)
         self._gather()
 
     def bytes(self) -> dict[str, int]:
-        """Bytes that this rank holds now, by kind; buffers: gradients on their way at stage 2."""
-        full, buffers = (
-            nbytes(b.full for b in self.buckets),
-            nbytes(f.out for f in self._flying),
-        )
-        if self.stage == 2:
-            full, buffers = 0, buffers + full + nbytes(f.full for f in self._flying)
+        """Return the bytes that this rank holds now, by kind.
+
+        "buffers" are the gradients of stage 2 that have not been added to the shards yet.
+        """
+        full = nbytes(bucket.full for bucket in self.buckets)
+        results, sent = self._reductions.nbytes()
+        full, buffers = (full, results) if self.stage == 1 else (0, results + full + sent)
         return {
             "parameters": nbytes(b.flat for b in self.buckets) + nbytes(self.frozen.values()),
             "gradients": full + nbytes(b.shard for b in self.buckets),
@@ -297,3 +284,10 @@ class ZeroOptimizer:
             "moments": nbytes(x for s in self.inner.state.values() for x in s.values()),
             "buffers": buffers,
         }
+
+
+def _check_groups(parameters: dict[str, nn.Parameter], groups: list[dict[str, Any]]) -> None:
+    """Raise ValueError unless the groups name every parameter once, and no other."""
+    named = [name for group in groups for name in group["params"]]
+    if sorted(named) != sorted(parameters) or len(set(parameters.values())) < len(named):
+        raise ValueError("groups must name every parameter once, and no other")

@@ -1,4 +1,4 @@
-"""From gradients to a step: optimisers, learning rates, loss scaling. None of them knows a model.
+"""Optimisers, learning rates, gradient clipping and loss scaling. They see parameters, not models.
 
-Start with build.py, then schedule.py.
+Start with build.py, which lists the optimisers, then read recipe.py, adamw.py and schedule.py.
 """

@@ -1,8 +1,8 @@
-"""The learning rate as a pure function of the step. What this room does not do: look at a clock.
+"""The learning rate as a pure function of the step, without a look at any clock.
 
-A run limited in time finds out as it goes how many steps it has. Each time that changes, the pace
-(how far along the schedule each step stands) gets a knot; the knots are saved, so that a resumed
-run sees the same rate at the same step.
+A run with a time limit learns only on the way how many steps it has. Each time that number changes,
+the pace (how far along the schedule each step stands) gets another knot. The knots are saved, so
+that a resumed run has the same rate at the same step.
 """
 
 import math
@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Schedule:
-    """Warm-up, then `kind` from `peak` to `minimum`.
+    """A learning-rate schedule: warm-up, then a curve from `peak` to `minimum`.
 
-    warmup: steps.    decay_fraction: of the whole run, how much wsd decays at its end.
-    pace: knots (step, progress), piecewise linear; the last is (steps, 1.0).
+    kind: the curve: cosine, linear, wsd or constant
+    warmup: number of steps of the warm-up
+    decay_fraction: the part of the whole run, at its end, in which wsd decays
+    pace: knots (step, progress) of a piecewise linear function; the last is (steps, 1.0)
     """
 
     kind: str
@@ -27,25 +29,27 @@ class Schedule:
 
     @property
     def steps(self) -> int:
-        """Steps in the whole run, as decided so far."""
+        """The number of steps in the whole run, as decided so far."""
         return self.pace[-1][0]
 
     def progress(self, step: int) -> float:
-        """How far along the run `step` stands, in [0, 1]."""
+        """Return how much of the run is done before `step`, in [0, 1]."""
         right = min(max(1, bisect_right([s for s, _ in self.pace], step)), len(self.pace) - 1)
         (s0, p0), (s1, p1) = self.pace[right - 1], self.pace[right]
         return min(1.0, p0 + (p1 - p0) * (step - s0) / max(1, s1 - s0))
 
     def learning_rate(self, step: int) -> float:
-        """The rate of step 0, 1, ...
+        """Return the learning rate of step 0, 1, ...
 
             warm-up:  peak (step + 1) / (warmup + 1)
             cosine:   minimum + (peak - minimum) (1 + cos(pi x)) / 2
             linear:   peak + (minimum - peak) x
             wsd:      peak until p = 1 - decay_fraction, then linear in p to the minimum
-        x: progress since the warm-up's end, 0 to 1.
-        p: progress since the start of the run, 0 to 1. A decay that would begin within the warm-up
-        begins at its end instead.
+            constant: peak
+        x: progress since the end of the warm-up, 0 to 1
+        p: progress since the start of the run, 0 to 1; a decay that would begin within the warm-up
+            begins at its end instead
+
         Source: cosine: Loshchilov & Hutter 2016, arXiv:1608.03983, eq. 5; wsd: Hu et al. 2024,
         arXiv:2404.06395, eq. 1.
         """
@@ -65,7 +69,7 @@ class Schedule:
         return self.peak
 
     def repaced(self, step: int, steps: int) -> "Schedule":
-        """The same run, but from `step` on so fast that it ends after `steps`; the past stays."""
+        """Return the schedule that is the same up to `step` and ends after `steps`."""
         past = [knot for knot in self.pace if knot[0] < step]
         here = [(step, self.progress(step))] if step > 0 else [(0, 0.0)]
         return replace(self, pace=(*past, *here, (max(steps, step + 1), 1.0)))
@@ -74,5 +78,5 @@ class Schedule:
 def plain(
     kind: str, peak: float, minimum: float, warmup: int, decay_fraction: float, steps: int
 ) -> Schedule:
-    """A schedule whose number of steps is known from the start."""
+    """Return the schedule of a run whose number of steps is known from the start."""
     return Schedule(kind, peak, minimum, warmup, decay_fraction, ((0, 0.0), (steps, 1.0)))

@@ -17,6 +17,7 @@ from minillm.model.injection import injection_matrices, injection_parameters
 from minillm.model.linear import Matrix
 from minillm.model.norms import norm_parameters
 from minillm.model.positions import POSITIONS
+from minillm.optim.build import OPTIMIZERS
 from minillm.planning.job import WIDE, Job
 from minillm.planning.network import Network
 
@@ -85,7 +86,7 @@ def refusal(job: Job, stage: int) -> str | None:
     job: run to be planned
     stage: ZeRO stage, 0 to 3
     """
-    if stage == 3 and job.optimizer == "muon":
+    if stage == 3 and OPTIMIZERS[job.optimizer].whole:
         return (
             f"{parameter('zero')} 3 shards matrices, which Muon needs whole; use "
             f"{parameter('zero')} 2 or {parameter('optimizer')} adamw"
@@ -115,12 +116,13 @@ def memory(job: Job, stage: int) -> dict[str, float]:
     """
     N, W, w = size.n_parameters(job.model), job.ranks, job.width
     share = N if stage == 0 else N / W
-    two = 2 * N - (muon_parameters(job.model) if job.optimizer == "muon" else 0)
+    kind, matrices = OPTIMIZERS[job.optimizer], muon_parameters(job.model)
+    moments = kind.matrix_copies * matrices + kind.other_copies * (N - matrices)
     found = {
         "parameters": (WIDE * N, w * N, w * N, WIDE * N / W)[stage],
         "gradients": (WIDE * N, WIDE * (N + N / W), WIDE * N / W, WIDE * N / W)[stage],
         "masters": WIDE * share if stage in (1, 2) and w != WIDE else 0,
-        "moments": WIDE * two * share / N,
+        "moments": WIDE * moments * share / N,
         "average": WIDE * N if job.average else 0,
         "buffers": (0, 0, 2 * min(job.bucket_bytes, WIDE * N), 2 * w * max(units(job.model)))[
             stage

@@ -109,7 +109,7 @@ class World:
 
     rank, size: over all machines.    local_rank, local_size: on this machine, number `node` of
     `nodes`.    attempt: how often torchrun has restarted the job.    launch: a name of the job, see
-    ranks.named.
+    ranks.with_launch_name.
     address, port: of the store; has_store: whether the launcher keeps it, or rank 0 must.
     """
 

@@ -64,7 +64,7 @@ def evaluate(
     if not math.isfinite(mean):  # the same on all ranks, as the sums are
         raise DivergedError(
             f"the loss of the validation text is {mean}, first in the batch of window "
-            f"{int(ranks.least(bad))} of {len(windows)}: the model's numbers have overflowed"
+            f"{int(ranks.minimum(bad))} of {len(windows)}: the model's numbers have overflowed"
         )
     return Evaluation(mean, count)
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from minillm.checkpoint import find as checkpoint, run_folder as runs
+from minillm.checkpoint import read, write
+from minillm.checkpoint.run_folder import RunFolder
 from minillm.distributed.agreement import agree
 from minillm.errors import CorruptError, DivergedError, UnavailableError
 from minillm.runtime.json_text import json_text
@@ -88,7 +89,7 @@ def roll_back(t: Training) -> str:
         else:
             restore(t, past)
             t.guard, t.progress.ended = guard.rolled_back(t.guard), False
-            agree(t.ranks, lambda: t.ranks.rank or checkpoint.discard_after(t.run, past.step))
+            agree(t.ranks, lambda: t.ranks.rank or write.discard_after(t.run, past.step))
             t.meter.back_to(past.step)
     t.progress.skipped = max(bad, t.progress.position + SKIPPED) - t.progress.step
     where = "the weights as they are" if past is None else f"step {past.step}"
@@ -101,22 +102,23 @@ def roll_back(t: Training) -> str:
 def _require_finite(t: Training) -> None:
     """Raise DivergedError, on all ranks, if there is nothing to go back to but spoilt weights."""
     fine = all(bool(p.isfinite().all()) for p in t.model.parameters())
-    if not t.ranks.least(float(fine)):
+    if not t.ranks.minimum(float(fine)):
         raise DivergedError(
             f"step {t.progress.step}: weights are not finite, and there is no checkpoint to go "
             "back to; start again with a smaller --learning-rate, and --save-every"
         )
 
 
-def _earlier(t: Training) -> checkpoint.Checkpoint | None:
+def _earlier(t: Training) -> read.Checkpoint | None:
     """The newest good checkpoint BACK steps or more before the trouble, else the oldest good."""
-    steps = t.ranks.share(sorted(runs.checkpoints_of(t.run), reverse=True))
+    run = RunFolder(t.run)
+    steps = t.ranks.broadcast(sorted(run.checkpoints(), reverse=True))
     first = t.progress.step - t.guard.in_a_row
     early = [step for step in steps if step <= first - BACK]
     late = [step for step in steps if step > first - BACK]
     for step in (*early, *reversed(late)):
         try:
-            return checkpoint.verified(runs.folder_of(t.run, step), step, t.ranks)
+            return read.verified(run.step_folder(step), step, t.ranks)
         except CorruptError as error:
             t.meter.say(f"warning   {error}")
     return None

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from minillm.checkpoint import run_folder as runs
+from minillm.checkpoint.run_folder import RunFolder, newest_run
 from minillm.config.flags import Settings
 from minillm.config.resolve import LENGTHS, as_train_config, changed, resolve, without_first_lengths
 from minillm.errors import UsageError
@@ -14,21 +14,21 @@ from minillm.runtime import relative_paths as places
 from minillm.runtime.files import file_digest
 
 
-def resumed(args: Namespace) -> tuple[Settings, Path]:
+def resumed(args: Namespace) -> tuple[Settings, RunFolder]:
     """Return the settings of the run that --resume names, and its folder.
 
     The flags that it was begun with may be there again: they name what it is, or what was asked
     for to make it so.
     """
-    run = runs.newest_run(begun=True) if args.resume is NEWEST else Path(args.resume)
-    model, train = runs.read_config(run)
-    if is_elsewhere(args.out, run) or not places.equal(
+    run = newest_run(begun=True) if args.resume is NEWEST else RunFolder(args.resume)
+    model, train = run.model, run.train
+    if is_elsewhere(args.out, run.path) or not places.equal(
         "init_from", args.init_from or train.get("init_from"), train.get("init_from")
     ):
         raise UsageError(ELSEWHERE)
     flags = {**vars(args), "out": None, "init_from": None}
     # What an earlier --resume changed stands in the checkpoint.
-    config = as_train_config(run, train | runs.newest_settings(run))
+    config = as_train_config(run.path, train | run.newest_settings())
     wishes = resolve(flags, args.config, None, asdict(model) | asdict(config))
     wishes = replace(wishes, given=wishes.given - {"out", "overwrite", "init_from"})
     if not LENGTHS & {name for name, value in flags.items() if value is not None}:
@@ -36,9 +36,9 @@ def resumed(args: Namespace) -> tuple[Settings, Path]:
     return changed(model, config, wishes, _outcomes(run, wishes)), run
 
 
-def _outcomes(run: Path, wishes: Settings) -> dict[str, list[Any]]:
+def _outcomes(run: RunFolder, wishes: Settings) -> dict[str, list[Any]]:
     """Return other values of settings by which a run may be named on --resume, see `changed`."""
-    facts = runs.read_facts(run)
+    facts = run.facts
     found = {"vocab_size": [facts["asked_vocab_size"]], "dtype": [facts.get("dtype")],
              "micro_batch_size": [str(facts.get("micro_batch_size"))]}  # fmt: skip
     file = Path(wishes.train.tokenizer)

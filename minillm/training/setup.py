@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from minillm.checkpoint import placing, run_folder as runs
+from minillm.checkpoint import placing
+from minillm.checkpoint.run_folder import RunFolder, run_of_launch
 from minillm.config.config_files import read_config
 from minillm.config.fields import parts_of
 from minillm.config.flags import Settings
@@ -32,7 +33,9 @@ from minillm.training.resuming import resumed
 HELD = ("parameters", "gradients", "masters", "moments")  # by a rank, of plan.memory
 
 
-def begin(args: Namespace, here: World, preset: str | None = None) -> tuple[Settings, Path | None]:
+def begin(
+    args: Namespace, here: World, preset: str | None = None
+) -> tuple[Settings, RunFolder | None]:
     """The settings and, where a run is resumed, its folder.
 
     preset: what holds where the user names none; None: the one that fits the device here.
@@ -48,15 +51,14 @@ def begin(args: Namespace, here: World, preset: str | None = None) -> tuple[Sett
         preset = "nano" if world.pick_device(device or "auto").type == "cpu" else "tiny"
     settings = resolve(vars(args), args.config, preset)
     train = settings.train
-    if here.attempt and (run := runs.run_of(here.launch, train.out)) is not None:
-        model, past = runs.read_config(run)
-        past |= runs.newest_settings(run)
+    if here.attempt and (run := run_of_launch(here.launch, train.out)) is not None:
+        past = run.train | run.newest_settings()
         # The places of the same command line are known better than from the run's files.
         past |= {name: x for name in places.PATHS[:-1] if (x := getattr(train, name, None))}
-        return Settings(model, as_train_config(run, past), frozenset()), run
+        return Settings(run.model, as_train_config(run.path, past), frozenset()), run
     if train.init_from:
         flags = {name for name, value in vars(args).items() if value is not None}
-        settings = _inherit(settings, Path(train.init_from), flags)
+        settings = _inherit(settings, RunFolder(train.init_from), flags)
     if train.out and here.rank == 0:
         out = Path(train.out)
         placing.check_out(out, train.overwrite, here.launch, placing.sources(settings, args.config))
@@ -65,19 +67,19 @@ def begin(args: Namespace, here: World, preset: str | None = None) -> tuple[Sett
     return settings, None
 
 
-def _inherit(settings: Settings, source: Path, flags: set[str]) -> Settings:
+def _inherit(settings: Settings, source: RunFolder, flags: set[str]) -> Settings:
     """The model's shape and the tokenizer of run `source`; the training of `settings`.
 
     How often a core runs may be set anew: with a new mean, what else is not given follows it.
     flags: settings that the command line names; the others of `settings.given` are from a file.
     Raises UsageError on what `source` fixes, and on settings of a core that it has not.
     """
-    model, _ = runs.read_config(source)
+    model = source.model
     often = {"mean_recurrence", "max_recurrence", "backprop_depth"}
     fixed = (asdict(model).keys() | {"tokenizer"}) - often - {"dropout"}
-    tokenizer = str(runs.tokenizer_path(source))
+    tokenizer = str(source.tokenizer_file)
     own = asdict(model) | {"tokenizer": tokenizer}
-    asked = runs.read_facts(source)["asked_vocab_size"]
+    asked = source.facts["asked_vocab_size"]
     given = {name: value for name, value in settings.flat().items() if name in settings.given}
     for name in sorted(fixed & given.keys()):
         # A file states all that its run had, and the vocabulary size as it was asked for.
@@ -101,7 +103,7 @@ def _inherit(settings: Settings, source: Path, flags: set[str]) -> Settings:
     return Settings(replace(model, **wished), train, settings.given - fixed)
 
 
-def find_corpus(settings: Settings, run: Path | None, say: Callable[[str], None]) -> Corpus:
+def find_corpus(settings: Settings, run: RunFolder | None, say: Callable[[str], None]) -> Corpus:
     """The prepared text: of a run to resume the very same, else of --data.
 
     run: the folder to resume, or None.
@@ -115,8 +117,7 @@ def find_corpus(settings: Settings, run: Path | None, say: Callable[[str], None]
                 f"{train.init_from}'s"
             )
         return require_validation(corpus, train.early_stop)
-    facts = runs.read_facts(run)
-    there = [p for p in runs.corpus_places(run, train.cache_dir) if is_prepared(p)]
+    there = [p for p in run.corpus_places(train.cache_dir) if is_prepared(p)]
     if there and not {"data", "val"} & settings.given:
         corpus = open_corpus(there[0])
     else:
@@ -127,7 +128,7 @@ def find_corpus(settings: Settings, run: Path | None, say: Callable[[str], None]
             raise UsageError(
                 f"{error}; if the text has moved, {hint}, or with --cache-dir if it is prepared"
             ) from None
-    if corpus.key != facts["corpus_key"]:
+    if corpus.key != run.facts["corpus_key"]:
         given = {"data", "val"} & settings.given
         where = "" if given else "; if that has moved, say where with --data"
         raise UsageError(
@@ -137,12 +138,12 @@ def find_corpus(settings: Settings, run: Path | None, say: Callable[[str], None]
     return require_validation(corpus, train.early_stop)
 
 
-def _prepare_again(settings: Settings, run: Path, say: Callable[[str], None]) -> Corpus:
+def _prepare_again(settings: Settings, run: RunFolder, say: Callable[[str], None]) -> Corpus:
     """As for the run's first step: with the vocabulary size it asked for, and its own tokenizer."""
-    facts, train = runs.read_facts(run), settings.train
+    facts, train = run.facts, settings.train
     asked, stated = facts["asked_vocab_size"], facts.get("corpus_settings") or {}
     if train.tokenizer not in KINDS:
-        train = replace(train, tokenizer=str(runs.tokenizer_path(run)))
+        train = replace(train, tokenizer=str(run.tokenizer_file))
     model = replace(settings.model, vocab_size=asked)
     return _prepare(replace(settings, model=model, train=train), say, "split" not in stated)
 
@@ -174,10 +175,10 @@ def _prepare(
 
 
 def batches_of(
-    run: Path | None, corpus: Corpus, seq_len: int, config: TrainConfig, ranks: int
+    run: RunFolder | None, corpus: Corpus, seq_len: int, config: TrainConfig, ranks: int
 ) -> Batches:
     """Return the batches of a new run, or of `run` in the data order that it began with."""
-    order = ORDER if run is None else runs.data_order(run)
+    order = ORDER if run is None else run.data_order
     return Batches(corpus, seq_len, config.batch_size, config.seed, ranks, order)
 
 
@@ -249,7 +250,9 @@ def room_of_a_rank(ranks: Ranks) -> int | None:
     return room // ranks.world.local_size if shared else room
 
 
-def refuse_differences(ranks: Ranks, corpus: Corpus, settings: Settings, run: Path | None) -> None:
+def refuse_differences(
+    ranks: Ranks, corpus: Corpus, settings: Settings, run: RunFolder | None
+) -> None:
     """Raise UsageError unless all ranks train the same: text, settings, run to resume."""
     own = ("device", "threads", "data", "val")
     config = {n: x for n, x in settings.flat().items() if n not in own}

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from minillm.checkpoint import find as checkpoint
-from minillm.checkpoint.find import Checkpoint
+from minillm.checkpoint import find, write
+from minillm.checkpoint.read import Checkpoint
 from minillm.checkpoint.schema import RESUMED, check_state
 from minillm.checkpoint.write import sharded_tensors
 from minillm.config.resolve import LENGTHS, RESUMABLE
@@ -22,7 +22,8 @@ from minillm.distributed.strategies import Sharding
 from minillm.errors import CorruptError
 from minillm.model.gpt import GPT
 from minillm.model.recurrence import draw
-from minillm.optim.build import Average, state_kinds
+from minillm.optim.build import state_kinds
+from minillm.optim.ema import Average
 from minillm.optim.loss_scale import LossScale
 from minillm.optim.schedule import Schedule
 from minillm.runtime import device as world, relative_paths as places
@@ -119,7 +120,7 @@ def save(t: Training) -> None:
     shapes = {name: tuple(p.shape) for name, p in t.model.named_parameters()}
     tensors = sharded_tensors(t.sharding.pieces(), shapes)
     if t.average:
-        tensors["ema"] = {name: t.average.weights[name] for name in t.ranks.share_of(shapes)}
+        tensors["ema"] = {name: t.average.weights[name] for name in t.ranks.own_share(shapes)}
     settings = {name: getattr(t.config, name) for name in sorted(RESUMABLE)}
     state = {
         "model": asdict(t.model.config),
@@ -134,11 +135,11 @@ def save(t: Training) -> None:
     }
     if t.ranks.size > 1:
         state["shapes"] = {name: list(shape) for name, shape in shapes.items()}
-    checkpoint.save(t.run, t.progress.step, tensors, state, t.ranks)
+    write.save(t.run, t.progress.step, tensors, state, t.ranks)
     if t.ranks.rank == 0:
         try:
             best = t.progress.best_step if t.config.keep_best else None
-            checkpoint.prune(t.run, t.config.keep_last, best)
+            write.prune(t.run, t.config.keep_last, best)
         except OSError as error:  # what is too many now is deleted the next time
             t.ranks.say(f"warning   {error.filename}: not deleted: {error.strerror}")
 
@@ -161,7 +162,7 @@ def restore(t: Training, past: Checkpoint) -> None:
 
 
 def _check_fit(t: Training, past: Checkpoint, own: dict, kinds: dict) -> None:
-    checkpoint.check_model(t.run, t.model.config, past)
+    find.check_model(t.run, t.model.config, past)
     past.check_fit("model", own)
     past.check_optimizer(kinds)
     if t.config.ema:
@@ -202,7 +203,7 @@ def replan(t: Training, past: Checkpoint, given: frozenset[str]) -> None:
 def share_plan(t: Training) -> None:
     """The schedule of rank 0's clock for all ranks."""
     if t.ranks.size > 1:
-        t.plan = replace(t.plan, pace=tuple(map(tuple, t.ranks.share(t.plan.pace))))
+        t.plan = replace(t.plan, pace=tuple(map(tuple, t.ranks.broadcast(t.plan.pace))))
 
 
 def averaged(t: Training) -> AbstractContextManager[None]:

@@ -64,15 +64,3 @@ def compiled(model: GPT, whole: bool) -> Callable:
         return torch.compile(model)
     model.compiled = [torch.compile(block) for block in model.blocks]
     return model
-
-
-def clip_factor(norm: Tensor, limit: float, scale: float = 1.0) -> Tensor | None:
-    """What gradients of total norm `norm`, here `scale` times as large, are multiplied by to have
-    at most `limit`; 0: no limit.
-
-    norm: ().    Returns () on its device, so that nothing waits for it; None for 1.
-    """
-    if not limit:
-        return None if scale == 1 else torch.full_like(norm, 1 / scale)
-    factor = (limit / (norm + 1e-6)).clamp(max=1.0)
-    return factor if scale == 1 else factor / scale

@@ -105,7 +105,7 @@ class Watch:
 
     def asked(self, ranks: Ranks) -> int:
         """The signal by which any rank was asked to end, on all ranks at once; 0: none was."""
-        return self.signal if ranks.size == 1 else -int(ranks.least(-self.signal))
+        return self.signal if ranks.size == 1 else -int(ranks.minimum(-self.signal))
 
     @property
     def limit(self) -> float:

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from minillm.checkpoint import find as checkpoint, read as reading, run_folder as runs
-from minillm.checkpoint.find import load_run, open_checkpoint, save, set_aside
+from minillm.checkpoint import find as checkpoint, read as reading
+from minillm.checkpoint.find import load_run, open_checkpoint
+from minillm.checkpoint.run_folder import RunFolder, newest_run, run_of_launch
+from minillm.checkpoint.write import save, set_aside
 from minillm.errors import CorruptError
 from minillm.runtime import files as storage, program
 from minillm.scripts import sample
@@ -79,21 +81,21 @@ def test_none_is_good(run):
     words = "step-00000008/manifest.json: is missing.*; no other checkpoint of the run is good"
     with pytest.raises(CorruptError, match=words):
         open_checkpoint(run)
-    with pytest.raises(CorruptError, match="--checkpoint 4 is refused; no other is good"):
+    with pytest.raises(CorruptError, match="checkpoint 4 is refused; no other is good"):
         open_checkpoint(run, "4")
     assert program.run("sample.py", sample.main, [str(run)]) == 3
 
 
 def test_one_that_was_asked_for_is_no_others_place(run):
     cut(run / LAST / FILES[2])
-    with pytest.raises(CorruptError, match="ema-.*; --checkpoint 8 is refused; good: 4"):
+    with pytest.raises(CorruptError, match="ema-.*; checkpoint 8 is refused; good: 4"):
         open_checkpoint(run, "8")
     state = run / LAST / "state.json"
     rewrite(state, {"progress.best_step": 8})
-    with pytest.raises(CorruptError, match="; --checkpoint best is refused; good: 4"):
+    with pytest.raises(CorruptError, match="; checkpoint best is refused; good: 4"):
         open_checkpoint(run, "best")
     flip(state)  # which says what the best one is
-    with pytest.raises(CorruptError, match="state.json: .*; --checkpoint best is refused; good: 4"):
+    with pytest.raises(CorruptError, match="state.json: .*; checkpoint best is refused; good: 4"):
         open_checkpoint(run, "best")
     assert open_checkpoint(run, "4").step == 4
 
@@ -128,11 +130,11 @@ def test_a_medium_that_fails_one_rank_alone(run, monkeypatch):
 def test_whoever_looks_at_the_newest_one(run, tmp_path, monkeypatch):
     rewrite(run / LAST / "state.json", {"settings.steps": 9})
     reseal(run / LAST)
-    assert runs.newest_settings(run)["steps"] == 9
+    assert RunFolder(run).newest_settings()["steps"] == 9
     flip(run / LAST / "state.json")
-    assert runs.newest_settings(run)["steps"] == 8
+    assert RunFolder(run).newest_settings()["steps"] == 8
     (run / OLDER / "state.json").unlink()
-    assert runs.newest_settings(run) == {}
+    assert RunFolder(run).newest_settings() == {}
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     mine = run.rename("runs/mine")
@@ -140,10 +142,10 @@ def test_whoever_looks_at_the_newest_one(run, tmp_path, monkeypatch):
     shutil.copytree(mine, "runs/a damaged one")
     flip(Path("runs/a damaged one/config.json"))
     (mine / LAST / "manifest.json").unlink()
-    assert runs.run_of("x", None) == Path("runs/mine")
+    assert run_of_launch("x", None).path == Path("runs/mine")
     flip(mine / "config.json")
-    assert runs.run_of("x", None) is None and runs.run_of("x", str(mine)) is None
-    assert runs.newest_run().parent == Path("runs")
+    assert run_of_launch("x", None) is None and run_of_launch("x", str(mine)) is None
+    assert newest_run().path.parent == Path("runs")
 
 
 def test_sample_goes_on_and_says_from_where(run, capsys):
@@ -172,7 +174,7 @@ def test_what_was_passed_over_costs_no_good_one(run, train):
     """Counted among those to keep, the damaged step 8 would have left nothing else."""
     flip(run / LAST / FILES[0])
     assert train("--resume", run, "--steps", "6", "--keep-last", "1", "--no-keep-best") == 0
-    assert sorted(runs.step_folders(run)) == [6]
+    assert sorted(RunFolder(run).step_folders()) == [6]
     assert open_checkpoint(run, say=pytest.fail).step == 6
 
 

@@ -9,17 +9,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minillm.checkpoint import run_folder as runs, write as saving
-from minillm.checkpoint.find import ALONE, load_run, open_checkpoint, prune, save
+from minillm.checkpoint import write as saving
+from minillm.checkpoint.find import load_run, open_checkpoint
 from minillm.checkpoint.read import verified
+from minillm.checkpoint.run_folder import RunFolder
+from minillm.checkpoint.write import prune, save
 from minillm.config.train import ModelConfig
-from minillm.distributed import state_dict as statetensors
+from minillm.distributed.ranks import ALONE
+from minillm.distributed.state_dict import load_optimizer_tensors, load_weights
 from minillm.errors import CorruptError, UsageError
 from minillm.model.gpt import GPT
 from minillm.ops import EAGER
-from minillm.optim.build import Average, make_optimizers, set_learning_rate
+from minillm.optim.build import make_optimizers, set_learning_rate
+from minillm.optim.ema import Average
 from minillm.runtime import files as storage, program
 from minillm.scripts import sample
+from tests.support.optimizer_states import optimizer_tensors
 
 WEIGHTS = "model-00001-of-00001.safetensors"
 README = Path(__file__).resolve().parents[2] / "README.md"
@@ -55,7 +60,7 @@ def test_weights_optimisers_and_average_come_back_bit_for_bit(tmp_path, name):
     take_steps(model, optimizers, average, 3)
     parameters = dict(model.named_parameters())
     names = {p: n for n, p in parameters.items()}
-    state = statetensors.optimizer_tensors(optimizers, names)
+    state = optimizer_tensors(optimizers, names)
     tensors = {"model": parameters, "optimizer": state, "ema": average.weights}
     save(tmp_path, 3, tensors, {"pace": [[0, 0.0], [9, 1.0]]})
 
@@ -69,9 +74,9 @@ def test_weights_optimisers_and_average_come_back_bit_for_bit(tmp_path, name):
             assert torch.equal(loaded[key], value), key
 
     other, others, mean = equipped(name, seed=1)
-    statetensors.load_weights(other, found.tensors("model"), found.folder)
+    load_weights(other, found.tensors("model"), found.folder)
     theirs = dict(other.named_parameters())
-    statetensors.load_optimizer_tensors(others, theirs, found.tensors("optimizer"))
+    load_optimizer_tensors(others, theirs, found.tensors("optimizer"))
     mean.weights = found.tensors("ema")
     for m, o, a in ((model, optimizers, average), (other, others, mean)):
         take_steps(m, o, a, 2)
@@ -216,7 +221,7 @@ def test_an_older_checkpoint_can_be_asked_for(run):
     averaged = load_file(run / "checkpoints" / "step-00000004" / AVERAGED)
     assert torch.equal(older.head.weight, averaged["head.weight"])
     assert open_checkpoint(run, "best").step in (4, 8)
-    with pytest.raises(UsageError, match="--checkpoint 5: .* holds steps 4, 8; or last, best"):
+    with pytest.raises(UsageError, match="checkpoint 5: .* holds steps 4, 8; or last, best"):
         open_checkpoint(run, "5")
 
 
@@ -234,11 +239,11 @@ def test_prune_keeps_the_last_ones_and_the_best(tmp_path):
     for step in (1, 2, 3, 10, 20):
         save(tmp_path, step, {"model": {"w": torch.ones(1)}}, {})
     prune(tmp_path, 2, best=2)
-    assert sorted(runs.checkpoints_of(tmp_path)) == [2, 10, 20]
+    assert sorted(RunFolder(tmp_path).checkpoints()) == [2, 10, 20]
     prune(tmp_path, 1, best=None)
-    assert sorted(runs.checkpoints_of(tmp_path)) == [20]
+    assert sorted(RunFolder(tmp_path).checkpoints()) == [20]
     prune(tmp_path, 5, best=None)
-    assert sorted(runs.checkpoints_of(tmp_path)) == [20]
+    assert sorted(RunFolder(tmp_path).checkpoints()) == [20]
 
 
 def test_a_save_that_fails_midway_leaves_the_old_checkpoint(run, monkeypatch):

@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.utils import _device
 
 from minillm.checkpoint import sharded_safetensors as tensorfiles
-from minillm.checkpoint.find import open_checkpoint, save
+from minillm.checkpoint.find import open_checkpoint
 from minillm.checkpoint.sharded_safetensors import TensorFiles, file_bytes
-from minillm.checkpoint.write import sharded_tensors
+from minillm.checkpoint.write import save, sharded_tensors
 from minillm.config.resolve import resolve
 from minillm.config.train import PRESETS
 from minillm.data.tokenizer import load_tokenizer
-from minillm.distributed.buckets import cut
+from minillm.distributed.layout import cut
 from minillm.distributed.pieces import Piece
 from minillm.distributed.ranks import Ranks
 from minillm.errors import CorruptError, UsageError
@@ -99,7 +99,7 @@ def pieces_of(preset: str, zero: int, rank: int, size: int) -> Iterator[tuple[st
     shapes, _ = shapes_of(preset)
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     if zero == 0:
-        mine = Ranks.share_of(SimpleNamespace(rank=rank, size=size), shapes)
+        mine = Ranks.own_share(SimpleNamespace(rank=rank, size=size), shapes)
         yield from ((name, 0, sizes[name]) for name in mine)
     elif zero == 3:  # as torch.chunk cuts rows
         for name, shape in shapes.items():

@@ -13,10 +13,10 @@ import pytest
 
 from minillm.checkpoint import (
     read as reading,
-    run_folder as runs,
     sharded_safetensors as tensorfiles,
 )
 from minillm.checkpoint.find import load_run, open_checkpoint
+from minillm.checkpoint.run_folder import RunFolder
 from minillm.checkpoint.sharded_safetensors import TensorFiles
 from minillm.data import shards, tokenizer_sandbox as foreign
 from minillm.data.tokenizer import load_tokenizer, train_tokenizer
@@ -167,7 +167,7 @@ COUNTS = {
 
 @pytest.mark.parametrize("changes", COUNTS.values(), ids=COUNTS)
 def test_indices(tiny_run, tmp_path, changes):
-    folder = shutil.copytree(runs.corpus_of(tiny_run), tmp_path / "corpus")
+    folder = shutil.copytree(RunFolder(tiny_run).corpus(), tmp_path / "corpus")
     index = storage.read_json(folder / "index.json")
     for name, value in changes.items():
         holder, (*outer, key) = index, name.split(".")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from minillm.checkpoint.run_folder import read_config, require_run
+from minillm.checkpoint.run_folder import RunFolder
 from minillm.errors import CorruptError, UsageError
 from minillm.runtime import program
 from minillm.scripts import sample as script
@@ -62,15 +62,15 @@ def test_the_message_says_what_it_is(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     for name, words in CASES.items():
         with pytest.raises(UsageError) as refused:
-            require_run(folder.joinpath(name).relative_to(folder))
+            RunFolder(folder.joinpath(name).relative_to(folder)).require()
         assert words in str(refused.value) and "\n" not in str(refused.value), name
         assert "--resume" not in str(refused.value)
     assert str(refused.value) == "none: no such run"
     with pytest.raises(UsageError, match="--checkpoint 4$"):
-        require_run(folder / STEP)
+        RunFolder(folder / STEP).require()
     assert program.run("sample.py", script.main, ["huginn"]) == 2
     assert "in the layout of huginn-0125" in capsys.readouterr().err
-    assert require_run(folder / "runs" / "a") == folder / "runs" / "a"
+    assert RunFolder(folder / "runs" / "a").require().path == folder / "runs" / "a"
 
 
 def test_init_from_and_resume_say_the_same(folder, train, capsys):
@@ -85,4 +85,4 @@ def test_a_damaged_run_is_still_called_damaged(folder):
     path = folder / "runs" / "a" / "config.json"
     path.write_bytes(path.read_bytes().replace(b'"version": 1', b'"version": 7'))
     with pytest.raises(CorruptError, match="damaged"):
-        read_config(folder / "runs" / "a")
+        _ = RunFolder(folder / "runs" / "a").model

@@ -10,10 +10,12 @@ from minillm import errors
 from minillm.checkpoint import (
     find as checkpoint,
     read as reading,
-    run_folder as runs,
+    run_folder,
     sharded_safetensors as tensorfiles,
 )
-from minillm.checkpoint.find import load_run, open_checkpoint, prune, while_there
+from minillm.checkpoint.find import load_run, open_checkpoint, while_there
+from minillm.checkpoint.run_folder import RunFolder, newest_run
+from minillm.checkpoint.write import prune
 from minillm.errors import CorruptError
 from minillm.runtime import program
 from minillm.scripts import sample
@@ -77,7 +79,7 @@ def test_one_that_was_asked_for_is_looked_for_again(run, monkeypatch, which):
     if which == "best":
         assert open_checkpoint(run, "best", weights=True).step == 8
     else:
-        with pytest.raises(errors.UsageError, match="--checkpoint 4: .* holds steps 8; or last"):
+        with pytest.raises(errors.UsageError, match="checkpoint 4: .* holds steps 8; or last"):
             open_checkpoint(run, "4", weights=True)
 
 
@@ -123,27 +125,31 @@ def test_looking_again_has_an_end(run, monkeypatch):
     monkeypatch.setattr(checkpoint, "verified", fail)
     with pytest.raises(CorruptError, match="damaged; no other checkpoint"):
         open_checkpoint(run)
-    assert runs.TRIES <= len(looks) <= runs.TRIES + 1
+    assert run_folder.TRIES <= len(looks) <= run_folder.TRIES + 1
 
 
 def test_settings_and_the_newest_run_are_looked_at_again(run, monkeypatch):
-    whole = runs.read_state
+    whole = run_folder.read_state
 
     def late(folder):
         come(run)
         return whole(folder)
 
-    monkeypatch.setattr(runs, "read_state", late)
-    assert "steps" in runs.newest_settings(run)
+    monkeypatch.setattr(run_folder, "read_state", late)
+    assert "steps" in RunFolder(run).newest_settings()
     monkeypatch.undo()
-    listed, calls = runs.checkpoints_of, []
+    listed, calls = RunFolder.checkpoints, []
 
     def gone(folder):
         calls.append(folder)
-        return {3: folder / "checkpoints" / "step-00000003"} if len(calls) == 1 else listed(folder)
+        return (
+            {3: folder.path / "checkpoints" / "step-00000003"}
+            if len(calls) == 1
+            else listed(folder)
+        )
 
-    monkeypatch.setattr(runs, "checkpoints_of", gone)
-    assert runs.newest_run(run.parent) == run
+    monkeypatch.setattr(RunFolder, "checkpoints", gone)
+    assert newest_run(run.parent).path == run
 
 
 def without_optimizer(run: Path) -> list[Path]:
@@ -170,7 +176,7 @@ def test_a_run_without_optimiser_files_can_be_read_but_not_resumed(
     assert train("--resume", run, "--steps", "12") == 3
     (line,) = capsys.readouterr().err.splitlines()
     assert str(missing[-1]) in line and f"start from them with --init-from {run}" in line
-    assert sorted(runs.checkpoints_of(run)) == [4, 8]  # none is put aside as damaged
+    assert sorted(RunFolder(run).checkpoints()) == [4, 8]  # none is put aside as damaged
 
 
 def test_a_damaged_optimiser_file_does_not_keep_a_run_from_being_sampled(tiny_run, tmp_path):

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from minillm.checkpoint import placing, run_folder as runs
-from minillm.checkpoint.find import load_run, save
+from minillm.checkpoint import placing, run_folder
+from minillm.checkpoint.find import load_run
+from minillm.checkpoint.run_folder import RunFolder, newest_run, run_of_launch
+from minillm.checkpoint.write import save
 from minillm.errors import UsageError
 from minillm.runtime import program
 from minillm.runtime.files import write_json
@@ -27,14 +29,14 @@ def run(tiny_run, tmp_path) -> Path:
 
 def test_the_newest_run_has_the_newest_checkpoint(tmp_path):
     with pytest.raises(UsageError, match="no run with a checkpoint in .*train.py"):
-        runs.newest_run(tmp_path / "runs")
+        newest_run(tmp_path / "runs")
     for when, name in ((3, "b"), (9, "a"), (5, "c")):
         folder = save(tmp_path / name, 1, {}, {})
         write_json(tmp_path / name / "config.json", CONFIG)
         os.utime(folder, ns=(when * 10**9, when * 10**9))
     (tmp_path / "d").mkdir()
     (tmp_path / "e").write_text("")
-    assert runs.newest_run(tmp_path) == tmp_path / "a"
+    assert newest_run(tmp_path).path == tmp_path / "a"
 
 
 def test_runs_are_numbered(tmp_path, monkeypatch):
@@ -51,7 +53,7 @@ def test_where_a_run_may_go(tmp_path, run):
     placing.check_out(tmp_path / "empty", False)
     placing.check_out(run, True)
     with pytest.raises(
-        UsageError, match=r"exists; continue it with .* --resume .*, or replace it with --over"
+        UsageError, match=r"exists; continue it with .* --resume .*, or replace it with over"
     ):
         placing.check_out(run, False)
     for overwrite in (False, True):
@@ -133,7 +135,7 @@ def test_a_run_that_ended_before_its_first_checkpoint(train, tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(train_script, "accumulate", interrupted)
         assert train("--out", run) == 130
-    assert (run / "config.json").is_file() and not runs.checkpoints_of(run)
+    assert (run / "config.json").is_file() and not RunFolder(run).checkpoints()
 
     def said() -> str:
         return capfd.readouterr().err.splitlines()[-1]
@@ -148,9 +150,9 @@ def test_a_run_that_ended_before_its_first_checkpoint(train, tmp_path, monkeypat
     )
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match="no run with a checkpoint in runs/"):
-        runs.newest_run()
+        newest_run()
     assert train("--resume") == 0
-    assert runs.newest_run() == Path("runs/early")
+    assert newest_run().path == Path("runs/early")
     assert train("--out", tmp_path / "whole") == 0
     for a, b in zip(*(load_run(r)[0].parameters() for r in (run, tmp_path / "whole")), strict=True):
         assert torch.equal(a, b)
@@ -178,10 +180,33 @@ def test_a_launch_knows_its_own_run(tmp_path, monkeypatch):
         if done:
             (run / "checkpoints" / "step-00000004").mkdir(parents=True)
             (run / "checkpoints" / "step-00000004" / "manifest.json").touch()
-    assert runs.run_of("x", None) == Path("runs/a") and runs.run_of("y", None) == Path("runs/b")
-    assert runs.run_of("x", "runs/b") is runs.run_of("x", "runs/c") is None
-    assert runs.run_of(None, None) is None
+    assert run_of_launch("x", None).path == Path("runs/a") and run_of_launch(
+        "y", None
+    ).path == Path("runs/b")
+    assert run_of_launch("x", "runs/b") is run_of_launch("x", "runs/c") is None
+    assert run_of_launch(None, None) is None
     placing.check_out(Path("runs/c"), False, "x")  # its own, without a checkpoint: it begins anew
     for name, launch in (("a", "x"), ("b", "x"), ("c", "y"), ("c", None)):
         with pytest.raises(UsageError, match="exists; "):
             placing.check_out(Path("runs") / name, False, launch)
+
+
+def test_config_json_is_read_once_and_again_after_it_is_written(run, monkeypatch):
+    files, read = [], run_folder.read_json
+
+    def counted(path):
+        files.append(path)
+        return read(path)
+
+    monkeypatch.setattr(run_folder, "read_json", counted)
+    found = RunFolder(run)
+    assert files == [] and str(found) == str(run) and Path(found) == run
+    facts = found.facts | {"dtype": "fp32", "threads": 1, "micro_batch_size": 4, "ranks": 1}
+    assert found.model.d_model == 16 and found.train["steps"] == 8 and found.data_order == 2
+    assert found.tokenizer().sha256 == facts["tokenizer_sha256"] and found.corpus_places()
+    assert found.fixed["threads"] == found.config["threads"]
+    assert files == [run / "config.json"]
+    extra = {name: x for name, x in facts.items() if name not in ("model", "train", "sha256")}
+    found.write_config(found.model, found.train | {"steps": 9}, extra)
+    assert found.train["steps"] == 9 and found.fixed["micro_batch_size"] == 4
+    assert files == [run / "config.json"] * 2

@@ -12,21 +12,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minillm.checkpoint.find import open_checkpoint, save
+from minillm.checkpoint.find import open_checkpoint
 from minillm.checkpoint.sharded_safetensors import key_of
+from minillm.checkpoint.write import save
 from minillm.config.train import ModelConfig, TrainConfig
 from minillm.distributed.ranks import Ranks
-from minillm.distributed.state_dict import optimizer_tensors
 from minillm.distributed.strategies import shard
 from minillm.model.gpt import GPT
 from minillm.ops import EAGER
-from minillm.optim.build import Average, recipes
+from minillm.optim.build import recipes
+from minillm.optim.ema import Average
 from minillm.optim.schedule import Schedule
 from minillm.runtime import program
 from minillm.scripts import sample
 from minillm.training import state as training
 from minillm.training.state import Progress, Training
 from minillm.training.watchdog import Watch
+from tests.support.optimizer_states import optimizer_tensors
 from tests.support.thread_ranks import together, well
 
 SCRIPT = Path(__file__).resolve().parents[1] / "support" / "checkpoint_ranks.py"

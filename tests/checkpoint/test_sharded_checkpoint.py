@@ -11,10 +11,10 @@ from hypothesis import given, settings as limits, strategies as some
 from safetensors.torch import load_file, save_file
 
 from minillm.checkpoint import write as saving
-from minillm.checkpoint.find import open_checkpoint, save
-from minillm.checkpoint.run_folder import checkpoints_of
+from minillm.checkpoint.find import open_checkpoint
+from minillm.checkpoint.run_folder import RunFolder
 from minillm.checkpoint.sharded_safetensors import file_name, key_of
-from minillm.checkpoint.write import sharded_tensors
+from minillm.checkpoint.write import save, sharded_tensors
 from minillm.distributed.ranks import Ranks
 from minillm.errors import CorruptError, UnavailableError, UsageError
 from minillm.runtime import files as storage
@@ -177,7 +177,7 @@ DAMAGE = {
         lambda f: edit(f / FIRST, lambda d: b"\xff" * 8 + d[8:]), True, "bytes of header",
     ),
     "an unknown dtype": (
-        lambda f: edit(f / FIRST, lambda d: d.replace(b'"F32"', b'"F31"')), True, "not known here",
+        lambda f: edit(f / FIRST, lambda d: d.replace(b'"F32"', b'"F31"')), True, "unknown dtype",
     ),
     "another shape": (
         lambda f: state_says(f, shapes={**SHAPES, "blocks.0.w": [3, 2, 8]}), True, "element 42 of",
@@ -252,7 +252,7 @@ def test_a_state_of_another_shape_than_its_parameter_is_refused(tmp_path):
         open_checkpoint(tmp_path).piece("exp_avg", "w", 0, 2)
 
 
-WHERE = ["write_whole", "write_json", "sync_folder", "_make_anew"]
+WHERE = ["write_whole", "write_json", "sync_folder", "_make_empty"]
 
 
 @pytest.mark.parametrize("name", WHERE)
@@ -271,7 +271,7 @@ def test_a_rank_that_cannot_write_stops_all(tmp_path, monkeypatch, name):
     for r, error in enumerate(raised):
         assert type(error) is (OSError if r == rank else UnavailableError)
         assert "No space left" in str(error) and (r == rank or f"rank {rank}" in str(error))
-    assert not checkpoints_of(tmp_path)
+    assert not RunFolder(tmp_path).checkpoints()
     assert not list(tmp_path.glob("checkpoints/.*"))
     well(save_on(tmp_path, 3))
     (tmp_path / "config.json").touch()
@@ -285,4 +285,4 @@ def test_what_a_caller_gets_wrong_is_never_written(tmp_path):
     tensors = [{"model": {}, "ema": {}}, {"model": {}}]
     raised = together(2, lambda r: save(tmp_path, 1, tensors[r.rank], {}, r))
     assert all("ema-00001-of-00001.safetensors was expected" in str(e) for e in raised)
-    assert not checkpoints_of(tmp_path)
+    assert not RunFolder(tmp_path).checkpoints()

@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load, load_file
 
-from minillm.checkpoint import run_folder as runs
-from minillm.checkpoint.find import open_checkpoint, save, tidy
+from minillm.checkpoint.find import open_checkpoint
+from minillm.checkpoint.run_folder import RunFolder
 from minillm.checkpoint.sharded_safetensors import DTYPES, file_bytes, read_header
+from minillm.checkpoint.write import save, tidy
 from minillm.errors import DivergedError, UnavailableError
 from minillm.runtime.files import bytes_digest, write_whole
 from tests.support.thread_ranks import together, well
@@ -94,8 +95,8 @@ def test_without_room_nothing_is_begun(run, monkeypatch):
             patch.setattr(shutil, "disk_usage", lambda path, free=free: Usage(1 << 40, 0, free))
             raised = together(ranks, lambda r: save(run, 2, TENSORS, {}, r))
         assert type(raised[0]) is OSError and raised[0].errno == errno.ENOSPC
-        assert "no room on the disk" in str(raised[0])
-        assert all(type(e) is UnavailableError and "no room" in str(e) for e in raised[1:])
+        assert "too little space on the disk" in str(raised[0])
+        assert all(type(e) is UnavailableError and "too little space" in str(e) for e in raised[1:])
         assert before == {p: p.stat().st_mtime_ns for p in run.rglob("*")}
         with monkeypatch.context() as patch:
             enough = Usage(1 << 40, 0, free + 1)
@@ -142,7 +143,7 @@ def test_what_is_put_aside_counts_until_it_is_replaced(run):
     folder = run / "checkpoints"
     leave(run, ".step-00000001.tmp")
     (folder / "step-00000001").rename(folder / ".step-00000001.old.tmp")
-    assert runs.checkpoints_of(run) == {1: folder / ".step-00000001.old.tmp"}
+    assert RunFolder(run).checkpoints() == {1: folder / ".step-00000001.old.tmp"}
     assert open_checkpoint(run).tensors("model")["w"].tolist() == [0, 1, 2, 3, 4, 5]
     tidy(run)
     assert names(run) == ["step-00000001"] and open_checkpoint(run).step == 1

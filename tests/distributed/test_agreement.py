@@ -4,7 +4,13 @@ import pytest
 
 from minillm.distributed.agreement import agree, gather
 from minillm.distributed.ranks import Ranks
-from minillm.errors import CorruptError, DivergedError, UnavailableError
+from minillm.errors import (
+    CorruptError,
+    DivergedError,
+    UnavailableError,
+    UsageError,
+    parameter,
+)
 from tests.support.thread_ranks import together, well
 
 
@@ -53,3 +59,15 @@ def test_alone_an_error_is_what_it_was():
     with pytest.raises(OSError) as raised:
         agree(Ranks(), fail)
     assert raised.value is error
+
+
+def test_a_refusal_names_its_parameter_on_every_rank():
+    """In Python as a parameter, on the command line as a flag."""
+
+    def work(ranks):
+        if ranks.rank == 1:
+            raise UsageError(f"{parameter('top_k')} -1: expected 0 or more")
+
+    for error in together(3, lambda ranks: agree(ranks, lambda: work(ranks))):
+        assert str(error) == "top_k -1: expected 0 or more"
+        assert error.with_flags() == "--top-k -1: expected 0 or more"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from minillm.distributed.ranks import Ranks
-from minillm.distributed.strategies import Replicated, shard
+from minillm.distributed.strategies import DataParallel, shard
 from minillm.ops import EAGER
 from minillm.optim.build import recipes
 from minillm.runtime.device import World
@@ -70,4 +70,4 @@ def test_stage_3_refuses_matrices_that_are_needed_whole():
     first_of_two = Ranks(World(rank=0, size=2))  # nothing is sent before the refusal
     with pytest.raises(ValueError, match="stage 3 cuts the matrices that one of the optimisers"):
         shard(model, muon, first_of_two, 3)
-    assert isinstance(shard(model, muon, ALONE, 3), Replicated)
+    assert isinstance(shard(model, muon, ALONE, 3), DataParallel)

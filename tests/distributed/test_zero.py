@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, strategies as st
 from torch import nn
 
-from minillm.distributed.buckets import ALIGN, UNEVEN, by_owner, cut, in_a_row
+from minillm.distributed.layout import ALIGN, UNEVEN, by_owner, cut, in_a_row
 from minillm.distributed.ranks import Ranks
 from minillm.distributed.zero import ZeroOptimizer
 from tests.support.processes import complaints, launch
@@ -158,7 +158,7 @@ def test_refusals():
     zero.zero_grad()
     with zero.synced(False):
         model.bias.sum().backward()
-    with pytest.raises(RuntimeError, match="before a backward in synced"):
+    with pytest.raises(RuntimeError, match="before a backward pass in synced"):
         zero.step()
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from minillm.checkpoint import run_folder as runs
+from minillm.checkpoint.run_folder import RunFolder
 from minillm.commands import prepare as command
 from minillm.config import resolve as configure
 from minillm.config.train import TrainConfig
@@ -29,7 +29,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def corpus_of(run: Path):
-    return open_corpus(runs.corpus_of(run))
+    return open_corpus(RunFolder(run).corpus())
 
 
 def test_several_paths_and_validation_text_train_and_resume(place, train, capfd):

@@ -10,7 +10,7 @@ import torch
 
 from minillm.kernels import linear_cross_entropy, newton_schulz
 from minillm.ops import EAGER, REFERENCE
-from minillm.optim.build import Muon
+from minillm.optim.muon import Muon
 
 LOSSES = {
     "reference": REFERENCE.linear_cross_entropy,

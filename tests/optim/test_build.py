@@ -12,16 +12,9 @@ from torch import nn
 from minillm.config.train import ModelConfig
 from minillm.model.gpt import GPT
 from minillm.ops import EAGER, REFERENCE
-from minillm.optim.build import (
-    EMBED_RATE,
-    HEAD_RATE,
-    VECTOR_RATE,
-    AdamW,
-    Average,
-    Muon,
-    make_optimizers,
-    set_learning_rate,
-)
+from minillm.optim.build import AdamW, make_optimizers, set_learning_rate
+from minillm.optim.ema import Average
+from minillm.optim.muon import EMBED_RATE, HEAD_RATE, VECTOR_RATE, Muon
 
 
 def random_matrix(generator, rows, columns):

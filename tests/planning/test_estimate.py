@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from minillm import __main__ as verbs
-from minillm.checkpoint import run_folder as runs
+from minillm.checkpoint.run_folder import RunFolder
 from minillm.config.train import PRESETS, ModelConfig
 from minillm.errors import UsageError
 from minillm.model.gpt import GPT
@@ -237,7 +237,7 @@ def test_muon_has_no_stage_3(planned):
 
 
 def test_the_vocabulary_of_a_corpus(planned, tiny_run):
-    corpus = runs.corpus_of(tiny_run)
+    corpus = RunFolder(tiny_run).corpus()
     _, out, err = planned("--data", corpus, "--seq-len", 16, "--epochs", 2, "--json")
     found = json.loads(out)
     assert found["parameters"]["vocabulary"].startswith("257, of ") and not err

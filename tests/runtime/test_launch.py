@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from minillm.checkpoint import placing, run_folder as runs
+from minillm.checkpoint import placing
+from minillm.checkpoint.run_folder import newest_run
 from minillm.errors import UsageError
 from minillm.runtime import launch
 from minillm.runtime.files import write_json
@@ -71,7 +72,7 @@ def test_ranks_are_started_together_again(started, monkeypatch):
 def test_messages_quote_a_run_with_a_space(started, tmp_path):
     started("python3", "-m", "minillm", argv0=f"{Path(launch.__file__).parents[1]}/__main__.py")
     with pytest.raises(UsageError, match="train one with: python3 -m minillm train$"):
-        runs.newest_run(tmp_path)
+        newest_run(tmp_path)
     run = tmp_path / "my run"
     run.mkdir()
     write_json(run / "config.json", {"model": {}, "train": {}, "tokenizer_sha256": ""})

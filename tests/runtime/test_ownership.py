@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from minillm.checkpoint import placing, run_folder as runs
-from minillm.checkpoint.find import open_checkpoint, prune, save, set_aside, tidy
+from minillm.checkpoint import placing
+from minillm.checkpoint.find import open_checkpoint
+from minillm.checkpoint.run_folder import RunFolder, newest_run
+from minillm.checkpoint.write import prune, save, set_aside, tidy
 from minillm.commands import prepare, profile
 from minillm.data.shards import is_prepared
 from minillm.errors import UsageError
@@ -97,7 +99,7 @@ def test_folders_of_others_are_not_taken_for_runs(project, train, tmp_path, caps
     monkeypatch.chdir(tmp_path)
     shutil.copytree(project, tmp_path / "runs")
     with pytest.raises(UsageError, match="no run with a checkpoint"):
-        runs.newest_run(begun=True)
+        newest_run(begun=True)
     assert train("--resume") == 2
     for name in none:
         capsys.readouterr()
@@ -140,7 +142,7 @@ def test_overwrite_keeps_files_that_it_did_not_make(tiny_run, train, tmp_path, c
     assert {n for n, c in kept.items() if tree(run).get(n, 0) != c} == set()
     assert tree(elsewhere) == {"model-00001-of-00001.safetensors": b"mine"}
     assert '"step": 99' not in (run / "metrics.jsonl").read_text()
-    assert sorted(runs.checkpoints_of(run)) == [8]
+    assert sorted(RunFolder(run).checkpoints()) == [8]
 
 
 def test_a_second_tokenizer_in_a_run_is_not_overwritten(tiny_run, train, tmp_path, capsys):
@@ -172,7 +174,7 @@ def test_a_run_of_the_first_format_can_be_overwritten(train, tmp_path):
     run = shutil.copytree(first, tmp_path / "run")
     (run / "lock").touch()
     assert is_run(run) and train("--out", run, "--overwrite", "--steps", "1") == 0
-    assert list(runs.checkpoints_of(run)) == [1]
+    assert list(RunFolder(run).checkpoints()) == [1]
 
 
 @pytest.mark.parametrize("flag", ["--data", "--init-from", "--tokenizer", "--config"])
@@ -224,8 +226,11 @@ def test_checkpoints_are_deleted_without_the_files_of_others(tmp_path):
     kept = {n: c for n, c in tree(tmp_path).items() if not n.endswith(".json")}
     prune(tmp_path, 2, None)
     tidy(tmp_path)
-    assert unchanged(kept, tmp_path) and sorted(runs.checkpoints_of(tmp_path)) == [2, 3]
-    assert sorted(runs.step_folders(tmp_path)) == [2, 3]  # what is left of step 1 is no checkpoint
+    assert unchanged(kept, tmp_path) and sorted(RunFolder(tmp_path).checkpoints()) == [2, 3]
+    assert sorted(RunFolder(tmp_path).step_folders()) == [
+        2,
+        3,
+    ]  # what is left of step 1 is no checkpoint
     save(tmp_path, 3, {}, {})  # replaced: the notes go along
     tidy(tmp_path)
     assert unchanged(kept, tmp_path) and open_checkpoint(tmp_path).step == 3

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from minillm import errors
-from minillm.checkpoint import run_folder as runs
 from minillm.checkpoint.find import open_checkpoint
+from minillm.checkpoint.run_folder import RunFolder
 from minillm.config.config_files import read_config
 from minillm.runtime import device as world, files as storage, program, relative_paths as places
 from minillm.scripts import train as train_script
@@ -124,7 +124,9 @@ def test_runs_of_earlier_releases_keep_their_paths(tmp_path, monkeypatch, text_f
     assert places.path_found(run, "../mine.txt") == "../mine.txt"
     first = Path(__file__).resolve().parents[1] / "golden" / "f537e8f"
     stated = storage.read_json(first / "plain" / "config.json")["corpus"]
-    assert Path(stated).is_absolute() and runs.corpus_places(first / "plain")[0] == Path(stated)
+    assert Path(stated).is_absolute() and RunFolder(first / "plain").corpus_places()[0] == Path(
+        stated
+    )
 
 
 def test_paths_there_and_back(tmp_path):

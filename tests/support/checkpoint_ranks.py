@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from minillm.checkpoint import find as checkpoint
-from minillm.checkpoint.run_folder import checkpoints_of
+from minillm.checkpoint import find, write
+from minillm.checkpoint.run_folder import RunFolder
 from minillm.checkpoint.sharded_safetensors import key_of
 from minillm.distributed.ranks import Ranks, connect
 from minillm.runtime.device import launched
@@ -47,8 +47,8 @@ def main(run: Path) -> None:
     """Save whole; save on a full disk; open damaged; save while the other is killed."""
     ranks = connect(launched(), torch.device("cpu"), 60)
     state, found = {"shapes": {"w": [7, 143]}}, {}
-    checkpoint.save(run, 1, own(ranks), state, ranks)
-    past = checkpoint.open_checkpoint(run, ranks=ranks)
+    write.save(run, 1, own(ranks), state, ranks)
+    past = find.open_checkpoint(run, ranks=ranks)
     expected = torch.arange(N).float()
     start, stop = ((300, N), (0, 500))[ranks.rank]
     found["model"] = torch.equal(past.read("model", "w", start, stop), expected[start:stop])
@@ -58,7 +58,7 @@ def main(run: Path) -> None:
     if ranks.rank == 1:  # the system itself refuses to write more than so many bytes to a file
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
-    found["full"] = failure(lambda: checkpoint.save(run, 2, own(ranks), state, ranks))
+    found["full"] = failure(lambda: write.save(run, 2, own(ranks), state, ranks))
     if ranks.rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
     ranks.wait()
@@ -70,29 +70,32 @@ def main(run: Path) -> None:
         data[-7] ^= 4
         path.write_bytes(data)
     ranks.wait()
-    found["damaged"] = failure(lambda: checkpoint.open_checkpoint(run, ranks=ranks))
-    checkpoint.save(run, 1, own(ranks, plus=1.0), state, ranks)
-    found["again"] = float(checkpoint.open_checkpoint(run, "1", ranks).read("model", "w", 0, 1))
+    found["damaged"] = failure(lambda: find.open_checkpoint(run, ranks=ranks))
+    write.save(run, 1, own(ranks, plus=1.0), state, ranks)
+    found["again"] = float(find.open_checkpoint(run, "1", ranks).read("model", "w", 0, 1))
 
     # A newer one is damaged where rank 1 alone looks: both take the older.
-    checkpoint.save(run, 2, own(ranks), state, ranks)
+    write.save(run, 2, own(ranks), state, ranks)
     path = run / "checkpoints" / "step-00000002" / "model-00002-of-00002.safetensors"
     if ranks.rank == 1:
         os.truncate(path, 100)
     ranks.wait()
-    found["passed over"] = checkpoint.open_checkpoint(run, ranks=ranks).step
-    found["asked for"] = failure(lambda: checkpoint.open_checkpoint(run, "2", ranks))
+    found["passed over"] = find.open_checkpoint(run, ranks=ranks).step
+    found["asked for"] = failure(lambda: find.open_checkpoint(run, "2", ranks))
     ranks.wait()
     if ranks.rank == 0:
-        checkpoint.set_aside(run, 1)
+        write.set_aside(run, 1)
     ranks.wait()
     print(json.dumps(found), flush=True)
 
     # Rank 1 dies when it should write: nothing that looks whole may come of it.
     if ranks.rank == 1:
         os._exit(0)
-    killed = failure(lambda: checkpoint.save(run, 3, own(ranks), state, ranks))
-    print(json.dumps({"failed": bool(killed), "left": sorted(checkpoints_of(run))}), flush=True)
+    killed = failure(lambda: write.save(run, 3, own(ranks), state, ranks))
+    print(
+        json.dumps({"failed": bool(killed), "left": sorted(RunFolder(run).checkpoints())}),
+        flush=True,
+    )
     os._exit(0)  # there is nobody to take leave of
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minillm.checkpoint import find as checkpoint
-from minillm.checkpoint.find import Checkpoint
-from minillm.checkpoint.write import sharded_tensors
+from minillm.checkpoint.find import open_checkpoint
+from minillm.checkpoint.read import Checkpoint
+from minillm.checkpoint.write import save, sharded_tensors
 from minillm.config.train import ModelConfig
 from minillm.distributed.agreement import gather
 from minillm.distributed.ranks import Ranks
@@ -99,7 +99,7 @@ def write(run: Path, sharding: Sharding, step: int) -> None:
         (run / "config.json").touch()
     sharding.ranks.wait()
     state = {"shapes": {name: list(shape) for name, shape in shapes.items()}}
-    checkpoint.save(run, step, tensors, state, sharding.ranks)
+    save(run, step, tensors, state, sharding.ranks)
 
 
 def check_against(past: Checkpoint, sharding: Sharding, dtype: torch.dtype) -> None:
@@ -127,7 +127,7 @@ def kept(ranks: Ranks, folder: Path) -> None:
             sharding = sharded(made(case, dtype), ranks, stage, dtype)
             train(sharding, case, range(2))
             write(run, sharding, 2)
-            check_against(checkpoint.open_checkpoint(run, ranks=ranks), sharding, dtype)
+            check_against(open_checkpoint(run, ranks=ranks), sharding, dtype)
             losses = train(sharding, case, range(2, 3))
             if ranks.rank == 0:
                 (run / "losses.json").write_text(json.dumps(losses))
@@ -143,7 +143,7 @@ def kept(ranks: Ranks, folder: Path) -> None:
             stages = (3, 1) if stage == 3 or ranks.size == 1 else ()
         for other in stages:
             with told("loaded", case, size, stage, other):
-                past = checkpoint.open_checkpoint(run, ranks=ranks)
+                past = open_checkpoint(run, ranks=ranks)
                 sharding = sharded(made(case, dtype), ranks, other, dtype)
                 with torch.no_grad():
                     for p in sharding.model.parameters():
@@ -174,7 +174,7 @@ def frozen(ranks: Ranks, folder: Path) -> None:
                 assert set(piece.state) == (set() if piece.name in still else KINDS)
             run = folder / f"frozen-{ranks.size}-{stage}-{dtype}"
             write(run, sharding, 2)
-            past = checkpoint.open_checkpoint(run, ranks=ranks)
+            past = open_checkpoint(run, ranks=ranks)
             past.check_optimizer(state_kinds("adamw", start.keys() - still, ()))
             losses = train(sharding, "core", range(2, 3))
             for other in STAGES if stage == 2 else (stage,):

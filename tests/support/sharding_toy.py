@@ -15,13 +15,14 @@ from minillm.config.train import ModelConfig
 from minillm.data.batches import IGNORED
 from minillm.distributed.agreement import gather
 from minillm.distributed.ranks import Ranks
-from minillm.distributed.strategies import Flat, Sharding, shard
+from minillm.distributed.strategies import Sharding, ZeroSharded, shard
 from minillm.distributed.zero import ZeroOptimizer
 from minillm.model.gpt import GPT
 from minillm.model.recurrence import state_keys
 from minillm.ops import EAGER
 from minillm.optim.build import recipes, set_learning_rate
-from minillm.training.steps import accumulate, clip_factor
+from minillm.optim.clip import clip_factor
+from minillm.training.steps import accumulate
 from tests.support.zero_toy import Record
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
@@ -65,7 +66,7 @@ def sharded(
         "minillm.distributed.strategies.ZeroOptimizer", partial(ZeroOptimizer, bucket_mb=0.004)
     ):
         sharding = shard(model, [recipe], ranks, stage, dtype=dtype)
-    if isinstance(sharding, Flat):
+    if isinstance(sharding, ZeroSharded):
         assert sum(len(optimizer.buckets) for optimizer in sharding.optimizers) >= 4
     set_learning_rate(sharding.optimizers, 0.01)
     return sharding

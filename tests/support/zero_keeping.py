@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from minillm.distributed.buckets import UNEVEN
+from minillm.distributed.layout import UNEVEN
 from minillm.distributed.ranks import Ranks
 from minillm.distributed.zero import ZeroOptimizer
 from tests.support.zero_toy import Toy, adamw, groups_of, make_pair, make_zero, named, train
@@ -70,13 +70,13 @@ def memory(ranks: Ranks, folder: Path) -> None:
             bucket_mb=limit,
         )  # fmt: skip
         p = sum(x.numel() for x in model.parameters())
-        flights, reduce = [], zero._reduce
+        flights, start = [], zero._reductions.start
 
-        def counted(bucket, reduce=reduce, flights=flights, zero=zero):
-            reduce(bucket)
-            flights.append((len(zero._flying), zero.bytes()["buffers"]))
+        def counted(bucket, last, start=start, flights=flights, zero=zero):
+            start(bucket, last)
+            flights.append((len(zero._reductions), zero.bytes()["buffers"]))
 
-        zero._reduce = counted
+        zero._reductions.start = counted
         for _ in range(2):
             for last in (False, True):
                 with zero.synced(last):

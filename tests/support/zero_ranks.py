@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from minillm.distributed.ranks import Ranks, connect, leave
+from minillm.distributed.reductions import Reductions
 from minillm.distributed.zero import ZeroOptimizer
 from minillm.runtime.device import launched
 from tests.support import zero_keeping as keeping
@@ -68,7 +69,7 @@ def recorded(ranks: Ranks, dtype: torch.dtype, accumulate: int, split: bool, **o
     names = list(named(model))
     shares = [names[::2], names[1::2]] if split else [names]
     zeros = [
-        make_zero(model, ranks, Record, share, group=ranks.lane(i), **options)
+        make_zero(model, ranks, Record, share, group=ranks.optimizer_group(i), **options)
         for i, share in enumerate(shares)
     ]
     # Whole matrices of all sizes are only even in buckets of many; of bf16, twice as many fit.
@@ -105,13 +106,13 @@ def gradients(ranks: Ranks, folder: Path) -> None:
 
 def faults_are_seen(ranks: Ranks, folder: Path) -> None:
     """The comparison of gradients fails where a micro-batch's reduction is lost."""
-    land = ZeroOptimizer._land
+    complete = Reductions._complete_oldest
 
     def lose(self):
-        self._flying[0].bucket.shard = None
-        land(self)
+        self._queue[0].bucket.shard = None
+        complete(self)
 
-    with patch.object(ZeroOptimizer, "_land", lose):
+    with patch.object(Reductions, "_complete_oldest", lose):
         assert recorded(ranks, F64, 2, False, stage=2) > 1e-3
 
 
@@ -119,7 +120,7 @@ def same_everywhere(model: nn.Module, ranks: Ranks) -> bool:
     """Whether the ranks' parameters agree to the bit."""
     flat = torch.cat([p.detach().reshape(-1).double() for p in model.parameters()])
     together = ranks.sum(flat.clone())  # sums of two or four equal numbers are exact
-    return ranks.least(float(torch.equal(together, flat * ranks.size))) == 1
+    return ranks.minimum(float(torch.equal(together, flat * ranks.size))) == 1
 
 
 def training(ranks: Ranks, folder: Path) -> None:
@@ -199,7 +200,7 @@ def checkpointing(ranks: Ranks, folder: Path) -> None:
         try:
             backward(model, [zero], 1, ranks)
         except RuntimeError as e:
-            assert str(e).startswith("loop has got two gradients in one backward"), e
+            assert str(e).startswith("loop got two gradients in one backward pass"), e
         else:
             raise AssertionError("no error")
         model.recompute = False

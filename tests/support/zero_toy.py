@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from minillm.distributed.ranks import Ranks
 from minillm.distributed.zero import ZeroOptimizer
 from minillm.ops import EAGER
-from minillm.optim.build import AdamW, Muon
+from minillm.optim.adamw import AdamW
+from minillm.optim.muon import Muon
 
 ROWS = 16  # sequences a step
 BUCKET_MB = 1703 * 4 / 2**20  # 1703 elements of fp32: cuts Toy into at least five buckets
@@ -130,7 +131,7 @@ def make_zero(
 ) -> ZeroOptimizer:
     """The optimiser of these parameters of the model (None: of all)."""
     parameters = {n: p for n, p in named(model).items() if names is None or n in names}
-    options = {"bucket_mb": BUCKET_MB, "group": ranks.lane(0), **options}
+    options = {"bucket_mb": BUCKET_MB, "group": ranks.optimizer_group(0), **options}
     return ZeroOptimizer(parameters, groups_of(list(parameters)), make, ranks, **options)
 
 
@@ -153,7 +154,7 @@ def make_pair(model: Toy, ranks: Ranks, **options) -> list[ZeroOptimizer]:
         own = {n: p for n, p in named(model).items() if n in names}
         made.append(
             ZeroOptimizer(
-                own, groups, make, ranks, group=ranks.lane(lane),
+                own, groups, make, ranks, group=ranks.optimizer_group(lane),
                 **{"bucket_mb": BUCKET_MB, "whole": make is muon, **options},
             )
         )  # fmt: skip

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minillm import __main__ as verbs
-from minillm.checkpoint import run_folder as runs
+from minillm.checkpoint.run_folder import RunFolder
 from minillm.runtime import files as storage, program
 from minillm.scripts import sample, train as train_script
 
@@ -336,7 +336,7 @@ def pickle_for_tensors(run: Path, place: Path) -> None:
 
 
 def other_model(run: Path, place: Path) -> None:
-    config, train = runs.read_config(run)
+    _ = RunFolder(run).model, RunFolder(run).train  # they can be read
     facts = storage.read_json(run / "config.json")
     storage.write_json(run / "config.json", {**facts, "model": {**facts["model"], "d_ff": 8}})
 
@@ -435,7 +435,7 @@ def test_a_prepared_folder_cannot_be_prepared_otherwise(
     train, tiny_run, tmp_path, capfd, monkeypatch, flags
 ):
     """Not even with the values it was prepared with: the flag would do nothing."""
-    folder = str(runs.corpus_of(tiny_run))
+    folder = str(RunFolder(tiny_run).corpus())
     name = "minillm prepare"
     monkeypatch.setattr(sys, "argv", ["minillm", "prepare", folder, *flags])
     check(verbs.main(), 2, f"{folder} is prepared already; give the text", name, capfd)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minillm.checkpoint.run_folder import checkpoints_of
+from minillm.checkpoint.run_folder import RunFolder
 from minillm.optim.loss_scale import start_scale
 from minillm.runtime.files import read_json
 from minillm.scripts import train as script
@@ -32,7 +32,7 @@ KINDS = {
 
 def outcome(run: Path) -> tuple[dict, list]:
     """The hashes of the last checkpoint's tensors, and what was logged of every step."""
-    steps = checkpoints_of(run)
+    steps = RunFolder(run).checkpoints()
     files = read_json(steps[max(steps)] / "manifest.json")["files"]
     hashes = {name: entry["sha256"] for name, entry in files.items() if "safetensors" in name}
     keys = ("step", "loss", "lr", "grad_norm", "recurrence", "val_loss", "loss_scale", "tokens")
@@ -57,7 +57,7 @@ def whole(train, tmp_path_factory):
 def broken_off(run: Path, copy: Path) -> Path:
     """A copy of a run as if its process had been killed after the checkpoint of step BROKEN."""
     shutil.copytree(run, copy)
-    for step, folder in checkpoints_of(copy).items():
+    for step, folder in RunFolder(copy).checkpoints().items():
         if step > BROKEN:
             shutil.rmtree(folder)
     return copy

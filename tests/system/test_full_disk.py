@@ -10,7 +10,7 @@ import pytest
 
 from minillm.checkpoint import write as saving
 from minillm.checkpoint.find import open_checkpoint
-from minillm.checkpoint.run_folder import checkpoints_of
+from minillm.checkpoint.run_folder import RunFolder
 from minillm.training import recovery as mishaps, state as training
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,7 +44,7 @@ def full_at(monkeypatch):
 def test_training_goes_on_and_saves_when_it_can(train, tmp_path, full_at, capfd):
     full_at(4, 6)
     assert train("--out", tmp_path / "run", *EACH, "--steps", "10") == 0
-    assert sorted(checkpoints_of(tmp_path / "run")) == [2, 8, 10]
+    assert sorted(RunFolder(tmp_path / "run").checkpoints()) == [2, 8, 10]
     assert open_checkpoint(tmp_path / "run").step == 10
     said = [line for line in capfd.readouterr().err.splitlines() if "not saved" in line]
     assert [line.split(":")[0] for line in said] == [
@@ -59,7 +59,7 @@ def test_three_times_in_a_row_are_enough(train, tmp_path, full_at, capfd):
     assert train("--out", tmp_path / "run", *EACH, "--steps", "20") == 5
     last = capfd.readouterr().err.splitlines()[-1]
     assert last.startswith("train.py: error: ") and last.endswith(": No space left on device")
-    assert sorted(checkpoints_of(tmp_path / "run")) == [2]
+    assert sorted(RunFolder(tmp_path / "run").checkpoints()) == [2]
     assert train("--resume", tmp_path / "run", "--steps", "3") == 0
 
 
@@ -67,7 +67,7 @@ def test_the_last_checkpoint_must_be_saved(train, tmp_path, full_at, capfd):
     full_at(8)
     assert train("--out", tmp_path / "run", *EACH) == 5
     assert capfd.readouterr().err.splitlines()[-1].endswith(": No space left on device")
-    assert sorted(checkpoints_of(tmp_path / "run")) == [2, 4, 6]
+    assert sorted(RunFolder(tmp_path / "run").checkpoints()) == [2, 4, 6]
     assert open_checkpoint(tmp_path / "run").step == 6
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from minillm.checkpoint import run_folder as runs
+from minillm.checkpoint.run_folder import RunFolder
 from minillm.data.batches import Tokens
 from minillm.data.shards import Corpus, open_corpus
 
@@ -41,7 +41,7 @@ def test_a_short_run_beats_gzip(tmp_path):
     out, cache = tmp_path / "run", tmp_path / "cache"
     trained = run("train", "--steps", "160", "--threads", "1", "--out", out, "--cache-dir", cache)
     assert trained.returncode == 0, trained.stderr
-    corpus = open_corpus(runs.corpus_of(out))
+    corpus = open_corpus(RunFolder(out).corpus())
     text = held_out_text(corpus)
     assert len(text) == corpus.bytes["val"] > 100_000
     gzip_bpb = 8 * len(zlib.compress(text, 9)) / len(text)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from minillm.checkpoint import placing, run_folder as runs
+from minillm.checkpoint import placing
 from minillm.checkpoint.find import open_checkpoint
+from minillm.checkpoint.run_folder import RunFolder
 from minillm.training import samples
 from tests.support.broad import broad
 
@@ -119,7 +120,7 @@ def test_text_that_moved_is_named_with_data(train, tmp_path, text_file, capfd):
 def test_a_prepared_folder_that_moved_is_named_with_data(train, tmp_path):
     run, cache = tmp_path / "run", tmp_path / "cache"
     assert train("--out", run, "--cache-dir", cache) == 0
-    folder = runs.corpus_of(run)
+    folder = RunFolder(run).corpus()
     folder.rename(tmp_path / "moved")
     assert train("--resume", run, "--steps", "9", "--data", tmp_path / "moved") == 0
     assert not any(cache.iterdir())
@@ -147,7 +148,7 @@ def test_a_resume_tidies_up_under_the_lock(train, tmp_path, tiny_run, capfd):
     assert len(list(run.rglob("*.tmp"))) == 3
     held.close()
     assert train("--resume", run, "--steps", "9") == 0
-    assert not list(run.rglob("*.tmp")) and runs.checkpoints_of(run).keys() >= {8, 9}
+    assert not list(run.rglob("*.tmp")) and RunFolder(run).checkpoints().keys() >= {8, 9}
 
 
 def test_samples_that_cannot_be_kept_end_no_training(train, tmp_path, monkeypatch, capfd):

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from minillm import __main__ as verbs
-from minillm.checkpoint import run_folder as runs
 from minillm.checkpoint.find import load_run, open_checkpoint
+from minillm.checkpoint.run_folder import RunFolder
 from minillm.config.presets import PRESETS
 from minillm.config.train import ModelConfig
 from minillm.data.batches import evaluation_windows
@@ -71,7 +71,7 @@ def test_what_config_json_says(tiny_run, text_file):
     ] == 0.9
     tokenizer = tiny_run / "tokenizer.json"
     assert config["tokenizer_sha256"] == storage.file_digest(tokenizer)
-    assert runs.corpus_of(tiny_run) == (tiny_run / config["corpus"]).resolve()
+    assert RunFolder(tiny_run).corpus() == (tiny_run / config["corpus"]).resolve()
 
 
 def test_what_metrics_say(tiny_run):
@@ -94,7 +94,7 @@ def test_what_metrics_say(tiny_run):
 def test_what_is_judged_and_shown_is_what_can_be_loaded(tiny_run):
     """The averaged weights of the last checkpoint, over the whole split."""
     model, tokenizer, config = load_run(tiny_run)
-    corpus = open_corpus(runs.corpus_of(tiny_run))
+    corpus = open_corpus(RunFolder(tiny_run).corpus())
     result = evaluate(model, evaluation_windows(corpus, "val", config.seq_len), 4)
     assert metrics(tiny_run, "val_loss")[8] == pytest.approx(result.loss, rel=2e-6)
     # As it was while training: load_run lays the matrices out for decoding, which rounds otherwise.
@@ -346,7 +346,7 @@ def test_init_from(train, tmp_path, tiny_run):
 
 def test_epochs(train, tmp_path, text_file):
     assert train("--out", tmp_path / "run", "--epochs", "0.5") == 0
-    corpus = runs.corpus_of(tmp_path / "run")
+    corpus = RunFolder(tmp_path / "run").corpus()
     shards = storage.read_json(corpus / "index.json")["shards"]
     tokens = sum(s["tokens"] for s in shards if s["name"].startswith("train"))
     windows = (tokens - 16) // 16

@@ -12,8 +12,10 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from minillm.checkpoint import placing, run_folder as runs
-from minillm.checkpoint.find import open_checkpoint, prune, save, tidy
+from minillm.checkpoint import placing
+from minillm.checkpoint.find import open_checkpoint
+from minillm.checkpoint.run_folder import RunFolder
+from minillm.checkpoint.write import prune, save, tidy
 from minillm.config.train import ModelConfig
 from minillm.data import prepare as corpus, shards
 from minillm.data.tokenizer import train_tokenizer
@@ -74,7 +76,7 @@ def tensors(value: float) -> dict:
 def value_of(run: Path) -> float | None:
     """What the last checkpoint holds; None if there is none. Every byte of all is verified."""
     value = None
-    for step in sorted(runs.checkpoints_of(run)):
+    for step in sorted(RunFolder(run).checkpoints()):
         found = open_checkpoint(run, str(step))
         held = {kind: found.tensors(kind) for kind in found.kinds}
         value = float(held["model"]["b"])
@@ -146,7 +148,7 @@ def test_tidying_loses_nothing(tmp_path, capsys):
         assert value_of(run) == 2.0
         tidy(run)
         assert value_of(run) == 2.0 and not list(run.rglob("*.tmp"))
-        assert sorted(runs.checkpoints_of(run)) == [1, 2]
+        assert sorted(RunFolder(run).checkpoints()) == [1, 2]
 
     assert inject(tmp_path, before, tidy, check, capsys) >= 120
 
@@ -157,7 +159,7 @@ def begin(root: Path) -> None:
     model = ModelConfig(vocab_size=257, seq_len=8, n_layer=1, n_head=2, d_model=16)
     tokenizer = train_tokenizer("byte", [])
     tokenizer.save(run)
-    runs.write_config(run, model, {}, {"tokenizer_sha256": tokenizer.sha256})
+    RunFolder(run).write_config(model, {}, {"tokenizer_sha256": tokenizer.sha256})
     held.close()
 
 
@@ -172,13 +174,13 @@ def test_a_run_can_always_be_resumed_or_overwritten(tmp_path, capsys, there):
 
     def check(root: Path, outcome: str) -> None:
         run = root / "run"
-        if run.exists() and runs.checkpoints_of(run):
+        if run.exists() and RunFolder(run).checkpoints():
             assert value_of(run) == 2.0
         if not there and (run / "config.json").exists():  # it is a run, and can be gone on with
-            runs.load_run_tokenizer(run, runs.read_config(run)[0])
+            RunFolder(run).tokenizer()
         begin(root)
         save(run, 1, tensors(5.0), {})
-        runs.load_run_tokenizer(run, runs.read_config(run)[0])
+        RunFolder(run).tokenizer()
         assert value_of(run) == 5.0 and not list(root.rglob("*.tmp"))
 
     assert inject(tmp_path, before, begin, check, capsys) >= 120

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minillm.checkpoint.find import prune, save
+from minillm.checkpoint.write import prune, save
 from minillm.data import prepare as corpus
 from minillm.runtime.files import building, write_json, write_whole
 from minillm.training import metrics as meter

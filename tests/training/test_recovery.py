@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from minillm.checkpoint.find import load_run, open_checkpoint
-from minillm.checkpoint.run_folder import checkpoints_of
+from minillm.checkpoint.run_folder import RunFolder
 from minillm.data.batches import Batches
 from minillm.scripts import train as script
 from minillm.training import recovery as mishaps, state as training
@@ -135,7 +135,7 @@ def test_ten_in_a_row_go_back_and_skip_the_data(train, tmp_path, monkeypatch, ca
     state = open_checkpoint(tmp_path / "run").state
     assert state["progress"]["skipped"] == 200 and state["guard"]["rollbacks"] == 1
     assert state["guard"]["seen"] == 40  # the history is that of the checkpoint, and what came
-    assert sorted(checkpoints_of(tmp_path / "run")) == [32, 36, 40]
+    assert sorted(RunFolder(tmp_path / "run").checkpoints()) == [32, 36, 40]
     # Whoever goes on from a checkpoint after it does the same.
     final = weights_of(load_run(tmp_path / "run")[0])
     (tmp_path / "run/checkpoints/step-00000040").rename(tmp_path / "gone")
@@ -162,7 +162,7 @@ def test_a_roll_back_killed_before_it_saves_happens_again(train, tmp_path, monke
     with monkeypatch.context() as patch:
         patch.setattr(mishaps, "save", save)
         assert train("--out", tmp_path / "run", *ROLLED) == 130
-    assert saves[-1] == 16 and sorted(checkpoints_of(tmp_path / "run")) == [12]
+    assert saves[-1] == 16 and sorted(RunFolder(tmp_path / "run").checkpoints()) == [12]
     assert train("--resume", tmp_path / "run") == 0
     runs = [weights_of(load_run(tmp_path / name)[0]) for name in ("whole", "run")]
     assert all(torch.equal(x, runs[1][n]) for n, x in runs[0].items())
@@ -201,7 +201,7 @@ def test_weights_that_are_not_finite_are_never_saved(train, tmp_path, monkeypatc
     assert train("--out", tmp_path / "run", *FLAGS, "--steps", "12", "--save-every", "4") == 0
     err = capfd.readouterr().err
     assert "head.weight" in err and "going on from step 4" in err
-    for step in checkpoints_of(tmp_path / "run"):
+    for step in RunFolder(tmp_path / "run").checkpoints():
         past = open_checkpoint(tmp_path / "run", str(step))
         for kind in ("model", "ema"):
             assert all(x.isfinite().all() for x in past.tensors(kind).values())

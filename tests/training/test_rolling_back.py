@@ -8,8 +8,9 @@ import os
 import pytest
 
 from minillm.checkpoint import write as saving
-from minillm.checkpoint.find import Checkpoint, load_run, open_checkpoint
-from minillm.checkpoint.run_folder import checkpoints_of
+from minillm.checkpoint.find import load_run, open_checkpoint
+from minillm.checkpoint.read import Checkpoint
+from minillm.checkpoint.run_folder import RunFolder
 from minillm.scripts import train as script
 from minillm.training import (
     divergence as guard,
@@ -34,14 +35,14 @@ def test_a_hundred_steps_back_if_there_is_such_a_checkpoint(train, tmp_path, mon
     assert train("--out", tmp_path / "run", *LONG, "--steps", "150") == 0
     assert "going on from step 20, with the text from batch 220 on" in capfd.readouterr().err
     assert injected.positions == [*range(135), *range(220, 350)]
-    assert sorted(checkpoints_of(tmp_path / "run")) == list(range(10, 151, 10))
+    assert sorted(RunFolder(tmp_path / "run").checkpoints()) == list(range(10, 151, 10))
 
 
 @pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over(train, tmp_path, monkeypatch, capfd):
     def when(n):
         if n == 130:
-            folder = checkpoints_of(tmp_path / "run")[20]
+            folder = RunFolder(tmp_path / "run").checkpoints()[20]
             (folder / "model-00001-of-00001.safetensors").write_bytes(b"rotten")
         return nan_from(125, 140)(n)
 
@@ -55,7 +56,7 @@ def test_a_damaged_checkpoint_is_passed_over(train, tmp_path, monkeypatch, capfd
 def test_where_the_oldest_is_damaged_a_newer_one_is_taken(train, tmp_path, monkeypatch, capfd):
     def when(n):
         if n == 28:
-            (checkpoints_of(tmp_path / "run")[10] / "state.json").write_bytes(b"{}")
+            (RunFolder(tmp_path / "run").checkpoints()[10] / "state.json").write_bytes(b"{}")
         return nan_from(25, 60)(n)
 
     Injector(monkeypatch, when)
@@ -153,7 +154,7 @@ def test_the_best_that_is_there_is_kept(train, tmp_path, monkeypatch):
     monkeypatch.setattr(mishaps, "save", save)
     flags = ["--steps", "20", "--eval-every", "5", "--keep-last", "1"]
     assert train("--out", tmp_path / "run", *flags) == 0
-    assert sorted(checkpoints_of(tmp_path / "run")) == [15, 20]
+    assert sorted(RunFolder(tmp_path / "run").checkpoints()) == [15, 20]
     assert open_checkpoint(tmp_path / "run", "best").step == 15
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from minillm.checkpoint.find import open_checkpoint
-from minillm.checkpoint.run_folder import checkpoints_of
+from minillm.checkpoint.run_folder import RunFolder
 from minillm.data import encode as encoding
 from minillm.runtime import signals
 from minillm.runtime.files import read_json
@@ -29,7 +29,7 @@ FLAGS = ["--ema", "0.5", "--steps", "8", "--eval-every", "4", "--keep-last", "9"
 
 def tensors(run: Path) -> dict[str, str]:
     """The hashes of the last checkpoint's tensors."""
-    steps = checkpoints_of(run)
+    steps = RunFolder(run).checkpoints()
     files = read_json(steps[max(steps)] / "manifest.json")["files"]
     return {name: entry["sha256"] for name, entry in files.items() if "safetensors" in name}
 
@@ -67,7 +67,7 @@ def test_a_signal_ends_the_run_with_its_step_saved(
         if where == "a step":
             patch.setattr(script, "accumulate", send(number, 3, script.accumulate))
         elif where == "a save":
-            patch.setattr(training.checkpoint, "save", send(number, 1, training.checkpoint.save))
+            patch.setattr(training.write, "save", send(number, 1, training.write.save))
         else:
             at = 2 if where == "the last evaluation" else 1
             patch.setattr(validation, "evaluate", send(number, at, validation.evaluate))
@@ -216,5 +216,5 @@ def test_a_run_made_longer_and_killed_is_as_long(train, tmp_path, monkeypatch, l
         patch.setattr(script, "accumulate", killed)
         with pytest.raises(Killed):
             train("--resume", run, *longer)
-    assert max(checkpoints_of(run)) == 8 and train("--resume", run) == 0
+    assert max(RunFolder(run).checkpoints()) == 8 and train("--resume", run) == 0
     assert open_checkpoint(run).step > 8 and open_checkpoint(run).state["progress"]["ended"]
