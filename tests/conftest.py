@@ -30,6 +30,12 @@ settings.load_profile("house")
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add --update-messages, with which a test rewrites the wording of all refusals."""
+    parser.addoption("--update-messages", action="store_true",
+                     help="rewrite tests/golden/messages.txt")  # fmt: skip
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where there is a GPU, the tests of kernels run on it, and are those of `-m gpu`."""

@@ -205,7 +205,10 @@ SAMPLE = [
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     """A folder of unpleasant things."""
-    t = tmp_path_factory.mktemp("place")
+    return with_unpleasant_things(tmp_path_factory.mktemp("place"))
+
+
+def with_unpleasant_things(t: Path) -> Path:
     (t / "empty").mkdir()
     (t / "blank.txt").write_text(" \n\n")
     (t / "one.txt").write_text("a")

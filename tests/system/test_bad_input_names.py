@@ -65,11 +65,15 @@ UNWRITABLE = {
 def here(tmp_path, monkeypatch) -> Path:
     """The folder to stand in, with unpleasant names."""
     monkeypatch.chdir(tmp_path)
-    Path("text.txt").write_text("the cat sat on a mat\n" * 40)
-    os.mkfifo("fifo")
-    Path("loop").symlink_to("loop")
-    Path("dangling").symlink_to("nowhere")
-    return tmp_path
+    return with_unpleasant_names(tmp_path)
+
+
+def with_unpleasant_names(folder: Path) -> Path:
+    (folder / "text.txt").write_text("the cat sat on a mat\n" * 40)
+    os.mkfifo(folder / "fifo")
+    (folder / "loop").symlink_to("loop")
+    (folder / "dangling").symlink_to("nowhere")
+    return folder
 
 
 @pytest.mark.parametrize("kind", NAMES)

@@ -113,7 +113,11 @@ FULL_NAME = {"train": "train.py"}
 def here(tmp_path, monkeypatch) -> Path:
     """A folder to stand in, with bad content under plain names."""
     monkeypatch.chdir(tmp_path)
-    Path("folder").mkdir()
+    return with_bad_files(tmp_path)
+
+
+def with_bad_files(folder: Path) -> Path:
+    (folder / "folder").mkdir()
     content = {
         "text.txt": b"the cat sat on a mat\n" * 400,
         "wide.txt": "text".encode("utf-16"),
@@ -134,8 +138,8 @@ def here(tmp_path, monkeypatch) -> Path:
         "name.json": b'{"' + b"k" * 600 + b'": 1}',
     }
     for name, data in content.items():
-        Path(name).write_bytes(data)
-    return tmp_path
+        (folder / name).write_bytes(data)
+    return folder
 
 
 @pytest.mark.parametrize("verb, words, fragment", CASES)
