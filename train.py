@@ -24,7 +24,7 @@ import torch
 
 from minillm.checkpoint import find as checkpoint, placing, run_folder as runs
 from minillm.config.flags import Settings
-from minillm.config.resolve import LENGTHS, as_of
+from minillm.config.resolve import LENGTHS, settings_at_checkpoint
 from minillm.distributed.agreement import agree, in_turn
 from minillm.distributed.ranks import Ranks, connected, first_to_say, leave, named
 from minillm.distributed.strategies import shard
@@ -111,8 +111,8 @@ def set_up(settings: Settings, run: Path | None, ranks: Ranks) -> Training:
     past = checkpoint.open_checkpoint(run, ranks=ranks) if begun else None
     if past:  # what it was opened in place of
         agree(ranks, lambda: ranks.rank or checkpoint.set_aside(run, past.step))
+        settings = settings_at_checkpoint(settings, past.state, past.folder, ranks.world.launch)
     progress = progress_of(past)
-    settings = as_of(settings, past.state, past.folder, ranks.world.launch) if past else settings
     config = settings.train
     corpus = in_turn(ranks, "corpus", lambda: startup.find_corpus(settings, run, ranks.say))
     startup.refuse_differences(ranks, corpus, settings, run)

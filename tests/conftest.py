@@ -54,9 +54,9 @@ def generator() -> torch.Generator:
 def commands_of_a_checkout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have messages name the scripts of a checkout, also where a wheel is tested.
 
-    test_hints.py tests how commands are named.
+    test_launch.py tests how commands are named.
     """
-    if request.path.name != "test_hints.py":
+    if request.path.name != "test_launch.py":
         monkeypatch.setattr(launch, "_started", lambda verb: ("python", f"{verb}.py"))
 
 

@@ -31,7 +31,7 @@ from minillm import errors
 from minillm.checkpoint.find import load_run, open_checkpoint
 from minillm.checkpoint.run_folder import newest_settings, read_config, read_facts
 from minillm.data.batches import Tokens
-from minillm.data.prepare import prepare
+from minillm.data.prepare import Preparation, prepare
 from minillm.data.shards import open_corpus
 from minillm.runtime import program
 from minillm.scripts import train as train_script
@@ -85,7 +85,8 @@ def make(place: Path) -> list[Victim]:
     given = ["--data", place / "some.txt", "--out", run, "--cache-dir", place / "prepared"]
     if program.run("train.py", train_script.main, [*map(str, given), *FLAGS.split()]):
         sys.exit("the run to damage could not be made")
-    corpus = prepare([str(place / "all.txt")], tokenizer="char", cache_dir=place, say=lambda s: s)
+    how = Preparation(tokenizer="char", val_fraction=0.05)
+    corpus = prepare([str(place / "all.txt")], how, cache_dir=place, say=lambda s: s)
     return [Victim(run, RUN_FILES, read_run), Victim(corpus.folder, CORPUS_FILES, read_corpus)]
 
 

@@ -12,7 +12,7 @@ from typing import TextIO
 
 from minillm.checkpoint.discarding import discard_all
 from minillm.checkpoint.run_folder import checkpoints_of, is_of
-from minillm.config.fields import parts_of
+from minillm.config.fields import as_tuple
 from minillm.config.flags import Settings
 from minillm.data.tokenizer import KINDS
 from minillm.errors import UsageError
@@ -136,8 +136,8 @@ def is_free(folder: Path) -> bool:
 def sources(settings: Settings, config_file: str | None = None) -> list[tuple[str, str]]:
     """Return (flag, path) of all that a command reads, and that must not be overwritten by it."""
     train = settings.train
-    read = [("--data", path) for path in parts_of(train.data)]
-    read += [("--val", path) for path in parts_of(train.val)]
+    read = [("--data", path) for path in as_tuple(train.data)]
+    read += [("--val", path) for path in as_tuple(train.val)]
     tokenizer = None if train.tokenizer in KINDS else train.tokenizer
     single = {"--init-from": train.init_from, "--tokenizer": tokenizer, "--config": config_file}
     return read + [(flag, path) for flag, path in single.items() if path]

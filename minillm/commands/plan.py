@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from minillm.config.fields import parts_of
+from minillm.config.fields import as_tuple
 from minillm.config.flags import Settings
 from minillm.config.train import ModelConfig, TrainConfig
 from minillm.data import documents
@@ -116,12 +116,12 @@ def _figures(job: plan.Job, on: Hardware, verdict: Verdict, train: TrainConfig) 
 def _vocabulary(settings: Settings, run: Path | None) -> tuple[ModelConfig, Corpus | None, str]:
     """The model with a vocabulary, the corpus where it is prepared, and whose vocabulary it is."""
     model, train = settings.model, settings.train
-    paths = parts_of(train.data)
+    paths = as_tuple(train.data)
     if len(paths) == 1 and is_prepared(paths[0]):
         corpus = startup.find_corpus(settings, run, lambda line: None)
         model = startup.fit_to_corpus(settings, corpus)
         return model, corpus, f"{model.vocab_size:,}, of {paths[0]}"
-    for part in (paths, parts_of(train.val)):
+    for part in (paths, as_tuple(train.val)):
         if part:
             documents.find(part, train.encoding, train.text_column)  # refuses what is not there
     if model.vocab_size is not None:

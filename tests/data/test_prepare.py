@@ -11,7 +11,7 @@ import pytest
 from minillm.commands import prepare as command
 from minillm.data import documents, encode as encoding, prepare as corpus_room, shards, split
 from minillm.data.batches import Tokens
-from minillm.data.prepare import prepare
+from minillm.data.prepare import Preparation, prepare
 from minillm.data.tokenizer import train_tokenizer
 from minillm.errors import CorruptError, UnavailableError, UsageError
 from minillm.runtime.program import run
@@ -30,7 +30,10 @@ def write_documents(folder, n=20):
 
 def make(source, folder, **settings):
     paths = [str(source)] if source else None
-    return prepare(paths, out=folder, **{"say": quiet, "tokenizer": "byte", **settings})
+    place = {"out": folder, "say": quiet}
+    place |= {name: settings.pop(name) for name in ("say", "cache_dir") if name in settings}
+    how = Preparation(**{"tokenizer": "byte", "val_fraction": 0.05, **settings})
+    return prepare(paths, how, **place)
 
 
 def ids(corpus, side):
@@ -187,9 +190,9 @@ def test_same_out_again_is_opened_and_another_is_refused(source, tmp_path):
 
 
 def test_prepared_folder_is_opened_as_it_is(prepared):
-    assert prepare([str(prepared.folder)], say=quiet) == prepared
+    assert make(prepared.folder, None) == prepared
     with pytest.raises(UsageError, match="prepared with 257"):
-        prepare([str(prepared.folder)], vocab_size=300, say=quiet)
+        make(prepared.folder, None, vocab_size=300)
 
 
 def test_tokenizer_from_a_file(prepared, source, tmp_path):
@@ -269,9 +272,12 @@ def damage(path):
             "index.json: damaged, not the JSON",
         ),
         (lambda f: edit_index(f, version=9), "index.json: has format version 9"),
-        (lambda f: edit_index(f, dtype="uint32"), "index.json: not as this version"),
-        (lambda f: edit_index(f, shards=[{"name": "../x"}]), "index.json: not as this version"),
-        (lambda f: edit_index(f, shards=None), "index.json: not as this version"),
+        (lambda f: edit_index(f, dtype="uint32"), "index.json: not in the form that this version"),
+        (
+            lambda f: edit_index(f, shards=[{"name": "../x"}]),
+            "index.json: not in the form that this version",
+        ),
+        (lambda f: edit_index(f, shards=None), "index.json: not in the form that this version"),
         (lambda f: edit_index(f, vocab_size=200), "has id 256, the vocabulary ends at 199"),
         (lambda f: (f / "val-00000.bin").unlink(), "val-00000.bin: is missing"),
         (lambda f: os.truncate(f / "train-00000.bin", 100), "train-00000.bin: has 100 bytes"),
@@ -304,7 +310,7 @@ def test_a_document_that_changes_while_it_is_read(source):
         list(split.parts(text, plan))
     text = split.survey(documents.find([str(source)]), "strict", False)
     (source / "019.txt").write_text("")
-    with pytest.raises(UsageError, match="lost a document"):
+    with pytest.raises(UsageError, match="a document disappeared"):
         list(split.parts(text, plan))
 
 

@@ -113,7 +113,7 @@ def test_a_folder_that_may_not_be_written(here, capfd, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     for command, flag, more in WRITE[:5]:
         line = refusal(command, [*more, flag, "new"], 5, capfd)
-        assert f"not writable; give another {'--out' if command == 'train.py' else flag}" in line
+        assert f"{here}: not writable; name another place" in line
 
 
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="no file here fails to be read")

@@ -39,7 +39,7 @@ CASES = [
     ("plan", ["--json", "--json"], "--json is given twice"),
     ("plan", ["--json=yes"], "--json: takes no value; got 'yes'"),
     ("plan", ["--print-config"], "--print-config is train.py's; leave it out"),
-    ("plan", ["--offload"], "--offload is of --zero 1 or 2"),
+    ("plan", ["--offload"], "--offload needs --zero 1 or --zero 2"),
     ("plan", ["--data", ""], "--data is empty"),
     ("plan", ["--data", "none.txt"], "none.txt: no such file or folder"),
     ("profile", ["--threads", "0"], "0 is out of range"),
@@ -100,7 +100,7 @@ CASES = [
     ("train", ["--recurrent", "0,9999,9999"], "19998 blocks; at most 10000"),
     ("train", ["--recurrent", "1,2,1", "--mean-recurrence", "0"], "0 is out of range"),
     ("train", ["--recurrent", "1,2,1", "--max-recurrence", "4"], "4 is below --mean-recurrence 8"),
-    ("train", ["--mean-recurrence", "4"], "is of recurrent depth; add --recurrent P,R,C"),
+    ("train", ["--mean-recurrence", "4"], "needs a recurrent model; add --recurrent P,R,C"),
     ("train", ["--val-fraction", "0.6"], "0.6 is out of range"),
     ("train", ["--position", "alibi", "--n-head", "7", "--d-model", "32"], "nearest: 8"),
 ]
