@@ -1,10 +1,11 @@
-"""Experiment 5 of recurrent depth: self-speculation against plain decoding, at the same text.
+"""Experiment 5 of recurrent depth: self-speculative against plain decoding of the same text.
 
     python benchmarks/recurrence/speculation.py RUN [--recurrence R ...] [--device D] [--dtype T]
 
-Batch 1, greedy and sampled; rounds of plain and speculative decoding in turn, medians of their
-ratios. In fp32 the tokens must be the same; otherwise texts that differ, by rounding, are counted.
-Writes speculation.md beside itself, or with another device or dtype speculation-DEVICE-DTYPE.md.
+Batch 1, greedy and sampled. Rounds of plain and speculative decoding alternate, and the results are
+medians of their ratios. In fp32 the tokens must be the same. In other dtypes the texts that differ
+by rounding are counted. Writes speculation.md into this folder, or with another device or dtype
+speculation-DEVICE-DTYPE.md.
 """
 
 import argparse
@@ -30,7 +31,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def main() -> None:
-    """Time all combinations, write the table."""
+    """Time all combinations and write the table."""
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("run", type=Path)
     p.add_argument("--recurrence", type=int, nargs="+", default=[4, 8, 16])
@@ -71,7 +72,11 @@ def main() -> None:
 
 
 def timed(tokens: Iterator[Token], device: torch.device) -> tuple[list[int], float]:
-    """The ids of some tokens, and the seconds that making them took."""
+    """Return the ids of some tokens, and the seconds that it took to generate them.
+
+    tokens: generator of the tokens
+    device: the device
+    """
     world.synchronize(device)
     start = time.perf_counter()
     ids = [token.id for token in tokens]

@@ -119,7 +119,7 @@ TRAIN = [
     (["--resume", "{t}"], 2, "is not a run of minillm: it has no config.json"),
     (["--resume", "{t}/model.pt"], 2,
      "model.pt is a file, not a run folder; pickled checkpoints are never read"),
-    (["--resume", "{run}", "--out", "x"], 2, "--resume goes on in its own folder"),
+    (["--resume", "{run}", "--out", "x"], 2, "--resume continues in the run's own folder"),
     (["--resume", "{run}", "--d-model", "32"], 2, "--d-model 32 differs from the run's 16"),
     (["--resume", "{run}", "--n-layer", "2"], 2,
      "--n-layer 2 differs from the run's 1 and cannot change on --resume; start a new run with"),
