@@ -15,7 +15,7 @@ from hypothesis import settings
 from torch import Tensor
 
 from minillm.data.shards import is_prepared
-from minillm.runtime import device as world, files as storage, launch, ownership, program, signals
+from minillm.runtime import device, files, launch, ownership, program, signals
 from minillm.scripts import train as train_script
 
 if not torch.cuda.is_available():  # before any kernel is defined: they are interpreted
@@ -167,7 +167,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(text_file: Path) -> Callable[..., int]:
     """train(*flags) -> exit code: train.py in this process, tiny where the flags say nothing.
 
-    The machine's peak, which takes 0.2 s to time (test_world.py does), is set to 10 GFLOP/s.
+    The machine's peak, which takes 0.2 s to time (test_device.py does), is set to 10 GFLOP/s.
     """
 
     def run(*flags: str | Path) -> int:
@@ -188,7 +188,7 @@ def train(text_file: Path) -> Callable[..., int]:
                     del tiny[flag]
             words += [str(w) for pair in tiny.items() if pair[0] not in words for w in pair]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(world, "measured_peak_flops", lambda device, dtype: 1e10)
+            patch.setattr(device, "measured_peak_flops", lambda device, dtype: 1e10)
             return program.run("train.py", train_script.main, words)
 
     return run
@@ -202,7 +202,7 @@ def _cache_of_a_copy(words: list[str], text_file: Path) -> list[str]:
     run = Path(words[0]) if words else None
     if run is None or not ownership.is_run(run):
         return []
-    facts = storage.read_json(run / "config.json")
+    facts = files.read_json(run / "config.json")
     stated = [facts.get("corpus"), facts["train"].get("data") if facts["train"] else None]
     if any(isinstance(path, str) and Path(run, path).exists() for path in stated):
         return []

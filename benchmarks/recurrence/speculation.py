@@ -23,7 +23,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 from minillm.checkpoint.find import load_run
 from minillm.inference.generate import Token, generate
 from minillm.inference.speculative import Tally, speculate
-from minillm.runtime import device as world
+from minillm.runtime.device import pick_device, synchronize
 
 PROMPTS = ("def ", "import ", "class ", "    return ", '"""')
 TOKENS, ROUNDS = 100, 5
@@ -40,7 +40,7 @@ def main() -> None:
     p.add_argument("--out", type=Path, default=HERE, help="folder for the table")
     args = p.parse_args()
     torch.set_num_threads(1)
-    device = world.pick_device(args.device)
+    device = pick_device(args.device)
     model, tokenizer, _ = load_run(args.run, device=device, dtype=DTYPES[args.dtype])
     lines = ["| temperature | verified at | drafted at | lookahead | accepted | plain tokens/s "
              "| times as fast | texts that differ |",
@@ -77,10 +77,10 @@ def timed(tokens: Iterator[Token], device: torch.device) -> tuple[list[int], flo
     tokens: generator of the tokens
     device: the device
     """
-    world.synchronize(device)
+    synchronize(device)
     start = time.perf_counter()
     ids = [token.id for token in tokens]
-    world.synchronize(device)
+    synchronize(device)
     return ids, time.perf_counter() - start
 
 

@@ -29,7 +29,7 @@ from minillm.checkpoint import find as checkpoint
 from minillm.checkpoint.find import open_checkpoint
 from minillm.checkpoint.run_folder import checkpoints_of
 from minillm.distributed.ranks import first_to_say, leave
-from minillm.runtime import device as world, program
+from minillm.runtime import device, program
 from minillm.scripts import train
 from minillm.training import setup as startup, state as training
 
@@ -182,7 +182,7 @@ def _watch(board: Board, resumes: bool, die_at: tuple[str, int], slow_save_s: fl
     def met(settings: Any) -> None:
         board.met = 1
 
-    world.measured_peak_flops = lambda device, dtype: 1e10  # timed for 0.2 s, for a column
+    device.measured_peak_flops = lambda device, dtype: 1e10  # timed for 0.2 s, for a column
     board.phase = PHASES.index(first)
     mark(train, "train", first, before=met, then="leaving")
     mark(train, "set_up", first, "opening")

@@ -29,7 +29,9 @@ sys.path.insert(0, str(HERE.parents[1]))
 
 from minillm.distributed.ranks import Ranks, connect
 from minillm.planning import network as links
-from minillm.runtime import ceilings, device as world
+from minillm.runtime import ceilings
+from minillm.runtime.device import available_threads
+from minillm.runtime.launch import launched
 
 KIB = 1024
 BUCKET = 25600 * KIB  # 25 MiB, the largest that training sends
@@ -49,7 +51,7 @@ def main() -> None:
     p.add_argument("--out", type=Path, default=HERE / "links.json")
     args = p.parse_args()
     torch.set_num_threads(1)
-    ranks = connect(world.launched(), torch.device("cpu"), timeout_s=300)
+    ranks = connect(launched(), torch.device("cpu"), timeout_s=300)
     if ranks.size == 1:
         sys.exit("one rank has nobody to send to; start with torchrun --nproc-per-node 2")
     times = measure(ranks, args.rounds)
@@ -180,7 +182,7 @@ def write(path: Path, size: int, entry: dict) -> None:
     content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"worlds": {}}
     cpu = torch.device("cpu")
     content["machine"] = (
-        f"{ceilings.name(cpu)}, {world.available_threads()} cores, shared; torch "
+        f"{ceilings.name(cpu)}, {available_threads()} cores, shared; torch "
         f"{torch.__version__}, gloo over loopback, one thread a rank"
     )
     content["worlds"][str(size)] = entry

@@ -22,7 +22,7 @@ from minillm.model.gpt import GPT
 from minillm.ops import EAGER
 from minillm.optim.build import recipes, set_learning_rate
 from minillm.planning import estimate as plan
-from minillm.runtime import device as world
+from minillm.runtime.launch import launched
 
 KINDS = ("parameters", "gradients", "masters", "moments")
 CASES = [
@@ -37,7 +37,7 @@ CASES = [
 def main() -> None:
     """Take two steps in each case, count, and write the table."""
     torch.set_num_threads(1)
-    ranks = connect(world.launched(), torch.device("cpu"), 300)
+    ranks = connect(launched(), torch.device("cpu"), 300)
     config = ModelConfig(vocab_size=4096, seq_len=64, n_layer=8, n_head=4, d_model=256)
     lines = [f"{config.n_parameters:,} parameters, {ranks.size} ranks; MiB counted (by formula)",
              "", "| optimiser | dtype | --zero | " + " | ".join(KINDS) + " | all | off by |",

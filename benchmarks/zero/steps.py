@@ -30,7 +30,7 @@ from minillm.model.gpt import GPT
 from minillm.ops import EAGER
 from minillm.optim.build import recipes, set_learning_rate
 from minillm.planning import estimate as plan, network as links
-from minillm.runtime import device as world
+from minillm.runtime.launch import launched
 from minillm.training.steps import clip_factor
 
 OURS = {f"stage {s}": s for s in range(4)}
@@ -44,7 +44,7 @@ def main() -> None:
     p.add_argument("--micro-batches", type=int, default=2)
     args = p.parse_args()
     torch.set_num_threads(1)
-    ranks = connect(world.launched(), torch.device("cpu"), 300)
+    ranks = connect(launched(), torch.device("cpu"), 300)
     config = ModelConfig(vocab_size=4096, seq_len=128, n_layer=6, n_head=4, d_model=args.d_model)
     ways = {name: ours(config, ranks, stage, args.micro_batches) for name, stage in OURS.items()}
     ways |= {

@@ -38,7 +38,7 @@ def parser() -> Parser:
         description="Split text, tokenize it and write token shards that train.py --data reads.",
         examples=(
             (start("my.txt", "--out", "corpus"), "prepare one text in a new folder"),
-            (start("texts", "--tokenizer", "char"), "a folder of texts, with a token a character"),
+            (start("texts", "--tokenizer", "char"), "one token per character of a folder of texts"),
             (start("rows.jsonl", "--val-fraction", 0.1), "hold a tenth out for validation"),
         ),
     )  # fmt: skip

@@ -60,8 +60,8 @@ def add_to(p: cli.Parser) -> None:
     p.add_argument(
         "--config", metavar="FILE", type=cli.path_text,
         help="file with settings, .toml or .json, as --print-config prints them, or the "
-        "config.json of a run, to repeat it. A --preset flag takes the place of the preset of such "
-        "a file; what the file changed of its own preset stays",
+        "config.json of a run, to repeat it. A --preset flag replaces the preset of such a file, "
+        "but not the settings in which the file differs from its preset",
     )  # fmt: skip
     p.add_argument(
         "--resume", nargs="?", const=NEWEST, metavar="RUN", type=cli.path_text,

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from minillm.errors import UnavailableError, UsageError, parameter
-from minillm.runtime.launch import World as World, launched as launched
 
 PRODUCT = 512  # side of the matrices whose product is timed: 0.27 GFLOP, a millisecond or two
 

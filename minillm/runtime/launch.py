@@ -157,10 +157,12 @@ def launched() -> World:
             f"torchrun --nproc-per-node {size} {what}"
         )
     return World(
-        _number("RANK", 0), size, _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", size),
-        _number("GROUP_RANK", 0), _number("GROUP_WORLD_SIZE", 1),
-        _number("TORCHELASTIC_RESTART_COUNT", 0), None, said["MASTER_ADDR"],
-        _number("MASTER_PORT", 29500), said.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        rank=_number("RANK", 0), size=size,
+        local_rank=_number("LOCAL_RANK", 0), local_size=_number("LOCAL_WORLD_SIZE", size),
+        node=_number("GROUP_RANK", 0), nodes=_number("GROUP_WORLD_SIZE", 1),
+        attempt=_number("TORCHELASTIC_RESTART_COUNT", 0),
+        address=said["MASTER_ADDR"], port=_number("MASTER_PORT", 29500),
+        has_store=said.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import pytest
 from minillm.config.resolve import recurrence_settings, resolve
 from minillm.errors import UsageError
 from minillm.flags.train import parser
-from minillm.runtime.device import World
+from minillm.runtime.launch import World
 from minillm.training.setup import begin
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from minillm.commands import prepare as command
-from minillm.data import documents, encode as encoding, prepare as corpus_room, shards, split
+from minillm.data import documents, encode, prepare as prepare_file, shards, split
 from minillm.data.batches import Tokens
 from minillm.data.prepare import Preparation, prepare
 from minillm.data.tokenizer import train_tokenizer
@@ -136,7 +136,7 @@ def test_long_texts_are_cut_where_the_ids_do_not_change():
 
 
 def test_a_worker_that_dies_is_one_line(monkeypatch, source, tmp_path):
-    monkeypatch.setattr(encoding, "load_tokenizer", lambda file: os._exit(9))
+    monkeypatch.setattr(encode, "load_tokenizer", lambda file: os._exit(9))
     with pytest.raises(UnavailableError, match="worker process died"):
         make(source, tmp_path / "c", workers=2)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
@@ -147,8 +147,8 @@ def test_second_run_finds_the_cache_without_encoding(monkeypatch, source, tmp_pa
     settings = {"tokenizer": "bpe", "cache_dir": tmp_path / "cache", "say": said.append}
     first = make(source, None, **settings)
     assert any(str(first.folder) in line for line in said)
-    monkeypatch.setattr(encoding, "encode", None)
-    monkeypatch.setattr(corpus_room, "train_tokenizer", None)
+    monkeypatch.setattr(encode, "encode", None)
+    monkeypatch.setattr(prepare_file, "train_tokenizer", None)
     said.clear()
     assert make(source, None, **settings) == first
     assert len(said) == 1 and str(first.folder) in said[0]
@@ -338,12 +338,12 @@ def test_two_processes_at_once_share_the_cache(monkeypatch, source, tmp_path):
     assert [path.name for path in cache.iterdir()] == [other.folder.name]
 
 
-def test_corpus_rooms_do_not_import_torch():
+def test_preparing_does_not_import_torch():
     import subprocess
     import sys
 
     code = "import sys, minillm.data.prepare; sys.exit('torch' in sys.modules)"
-    root = Path(corpus_room.__file__).parents[2]
+    root = Path(prepare_file.__file__).parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
 
 

@@ -16,7 +16,7 @@ from minillm.checkpoint import find as checkpoint
 from minillm.checkpoint.run_folder import checkpoints_of
 from minillm.checkpoint.sharded_safetensors import key_of
 from minillm.distributed.ranks import Ranks, connect
-from minillm.runtime.device import launched
+from minillm.runtime.launch import launched
 
 N = 1001  # elements of "w", cut at 400
 

@@ -3,7 +3,7 @@
 import pytest
 
 from minillm.checkpoint.find import open_checkpoint
-from minillm.runtime.device import World
+from minillm.runtime.launch import World
 from minillm.scripts import train as script
 from tests.system.test_train import metrics
 from tests.training.test_stopping import Killed, killed
