@@ -1,4 +1,4 @@
-"""corpus.py, split.py, encoding.py, shards.py and the prepare command: text to checked shards."""
+"""prepare.py, split.py, encode.py, shards.py and the prepare command: text to checked shards."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from minillm.commands import prepare as command
-from minillm.data import documents, encode, prepare as prepare_file, shards, split
+from minillm.data import corpus_writer, documents, encode, prepare as prepare_file, shards, split
 from minillm.data.batches import Tokens
 from minillm.data.prepare import Preparation, prepare
 from minillm.data.tokenizer import train_tokenizer
@@ -129,8 +129,8 @@ def test_pool_gives_the_same_files_as_one_process(tmp_path):
 
 def test_long_texts_are_cut_where_the_ids_do_not_change():
     tokenizer = train_tokenizer("bpe", ["one two three\n" * 50, "x" * 100], 320)
-    text = "a line\n" * 3 + "x" * (2 * encoding.PIECE + 77) + "\nlast one"
-    stretches = list(encoding._stretches(text))
+    text = "a line\n" * 3 + "x" * (2 * encode.PIECE + 77) + "\nlast one"
+    stretches = list(encode._stretches(text))
     assert len(stretches) > 2 and "".join(stretches) == text
     assert sum((tokenizer.encode(part) for part in stretches), []) == tokenizer.encode(text)
 
@@ -148,7 +148,8 @@ def test_second_run_finds_the_cache_without_encoding(monkeypatch, source, tmp_pa
     first = make(source, None, **settings)
     assert any(str(first.folder) in line for line in said)
     monkeypatch.setattr(encode, "encode", None)
-    monkeypatch.setattr(prepare_file, "train_tokenizer", None)
+    for file in (prepare_file, corpus_writer):
+        monkeypatch.setattr(file, "train_tokenizer", None)
     said.clear()
     assert make(source, None, **settings) == first
     assert len(said) == 1 and str(first.folder) in said[0]
