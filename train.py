@@ -25,7 +25,7 @@ import torch
 from minillm.checkpoint import find as checkpoint, placing, write
 from minillm.checkpoint.run_folder import RunFolder
 from minillm.config.flags import Settings
-from minillm.config.resolve import LENGTHS, as_of
+from minillm.config.resolve import LENGTHS, settings_at_checkpoint
 from minillm.distributed.agreement import agree, in_turn
 from minillm.distributed.ranks import Ranks, connected, first_to_say, leave, with_launch_name
 from minillm.distributed.strategies import shard
@@ -112,7 +112,11 @@ def set_up(settings: Settings, run: RunFolder | None, ranks: Ranks) -> Training:
     if past:  # what it was opened in place of
         agree(ranks, lambda: ranks.rank or write.set_aside(run, past.step))
     device, progress = ranks.device, progress_of(past)
-    settings = as_of(settings, past.state, past.folder, ranks.world.launch) if past else settings
+    settings = (
+        settings_at_checkpoint(settings, past.state, past.folder, ranks.world.launch)
+        if past
+        else settings
+    )
     config = settings.train
     corpus = in_turn(ranks, "corpus", lambda: startup.find_corpus(settings, run, ranks.say))
     startup.refuse_differences(ranks, corpus, settings, run)

@@ -1,11 +1,11 @@
-"""What the default run is worth: its held-out text under gzip and xz, and 20 samples looked at.
+"""Compare the default run with gzip and xz on its held-out text, and examine 20 samples.
 
     python benchmarks/nano.py runs/nano-1
 
-gzip and xz compress the concatenation of the held-out files, byte for byte what train.py's bits a
-byte are counted over. A sampled line is accepted if Python's tokenizer, given that line alone,
-finds no error in it (brackets and triple quotes may stay open); it is a copy if the same line,
-white space around it apart, stands in the training text.
+gzip and xz compress the concatenation of the held-out files, the same bytes over which train.py
+counts bits per byte. A sampled line is accepted if Python's tokenizer, given that line alone, finds
+no error in it (brackets and triple quotes may stay open). It is a copy if the same line, apart from
+white space around it, is in the training text.
 """
 
 import io
@@ -25,18 +25,26 @@ SAMPLES, TOKENS = 20, 200
 
 
 def raw_text(corpus: Corpus, split: str) -> bytes:
-    """The bytes of all documents of a split, one after the other."""
+    """Return the bytes of all documents of a split, one after the other.
+
+    corpus: the prepared corpus
+    split: "train" or "val"
+    """
     tokens = Tokens(corpus, split)
     return corpus.tokenizer().decode_bytes(tokens.read(0, len(tokens)).tolist())
 
 
 def bits_per_byte(command: list[str], data: bytes) -> float:
-    """What a compressor needs."""
+    """Return the bits per byte of a compressor.
+
+    command: the compressor's command line
+    data: the text
+    """
     return 8 * len(subprocess.run(command, input=data, capture_output=True).stdout) / len(data)
 
 
 def is_accepted(line: str) -> bool:
-    """Whether Python's tokenizer finds no error in the line."""
+    """Return whether Python's tokenizer finds no error in the line."""
     try:
         tokens = list(tokenize.generate_tokens(io.StringIO(line.strip() + "\n").readline))
     except (tokenize.TokenError, SyntaxError) as error:

@@ -1,10 +1,10 @@
-"""Tasks that need depth, as prepared corpora with targets of their own, for train.py.
+"""Make prepared corpora of tasks that need depth, whose sequences have their own targets.
 
     python data/tasks.py register --out data/prepared/register
     python train.py --data data/prepared/register --recurrent 1,1,1
 
-Every token is a character. Sequences are a function of the task, its sizes and the seed; those of
-"train" and of "val" are drawn apart. Hops say how many steps lie behind an answer.
+Every token is a character. Sequences depend on the task, its sizes and the seed. Those of "train"
+and of "val" are drawn independently. Hops are the number of steps that lead to an answer.
 """
 
 import inspect
@@ -20,7 +20,7 @@ import numpy as np
 HOME = Path(__file__).resolve().parents[1]
 IGNORED = -100
 TRIES = 100
-MOST = 1 << 26  # tokens of a part: it is drawn at once, in some 64 bytes a token
+MOST = 1 << 26  # largest number of tokens of a part, which takes about 64 bytes per token
 LETTERS = string.ascii_uppercase + string.ascii_lowercase
 
 
@@ -28,8 +28,10 @@ LETTERS = string.ascii_uppercase + string.ascii_lowercase
 class Task:
     """A task of given sizes.
 
-    alphabet: its tokens.    length: T, tokens of a sequence.    draw: from a generator and a count
-    to tokens, targets and hops, (count, T) int64 each; hops of -1 where there is no target.
+    alphabet: its tokens
+    length: T, number of tokens of a sequence
+    draw: function from a random generator and a count to tokens, targets and hops, (count, T) int64
+        each; hops are -1 where there is no target
     """
 
     alphabet: str
@@ -38,7 +40,11 @@ class Task:
 
 
 def permutations(states: int, count: int) -> np.ndarray:
-    """(count, states): `count` permutations but the identity, always the same."""
+    """Return some permutations without the identity, always the same ones, (count, states).
+
+    states: number of values that are permuted
+    count: number of permutations
+    """
     every = [p for p in itertools.permutations(range(states)) if p != tuple(range(states))]
     if count > len(every):
         raise ValueError(f"--operations {count}: there are {len(every)} of {states} states")
@@ -47,10 +53,16 @@ def permutations(states: int, count: int) -> np.ndarray:
 
 
 def register(states: int = 4, operations: int = 6, length: int = 32, chain: bool = False) -> Task:
-    """A register that tokens set to a value, or permute; the answer, at each token, is its value.
+    """Return the task of a register that tokens set to a value, or permute.
 
-    Token 0 sets it. The share of sets is drawn for each sequence from 0.03 to 0.5. hops: tokens
-    since the last set.    chain: one set and then operations only, for tests.
+    The answer at each token is the register's value. Token 0 sets it. The share of sets is drawn
+    for
+    each sequence from 0.03 to 0.5. Hops are the tokens since the last set.
+
+    states: number of values of the register
+    operations: number of permutations
+    length: tokens of a sequence
+    chain: True for one set and then operations only, for tests
     """
     tables = np.concatenate([np.repeat(np.arange(states)[:, None], states, 1),
                              permutations(states, operations)])  # fmt: skip
@@ -76,18 +88,26 @@ def registers(
     states: int = 4, operations: int = 3, length: int = 32, registers: int = 3,
     chain: bool = False,
 ) -> Task:  # fmt: skip
-    """Several registers: tokens set one, or make one a permutation of another (r_i <- g(r_j)).
+    """Return the task of several registers, which depend on one another.
 
-    The answer, at each token, is the value of the register that it writes. Depth and distance part:
-    hops are the writes behind a value, through whatever registers it came.    chain: one set and
-    then operations only, for tests.
-    Tokens: first all sets (register, value), then all operations (i, g, j).
+    A token sets a register, or makes it a permutation of another (r_i <- g(r_j)). The answer at
+    each
+    token is the value of the register that it writes. Depth and distance differ: hops are the
+    writes
+    behind a value, through any registers that it came. Tokens are first all sets (register, value),
+    then all operations (i, g, j).
+
+    states: number of values of a register
+    operations: number of permutations
+    length: tokens of a sequence
+    registers: number of registers
+    chain: True for one set and then operations only, for tests
     """
     K, M, G = registers, states, operations
     tables = permutations(M, G)
     n_sets = K * M
     if n_sets + K * G * K > len(LETTERS + string.digits):
-        raise ValueError("more tokens than characters; take fewer of something")
+        raise ValueError("more tokens than characters; take fewer states, registers or operations")
 
     def draw(numbers: np.random.Generator, count: int):
         share = 0.0 if chain else 0.03 + 0.47 * numbers.random((count, 1))
@@ -106,7 +126,9 @@ def registers(
             new = np.where(sets[:, t], value[:, t], tables[g[:, t], source])
             deep = np.where(sets[:, t], 0, np.where(known < 0, -1, known + 1))
             held[rows, i[:, t]], depth[rows, i[:, t]] = new, deep
-            answers[:, t] = np.where(deep < 0, IGNORED, new)  # nobody can know it
+            answers[:, t] = np.where(
+                deep < 0, IGNORED, new
+            )  # it depends on a value that was never set
             hops[:, t] = deep
         return tokens, answers, hops
 
@@ -114,7 +136,7 @@ def registers(
 
 
 def _hopped(x: np.ndarray) -> int:
-    """Where x[0] + 1 hops back from the end lead to; 0 if they lead nowhere."""
+    """Return the position to which x[0] + 1 hops back from the end lead; 0 if there is none."""
     at = len(x) - 1
     for _ in range(x[0] + 1):
         before = np.flatnonzero(x[1:at] == x[at])
@@ -125,13 +147,20 @@ def _hopped(x: np.ndarray) -> int:
 
 
 def hop(states: int = 4, length: int = 64, hops: int = 4) -> Task:
-    """p-hop induction: back to the last time the current letter stood, take what followed, p times.
+    """Return the task of p-hop induction.
 
-    The first token is p, from 1 to `hops`; the answer stands at the last token. Source: Sanford et
-    al. 2024, arXiv:2402.09268, section 4; Saunshi et al. 2025, arXiv:2502.17416, section 3.
+    Each hop goes back to the last time that the current letter occurred, and takes the letter after
+    it.
+    The first token is p, from 1 to `hops`, and the answer is at the last token.
+
+    states: number of letters
+    length: tokens of a sequence
+    hops: largest p
+    Source: Sanford et al. 2024, arXiv:2402.09268, section 4; Saunshi et al. 2025, arXiv:2502.17416,
+    section 3.
     """
     if length < 3:
-        raise ValueError(f"--length {length}: a lone letter has stood nowhere; take 3 or more")
+        raise ValueError(f"--length {length}: a sequence needs two letters; take 3 or more")
 
     def draw(numbers: np.random.Generator, count: int):
         tokens = np.empty((count, length), np.int64)
@@ -149,9 +178,14 @@ def hop(states: int = 4, length: int = 64, hops: int = 4) -> Task:
 
 
 def addition(operands: int = 4, digits: int = 3) -> Task:
-    """Two to `operands` numbers added: 123+045+...=, and the sum, lowest digit first.
+    """Return the task of adding two to `operands` numbers: 123+045+...=, and the sum.
 
-    The answers are the digits of the sum, each at the token before it; hops: how many were added.
+    The sum is written with its lowest digit first. The answers are the digits of the sum, each at
+    the
+    token before it. Hops are the number of operands.
+
+    operands: largest number of operands
+    digits: digits of an operand
     """
     alphabet = "+0123456789=_"
     of = {c: i for i, c in enumerate(alphabet)}
@@ -184,7 +218,13 @@ PARTS = {"train": 0, "val": 1, "test": 2}
 
 
 def sequences(task: Task, part: str, count: int, seed: int = 0):
-    """Tokens, targets and hops of `count` sequences of one part: train, val or test."""
+    """Return tokens, targets and hops of sequences, (count, T) int64 each.
+
+    task: the task
+    part: "train", "val" or "test"
+    count: number of sequences
+    seed: random seed
+    """
     return task.draw(np.random.default_rng([seed, PARTS[part]]), count)
 
 
@@ -198,14 +238,21 @@ def main(argv: list[str]) -> None:
     p.add_argument("task", choices=tuple(TASKS))
     p.add_argument("--out", type=cli.path, required=True, help="folder for the prepared corpus")
     for name, words in {
-        "states": "values of a register, or letters of hop", "operations": "permutations",
-        "length": "tokens of a sequence", "registers": "of the task registers",
-        "hops": "the most, of hop", "operands": "the most, of addition", "digits": "of an operand",
+        "states": "number of values of a register, or of letters of hop",
+        "operations": "number of permutations",
+        "length": "number of tokens of a sequence",
+        "registers": "number of registers of the task registers",
+        "hops": "largest number of hops of hop",
+        "operands": "largest number of operands of addition",
+        "digits": "number of digits of an operand",
     }.items():  # fmt: skip
         p.add_argument(f"--{name}", type=cli.whole(*RANGES[name]), help=words)
-    p.add_argument("--train", type=cli.whole(*RANGES["train"]), default=40_000, help="sequences")
-    p.add_argument("--val", type=cli.whole(*RANGES["val"]), default=1024, help="sequences")
-    p.add_argument("--seed", type=cli.whole(*RANGES["seed"]), default=0, help="of all (default: 0)")
+    p.add_argument("--train", type=cli.whole(*RANGES["train"]), default=40_000,
+                   help="number of training sequences")  # fmt: skip
+    p.add_argument("--val", type=cli.whole(*RANGES["val"]), default=1024,
+                   help="number of validation sequences")  # fmt: skip
+    p.add_argument("--seed", type=cli.whole(*RANGES["seed"]), default=0,
+                   help="random seed")  # fmt: skip
     args = p.parse(argv)
     make = TASKS[args.task]
     own = [name for name in inspect.signature(make).parameters if name in RANGES]
@@ -214,7 +261,7 @@ def main(argv: list[str]) -> None:
     for name in sizes:
         if name not in own:
             flags = ", ".join(f"--{n}" for n in own)
-            raise UsageError(f"--{name} is not of the task {args.task}, which has {flags}")
+            raise UsageError(f"--{name} is not a flag of the task {args.task}, which has {flags}")
     try:
         task = make(**sizes)
     except ValueError as error:
@@ -222,8 +269,8 @@ def main(argv: list[str]) -> None:
     for part in ("train", "val"):
         if given[part] * task.length > MOST:
             raise UsageError(
-                f"--{part} {given[part]}: of {task.length} tokens each, at most "
-                f"{MOST // task.length} sequences are made at once; take fewer"
+                f"--{part} {given[part]}: at most {MOST // task.length} sequences of {task.length} "
+                "tokens can be made at once; take fewer"
             )
     splits = {part: sequences(task, part, given[part], args.seed)[:2] for part in ("train", "val")}
     settings = {n: str(v) for n, v in {"task": args.task, **given}.items()}
@@ -233,7 +280,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(HOME))  # so that a checkout serves without an installation
+    sys.path.insert(0, str(HOME))  # so that a checkout works without an installation
     from minillm.runtime import program
 
     sys.exit(program.run("tasks.py", main, sys.argv[1:]))

@@ -1,7 +1,7 @@
-"""Errors that a user can cause, each with the exit code its process ends with.
+"""Errors that a user can cause, each with the exit code that the process ends with.
 
-Code 1, a bug of ours, belongs to every error that is not named here. program.py turns errors into
-exit codes.
+Every other exception is a bug and ends the process with code 1. runtime/program.py turns errors
+into exit codes.
 """
 
 import re
@@ -11,9 +11,9 @@ PARAMETER = re.compile("\ufdd0([a-z0-9_]+)\ufdd1")  # two code points that stand
 
 
 def parameter(name: str) -> str:
-    """Return the name of a parameter as the text of an error carries it.
+    """Return the name of a parameter, marked for use in the text of an error.
 
-    Python code reads it as it is, `top_k`; on the command line it is the flag, `--top-k`.
+    Python code reads the name, `top_k`. The command line prints the flag, `--top-k`.
 
     name: a keyword argument or the field of a configuration, such as "top_k"
     """
@@ -21,17 +21,22 @@ def parameter(name: str) -> str:
 
 
 class MinillmError(Exception):
-    """A refusal: one line that says what came, what was expected and what to do."""
+    """Base class of errors whose text is one line: the value, what is wrong, what to do."""
 
     code = 1
 
+    @property
+    def text(self) -> str:
+        """The text with its parameters marked, to become part of another error's text."""
+        return super().__str__()
+
     def __str__(self) -> str:
-        """Return the text for a reader of Python code: parameters by their names."""
-        return PARAMETER.sub(r"\1", super().__str__())
+        """Return the text with the names of parameters, for Python code."""
+        return PARAMETER.sub(r"\1", self.text)
 
     def with_flags(self) -> str:
-        """Return the text for a reader of the command line: parameters as flags."""
-        return PARAMETER.sub(lambda m: "--" + m[1].replace("_", "-"), super().__str__())
+        """Return the text with flags in place of parameters, for the command line."""
+        return PARAMETER.sub(lambda m: "--" + m[1].replace("_", "-"), self.text)
 
 
 class UsageError(MinillmError, ValueError):
@@ -41,7 +46,7 @@ class UsageError(MinillmError, ValueError):
 
 
 class CorruptError(MinillmError):
-    """A file is damaged, or does not belong, and nothing good is left to fall back to."""
+    """A file is damaged, or is not the right one, and there is no good file to fall back to."""
 
     code = 3
 
@@ -53,19 +58,24 @@ class UnavailableError(MinillmError):
 
 
 class DivergedError(MinillmError):
-    """The numbers of a model, or of its training, went non-finite."""
+    """A loss, gradient, weight or logit is NaN or infinite."""
 
     code = 6
 
 
 class PeerLostError(MinillmError):
-    """Another process of the launch is gone, or does not answer."""
+    """Another rank has ended, or does not answer."""
 
     code = 7
 
 
 class Terminated(BaseException):
-    """A signal of ENDING has come: no Exception, so that nothing but program.run catches it."""
+    """The process received a signal of runtime/signals.ENDING.
+
+    It is not an Exception, so that only program.run catches it.
+
+    number: the signal's number
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)

@@ -15,7 +15,7 @@ from hypothesis import settings
 from torch import Tensor
 
 from minillm.data.shards import is_prepared
-from minillm.runtime import device as world, files as storage, launch, ownership, program, signals
+from minillm.runtime import device, files, launch, ownership, program, signals
 from minillm.scripts import train as train_script
 from minillm.training import samples
 
@@ -29,6 +29,12 @@ if importlib.util.find_spec("triton") is None:  # as on Windows and macOS: eager
 settings.register_profile("house", deadline=None, derandomize=True, database=None)
 settings.load_profile("house")
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add --update-messages, with which a test rewrites the wording of all refusals."""
+    parser.addoption("--update-messages", action="store_true",
+                     help="rewrite tests/golden/messages.txt")  # fmt: skip
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -165,7 +171,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(text_file: Path) -> Callable[..., int]:
     """train(*flags) -> exit code: train.py in this process, tiny where the flags say nothing.
 
-    The machine's peak, which takes 0.2 s to time (test_world.py does), is set to 10 GFLOP/s, and
+    The machine's peak, which takes 0.2 s to time (test_device.py does), is set to 10 GFLOP/s, and
     samples are short: they took longer than all else.
     """
 
@@ -187,7 +193,7 @@ def train(text_file: Path) -> Callable[..., int]:
                     del tiny[flag]
             words += [str(w) for pair in tiny.items() if pair[0] not in words for w in pair]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(world, "measured_peak_flops", lambda device, dtype: 1e10)
+            patch.setattr(device, "measured_peak_flops", lambda device, dtype: 1e10)
             patch.setattr(samples, "SAMPLE_TOKENS", min(SAMPLED, samples.SAMPLE_TOKENS))
             return program.run("train.py", train_script.main, words)
 
@@ -202,7 +208,7 @@ def _cache_of_a_copy(words: list[str], text_file: Path) -> list[str]:
     run = Path(words[0]) if words else None
     if run is None or not ownership.is_run(run):
         return []
-    facts = storage.read_json(run / "config.json")
+    facts = files.read_json(run / "config.json")
     stated = [facts.get("corpus"), facts["train"].get("data") if facts["train"] else None]
     if any(isinstance(path, str) and Path(run, path).exists() for path in stated):
         return []

@@ -1,10 +1,10 @@
-"""What the options of recurrent decoding come to: slot cache, warm start, adaptive exit.
+"""Measure the options of recurrent decoding: slot cache, warm start, adaptive exit.
 
     python benchmarks/recurrence/decode.py RUN [RUN ...] [--recurrence R ...]
 
-32 windows of a run's validation split are read token by token from the cache, after their first
-half, which is read at once. Loss, in nats a token, and the share of tokens whose likeliest is right
-are of the second half. Writes decode.md beside itself.
+Of 32 windows of a run's validation split the first half is read at once, and the second half token
+by token from the cache. Loss, in nats per token, and the share of tokens whose most likely
+prediction is right, are those of the second half. Writes decode.md into this folder.
 """
 
 import argparse
@@ -35,7 +35,7 @@ WAYS = [
 
 @torch.no_grad()
 def main() -> None:
-    """Decode in all ways, write the table."""
+    """Decode in all ways and write the table."""
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("runs", type=Path, nargs="+")
     p.add_argument("--recurrence", type=int, nargs="+", default=[4, 16])
@@ -59,9 +59,14 @@ def main() -> None:
 
 
 def decode(model: GPT, tokens, targets, r: int, kind: str, warm: bool, rule: ExitRule | None):
-    """Bytes of cache a token, mean iterations, loss and share of right ones.
+    """Return bytes of cache per token, mean iterations, loss and the share of right predictions.
 
-    tokens, targets: (B, T).
+    model: the model
+    tokens, targets: (B, T) int64
+    r: number of iterations
+    kind: "full" or "slot" cache
+    warm: whether a token starts from the last state of the one before it
+    rule: rule of early exit, or None
     """
     B, T = tokens.shape
     cache = model.make_cache(B, recurrence=r if kind == "full" else None, warm=warm)

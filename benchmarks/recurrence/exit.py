@@ -1,13 +1,14 @@
-"""Experiment 4 of recurrent depth: adaptive exit on the register machine.
+"""Experiment 4 of recurrent depth: early exit on the register machine.
 
     python benchmarks/recurrence/exit.py RUN [RUN ...]      runs of register.py
 
-For each run: accuracy at fixed recurrences and under exit rules, on mixed sequences (hops and
-positions apart), all tokens read at once. Threshold and patience of each rule are chosen on the
-validation part. Of those that keep 99.5 % of the accuracy of the deepest recurrence, and take at
-most a third of the iterations of the least recurrence that keeps as much, the one whose exits are
-most correlated with hops; if there is none, the one with the fewest iterations. The table is of the
-test part. Writes exit.json and exit.md beside itself.
+Measures for each run the accuracy at fixed recurrences and under exit rules, on mixed sequences
+(number of hops and position are independent), with all tokens read at once. Threshold and patience
+of each rule are chosen on the validation part. Candidates keep 99.5 % of the accuracy of the
+deepest recurrence, and take at most a third of the iterations of the smallest recurrence that keeps
+it. Of these the one is chosen whose exits correlate most with hops. If there are none, it is the
+rule with the fewest iterations. The table is of the test part. Writes exit.json and exit.md into
+this folder.
 """
 
 import argparse
@@ -38,7 +39,7 @@ RULES = {
 
 
 def main() -> None:
-    """Judge all runs, write the results."""
+    """Evaluate all runs and write the results."""
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("runs", nargs="+", type=Path)
     torch.set_num_threads(1)
@@ -73,7 +74,12 @@ def main() -> None:
 
 @torch.no_grad()
 def fixed_accuracy(model, part, r: int) -> float:
-    """The share of right answers at a fixed recurrence."""
+    """Return the share of right answers at a fixed recurrence.
+
+    model: the model
+    part: tokens, answers and hops
+    r: number of iterations
+    """
     tokens, answers, _ = part
     hits = [model.logits(model.trunk(x, recurrence=r)).argmax(-1) == y
             for x, y in zip(tokens.split(128), answers.split(128), strict=True)]  # fmt: skip
@@ -81,7 +87,12 @@ def fixed_accuracy(model, part, r: int) -> float:
 
 
 def judge(model, part, rule: ExitRule) -> dict[str, float]:
-    """Accuracy, mean iterations, accuracy from 16 hops on, rank correlation of exit and hops."""
+    """Return accuracy, mean iterations, accuracy from 16 hops on, and correlation of exit and hops.
+
+    model: the model
+    part: tokens, answers and hops
+    rule: rule of early exit
+    """
     tokens, answers, hops = part
     read_all = [read(model, x, rule, MOST) for x in tokens.split(128)]
     hit = torch.cat([z.argmax(-1) for z, _ in read_all]) == answers
@@ -96,7 +107,10 @@ def judge(model, part, rule: ExitRule) -> dict[str, float]:
 
 
 def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
-    """The correlation of the two orders; equal values share the mean of their places."""
+    """Return Spearman's rank correlation; equal values have the mean of their ranks.
+
+    a, b: (n,) values
+    """
     places = []
     for x in (a, b):
         _, which, counts = x.unique(sorted=True, return_inverse=True, return_counts=True)
@@ -106,7 +120,7 @@ def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def table(found: list[dict]) -> str:
-    """The results as Markdown."""
+    """Return the results as Markdown."""
     lines = ["| run | rule | threshold | patience | iterations | accuracy | from 16 hops "
              "| Spearman | fewest fixed iterations as accurate | ratio |",
              "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|"]  # fmt: skip

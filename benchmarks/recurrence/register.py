@@ -2,10 +2,11 @@
 
     python benchmarks/recurrence/register.py [--work runs/register] [--threads 1]
 
-Three arms: a recurrent model, fixed depth of as many stored parameters, fixed depth of as many
-FLOPs a token. Each arm's rate comes from the same grid, judged by validation loss with seed 0; then
-all seeds are trained. What is there already is not trained again, so the script may be stopped at
-any time. Writes register.json, register.md and register.svg beside itself.
+There are three arms: a recurrent model, a model of fixed depth with the same number of stored
+parameters, and one of fixed depth with the same FLOPs per token. The learning rate of each arm is
+chosen from the same grid by the validation loss with seed 0, and then all seeds are trained. Runs
+that exist are not trained again, so the script may be stopped at any time. Writes register.json,
+register.md and register.svg into this folder.
 """
 
 import argparse
@@ -45,7 +46,7 @@ HOPS = (1, 2, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 31)
 
 
 def main() -> None:
-    """Train what is missing, judge all, write the results."""
+    """Train the missing runs, evaluate all, and write the results."""
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--work", type=Path, default=Path("runs/register"), help="folder for the runs")
     p.add_argument("--threads", default="1")
@@ -63,7 +64,7 @@ def main() -> None:
 
 
 def load_tasks():
-    """data/tasks.py as a module."""
+    """Return data/tasks.py as a module."""
     spec = importlib.util.spec_from_file_location("tasks", ROOT / "data" / "tasks.py")
     tasks = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tasks)
@@ -71,18 +72,35 @@ def load_tasks():
 
 
 def call(script: Path, *words) -> None:
-    """A script of the checkout, whose failure ends this one."""
+    """Run a script of the checkout, and exit if it fails.
+
+    script: name of the script
+    words: its arguments
+    """
     subprocess.run([sys.executable, str(script), *map(str, words)], check=True)
 
 
 def folder(args, arm: str, rate: str, seed: int) -> Path:
-    """Where a run is kept."""
+    """Return the folder of a run.
+
+    args: the command line
+    arm: name of the arm
+    rate: learning rate
+    seed: random seed
+    """
     return args.work / f"{arm.replace(' ', '-')}-{rate}-{seed}"
 
 
 def train_arms(args, corpus: Path, arms: dict, grid, seeds, steps: int, judge) -> list[dict]:
-    """Each arm (name -> flags) at its best rate of the grid with all seeds, trained where it is not
-    there yet; with what judge(model) says of it.
+    """Train each arm at its best learning rate with all seeds, unless a run exists; return results.
+
+    args: the command line
+    corpus: folder of the corpus
+    arms: flags of each arm by name
+    grid: learning rates to choose from
+    seeds: random seeds
+    steps: number of steps
+    judge: function from a model to its results
     """
 
     def trained(arm: str, rate: str, seed: int) -> float:
@@ -113,7 +131,7 @@ def train_arms(args, corpus: Path, arms: dict, grid, seeds, steps: int, judge) -
 
 
 def rows(run: Path) -> list[dict]:
-    """metrics.jsonl of a run."""
+    """Return the rows of metrics.jsonl of a run."""
     return [
         json.loads(line)
         for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -121,12 +139,16 @@ def rows(run: Path) -> list[dict]:
 
 
 def last(run: Path, key: str) -> float:
-    """The last value of a key in metrics.jsonl."""
+    """Return the last value of a key in metrics.jsonl.
+
+    run: the run
+    key: the key
+    """
     return [row[key] for row in rows(run) if key in row][-1]
 
 
 def seconds(run: Path) -> float:
-    """Training time, from the logged speeds."""
+    """Return the training time in seconds, from the logged speeds."""
     timed = [row for row in rows(run) if "step_ms" in row]
     before = [0] + [row["step"] for row in timed]
     return (
@@ -136,9 +158,13 @@ def seconds(run: Path) -> float:
 
 @torch.no_grad()
 def accuracy(model: GPT, count: int = 1024) -> dict[int, list[float]]:
-    """By recurrence (1 for fixed depth): the share of right answers after 0, 1, 2, ... hops.
+    """Return by recurrence (1 for fixed depth) the share of right answers after 0, 1, 2, ... hops.
 
-    Of chains: one set, then operations only, so that hops are positions. Chance is a quarter.
+    Sequences have one set and then operations only, so that hops equal positions. Chance is a
+    quarter.
+
+    model: the model
+    count: number of sequences
     """
     tasks = load_tasks()
     task = tasks.register(length=LENGTH, chain=True)
@@ -157,18 +183,23 @@ def accuracy(model: GPT, count: int = 1024) -> dict[int, list[float]]:
 
 
 def solved(by_hop: list[float]) -> int:
-    """The largest number of hops up to which all are answered at 95 % or better."""
+    """Return the largest number of hops up to which all accuracies are at least 95 %."""
     wrong = np.flatnonzero(np.array(by_hop) < 0.95)
     return int(wrong[0]) - 1 if len(wrong) else len(by_hop) - 1
 
 
 def mean(found: list[dict], arm: str, r: int) -> list[float]:
-    """Accuracy by hop, over the seeds."""
+    """Return the accuracy by hops, averaged over the seeds.
+
+    found: the results
+    arm: name of the arm
+    r: number of iterations
+    """
     return np.mean([f["accuracy"][r] for f in found if f["arm"] == arm], 0).tolist()
 
 
 def table(found: list[dict]) -> str:
-    """The results as Markdown."""
+    """Return the results as Markdown."""
     lines = ["| arm | parameters | GFLOP a token, trained | rate | r | hops solved, by seed | "
              + " | ".join(f"{h}" for h in HOPS) + " |",
              "|---|--:|--:|--:|--:|---|" + "--:|" * len(HOPS)]  # fmt: skip
@@ -185,7 +216,7 @@ def table(found: list[dict]) -> str:
 
 
 def picture(found: list[dict]) -> str:
-    """Accuracy by hops (across) and recurrence (down), the mean of the seeds: darker is better."""
+    """Return an SVG of the mean accuracy by hops (across) and recurrence (down); dark is good."""
     lines = [("recurrent", r) for r in AT] + [(arm, 1) for arm in ARMS if arm != "recurrent"]
     size, left, top = 18, 130, 30
     width, height = left + size * LENGTH + 10, top + size * len(lines) + 30

@@ -1,10 +1,10 @@
-"""Experiment 2 of recurrent depth: several registers, where depth and distance part.
+"""Experiment 2 of recurrent depth: several registers, where depth and distance differ.
 
     python benchmarks/recurrence/registers.py [--work runs/registers] [--threads 1]
 
-Three registers, set or made a permutation of one another (r_i <- g(r_j)); the answer, at each
-token, is the value it writes, hops are the writes behind it. Arms, grid and resumption as in
-register.py. Writes registers.json and registers.md beside itself.
+Three registers are set, or become a permutation of one another (r_i <- g(r_j)). The answer at each
+token is the value that it writes, and hops are the writes behind that value. Arms, grid and
+resumption are those of register.py. Writes registers.json and registers.md into this folder.
 """
 
 import argparse
@@ -40,7 +40,7 @@ RULES = [ExitRule("confidence", t, p) for t in (0.9, 0.99, 0.999) for p in (0, 1
 
 
 def main() -> None:
-    """Train what is missing, judge all, write the results."""
+    """Train the missing runs, evaluate all, and write the results."""
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--work", type=Path, default=Path("runs/registers"), help="folder for the runs")
     p.add_argument("--threads", default="1")
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def judge(model: GPT) -> dict:
-    """What is said of a model."""
+    """Return the results of a model."""
     return {
         "accuracy": accuracy(model),
         "exit": exits(model) if model.config.recurrent else None,
@@ -66,7 +66,12 @@ def judge(model: GPT) -> dict:
 
 
 def part(name: str, count: int, chain: bool) -> tuple[torch.Tensor, ...]:
-    """Tokens, answers and hops of one part of the task, (count, LENGTH) each."""
+    """Return tokens, answers and hops of one part of the task, (count, LENGTH) int64 each.
+
+    name: "train", "val" or "test"
+    count: number of sequences
+    chain: whether there is one set and then operations only
+    """
     tasks = load_tasks()
     task = tasks.registers(registers=REGISTERS, length=LENGTH, chain=chain)
     return tuple(map(torch.from_numpy, tasks.sequences(task, name, count)))
@@ -74,8 +79,12 @@ def part(name: str, count: int, chain: bool) -> tuple[torch.Tensor, ...]:
 
 @torch.no_grad()
 def accuracy(model: GPT, count: int = 2048) -> dict[int, list[float]]:
-    """By recurrence (1 for fixed depth): the share of right answers after 0, 1, 2, ... hops, in
-    sequences of one set and then operations only. Chance is a quarter.
+    """Return by recurrence (1 for fixed depth) the share of right answers after 0, 1, 2, ... hops.
+
+    Sequences have one set and then operations only. Chance is a quarter.
+
+    model: the model
+    count: number of sequences
     """
     tokens, answers, hops = part("test", count, True)
     enough = int((hops.flatten().clamp(min=0).bincount() >= FEWEST).sum())
@@ -94,8 +103,9 @@ def accuracy(model: GPT, count: int = 2048) -> dict[int, list[float]]:
 
 
 def exits(model: GPT) -> dict[str, float]:
-    """By the rule of confidence chosen on the validation part: accuracy, iterations, and the rank
-    correlation of exits with hops, and with positions.
+    """Return accuracy and iterations of the confidence rule chosen on the validation part.
+
+    The result also has the rank correlations of exits with hops and with positions.
     """
     most, judged = AT[-1], []
     for rule in RULES:
@@ -113,7 +123,13 @@ def exits(model: GPT) -> dict[str, float]:
 
 
 def exited(model: GPT, name: str, rule: ExitRule, most: int) -> tuple:
-    """Accuracy, and iterations, hops and position of each token that has an answer, (n,) each."""
+    """Return the accuracy, and iterations, hops and position of each answer, (n,) each.
+
+    model: the model
+    name: "val" or "test"
+    rule: rule of early exit
+    most: largest number of iterations
+    """
     tokens, answers, hops = part(name, 512, False)
     pairs = [read(model, x, rule, most) for x in tokens.split(128)]
     hit = torch.cat([z.argmax(-1) for z, _ in pairs]) == answers
@@ -123,7 +139,7 @@ def exited(model: GPT, name: str, rule: ExitRule, most: int) -> tuple:
 
 
 def table(found: list[dict]) -> str:
-    """The results as Markdown."""
+    """Return the results as Markdown."""
     lines = ["| arm | seed | parameters | MFLOP a token, trained | s | rate | r | hops solved | "
              + " | ".join(map(str, HOPS)) + " |",
              "|---|--:|--:|--:|--:|--:|--:|--:|" + "--:|" * len(HOPS)]  # fmt: skip

@@ -1,10 +1,11 @@
-"""Experiment 5 of recurrent depth: self-speculation against plain decoding, at the same text.
+"""Experiment 5 of recurrent depth: self-speculative against plain decoding of the same text.
 
     python benchmarks/recurrence/speculation.py RUN [--recurrence R ...] [--device D] [--dtype T]
 
-Batch 1, greedy and sampled; rounds of plain and speculative decoding in turn, medians of their
-ratios. In fp32 the tokens must be the same; otherwise texts that differ, by rounding, are counted.
-Writes speculation.md beside itself, or with another device or dtype speculation-DEVICE-DTYPE.md.
+Batch 1, greedy and sampled. Rounds of plain and speculative decoding alternate, and the results are
+medians of their ratios. In fp32 the tokens must be the same. In other dtypes the texts that differ
+by rounding are counted. Writes speculation.md into this folder, or with another device or dtype
+speculation-DEVICE-DTYPE.md.
 """
 
 import argparse
@@ -22,14 +23,14 @@ sys.path.insert(0, str(HERE.parents[1]))
 from minillm.checkpoint.find import load_run
 from minillm.inference.generate import Token, generate
 from minillm.inference.speculative import Tally, speculate
-from minillm.runtime import device as world
+from minillm.runtime.device import DTYPES, pick_device, synchronize
 
 PROMPTS = ("def ", "import ", "class ", "    return ", '"""')
 TOKENS, ROUNDS = 100, 5
 
 
 def main() -> None:
-    """Time all combinations, write the table."""
+    """Time all combinations and write the table."""
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("run", type=Path)
     p.add_argument("--recurrence", type=int, nargs="+", default=[4, 8, 16])
@@ -38,8 +39,8 @@ def main() -> None:
     p.add_argument("--out", type=Path, default=HERE, help="folder for the table")
     args = p.parse_args()
     torch.set_num_threads(1)
-    device = world.pick_device(args.device)
-    model, tokenizer, _ = load_run(args.run, device=device, dtype=world.DTYPES[args.dtype])
+    device = pick_device(args.device)
+    model, tokenizer, _ = load_run(args.run, device=device, dtype=DTYPES[args.dtype])
     lines = ["| temperature | verified at | drafted at | lookahead | accepted | plain tokens/s "
              "| times as fast | texts that differ |",
              "|--:|--:|--:|--:|--:|--:|--:|--:|"]  # fmt: skip
@@ -70,11 +71,15 @@ def main() -> None:
 
 
 def timed(tokens: Iterator[Token], device: torch.device) -> tuple[list[int], float]:
-    """The ids of some tokens, and the seconds that making them took."""
-    world.synchronize(device)
+    """Return the ids of some tokens, and the seconds that it took to generate them.
+
+    tokens: generator of the tokens
+    device: the device
+    """
+    synchronize(device)
     start = time.perf_counter()
     ids = [token.id for token in tokens]
-    world.synchronize(device)
+    synchronize(device)
     return ids, time.perf_counter() - start
 
 

@@ -2,10 +2,10 @@
 
     python benchmarks/recurrence/text.py [--work runs/text] [--steps 200] [--rate R ...]
 
-The default corpus, equally many tokens: recurrent models of both styles, fixed depth of as many
-stored parameters (nano), fixed depth of as many FLOPs a token. Each arm's rate from the same grid,
-by validation loss. What is there already is not trained again. Writes text-STEPS.json and
-text-STEPS.md beside itself.
+Trains on the same number of tokens of the default corpus: recurrent models of both styles, fixed
+depth with the same number of stored parameters (nano), and fixed depth with the same FLOPs per
+token. The learning rate of each arm is chosen from the same grid by validation loss. Runs that
+exist are not trained again. Writes text-STEPS.json and text-STEPS.md into this folder.
 """
 
 import argparse
@@ -36,7 +36,7 @@ FIXED = "--seed 0 --threads 1 --eval-every 0 --final-eval-batches 20".split()
 
 
 def main() -> None:
-    """Train what is missing, write the results."""
+    """Train the missing runs and write the results."""
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--work", type=Path, default=Path("runs/text"))
     p.add_argument("--steps", type=int, default=200)
@@ -58,12 +58,22 @@ def main() -> None:
 
 
 def folder(args: argparse.Namespace, arm: str, rate: str) -> Path:
-    """Where a run is kept."""
+    """Return the folder of a run.
+
+    args: the command line
+    arm: name of the arm
+    rate: learning rate
+    """
     return args.work / f"{args.steps}-{arm.replace(',', '').replace(' ', '-')}-{rate}"
 
 
 def result(args: argparse.Namespace, arm: str, rate: str) -> dict:
-    """What came of a run."""
+    """Return the results of a run.
+
+    args: the command line
+    arm: name of the arm
+    rate: learning rate
+    """
     run = folder(args, arm, rate)
     at_r = [row["val_loss_at_r"] for row in rows(run) if "val_loss_at_r" in row]
     config = load_run(run)[2]
@@ -75,7 +85,7 @@ def result(args: argparse.Namespace, arm: str, rate: str) -> dict:
 
 
 def table(found: list[dict]) -> str:
-    """The results as Markdown."""
+    """Return the results as Markdown."""
     lines = ["| arm | parameters | MFLOP a token | s | rate | val_loss | at r |",
              "|---|--:|--:|--:|--:|--:|---|"]  # fmt: skip
     for f in found:

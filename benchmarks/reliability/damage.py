@@ -1,13 +1,14 @@
-"""Damage to every kind of file that is read, and what comes of it.
+"""Damage every kind of file that is read, and count how the damage is handled.
 
     python benchmarks/reliability/damage.py 1000
 
 Makes a small run with two checkpoints and a prepared corpus, damages one file at a time, and reads
-everything as sample.py and train.py --resume do: so many single-bit flips and so many truncations
-of each kind, a tenth as many stretches of other bytes and zeroed pages, and all pairs of files of a
-folder swapped. It is refused if a CorruptError names the file, or if the older checkpoint is taken
-and a warning names it. It is harmless if what is read is the same to the last bit; accepted, if
-not. Anything else that is raised is a bug. Prints a table.
+everything as sample.py and train.py --resume do. Each kind of file gets the given number of
+single-bit flips and of truncations, a tenth of that number of overwritten stretches and of zeroed
+pages, and all pairs of files of a folder are swapped. Damage is "refused" if a CorruptError names
+the file, or if the older checkpoint is taken and a warning names it. It is "harmless" if the result
+is the same to the last bit, and "accepted" if it is not. Any other exception is a bug. Prints a
+table.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from minillm import errors
 from minillm.checkpoint.find import load_run, open_checkpoint
 from minillm.checkpoint.run_folder import RunFolder
 from minillm.data.batches import Tokens
-from minillm.data.prepare import prepare
+from minillm.data.prepare import Preparation, prepare
 from minillm.data.shards import open_corpus
 from minillm.runtime import program
 from minillm.scripts import train as train_script
@@ -64,9 +65,9 @@ FLAGS = (
 
 @dataclass(frozen=True)
 class Victim:
-    """A folder whose files are damaged, and how all of it is read.
+    """A folder whose files are damaged.
 
-    read: (folder, say) -> the digest of all that was read; say: is given the warnings.
+    read: function from the folder and a function for warnings to the digest of all that was read
     """
 
     folder: Path
@@ -75,7 +76,7 @@ class Victim:
 
 
 def make(place: Path) -> list[Victim]:
-    """A run and a corpus in `place`."""
+    """Make a run and a corpus in a folder, and return them."""
     numbers = random.Random(0)
     words = "the cat sat on a mat and dogs ran far".split()
     text = ".\n".join(" ".join(numbers.choices(words, k=8)) for _ in range(20_000))
@@ -85,12 +86,17 @@ def make(place: Path) -> list[Victim]:
     given = ["--data", place / "some.txt", "--out", run, "--cache-dir", place / "prepared"]
     if program.run("train.py", train_script.main, [*map(str, given), *FLAGS.split()]):
         sys.exit("the run to damage could not be made")
-    corpus = prepare([str(place / "all.txt")], tokenizer="char", cache_dir=place, say=lambda s: s)
+    how = Preparation(tokenizer="char", val_fraction=0.05)
+    corpus = prepare([str(place / "all.txt")], how, cache_dir=place, say=lambda s: s)
     return [Victim(run, RUN_FILES, read_run), Victim(corpus.folder, CORPUS_FILES, read_corpus)]
 
 
 def read_run(run: Path, say: Callable[[str], None]) -> str:
-    """Everything of a run that sample.py and train.py --resume read."""
+    """Read everything of a run that sample.py and train.py --resume read; return its digest.
+
+    run: the run
+    say: receives the warnings
+    """
     found = RunFolder(run)
     digest = hashlib.sha256(repr((found.model, found.train, found.facts)).encode())
     found.newest_settings()
@@ -105,7 +111,11 @@ def read_run(run: Path, say: Callable[[str], None]) -> str:
 
 
 def read_corpus(folder: Path, say: Callable[[str], None]) -> str:
-    """Everything of a prepared corpus, all tokens among it."""
+    """Read a prepared corpus with all its tokens; return its digest.
+
+    folder: the corpus
+    say: receives the warnings
+    """
     corpus = open_corpus(folder)
     digest = hashlib.sha256(repr(corpus).encode() + corpus.tokenizer().to_bytes())
     for split in ("train", "val"):
@@ -115,7 +125,12 @@ def read_corpus(folder: Path, say: Callable[[str], None]) -> str:
 
 
 def flips(data: bytes, draw: random.Random, count: int) -> Iterator[bytes]:
-    """One bit changed: at random, and in each of the first and last bytes."""
+    """Yield copies with one bit changed: at random, and in each of the first and last bytes.
+
+    data: content of the file
+    draw: random numbers
+    count: number of copies
+    """
     edges = sorted({*range(EDGE), *range(len(data) - EDGE, len(data))})
     for at in [*edges, *(draw.randrange(len(data)) for _ in range(count - len(edges)))]:
         changed = bytearray(data)
@@ -124,14 +139,24 @@ def flips(data: bytes, draw: random.Random, count: int) -> Iterator[bytes]:
 
 
 def cuts(data: bytes, draw: random.Random, count: int) -> Iterator[bytes]:
-    """The beginning alone: of random length, or almost nothing, or almost all."""
+    """Yield beginnings of the data: of random length, almost nothing, and almost all.
+
+    data: content of the file
+    draw: random numbers
+    count: number of copies
+    """
     edges = [*range(EDGE), *range(len(data) - EDGE, len(data))]
     for end in [*edges, *(draw.randrange(len(data)) for _ in range(count - len(edges)))]:
         yield data[:end]
 
 
 def stretches(data: bytes, draw: random.Random, count: int) -> Iterator[bytes]:
-    """Up to a page of other bytes."""
+    """Yield copies with up to a page of other bytes.
+
+    data: content of the file
+    draw: random numbers
+    count: number of copies
+    """
     for _ in range(count):
         at, n = draw.randrange(len(data)), draw.randint(2, PAGE)
         changed = data[:at] + draw.randbytes(n)[: len(data) - at] + data[at + n :]
@@ -140,7 +165,12 @@ def stretches(data: bytes, draw: random.Random, count: int) -> Iterator[bytes]:
 
 
 def zeroes(data: bytes, draw: random.Random, count: int) -> Iterator[bytes]:
-    """A page of zeros, as a system leaves that has lost one."""
+    """Yield copies with a page of zeros, which a system leaves that has lost a page.
+
+    data: content of the file
+    draw: random numbers
+    count: number of copies
+    """
     for _ in range(count):
         at = draw.randrange(len(data)) // PAGE * PAGE
         changed = data[:at] + bytes(len(data[at : at + PAGE])) + data[at + PAGE :]
@@ -152,9 +182,12 @@ KINDS = {"flips": flips, "truncations": cuts, "other bytes": stretches, "zero pa
 
 
 def judged(victim: Victim, names: list[str], good: str, older: str | None) -> str:
-    """One of OUTCOMES, for files of the victim that have been damaged.
+    """Return one of OUTCOMES for damaged files of a victim.
 
-    good, older: the digests of what is read without damage, and without the last checkpoint.
+    victim: the folder
+    names: the damaged files
+    good: digest of what is read without damage
+    older: digest of what is read without the last checkpoint
     """
     said: list[str] = []
     try:
@@ -171,7 +204,7 @@ def judged(victim: Victim, names: list[str], good: str, older: str | None) -> st
 
 
 def without_the_last(victim: Victim) -> str | None:
-    """The digest of what is read when the last checkpoint is not there."""
+    """Return the digest of what is read if the last checkpoint is missing."""
     last = victim.folder / LAST
     if not last.is_dir():
         return None
@@ -182,9 +215,13 @@ def without_the_last(victim: Victim) -> str | None:
 
 
 def trials(victim: Victim, count: int, seed: int = 0) -> Iterator[tuple[str, str, str]]:
-    """(kind of file, kind of damage, outcome) of each damage to each file of a victim.
+    """Yield (kind of file, kind of damage, outcome) of each damage to each file of a victim.
 
-    A tenth of `count` of the rarer kinds; each pair of the files swapped.
+    A tenth of the trials are of the rarer kinds, and each pair of the files is swapped.
+
+    victim: the folder
+    count: number of trials of each kind of file
+    seed: random seed
     """
     good, older = victim.read(victim.folder, print), without_the_last(victim)
     for kind, name in victim.files.items():
@@ -209,7 +246,7 @@ def trials(victim: Victim, count: int, seed: int = 0) -> Iterator[tuple[str, str
 
 
 def table(counts: Counter) -> str:
-    """A line for each kind of file, in Markdown."""
+    """Return a table in Markdown with a line for each kind of file."""
     damages = [*KINDS, "swaps"]
     lines = [f"| file | {' | '.join(damages)} | {' | '.join(OUTCOMES)} |"]
     lines.append("|---" * (1 + len(damages) + len(OUTCOMES)) + "|")
@@ -222,7 +259,7 @@ def table(counts: Counter) -> str:
 
 
 def main() -> None:
-    """Damage, count, print."""
+    """Damage the files, count the outcomes and print them."""
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("count", type=int, nargs="?", default=1000, help="flips of each kind of file")
     args = p.parse_args()

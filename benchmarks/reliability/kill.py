@@ -1,13 +1,14 @@
-"""Trainings killed at random instants, or asked to end, and what becomes of them.
+"""Kill trainings at random moments, or ask them to end, and compare the runs with undisturbed ones.
 
     python benchmarks/reliability/kill.py 200 50 20
 
-So many kills (SIGKILL) of a single process, of one or both of two ranks, and so many signals to end
-(SIGTERM, SIGINT). A trial is one run: its process is killed again and again, up to four times, and
-gone on with by --resume alone, until it is through. A quarter of the kills are by the clock, at any
-moment of the process's life; the others at one of the system's calls before the loop or in saving
-and pruning. Then the losses, as they are written, and the bits of all tensors of every checkpoint
-must be those of a run that nobody disturbed. Prints tables.
+The arguments are the number of kills (SIGKILL) of a single process, the number of kills of one or
+both of two ranks, and the number of signals to end (SIGTERM, SIGINT). A trial is one run. Its
+process is killed up to four times and resumed with --resume alone until the run is finished. A
+quarter of the kills are timed by the clock, at any moment of the process's life. The others come at
+one of the system calls before the loop, or in saving and pruning. At the end the losses in
+metrics.jsonl and the bits of all tensors of every checkpoint must be those of an undisturbed run.
+Prints tables.
 """
 
 import argparse
@@ -34,7 +35,12 @@ from killing import PHASES
 def repeated(
     courses: list[Course], enough: Callable[[list], bool], trial: Callable[[Course], list]
 ) -> tuple[list, int]:
-    """What trials of each of the courses in turn gave, until it is enough; and how many failed."""
+    """Run trials of each of the courses in turn; return their results and the number of failures.
+
+    courses: kinds of training
+    enough: function that decides whether there are enough results
+    trial: function that runs one trial of a course
+    """
     found, failed, n = [], 0, 0
     while not enough(found) and failed < 10:
         try:
@@ -47,7 +53,7 @@ def repeated(
 
 
 def table(kills: dict[str, list[Kill]]) -> str:
-    """What was hit, how often, in Markdown; a column for each kind of launch."""
+    """Return a table in Markdown of the kills by phase, with a column for each kind of launch."""
     hits = {name: Counter(k.doing for k in found) for name, found in kills.items()}
     rows = [["the process was", *kills]]
     rows += [[doing, *(count[doing] for count in hits.values())] for doing in PHASES]
@@ -62,12 +68,12 @@ def table(kills: dict[str, list[Kill]]) -> str:
 
 
 def in_saving(kills: list[Kill]) -> float:
-    """The share of kills that came while a checkpoint was written."""
+    """Return the share of kills that came while a checkpoint was being written."""
     return sum(k.doing == "saving" for k in kills) / max(1, len(kills))
 
 
 def main() -> None:
-    """Kill, go on, compare, print."""
+    """Kill, resume, compare and print."""
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("kills", type=int, nargs="?", default=200, help="of a single process")
     p.add_argument("kills_of_two", type=int, nargs="?", default=50, help="of one or both of two")

@@ -1,6 +1,7 @@
-"""One training after the other, killed or asked to end on its way, gone on with and compared.
+"""Trials for kill.py: a training that is killed or asked to end, resumed, and compared.
 
-What is killed when, and what must be the same afterwards; the processes are killing.py's.
+This file decides when to kill which process, and what must be the same afterwards. killing.py has
+the processes.
 """
 
 import random
@@ -49,9 +50,12 @@ KINDS = {
 
 @dataclass
 class Kill:
-    """doing: what the process that was hit was doing.    who: "process", "rank 0", "both ranks".
-    redone: steps that had been logged.    survived_s: how long a rank went on without the other,
-    when they had met.
+    """One kill of a trial.
+
+    doing: phase of the process that was killed
+    who: "process", "rank 0" or "both ranks"
+    redone: number of logged steps that were computed again
+    survived_s: seconds that the other rank lived on, if the ranks had connected
     """
 
     doing: str
@@ -62,7 +66,7 @@ class Kill:
 
 
 class Course:
-    """One kind of training: how to start it, and what it comes to when nobody disturbs it."""
+    """One kind of training: how to start it, and its result without disturbance."""
 
     def __init__(self, place: Path, kind: str, size: int) -> None:
         self.place, self.kind, self.size = place, kind, size
@@ -92,11 +96,16 @@ class Course:
         self.victims = cycle(VICTIMS[size])
 
     def new_run(self) -> Path:
-        """Where the next run will be, beside the text it prepares for itself."""
+        """Return the folder of the next run, next to the text that it prepares for itself."""
         return Path(tempfile.mkdtemp(dir=self.place)) / "run"
 
     def launch(self, run: Path, die_at: dict[int, tuple] | None = None, **more: Any) -> list[Child]:
-        """The processes of a launch: the first command, or --resume alone if there is a run."""
+        """Start the processes of a launch: the first command, or --resume alone if there is a run.
+
+        run: folder of the run
+        die_at: number of the board at which a process kills itself, see Child
+        more: further options of Child
+        """
         argv = ["--resume", str(run)]
         if not (run / "config.json").is_file():
             argv = ["--data", str(self.text), "--out", str(run), "--cache-dir",
@@ -111,9 +120,10 @@ class Course:
         ]
 
     def go_on(self, run: Path, also: int = 0) -> list[Child]:
-        """Go on with a run to its end, undisturbed; it must be as if it always had been.
+        """Resume a run to its end, undisturbed, and check that it equals an undisturbed run.
 
-        also: a step that was saved though it was not due, so that another is kept no longer.
+        run: folder of the run
+        also: step that was saved although it was not due, so that another one is no longer kept
         """
         children = self.launch(run)
         ended(children, run)
@@ -128,7 +138,11 @@ class Course:
 
 
 def ended(children: list[Child], run: Path) -> float:
-    """The seconds until all have ended, as they should."""
+    """Wait until all processes have ended with code 0; return the seconds.
+
+    children: the processes
+    run: folder of the run, for messages
+    """
     try:
         codes = [child.wait(child.start + HANGS_S) for child in children]
     finally:
@@ -139,7 +153,12 @@ def ended(children: list[Child], run: Path) -> float:
 
 
 def expect(good: bool, why: str, run: Path) -> None:
-    """Raise AssertionError, with the last lines that every process of the run said."""
+    """Raise AssertionError with the last lines that every process of the run printed.
+
+    good: the condition that must hold
+    why: the message
+    run: folder of the run
+    """
     if not good:
         logs = sorted(run.parent.glob("log-*"))
         said = "\n".join(f"{log.name}: {log.read_text(encoding='utf-8')[-400:]}" for log in logs)
@@ -147,14 +166,22 @@ def expect(good: bool, why: str, run: Path) -> None:
 
 
 def calm(children: list[Child], run: Path) -> None:
-    """Nothing that they said looks like a bug, or like a checkpoint that was not whole."""
+    """Raise AssertionError if the output looks like a bug, or like an incomplete checkpoint.
+
+    children: the processes
+    run: folder of the run
+    """
     for child in children:
         for sign in ("Traceback", "bug in minillm", "Exception ignored", "going on from step"):
             expect(sign not in child.said, f"said {sign!r}", run)
 
 
 def kill_trial(course: Course, draw: random.Random) -> list[Kill]:
-    """A run that is killed up to TIMES times and gone on with; the kills that hit."""
+    """Kill a run up to TIMES times and resume it; return the kills that hit.
+
+    course: kind of training
+    draw: random numbers
+    """
     run, kills, logged = course.new_run(), [], 0
     for _ in range(TIMES):
         resumed = (run / "config.json").is_file()
@@ -205,12 +232,17 @@ def kill_trial(course: Course, draw: random.Random) -> list[Kill]:
 
 
 def codes_of(children: list[Child]) -> list[int | None]:
-    """How they have ended, so far."""
+    """Return the exit codes of the processes so far."""
     return [child.code for child in children]
 
 
 def steps_redone(children: list[Child], logged: int, run: Path) -> int:
-    """How many steps that were logged the loop does again; at most those from save to save."""
+    """Return the number of logged steps that are computed again, at most one save interval.
+
+    children: the processes
+    logged: last logged step before the kill
+    run: folder of the run
+    """
     first = children[0].board.first
     redone = logged - first if first >= 0 else 0
     expect(0 <= redone <= EVERY, f"step {logged} was logged, and it goes on from {first}", run)
@@ -218,8 +250,13 @@ def steps_redone(children: list[Child], logged: int, run: Path) -> int:
 
 
 def stop_trial(course: Course, draw: random.Random) -> list[str]:
-    """A run that is asked to end at any moment (of several ranks one is, in its loop), perhaps
-    twice at once, and gone on with; what it was doing. Nothing if it had ended by itself.
+    """Ask a run to end at a random moment, perhaps twice at once, and resume it.
+
+    Of several ranks one receives the signal, in its loop.
+
+    course: kind of training
+    draw: random numbers
+    Returns what the process was doing, or None if it had ended by itself.
     """
     run, number = course.new_run(), draw.choice([signal.SIGTERM, signal.SIGINT])
     children = course.launch(run)
@@ -252,7 +289,7 @@ def stop_trial(course: Course, draw: random.Random) -> list[str]:
     told = f"stopped by {number.name} at step "
     if step >= STEPS - 1:  # perhaps it had all been done
         good |= {0, -number}
-    if twice and told in children[0].said:  # perhaps nobody listened any more
+    if twice and told in children[0].said:  # perhaps the handlers were already restored
         good.add(-number)
     mine = codes[children.index(asked)]
     expect(mine in good, f"{number.name} while {doing} at step {step}: {codes}", run)
@@ -267,7 +304,11 @@ def stop_trial(course: Course, draw: random.Random) -> list[str]:
 
 
 def impatient_trial(course: Course, number: signal.Signals) -> float:
-    """A save takes long, and a second signal comes: seconds until the process has ended."""
+    """Send a second signal during a slow save; return the seconds until the process has ended.
+
+    course: kind of training
+    number: the signal
+    """
     run = course.new_run()
     (child,) = course.launch(run, slow_save_s=30.0)
     try:

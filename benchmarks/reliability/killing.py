@@ -1,7 +1,8 @@
-"""Processes of train.py that are killed on the way, and what the runs that they leave hold.
+"""Processes of train.py that can be killed at chosen moments, and the contents of their runs.
 
-A process that has imported everything, and computes nothing itself, forks each of them: one lives a
-second or two, where a cold start takes ten. What it is doing it writes on a board that outlives it.
+A process that has imported everything, and computes nothing itself, forks each of them. So a child
+lives a second or two, while a cold start takes ten. A child writes what it is doing to a board in
+shared memory, which exists after its death.
 """
 
 import hashlib
@@ -28,7 +29,7 @@ from minillm.checkpoint import write
 from minillm.checkpoint.find import open_checkpoint
 from minillm.checkpoint.run_folder import RunFolder
 from minillm.distributed.ranks import first_to_say, leave
-from minillm.runtime import device as world, program
+from minillm.runtime import device, program
 from minillm.scripts import train
 from minillm.training import setup as startup, state as training
 
@@ -47,12 +48,16 @@ VOLATILE = {"step_ms", "tokens_per_s", "mfu", "peak_memory_mib", "trained_s", "c
 
 
 class Board:
-    """What a child is doing, in memory that it shares with its parent.
+    """State of a child, in memory that it shares with its parent.
 
-    begun: it has; before that, in a fork, signals are lost.    phase: a number of PHASES.
-    met: it is one of its ranks.    first: the step that its loop began after; -1: it has not.
-    step: the last one done.    opening, saving, pruning: CALLS that it has entered or left, before
-    the loop and in saving and pruning.
+    begun: 1 once the child has started; before that, in a fork, signals are lost
+    phase: index into PHASES
+    met: 1 once the child has connected to the other ranks
+    first: step after which its loop began; -1 before that
+    step: last finished step
+    opening: number of CALLS entered or left before the loop
+    saving: number of CALLS entered or left while saving
+    pruning: number of CALLS entered or left while pruning
     """
 
     def __init__(self) -> None:
@@ -70,16 +75,17 @@ class Board:
 
     @property
     def doing(self) -> str:
-        """The name of the phase."""
+        """Name of the phase."""
         return PHASES[self.phase]
 
 
 class Child:
-    """A process of train.py, begun when it is made.
+    """A process of train.py, which starts when the object is created.
 
-    log: where its standard output and error go.    die_at: it kills itself as soon as one of the
-    board's numbers is so high: ("saving", 7).    place: the launcher's environment.
-    slow_save_s: how long a save waits before it writes.
+    log: file for its standard output and error
+    die_at: it kills itself as soon as a number of the board has this value: ("saving", 7)
+    place: the launcher's environment variables
+    slow_save_s: seconds that a save waits before it writes
     """
 
     def __init__(
@@ -108,43 +114,43 @@ class Child:
 
     @property
     def code(self) -> int | None:
-        """How it ended, -9 if it was killed; None: it lives."""
+        """Exit code, -9 if the process was killed, None if it is running."""
         if self._code is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             self._code = os.waitstatus_to_exitcode(status) if pid else None
         return self._code
 
     def wait(self, until: float) -> int | None:
-        """Until it has ended, or the clock shows `until`."""
+        """Wait until the process has ended, or the clock shows `until`."""
         while self.code is None and time.monotonic() < until:
             time.sleep(0.002)
         return self.code
 
     def send(self, number: int) -> None:
-        """A signal, if it lives."""
+        """Send a signal, if the process is running."""
         if self.code is None:
             os.kill(self.pid, number)
 
     def end(self) -> None:
-        """Make sure that it does not outlive its trial."""
+        """Make sure that the process has ended."""
         self.send(signal.SIGKILL)
         self.wait(time.monotonic() + 10)
 
     @property
     def said(self) -> str:
-        """All that it has printed."""
+        """Everything that the process has printed."""
         return self.log.read_text("utf-8", "replace") if self.log.exists() else ""
 
 
 def _watch(board: Board, resumes: bool, die_at: tuple[str, int], slow_save_s: float) -> None:
-    """Have what this process does written on the board."""
+    """Make this process write what it does to the board."""
     first = "resuming" if resumes else "starting"
 
     def mark(
         room: Any, name: str, phase: str, counter: str = "", before: Callable[..., None] = id,
         then: str = "",
     ) -> None:  # fmt: skip
-        """Whatever calls room.name is in this phase meanwhile, and `then` or as before."""
+        """Wrap a function so that its calls are in a phase, with `then` or the old one after it."""
         real = getattr(room, name)
 
         def count(frame: FrameType, event: str, about: Any) -> None:
@@ -176,7 +182,7 @@ def _watch(board: Board, resumes: bool, die_at: tuple[str, int], slow_save_s: fl
     def met(settings: Any) -> None:
         board.met = 1
 
-    world.measured_peak_flops = lambda device, dtype: 1e10  # timed for 0.2 s, for a column
+    device.measured_peak_flops = lambda device, dtype: 1e10  # timed for 0.2 s, for a column
     board.phase = PHASES.index(first)
     mark(train, "train", first, before=met, then="leaving")
     mark(train, "set_up", first, "opening")
@@ -192,7 +198,12 @@ def _watch(board: Board, resumes: bool, die_at: tuple[str, int], slow_save_s: fl
 
 
 def place_of(rank: int, size: int, port: int) -> dict[str, str]:
-    """What a launcher tells a rank."""
+    """Return the environment variables that a launcher gives to a rank.
+
+    rank: number of the rank
+    size: number of ranks
+    port: port of the store
+    """
     return {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
@@ -200,7 +211,7 @@ def place_of(rank: int, size: int, port: int) -> dict[str, str]:
 
 
 def last_step(run: Path) -> int:
-    """The last step that metrics.jsonl has a whole row of; 0: none."""
+    """Return the last step of which metrics.jsonl has a complete row, or 0."""
     path, last = run / "metrics.jsonl", 0
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
@@ -211,8 +222,10 @@ def last_step(run: Path) -> int:
 
 
 def traces(run: Path) -> dict[str, Any]:
-    """All that two runs must have in common: the rows as they are written but for the times, and of
-    every checkpoint the bits of all tensors and the state.
+    """Return all that two runs must have in common.
+
+    That is the rows of metrics.jsonl without the times, and of every checkpoint the bits of all
+    tensors and the state.
     """
     rows = []
     for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():

@@ -1,13 +1,13 @@
-"""How long collectives take here: measured, and a latency and a bandwidth fitted to them.
+"""Measure the time of collectives on this machine, and fit a latency and a bandwidth to it.
 
     torchrun --nproc-per-node 2 benchmarks/zero/fit.py
     torchrun --nproc-per-node 4 benchmarks/zero/fit.py
 
-Rounds go through all collectives and sizes in an order of their own; a time is that of the slowest
-rank, its median over the rounds is fitted. The fit is of sizes up to 25 MiB, a bucket; every third
-is held out of it, and says what it is worth between its points. Writes links.json, which
-`python -m minillm plan --links` reads, and links.md beside itself, an entry for each number of
-ranks. gloo's reduce-scatter is an all-reduce inside: hence a fit for each collective.
+Each round runs all collectives and sizes in a random order. A time is that of the slowest rank, and
+its median over the rounds is fitted. The fit uses sizes up to 25 MiB, the size of a bucket. Every
+third size is left out of the fit and shows its error between the points. Writes links.json, which
+`python -m minillm plan --links` reads, and links.md into this folder, with an entry for each number
+of ranks. gloo's reduce-scatter is an all-reduce inside, hence a separate fit for each collective.
 """
 
 import argparse
@@ -29,7 +29,9 @@ sys.path.insert(0, str(HERE.parents[1]))
 
 from minillm.distributed.ranks import Ranks, connect
 from minillm.planning import network as links
-from minillm.runtime import ceilings, device as world
+from minillm.runtime import ceilings
+from minillm.runtime.device import available_threads
+from minillm.runtime.launch import launched
 
 KIB = 1024
 BUCKET = 25600 * KIB  # 25 MiB, the largest that training sends
@@ -43,13 +45,13 @@ TOGETHER = 8
 
 
 def main() -> None:
-    """Measure, fit, print, write."""
+    """Measure, fit, print and write."""
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--rounds", type=int, default=15)
     p.add_argument("--out", type=Path, default=HERE / "links.json")
     args = p.parse_args()
     torch.set_num_threads(1)
-    ranks = connect(world.launched(), torch.device("cpu"), timeout_s=300)
+    ranks = connect(launched(), torch.device("cpu"), timeout_s=300)
     if ranks.size == 1:
         sys.exit("one rank has nobody to send to; start with torchrun --nproc-per-node 2")
     times = measure(ranks, args.rounds)
@@ -62,7 +64,7 @@ def main() -> None:
 
 
 def operations(ranks: Ranks) -> dict[str, Callable[[int], None]]:
-    """Each collective on so many bytes of fp32; of zeros, so that sums stay zeros."""
+    """Return a function for each collective on n bytes of fp32 zeros, whose sums stay zeros."""
     whole = torch.zeros(max(BEYOND) // 4)
     part = torch.zeros(max(BEYOND) // 4 // ranks.size)
 
@@ -79,7 +81,13 @@ def operations(ranks: Ranks) -> dict[str, Callable[[int], None]]:
 
 
 def measure(ranks: Ranks, rounds: int) -> dict[tuple[str, int], list[float]]:
-    """Seconds of each collective and size, the slowest rank's, by round; the first is dropped."""
+    """Return the seconds of each collective and size by round, each that of the slowest rank.
+
+    The first round is dropped.
+
+    ranks: the ranks
+    rounds: number of rounds
+    """
     run = operations(ranks)
     cases = [(name, n) for name in run for n in SIZES + BEYOND]
     found: dict[tuple[str, int], list[float]] = {case: [] for case in cases}
@@ -97,7 +105,11 @@ def measure(ranks: Ranks, rounds: int) -> dict[tuple[str, int], list[float]]:
 
 
 def fitted(times: dict[tuple[str, int], list[float]], size: int) -> dict:
-    """The entry of one number of ranks in links.json."""
+    """Return the entry of one number of ranks in links.json.
+
+    times: seconds by collective and size
+    size: number of ranks
+    """
     entry: dict = {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "load": os.getloadavg()[0],  # ours with it
@@ -123,13 +135,17 @@ def fitted(times: dict[tuple[str, int], list[float]], size: int) -> dict:
 
 
 def quantiles(seconds: list[float]) -> tuple[float, float, float]:
-    """20th percentile, median and 80th."""
+    """Return the 20th percentile, the median and the 80th percentile."""
     fifths = statistics.quantiles(seconds, n=5, method="inclusive")
     return fifths[0], statistics.median(seconds), fifths[3]
 
 
 def table(entry: dict, ranks: str) -> str:
-    """The fit as Markdown."""
+    """Return the fit as Markdown.
+
+    entry: the entry in links.json
+    ranks: number of ranks
+    """
     size = int(ranks)
     lines = [
         f"| {size} ranks | alpha us | beta GB/s | error | held out | above 25 MiB |",
@@ -157,11 +173,16 @@ def table(entry: dict, ranks: str) -> str:
 
 
 def write(path: Path, size: int, entry: dict) -> None:
-    """Put the entry beside those of other numbers of ranks."""
+    """Add the entry of one number of ranks to links.json, and write links.md.
+
+    path: links.json
+    size: number of ranks
+    entry: the entry
+    """
     content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"worlds": {}}
     cpu = torch.device("cpu")
     content["machine"] = (
-        f"{ceilings.name(cpu)}, {world.available_threads()} cores, shared; torch "
+        f"{ceilings.name(cpu)}, {available_threads()} cores, shared; torch "
         f"{torch.__version__}, gloo over loopback, one thread a rank"
     )
     content["worlds"][str(size)] = entry
@@ -170,7 +191,7 @@ def write(path: Path, size: int, entry: dict) -> None:
 
 
 def report(content: dict) -> str:
-    """All of links.json as Markdown."""
+    """Return all of links.json as Markdown."""
     blocks = ["# Latency and bandwidth of collectives", f"{content['machine']}."]
     for ranks in sorted(content["worlds"], key=int):
         entry = content["worlds"][ranks]

@@ -1,9 +1,9 @@
-"""Bytes of a rank by kind, counted and by the plan's formula, stages 0 to 3.
+"""Count the bytes of a rank by kind, and compare them with the plan's formula, stages 0 to 3.
 
     torchrun --nproc-per-node 2 benchmarks/zero/memory.py      and with 4
 
-Live tensors of each kind after the second step's backward pass, when gradients, masters and moments
-are all there; the largest of the ranks. Rank 0 writes memory-RANKS.md beside itself.
+Counts the live tensors of each kind after the second step's backward pass, when gradients, masters
+and moments all exist, on the rank that has most. Rank 0 writes memory-RANKS.md into this folder.
 """
 
 import sys
@@ -23,7 +23,8 @@ from minillm.model.size import n_parameters
 from minillm.ops import EAGER
 from minillm.optim.build import recipes, set_learning_rate
 from minillm.planning import estimate as plan
-from minillm.runtime import device as world
+from minillm.runtime.device import dtype_name
+from minillm.runtime.launch import launched
 
 KINDS = ("parameters", "gradients", "masters", "moments")
 CASES = [
@@ -36,9 +37,9 @@ CASES = [
 
 
 def main() -> None:
-    """Take two steps in each case, count, write the table."""
+    """Take two steps in each case, count, and write the table."""
     torch.set_num_threads(1)
-    ranks = connect(world.launched(), torch.device("cpu"), 300)
+    ranks = connect(launched(), torch.device("cpu"), 300)
     config = ModelConfig(vocab_size=4096, seq_len=64, n_layer=8, n_head=4, d_model=256)
     lines = [f"{n_parameters(config):,} parameters, {ranks.size} ranks; MiB counted (by formula)",
              "", "| optimiser | dtype | --zero | " + " | ".join(KINDS) + " | all | off by |",
@@ -51,7 +52,7 @@ def main() -> None:
         most = {kind: max(each[kind] for each in every) for kind in KINDS}
         total, formula = (sum(x[kind] for kind in KINDS) for x in (most, stated))
         cells = [f"{most[k] / 2**20:.2f} ({stated[k] / 2**20:.2f})" for k in KINDS]
-        name = world.dtype_name(dtype)
+        name = dtype_name(dtype)
         off = f"{total / 2**20:.2f} | {100 * (total / formula - 1):+.2f} %"
         lines.append(f"| {optimizer} | {name} | {stage} | " + " | ".join(cells) + f" | {off} |")
     if ranks.rank == 0:
@@ -62,7 +63,14 @@ def main() -> None:
 
 
 def count(config: ModelConfig, ranks, stage: int, dtype: torch.dtype, optimizer: str) -> dict:
-    """Bytes by kind of this rank."""
+    """Return the bytes of this rank by kind.
+
+    config: the model
+    ranks: the ranks
+    stage: ZeRO stage, 0 to 3
+    dtype: dtype of the weights
+    optimizer: "adamw" or "muon"
+    """
     model = GPT(config, EAGER, dtype, torch.Generator().manual_seed(0)).train()
     parameters = dict(model.named_parameters())
     wanted = recipes(optimizer, parameters, model.matrices(), EAGER, (0.9, 0.95), 0.0)

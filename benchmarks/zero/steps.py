@@ -1,10 +1,11 @@
-"""Time of a step on several ranks: stages 0 to 3 beside torch's own, and beside the plan.
+"""Time a step on several ranks: stages 0 to 3, compared with torch's own ways and with the plan.
 
     torchrun --nproc-per-node 2 benchmarks/zero/steps.py [--rounds 15] [--d-model 256]
 
-One model, the same micro-batches, fp32, AdamW; one step of each way in turn, medians over the
-rounds. "alone" is a rank's computation with nothing sent, which the plan adds the links to:
-links.json, fitted by fit.py. Rank 0 writes steps-RANKS.json and .md beside itself.
+One model, the same micro-batches, fp32, AdamW. Each round takes one step of each way, and the
+results are medians over the rounds. "alone" is a rank's computation without communication, to which
+the plan adds the time of the links in links.json, fitted by fit.py. Rank 0 writes steps-RANKS.json
+and steps-RANKS.md into this folder.
 """
 
 import argparse
@@ -29,22 +30,22 @@ from minillm.model.gpt import GPT
 from minillm.model.size import n_parameters
 from minillm.ops import EAGER
 from minillm.optim.build import recipes, set_learning_rate
-from minillm.optim.clip import clip_factor
 from minillm.planning import estimate as plan, network as links
-from minillm.runtime import device as world
+from minillm.runtime.launch import launched
+from minillm.training.steps import clip_factor
 
 OURS = {f"stage {s}": s for s in range(4)}
 
 
 def main() -> None:
-    """Build all ways, take turns, write the tables."""
+    """Build all ways, time their steps in turn, and write the tables."""
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--rounds", type=int, default=15)
     p.add_argument("--d-model", type=int, default=256)
     p.add_argument("--micro-batches", type=int, default=2)
     args = p.parse_args()
     torch.set_num_threads(1)
-    ranks = connect(world.launched(), torch.device("cpu"), 300)
+    ranks = connect(launched(), torch.device("cpu"), 300)
     config = ModelConfig(vocab_size=4096, seq_len=128, n_layer=6, n_head=4, d_model=args.d_model)
     ways = {name: ours(config, ranks, stage, args.micro_batches) for name, stage in OURS.items()}
     ways |= {
@@ -67,17 +68,23 @@ def main() -> None:
 
 
 def model_of(config: ModelConfig) -> GPT:
-    """The model, the same on all ranks."""
+    """Return the model, which is the same on all ranks."""
     return GPT(config, EAGER, torch.float32, torch.Generator().manual_seed(0)).train()
 
 
 def tokens_of(config: ModelConfig) -> torch.Tensor:
-    """(2, T): a micro-batch."""
+    """Return a micro-batch of random tokens, (2, T) int64."""
     return torch.arange(2 * config.seq_len).view(2, -1) * 7 % config.vocab_size
 
 
 def ours(config: ModelConfig, ranks: Ranks, stage: int, micro_batches: int) -> Callable[[], None]:
-    """A step as train.py takes it."""
+    """Return a function that takes a step as train.py does.
+
+    config: the model
+    ranks: the ranks
+    stage: ZeRO stage, 0 to 3
+    micro_batches: micro-batches of a step
+    """
     model, tokens = model_of(config), tokens_of(config)
     parameters = dict(model.named_parameters())
     wanted = recipes("adamw", parameters, model.matrices(), EAGER, (0.9, 0.95), 0.1)
@@ -94,7 +101,12 @@ def ours(config: ModelConfig, ranks: Ranks, stage: int, micro_batches: int) -> C
 
 
 def theirs(config: ModelConfig, micro_batches: int, sharded: bool) -> Callable[[], None]:
-    """A step by DDP and torch's AdamW, fused, sharded or not."""
+    """Return a function that takes a step with DDP and torch's fused AdamW.
+
+    config: the model
+    micro_batches: micro-batches of a step
+    sharded: whether the optimizer state is sharded
+    """
     model, tokens = DistributedDataParallel(model_of(config)), tokens_of(config)
     kind, options = torch.optim.AdamW, {"lr": 1e-4, "fused": True}
     optimizer = (
@@ -116,7 +128,13 @@ def theirs(config: ModelConfig, micro_batches: int, sharded: bool) -> Callable[[
 
 
 def write(config: ModelConfig, size: int, args: argparse.Namespace, times: dict) -> None:
-    """The tables: times, and what the plan would have said."""
+    """Write the tables of the times and of the plan's estimates.
+
+    config: the model
+    size: number of ranks
+    args: the command line
+    times: seconds of a step by way
+    """
     medians = {name: statistics.median(each) for name, each in times.items()}
     ratio = {
         name: statistics.median(

@@ -12,7 +12,7 @@ from typing import TextIO
 
 from minillm.checkpoint.deletion import delete_all
 from minillm.checkpoint.run_folder import RunFolder
-from minillm.config.fields import parts_of
+from minillm.config.fields import as_tuple
 from minillm.config.flags import Settings
 from minillm.data.tokenizer import KINDS
 from minillm.errors import UsageError, parameter
@@ -144,8 +144,8 @@ def sources(settings: Settings, config_file: str | None = None) -> list[tuple[st
     config_file: the path given with --config
     """
     train = settings.train
-    read = [("data", path) for path in parts_of(train.data)]
-    read += [("val", path) for path in parts_of(train.val)]
+    read = [("data", path) for path in as_tuple(train.data)]
+    read += [("val", path) for path in as_tuple(train.val)]
     tokenizer = None if train.tokenizer in KINDS else train.tokenizer
     single = {"init_from": train.init_from, "tokenizer": tokenizer, "config": config_file}
     return read + [(name, path) for name, path in single.items() if path]

@@ -1,4 +1,4 @@
-"""`python -m minillm plan`: what a training takes, before anything runs."""
+"""`python -m minillm plan`: estimate memory and time of a training before it runs."""
 
 import sys
 from argparse import Namespace
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 from minillm.checkpoint.run_folder import RunFolder
-from minillm.config.fields import parts_of
+from minillm.config.fields import as_tuple
 from minillm.config.flags import Settings
 from minillm.config.train import ModelConfig, TrainConfig
 from minillm.data import documents
@@ -29,15 +29,15 @@ from minillm.runtime.units import span
 from minillm.training import setup as startup
 from minillm.training.budget import wished_steps
 
-DEFAULT_TEXT = 11_000_000  # bytes of the default corpus, about
-CHARACTERS = 65  # of tiny shakespeare
-# Shorter micro-batches than that on a GPU take about as long as launching their kernels does.
+DEFAULT_TEXT = 11_000_000  # approximate bytes of the default corpus
+CHARACTERS = 65  # different characters of tiny shakespeare
+# A micro-batch that is shorter than this on a GPU takes about as long as launching its kernels.
 LAUNCH_S = 0.01
-GPU_PRESET = "tiny"  # what train.py takes on a GPU where no preset is named
+GPU_PRESET = "tiny"  # preset of train.py on a GPU if no preset is named
 
 
 def main(argv: Sequence[str]) -> None:
-    """Plan the training that train.py's flags describe; the tables go to standard output."""
+    """Print the plan of the training that the command line describes to standard output."""
     args = flags.parse(argv)
     card = hardware.check(args)
     settings, run = startup.begin(
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
     )
     model, corpus, vocabulary = _vocabulary(settings, run)
     train = settings.train
-    asked = _job(args, train, model)  # refused before anything is measured
+    asked = _job(args, train, model)  # raises errors before anything is measured
     on = hardware.describe(args, train, card, model.d_model)
     job = replace(asked, width=on.dtype.itemsize)
     budget = Budget(on.dtype, on.kind == "GPU", on.capacity)
@@ -82,7 +82,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _job(args: Namespace, train: TrainConfig, model: ModelConfig) -> plan.Job:
-    """Return what is planned, its dtype left open. Raises UsageError if it cannot run at all."""
+    """Return the job to plan, with the dtype still open; raise UsageError if it cannot run."""
     job = plan.Job(
         model,
         args.gpus,
@@ -99,7 +99,7 @@ def _job(args: Namespace, train: TrainConfig, model: ModelConfig) -> plan.Job:
 
 
 def _figures(job: plan.Job, on: Hardware, verdict: Verdict, train: TrainConfig) -> list[str]:
-    """Return sentences that say where the figures are from, and what was assumed."""
+    """Return sentences about the sources of the figures and the assumptions."""
     word = str(on.dtype).removeprefix("torch.")
     times, rows = job.micro_batches, verdict.micro
     micro = (
@@ -117,16 +117,16 @@ def _figures(job: plan.Job, on: Hardware, verdict: Verdict, train: TrainConfig) 
 def _vocabulary(
     settings: Settings, run: RunFolder | None
 ) -> tuple[ModelConfig, Corpus | None, str]:
-    """The model with a vocabulary, the corpus where it is prepared, and whose vocabulary it is."""
+    """Return the model with a vocabulary, the corpus if prepared, and the vocabulary's source."""
     model, train = settings.model, settings.train
-    paths = parts_of(train.data)
+    paths = as_tuple(train.data)
     if len(paths) == 1 and is_prepared(paths[0]):
         corpus = startup.find_corpus(settings, run, lambda line: None)
         model = startup.fit_to_corpus(settings, corpus)
         return model, corpus, f"{model.vocab_size:,}, of {paths[0]}"
-    for part in (paths, parts_of(train.val)):
+    for part in (paths, as_tuple(train.val)):
         if part:
-            documents.find(part, train.encoding, train.text_column)  # refuses what is not there
+            documents.find(part, train.encoding, train.text_column)  # raises if it does not exist
     if model.vocab_size is not None:
         who = "given" if "vocab_size" in settings.given else "the preset's or the run's"
         return model, None, f"{model.vocab_size:,}, {who}"
@@ -150,7 +150,7 @@ def _steps(settings: Settings, model: ModelConfig, corpus: Corpus | None) -> int
 
 
 def _model(model: ModelConfig, train: TrainConfig) -> dict:
-    """Return the shape that is planned, and the preset that it began from."""
+    """Return the shape of the model, and the preset."""
     return {
         "preset": train.preset,
         "depths": list(model.depths) if model.recurrent else [model.n_layer],
@@ -179,7 +179,7 @@ def _flops(job: plan.Job, steps: int | None, time_limit_s: float | None) -> dict
 
 
 def _memory(job: plan.Job, budget: Budget) -> dict[str, dict | None]:
-    """Return {stage: bytes of a rank by kind}; None for a stage that the job cannot have."""
+    """Return {stage: bytes of a rank by kind}, with None for a stage that the job cannot have."""
     return {
         str(stage): budget.parts(job, stage) if _possible(job, stage) else None
         for stage in plan.STAGES
@@ -187,7 +187,7 @@ def _memory(job: plan.Job, budget: Budget) -> dict[str, dict | None]:
 
 
 def _possible(job: plan.Job, stage: int) -> bool:
-    """Whether a stage has a column; offload changes nothing at stage 0, which is shown without."""
+    """Return whether a stage has a column; stage 0 is shown without offload."""
     return plan.refusal(replace(job, offload=False), stage) is None
 
 

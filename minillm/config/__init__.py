@@ -1,4 +1,5 @@
-"""Every setting of a model and of a run, once: its default, its limits, its help and its flag.
+"""All settings of a model and of a run: default, limits, help text and flag of each, in one place.
 
-Start with model.py and train.py; presets.py and resolve.py turn a command line into settings.
+Read fields.py (what a setting is), model.py and train.py (all of them), presets.py, flags.py
+(settings as flags), config_files.py (--config), and resolve.py (which value wins) in this order.
 """

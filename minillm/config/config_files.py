@@ -1,4 +1,4 @@
-"""Files for --config: one flat table of settings, or the config.json of a run."""
+"""Read files for --config: one flat table of settings, or the config.json of a run."""
 
 import json
 import tomllib
@@ -7,23 +7,22 @@ from dataclasses import Field
 from pathlib import Path
 from typing import Any
 
-from minillm.config.flags import ALIASES, all_flags, kind_of, parser_of
-from minillm.errors import UsageError
-from minillm.runtime import relative_paths as places
+from minillm.config.flags import ALIASES, kind_of, parser_of, setting_fields
+from minillm.errors import UsageError, parameter
+from minillm.runtime import relative_paths
 from minillm.runtime.cli import nearest
 
 NAMED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-OF_ONE_RUN = (
-    "out",
-    "overwrite",
-)  # settings of a run's config.json that its repetition must not have
+# Settings in the config.json of a run that a repetition of the run must not take over.
+ONE_RUN = ("out", "overwrite")
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """Return the settings in a .toml or .json file, by name.
 
-    The file is one flat table, its names with dashes or underscores, or the config.json of a run.
-    Raises UsageError, naming file and key, on what is not a setting or not of its type.
+    The file is one flat table, whose names have dashes or underscores, or the config.json of a run.
+    Raises UsageError, which names file and key, if a key is not a setting or its value is not of
+    the setting's type.
     """
     raw = _parse_file(path)
     if not isinstance(raw, dict):
@@ -34,26 +33,29 @@ def read_config(path: Path) -> dict[str, Any]:
     for key, value in raw.items():
         flag = "--" + key.replace("_", "-")
         name = ALIASES.get(flag, flag)[2:].replace("-", "_")
-        if name not in all_flags():
-            near = nearest(name, all_flags())
+        if name not in setting_fields():
+            near = nearest(name, setting_fields())
             hint = f"did you mean {near}?" if near else "train.py --print-config prints all of them"
             raise UsageError(f"{path}: unknown setting {key!r}; {hint}")
         if name in settings:
             raise UsageError(f"{path}: {name} is given twice")
         if value is not None:
-            settings[name] = _typed(path, key, value, all_flags()[name])
+            settings[name] = _typed(path, key, value, setting_fields()[name])
     return settings
 
 
 def _settings_of_run(run: Path, raw: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings with which another run repeats the one whose config.json this is.
+    """Return the settings with which a new run repeats a run.
 
-    The vocabulary size is the one that was asked for. What came of the settings (versions, threads
-    that were chosen, the corpus) is left out, and so is the name of that run.
+    The vocabulary size is the requested one. Results of the settings (versions, the chosen number
+    of threads, the corpus) are left out, and so is the name of the run.
+
+    run: folder of the run, which its paths are relative to
+    raw: content of its config.json
     """
-    settings = {**raw["model"], **places.found(run, raw["train"])}
+    settings = {**raw["model"], **relative_paths.found(run, raw["train"])}
     settings.pop("bos_id", None)
-    for name in OF_ONE_RUN:
+    for name in ONE_RUN:
         settings.pop(name, None)
     if "asked_vocab_size" in raw:
         settings["vocab_size"] = raw["asked_vocab_size"]
@@ -61,23 +63,25 @@ def _settings_of_run(run: Path, raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_complete(settings: dict[str, Any]) -> bool:
-    """Return whether a file states every setting, as --print-config and a run's config.json do.
+    """Return whether a file has every setting, as --print-config and a run's config.json have.
 
-    Those that are left out mean "not given" by default.
+    Settings whose default is None may be missing.
     """
-    return all(name in settings for name, f in all_flags().items() if _must_be_stated(name, f))
+    return all(name in settings for name, f in setting_fields().items() if _must_be_stated(name, f))
 
 
 def _must_be_stated(name: str, f: Field) -> bool:
-    return f.default is not None and name not in OF_ONE_RUN
+    return f.default is not None and name not in ONE_RUN
 
 
 def _parse_file(path: Path) -> Any:
     if not path.is_file():
         what = "not a regular file" if path.exists() else "no such file"
-        raise UsageError(f"--config {path}: {what}; expected a .toml or .json file")
+        raise UsageError(f"{parameter('config')} {path}: {what}; expected a .toml or .json file")
     if path.stat().st_size > 1 << 20:
-        raise UsageError(f"--config {path}: larger than 1 MiB; is this a configuration?")
+        raise UsageError(
+            f"{parameter('config')} {path}: larger than 1 MiB; is this a configuration?"
+        )
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".toml":
@@ -92,7 +96,7 @@ def _parse_file(path: Path) -> Any:
         if "integer string conversion" in str(error):  # Python's own advice is of no use here
             raise UsageError(f"{path}: a number has too many digits") from None
         raise UsageError(f"{path}: {error}") from None
-    raise UsageError(f"--config {path}: expected a .toml or .json file")
+    raise UsageError(f"{parameter('config')} {path}: expected a .toml or .json file")
 
 
 def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -134,12 +138,15 @@ def _typed(path: Path, key: str, value: Any, f: Field) -> Any:
 
 
 def _checked(path: Path, key: str, text: str, is_path: bool) -> str:
-    """Return the text of a setting; UsageError if it holds a NUL or half a character.
+    """Return the text of a setting; raise UsageError if it has a NUL or a lone surrogate.
 
-    is_path: half characters may be there for the bytes of a file's name that is not UTF-8.
+    path: the file, for the message
+    key: the setting's name in the file
+    text: the text
+    is_path: allow surrogates that stand for the bytes of a file name that is not UTF-8
     """
     try:
-        text = places.as_path(text) if is_path else text
+        text = relative_paths.as_path(text) if is_path else text
         text.encode("utf-8", "surrogateescape" if is_path else "strict")
         if "\0" not in text:
             return text

@@ -1,7 +1,6 @@
-"""The settings of a run together, and the flags of its command line.
+"""Settings, the two configurations of a run, and the flags that are made from their fields.
 
-Flags are made from the fields of ModelConfig and TrainConfig; there is no second list. How presets,
-files and flags are merged stands in configure.py.
+There is no second list of flags. resolve.py merges presets, files and flags.
 """
 
 import argparse
@@ -29,23 +28,28 @@ ALIASES = {
 
 @dataclass(frozen=True)
 class Settings:
-    """A resolved configuration; `given` names what the user himself set."""
+    """The resolved configuration of a run.
+
+    given: names of the settings that the user gave, by a flag or in a --config file
+    """
 
     model: ModelConfig
     train: TrainConfig
     given: frozenset[str]
 
     def flat(self) -> dict[str, Any]:
-        """Every setting by its name, as --config takes it."""
+        """Return every setting by its name, as --config takes them."""
         values = {**asdict(self.model), **asdict(self.train)}
-        return {name: values[name] for name in sorted(all_flags())}
+        return {name: values[name] for name in sorted(setting_fields())}
 
 
 def add_flags(parser: cli.Parser) -> None:
-    """Give the parser one flag for each field, grouped by what it configures."""
-    for f in all_flags().values():
-        if "group" in f.metadata:
-            group = parser.add_argument_group(f.metadata["group"])
+    """Add one flag for each setting to the parser, in the groups of the fields."""
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for f in setting_fields().values():
+        if title := f.metadata.get("group"):
+            group = groups.get(title) or parser.add_argument_group(title)
+            groups[title] = group
         flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
         options = {"dest": f.name, "default": None}
         if kind_of(f) is bool:
@@ -63,9 +67,9 @@ def add_flags(parser: cli.Parser) -> None:
 
 
 def notes(settings: Settings) -> dict[str, str]:
-    """Return what help says of each setting's value, by name: whence it is, and which."""
+    """Return the note of --help on each setting's value, by name: the value and its source."""
     flat, chosen = settings.flat(), PRESETS.get(settings.train.preset, {})
-    return {name: text for name, f in all_flags().items()
+    return {name: text for name, f in setting_fields().items()
             if (text := _note(f, flat[name], name in settings.given, name in chosen))}  # fmt: skip
 
 
@@ -88,13 +92,13 @@ def _shown(f: Field, value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def all_flags() -> dict[str, Field]:
-    """The fields that are settings, of model and training, by name."""
+def setting_fields() -> dict[str, Field]:
+    """Return the fields of ModelConfig and TrainConfig that are settings, by name."""
     return {f.name: f for owner in (ModelConfig, TrainConfig) for f in fields(owner) if f.metadata}
 
 
 def kind_of(f: Field) -> type:
-    """int, float, bool or str."""
+    """Return the type of a setting's value: int, float, bool or str."""
     words = str(f.type.__name__ if isinstance(f.type, type) else f.type).split(" | ")
     return {"int": int, "float": float, "bool": bool, "str": str}[words[0]]
 
@@ -111,7 +115,7 @@ def _metavar(f: Field) -> str:
 
 
 def parser_of(f: Field) -> Callable[[str], Any]:
-    """What turns a flag's text into the field's value, or refuses it."""
+    """Return the function that parses a flag's text; it raises ArgumentTypeError if it cannot."""
     rules = f.metadata
     if "parse" in rules:
         return rules["parse"]

@@ -1,9 +1,10 @@
-"""Named settings: what each is for, and the values in which it differs from the defaults."""
+"""Presets: named settings, each given by the values that differ from the defaults."""
 
 from typing import Any
 
-# The recipe that was fastest to a given loss on the default corpus (benchmarks/): rotary positions,
-# QK-norm, squared ReLU, Takase's start weights, Muon, a constant rate and then a long descent.
+# The settings that reached a given loss fastest on the default corpus (benchmarks/): rotary
+# positions, QK-norm, squared ReLU, Takase's initial weights, Muon, a constant learning rate with a
+# long decay at the end.
 _RECIPE: dict[str, Any] = {
     "position": "rope",
     "norm": "rmsnorm",
@@ -159,8 +160,8 @@ _PLAIN: dict[str, dict[str, Any]] = {
     },
 }
 
-# Recurrent twins: as many stored parameters, within 1 %, of which the core's are used again and
-# again. d_ff makes room for the injection's matrices.
+# Recurrent twins: the same number of stored parameters, within 1 %. The core's blocks run several
+# times. d_ff is smaller than in the plain preset, to pay for the injection's matrices.
 _TWINS = {
     "nano": {
         "recurrent": "1,2,1",

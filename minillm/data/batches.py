@@ -1,10 +1,9 @@
-"""Batches and evaluation windows from a prepared corpus, as pure functions of their numbers.
+"""Batches and evaluation windows of a prepared corpus, as pure functions of step and index.
 
-A window is seq_len + 1 tokens; its first seq_len are the inputs, its last seq_len the targets. In
-each epoch every window comes once, in another order and from another offset. Over the epochs every
-token is a target but the first of all, which nothing precedes. Tokens are read when they are
-needed, not mapped: a mapped file that is truncated kills the process. This module does not
-tokenize, move tensors to a device, or know more of ranks than the number it is given.
+A window is seq_len + 1 tokens. Its first seq_len tokens are the inputs, its last seq_len tokens the
+targets. Each epoch has every window once, in another order and from another offset, so that over
+the epochs every token except the very first is a target. Tokens are read with ordinary reads, not
+from a memory map: a mapped file that is truncated kills the process.
 """
 
 import hashlib
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from minillm.data.shards import BLOCK, TARGETS, Corpus, Shard
-from minillm.errors import CorruptError, UsageError
+from minillm.errors import CorruptError, UsageError, parameter
 from minillm.runtime.files import naming
 
 IGNORED = -100  # the target that cross-entropy leaves out
@@ -24,10 +23,14 @@ ORDER = 2  # the order in which new runs read their data
 
 
 class Tokens:
-    """The tokens of one split as one sequence, over all of its shards; or their own targets.
+    """The tokens, or the targets, of one split as one sequence over all of its shards.
 
-    Each block of a shard is checked against its sha256 when it is first touched. Remembers the
-    blocks it checked, and keeps no file open between calls.
+    Each block of a shard is checked against its sha256 when it is first read. No file is kept open
+    between calls.
+
+    corpus: the prepared corpus
+    split: "train" or "val"
+    targets: True for the corpus's own targets in place of its tokens
     """
 
     def __init__(self, corpus: Corpus, split: str, targets: bool = False) -> None:
@@ -40,7 +43,12 @@ class Tokens:
         return int(self._starts[-1])
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens start ... start + count - 1, as (count,) int64; CorruptError on a bad block."""
+        """Return consecutive tokens as (count,) int64.
+
+        start: index of the first token
+        count: number of tokens
+        Raises CorruptError if a block is damaged.
+        """
         if not 0 <= start <= start + count <= len(self):
             raise ValueError(f"tokens {start} to {start + count} of {len(self)}")
         found = []
@@ -66,20 +74,21 @@ class Tokens:
                 file.seek(begin)
                 data = file.read(end - begin)
         except FileNotFoundError:
-            raise CorruptError(f"{shard.path}: is gone; prepare the corpus again") from None
+            raise CorruptError(f"{shard.path}: is missing; prepare the corpus again") from None
         if len(data) != end - begin:
             raise CorruptError(f"{shard.path}: ends before byte {end}; prepare the corpus again")
         return np.frombuffer(data, self._dtype)
 
 
 class Batches:
-    """Training batches; the same corpus, sizes and seed give the same ones on any machine.
+    """Training batches; the same corpus, sizes and seed give the same batches on any machine.
 
-    seq_len: tokens of a sequence.
-    batch_size: sequences of the global batch.
-    seed: decides the order.
-    world_size: ranks that share a batch.
-    order: the data order, by its number. Runs that began with order 1 keep it when they resume.
+    corpus: the prepared corpus
+    seq_len: number of tokens of a sequence
+    batch_size: number of sequences of a batch over all ranks
+    seed: random seed of the order
+    world_size: number of ranks that share a batch
+    order: version of the data order; runs that began with version 1 keep it when they resume
     """
 
     def __init__(
@@ -92,32 +101,37 @@ class Batches:
         order: int = ORDER,
     ) -> None:
         if batch_size % world_size:
-            raise UsageError(f"--batch-size {batch_size} is not a multiple of {world_size} ranks")
+            raise UsageError(
+                f"{parameter('batch_size')} {batch_size} is not a multiple of {world_size} ranks"
+            )
         self._tokens = Tokens(corpus, "train")
         self._targets = Tokens(corpus, "train", targets=True) if corpus.sequence else None
         n = len(self._tokens)
         if n < seq_len + (not corpus.sequence):
             raise UsageError(
                 f"{corpus.folder}: the training split has {n} tokens, one sequence takes "
-                f"{seq_len + 1}; give more text or --seq-len {max(1, n // 8)}"
+                f"{seq_len + 1}; give more text or {parameter('seq_len')} {max(1, n // 8)}"
             )
         self._seq_len, self._batch_size = seq_len, batch_size
         self._seed, self._world_size = seed, world_size
-        if corpus.sequence:  # sequences as they are
+        if corpus.sequence:  # windows are the corpus's sequences
             _check_sequence(corpus, seq_len)
             self.n_windows, self._n_offsets = n // seq_len, 1
-        else:  # all that fit after any offset below seq_len; at least one
+        else:  # the windows that fit after any offset below seq_len; at least one
             self.n_windows = max(1, (n - seq_len) // seq_len)
             # With the largest offset the last window ends where the split ends.
             self._n_offsets = n - self.n_windows * seq_len
-            if order == 1:  # which never came to the last tokens
+            if order == 1:  # version 1 never used the last tokens
                 self._n_offsets = min(seq_len, self._n_offsets)
 
     def batch(self, step: int, rank: int = 0) -> tuple[Tensor, Tensor]:
-        """The rank's share of the batch of `step`: tokens, targets, (batch_size / ranks, seq_len).
+        """Return a rank's share of a batch as tokens and targets.
 
-        int64. A pure function of step and rank; the ranks' shares in their order are the batch of
-        one rank. Reads batch_size / ranks windows.
+        The shares of all ranks, one after the other, are the batch of a single rank.
+
+        step: number of the batch, from 0
+        rank: number of the rank, from 0
+        Returns two tensors of (batch_size / ranks, seq_len) int64.
         """
         if not 0 <= rank < self._world_size:
             raise ValueError(f"rank {rank} of {self._world_size}")
@@ -133,11 +147,11 @@ class Batches:
         return x[:, :-1].contiguous(), x[:, 1:].contiguous()
 
     def epochs(self, steps: int) -> float:
-        """How often `steps` steps pass over the training split."""
+        """Return the number of passes over the training split that `steps` steps make."""
         return steps * self._batch_size / self.n_windows
 
     def _starts(self, sequence: np.ndarray) -> np.ndarray:
-        """Where each of the sequences, which count from the start of training, begins."""
+        """Return the first token of each sequence; sequences count from the start of training."""
         starts = np.empty_like(sequence)
         epochs = sequence // self.n_windows
         for epoch in np.unique(epochs).tolist():
@@ -150,7 +164,13 @@ class Batches:
 
 
 class EvaluationWindows(Sequence[tuple[Tensor, Tensor]]):
-    """(tokens, targets) rows, (seq_len,) int64 each; see evaluation_windows."""
+    """Windows of one split, as (tokens, targets) of (seq_len,) int64 each; see evaluation_windows.
+
+    tokens: the tokens of the split
+    seq_len: number of tokens of a window
+    numbers: numbers of the windows
+    targets: the corpus's own targets, if it has them
+    """
 
     def __init__(
         self, tokens: Tokens, seq_len: int, numbers: Sequence[int], targets: Tokens | None = None
@@ -162,7 +182,7 @@ class EvaluationWindows(Sequence[tuple[Tensor, Tensor]]):
         return len(self._numbers)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Row `index`; IndexError beyond the end."""
+        """Return window `index`; raise IndexError beyond the end."""
         start = self._numbers[index] * self._seq_len
         if self._targets is not None:
             both = (part.read(start, self._seq_len) for part in (self._tokens, self._targets))
@@ -178,16 +198,21 @@ class EvaluationWindows(Sequence[tuple[Tensor, Tensor]]):
 def evaluation_windows(
     corpus: Corpus, split: str, seq_len: int, limit: int | None = None
 ) -> EvaluationWindows:
-    """The windows in which each token of `split`, but its first, is the target exactly once; or the
-    sequences with targets of their own.
+    """Return windows in which each token of a split, except its first, is a target exactly once.
 
-    The last window is filled up with targets of IGNORED. limit: that many windows, evenly spread.
+    The last window is filled up with targets of IGNORED. If the corpus has its own targets, the
+    windows are its sequences.
+
+    corpus: the prepared corpus
+    split: "train" or "val"
+    seq_len: number of tokens of a window
+    limit: largest number of windows, spread evenly over the split; None for all
     """
     tokens = Tokens(corpus, split)
     if len(tokens) < 2:
         raise UsageError(
             f"{corpus.folder}: the {split} split has {len(tokens)} tokens, too few to evaluate on; "
-            "prepare the corpus again with a larger --val-fraction"
+            f"prepare the corpus again with a larger {parameter('val_fraction')}"
         )
     targets = None
     total = -(-(len(tokens) - 1) // seq_len)
@@ -202,19 +227,24 @@ def evaluation_windows(
 def _check_sequence(corpus: Corpus, seq_len: int) -> None:
     if seq_len != corpus.sequence:
         raise UsageError(
-            f"{corpus.folder}: its sequences, with targets of their own, are {corpus.sequence} "
-            f"tokens long; got --seq-len {seq_len}"
+            f"{parameter('seq_len')} {seq_len}: the sequences of {corpus.folder} are "
+            f"{corpus.sequence} tokens long; leave it out"
         )
 
 
 def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
-    """Where a random-looking permutation of 0 ... n-1 puts each `index`; no memory grows with n.
+    """Apply a pseudorandom permutation of 0 ... n-1 to each index, without a table of n entries.
 
-    index: (N,) int64 below n. keys: (ROUNDS,) uint64 choose the permutation. Returns (N,) int64.
-    A Feistel network permutes the numbers of an even count of bits; whoever lands at n or above is
-    sent through again (Black & Rogaway 2002, "Ciphers with arbitrary finite domains", section 3).
+    A Feistel network permutes the numbers of an even count of bits. A result of n or more is put
+    through it again.
+
+    index: (N,) int64 below n
+    n: number of values that are permuted
+    keys: (ROUNDS,) uint64, which select the permutation
+    Returns (N,) int64.
+    Source: Black & Rogaway 2002, "Ciphers with arbitrary finite domains", section 3.
     """
-    # At least 6 bits: on fewer, most keys give the same few orders.
+    # At least 6 bits: with fewer, most keys give one of a few orders.
     half = max(3, ((n - 1).bit_length() + 1) // 2)
     x = _feistel(index.astype(np.uint64), half, keys)
     while (beyond := x >= n).any():
@@ -223,10 +253,14 @@ def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
 
 
 def warnings_for(n_train_tokens: int, tokens_to_see: int, n_parameters: int) -> list[str]:
-    """What to tell the user about too little data for the run; [] if there is enough.
+    """Return warnings for the user if a run has too little data.
 
-    More than about four passes over the same text are worth little: Muennighoff et al. 2023,
+    More than about four passes over the same text bring little: Muennighoff et al. 2023,
     arXiv:2305.16264.
+
+    n_train_tokens: number of tokens of the training split
+    tokens_to_see: number of tokens that the run trains on
+    n_parameters: number of parameters of the model
     """
     found = []
     passes = tokens_to_see / max(1, n_train_tokens)
@@ -246,8 +280,8 @@ def warnings_for(n_train_tokens: int, tokens_to_see: int, n_parameters: int) -> 
 def _check(shard: Shard, block: int, data: bytes) -> None:
     if hashlib.sha256(data).hexdigest() != shard.sha256[block]:
         raise CorruptError(
-            f"{shard.path}: block {block} (bytes {block * BLOCK} on) is damaged: its sha256 is not "
-            "the index's; delete the folder and prepare the corpus again"
+            f"{shard.path}: block {block} (from byte {block * BLOCK}) is damaged: its sha256 is "
+            "not the index's; delete the folder and prepare the corpus again"
         )
 
 

@@ -1,14 +1,14 @@
-"""Which text is where: files, folders, patterns or the standard library, as a stream of documents.
+"""Find text in files, folders, patterns or the standard library, and stream it as documents.
 
-A document is one file, or one row of a .jsonl, .json or .parquet file. Only one of them is in
-memory at a time, but all rows of a .json file. This module does not split, tokenize or write.
+A document is one file, or one row of a .jsonl, .json or .parquet file. Only one document is in
+memory at a time, except that all rows of a .json file are.
 
-Text is UTF-8 or in the encoding that was named. A byte order mark at its start is stripped, line
-ends stay as they are, and documents of nothing but white space are left out. Folders are read
-recursively, without hidden names, without following links to folders, and in the order of their
-POSIX paths, the same on every machine. What minillm made itself, runs, prepared corpora and
-profiles, is not read as part of a folder, nor by a pattern, unless the pattern ends in the name of
-a file. What is passed over is counted.
+Text is UTF-8 or in the encoding that was named. A byte order mark at its start is removed, line
+ends are not changed, and documents of only white space are left out. Folders are read recursively,
+without hidden files and folders, without following links to folders, and in the order of their
+POSIX paths, which is the same on every machine. Folders that minillm made (runs, prepared corpora
+and profiles) are not read as part of a folder, nor by a pattern, unless the pattern ends in the
+name of a file. Files that are not read are counted.
 """
 
 import glob
@@ -25,26 +25,26 @@ from pathlib import Path
 
 from minillm.data import formats, rows
 from minillm.data.plain_text import ERRORS, decode, shown
-from minillm.errors import UsageError
+from minillm.errors import UsageError, parameter
 from minillm.runtime.encodings import check_encoding, is_utf8
 from minillm.runtime.files import naming
 from minillm.runtime.ownership import product, product_around
 from minillm.runtime.pickles import refuse_pickle
 
-# What counts as text in a folder; a file named one by one may have any ending.
+# Endings of text files in a folder. A file that is named itself may have any ending.
 TEXT_ENDINGS = (
     *(".txt", ".text", ".md", ".rst", ".tex", ".org", ".css"),
     *(".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".js", ".ts", ".java", ".go"),
     *(".rs", ".rb", ".php", ".sh", ".sql", ".lua", ".swift", ".kt", ".scala", ".hs", ".r", ".jl"),
 )
 ROW_ENDINGS = (".jsonl", ".parquet")
-# Packed files are read too, but for those that are packed in themselves.
+# Endings that are also read with .gz after them.
 PACKED = (*TEXT_ENDINGS, ".jsonl", ".json", ".html", ".htm", ".xhtml", ".ipynb")
-# Parts of the standard library that distributions strip, or that hold other people's packages.
+# Parts of the standard library that distributions leave out, or that hold other packages.
 SKIPPED_FOLDERS = frozenset(
     ("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__")
 )
-# What `skipped` counts besides files by their ending.
+# Keys of `skipped` besides the endings of files.
 HIDDEN, LINK, FOLDER, OURS, BLANK, NOT_UTF8 = (
     "hidden",
     "links to folders",
@@ -60,8 +60,9 @@ SHOWN_KINDS = 6
 class Document:
     """One text.
 
-    name: the file, or file:row, to use when something is wrong with the text.
-    start: bytes of the file before the text; None where the text is not the file's own bytes.
+    name: the file, or file:row, for messages
+    text: the text
+    start: bytes of the file before the text; None if the text is not a part of the file's bytes
     """
 
     name: str
@@ -73,10 +74,13 @@ class Document:
 class Source:
     """The files of a corpus in reading order.
 
-    lenient: pass over files that are not UTF-8.
-    encoding: of the text.
-    column: where the rows of .jsonl, .json and .parquet files have their text.
-    skipped: what was found and is not read, counted by its ending or as HIDDEN, LINK, FOLDER, OURS.
+    description: the paths that the user gave, for messages
+    files: the files
+    lenient: True to skip files that are not UTF-8
+    encoding: encoding of the text
+    column: column with the text in the rows of .jsonl, .json and .parquet files
+    skipped: number of files and folders that are not read, by ending or as HIDDEN, LINK, FOLDER
+        or OURS
     """
 
     description: str
@@ -91,12 +95,12 @@ class Source:
     ) -> Iterator[Document]:
         """Stream the documents.
 
-        errors: what to do with bytes that are not of the encoding. "strict" refuses, naming file
-        and byte offset; "replace" puts U+FFFD in their place.
-        skipped: counts what turns out to be BLANK or NOT_UTF8.
+        errors: "strict" raises UsageError, which names file and byte offset, on bytes that are not
+            of the encoding; "replace" puts U+FFFD in their place
+        skipped: counter to which documents that are BLANK or NOT_UTF8 are added
         """
         if errors not in ERRORS:
-            raise UsageError(f"--errors {errors}: expected strict or replace")
+            raise UsageError(f"{parameter('errors')} {errors}: expected strict or replace")
         skipped = Counter() if skipped is None else skipped
         for path in self.files:
             try:
@@ -134,11 +138,14 @@ class Source:
 
 
 def find(paths: Sequence[str] | None, encoding: str = "utf-8", text_column: str = "text") -> Source:
-    """Find the files that `paths` (files, folders, glob patterns) stand for.
+    """Find the files to read.
 
-    None is the default corpus: the .py files of the running Python's standard library, without
-    SKIPPED_FOLDERS. A file that is named twice is read once, at its first place.
-    encoding, text_column: as Source has them.
+    paths: files, folders and glob patterns; None for the default corpus, the .py files of the
+        running Python's standard library without SKIPPED_FOLDERS. A file that is named twice is
+        read once, at its first place.
+    encoding: encoding of the text
+    text_column: column with the text of files of rows
+    Raises UsageError if there is no such file, or no text in a folder.
     """
     check_encoding(encoding)
     if not paths:
@@ -154,12 +161,12 @@ def find(paths: Sequence[str] | None, encoding: str = "utf-8", text_column: str 
 
 
 def ending_of(name: str) -> str:
-    """Return the ending that says how a file is read: lower case, and without .gz."""
+    """Return the ending that decides how a file is read: in lower case, and without .gz."""
     return Path(name.lower().removesuffix(".gz")).suffix
 
 
 def about_skipped(skipped: Counter[str]) -> str:
-    """Return a line on what was found and is not read, by its kind; "" if that is nothing."""
+    """Return a line about the files that are not read, by kind; "" if there are none."""
     others = (HIDDEN, LINK, FOLDER, OURS, BLANK, NOT_UTF8)
     kinds = [(n, kind) for kind, n in skipped.items() if kind not in others and n]
     kinds.sort(key=lambda kind: (-kind[0], kind[1]))
@@ -183,13 +190,15 @@ def _standard_library() -> Source:
     is_python, found = (lambda path: path.suffix.lower() == ".py"), Counter()
     files = _walk(folder, is_python, SKIPPED_FOLDERS, found) if folder.is_dir() else []
     if not files:
-        raise UsageError(f"{shown(folder)}: no standard library source here; pass --data PATH")
+        raise UsageError(
+            f"{shown(folder)}: no standard library source here; pass {parameter('data')} PATH"
+        )
     version = platform.python_version()
     return Source(f"the standard library of Python {version} ({folder})", tuple(files), True)
 
 
 def _is_wanted(encoding: str, column: str) -> Callable[[Path], bool]:
-    """Return what tells whether a file in a folder is read."""
+    """Return a predicate for the files of a folder that are read."""
 
     def is_wanted(path: Path) -> bool:
         ending = ending_of(path.name)
@@ -208,10 +217,10 @@ def _expand(word: str, wanted: Callable[[Path], bool], skipped: Counter[str]) ->
     if not word or "\0" in word:
         raise UsageError(f"{word!r} is not a path")
     if glob.has_magic(word) and not os.path.lexists(word):
-        # Path.glob takes no absolute patterns.
+        # Path.glob does not take absolute patterns.
         matches = [Path(match) for match in sorted(glob.glob(word, recursive=True))]  # noqa: PTH207
         files = [path for path in matches if path.is_file()]
-        if glob.has_magic(Path(word).name):  # a name without * is asked for, wherever it is
+        if glob.has_magic(Path(word).name):  # a plain file name is read wherever it is
             texts = [path for path in files if product_around(path) is None]
             skipped[OURS] += len({path.parent for path in files} - {path.parent for path in texts})
             files = texts
@@ -224,7 +233,7 @@ def _expand(word: str, wanted: Callable[[Path], bool], skipped: Counter[str]) ->
     if stat.S_ISDIR(mode):
         if found := product(path):
             raise UsageError(
-                f"{shown(path)}: a {found} of minillm, not text; name the files in it to be read"
+                f"{shown(path)}: a {found} of minillm, not text; name the files in it to read them"
             )
         here: Counter[str] = Counter()
         files = _walk(path, wanted, frozenset(), here)
@@ -260,9 +269,12 @@ def _walk(
     without: frozenset[str],
     skipped: Counter[str],
 ) -> list[Path]:
-    """Return the files below `folder` that are `wanted`, in order; count the others in `skipped`.
+    """Return the files below a folder that are read, in order, and count the others.
 
-    without: names of folders that are left out and not counted.
+    folder: the folder
+    wanted: predicate for the files that are read
+    without: names of folders that are left out and not counted
+    skipped: counter of the others
     """
     files = []
     for at, inner, names in os.walk(folder, onerror=_raise):

@@ -1,8 +1,8 @@
-"""Documents to token ids, in this process or in a pool of them, with the same result.
+"""Encode documents as token ids, in this process or in several workers, with the same result.
 
-Work goes out in batches of about PIECE characters and comes back in order; only a few batches are
-in memory at a time. This room imports no torch, so that a worker which starts anew (not on Linux,
-where it is forked) starts fast. What it does not do: write files, or decide what text goes where.
+Workers encode batches of about PIECE characters, and the results come back in order. Only a few
+batches are in memory at a time. This file imports no torch, so that a worker starts fast where it
+is not forked (on all systems but Linux).
 """
 
 import multiprocessing
@@ -23,16 +23,16 @@ import numpy as np
 
 from minillm.data.bpe import LINE_LIMIT
 from minillm.data.tokenizer import Tokenizer, load_tokenizer
-from minillm.errors import UnavailableError
+from minillm.errors import UnavailableError, parameter
 
-# A multiple of LINE_LIMIT, so that a long line is cut at the same places as in one piece.
+# A multiple of LINE_LIMIT, so that a long line is split at the same positions in any case.
 PIECE = 16 * LINE_LIMIT
-# Below this many bytes starting processes costs more than they save.
+# For fewer bytes, starting processes takes longer than they save.
 POOL_BYTES = 4_000_000
 
 
 class Piece(NamedTuple):
-    """A stretch of a document, its side of the split, and whether the document starts here."""
+    """Part of a document, its side of the split, and whether the document starts here."""
 
     split: str
     is_start: bool
@@ -42,10 +42,14 @@ class Piece(NamedTuple):
 def encode(
     parts: Iterable[tuple[str, str]], tokenizer: Tokenizer, file: Path, workers: int
 ) -> Iterator[tuple[dict[str, np.ndarray], int]]:
-    """Stream ({split: (N,) uint32 ids}, UTF-8 bytes) of the parts, each document after its BOS.
+    """Stream the ids of each batch, {split: (N,) uint32}, with the number of its UTF-8 bytes.
 
-    file: the tokenizer's file, from which each worker loads its own. workers: 1 works in this
-    process; every number gives the same ids in the same order.
+    Each document begins with BOS, if the tokenizer has it.
+
+    parts: (split, text) of each document, or part of one
+    tokenizer: the tokenizer, for this process
+    file: the tokenizer's file, which each worker loads
+    workers: number of processes; 1 encodes in this process. The ids do not depend on it.
     """
     batches = _batches(parts, tokenizer.by_lines)
     if workers == 1:
@@ -54,7 +58,7 @@ def encode(
 
 
 def choose_workers(n_bytes: int) -> int:
-    """One process a core this process may use; one in all when there is little text."""
+    """Return the number of cores that this process may use, or 1 if there is little text."""
     if n_bytes < POOL_BYTES:
         return 1
     if hasattr(os, "sched_getaffinity"):
@@ -63,7 +67,11 @@ def choose_workers(n_bytes: int) -> int:
 
 
 def encode_batch(tokenizer: Tokenizer, batch: list[Piece]) -> tuple[dict[str, np.ndarray], int]:
-    """The ids of a batch, by split, as (N,) uint32, and its UTF-8 bytes."""
+    """Return the ids of a batch, {split: (N,) uint32}, and the number of its UTF-8 bytes.
+
+    tokenizer: the tokenizer
+    batch: the pieces to encode, in order
+    """
     ids: dict[str, list[int]] = {}
     for piece in batch:
         side = ids.setdefault(piece.split, [])
@@ -89,7 +97,7 @@ def _batches(parts: Iterable[tuple[str, str]], by_lines: bool) -> Iterator[list[
 
 
 def _stretches(text: str) -> Iterator[str]:
-    """Cut after a newline, or inside a line at a multiple of LINE_LIMIT from its start."""
+    """Split after a newline, or within a line at a multiple of LINE_LIMIT from its start."""
     start = 0
     while len(text) - start > PIECE:
         end = text.rfind("\n", start, start + PIECE) + 1 or start + PIECE
@@ -116,7 +124,7 @@ def _encode_in_pool(
             yield running.popleft().result()
     except BrokenProcessPool:
         raise UnavailableError(
-            "a worker process died while encoding (out of memory?); try --workers 1"
+            f"a worker process died while encoding (out of memory?); try {parameter('workers')} 1"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
@@ -124,13 +132,13 @@ def _encode_in_pool(
 
 def _submit(pool: ProcessPoolExecutor, file: Path, batch: list[Piece]) -> Future:
     with warnings.catch_warnings():
-        # Python 3.12 warns of forking beside threads; the children use none of their locks.
+        # Python 3.12 warns of a fork in a process with threads; workers use none of their locks.
         warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
         return pool.submit(_encode_in_worker, file, batch)
 
 
 def _start_worker() -> None:
-    # Ctrl-C is the parent's to handle, and a worker must not outlive a parent that was killed.
+    # The parent handles Ctrl-C, and a worker must not outlive a parent that was killed.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
 

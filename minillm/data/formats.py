@@ -1,8 +1,8 @@
-"""Documents that are not plain text, as text: .docx, .epub, .html, .ipynb and .pdf.
+"""Extract the text of documents that are not plain text: .docx, .epub, .html, .ipynb and .pdf.
 
-All but .pdf are read with the standard library. A damaged file raises UsageError with its name.
-What a file claims of its size is not trusted: no more than LIMIT bytes are unpacked, and XML that
-declares entities, which can grow without bound, is refused. This module does not find files.
+All but .pdf are read with the standard library. A damaged file raises UsageError with its name. The
+size that a file states is not trusted: at most LIMIT bytes are unpacked, and XML that declares
+entities, which can expand without limit, is refused.
 """
 
 import json
@@ -24,16 +24,19 @@ from minillm.data.rows import read_bytes
 from minillm.errors import UnavailableError, UsageError
 
 LIMIT = 256 << 20  # bytes unpacked from one file
-ZIP = b"PK\x03\x04"  # how a zip archive begins
+ZIP = b"PK\x03\x04"  # first bytes of a zip archive
 NO_PDF = 'reading .pdf needs pypdf: pip install "minillm[pdf]"'
-# Deleted text, text in the place it was moved from, properties, and a second form of a text box.
+# Deleted text, moved text at its old place, properties, and a second form of a text box.
 NOT_WORDS = frozenset(("del", "moveFrom", "pPr", "rPr", "tblPr", "sectPr", "Fallback"))
 
 
 def text_of(path: Path, ending: str, errors: str, encoding: str) -> str:
-    """Return the text of the file at `path`, of a kind that READERS names by its `ending`.
+    """Return the text of a file.
 
-    errors, encoding: as plaintext.decode takes them, where the file does not say for itself.
+    path: the file
+    ending: its ending, one of READERS
+    errors: "strict" or "replace", for bytes that are not of the encoding
+    encoding: encoding of the text, if the file does not state its own
     """
     text = READERS[ending](path, errors, encoding).replace("\0", "")
     return whole_characters(text, shown(path), errors)
@@ -59,7 +62,7 @@ def _notebook(path: Path, errors: str, encoding: str) -> str:
 
 
 def _docx(path: Path, errors: str, encoding: str) -> str:
-    """Return the paragraphs and tables of a Word document, as they stand after all changes."""
+    """Return the paragraphs and tables of a Word document, with all tracked changes accepted."""
     with _archive(path, "a Word document") as read:
         name = "word/document.xml"
         try:
@@ -109,24 +112,24 @@ def _epub(path: Path, errors: str, encoding: str) -> str:
 
 
 def _pdf(path: Path, errors: str, encoding: str) -> str:
-    """Return the text of a PDF's pages; UnavailableError where pypdf is missing."""
+    """Return the text of a PDF's pages; raise UnavailableError if pypdf is missing."""
     try:
         from pypdf import PdfReader
     except ImportError:
         raise UnavailableError(f"{shown(path)}: {NO_PDF}") from None
-    logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # it reports each odd object
+    logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # it reports each malformed object
     data = path.read_bytes()
     try:
         pages = PdfReader(BytesIO(data)).pages
         text = "\n".join(page.extract_text() for page in pages) + "\n"
     except MemoryError:
         raise
-    except Exception as error:  # damaged files end in errors of every kind
+    except Exception as error:  # damaged files raise errors of all kinds
         raise UsageError(f"{shown(path)}: a damaged or locked PDF ({_why(error)})") from None
     return text.encode("utf-8", "replace").decode("utf-8")  # some fonts map to half characters
 
 
-# The .gz forms of some are read too, see documents.py.
+# Some are also read with .gz, see documents.PACKED.
 READERS: dict[str, Callable[[Path, str, str], str]] = {
     ".docx": _docx,
     ".epub": _epub,
@@ -143,9 +146,9 @@ def _archive(path: Path, what: str) -> Iterator[Callable[[str], bytes]]:
     """Open a zip archive, and yield a function from a member's name to its bytes.
 
     Raises UsageError, which names the file, if it or a member is damaged or too large. The function
-    raises KeyError if there is no such member; left alone, that is damage too.
+    raises KeyError if there is no such member. Uncaught, that counts as damage too.
     """
-    left, data = LIMIT, path.read_bytes()  # in memory, so that no error below is of the disk
+    left, data = LIMIT, path.read_bytes()  # in memory, so that errors below are not of the disk
     refuse_others(data, shown(path), but=ZIP)
     try:
         with zipfile.ZipFile(BytesIO(data)) as archive:
@@ -164,7 +167,7 @@ def _archive(path: Path, what: str) -> Iterator[Callable[[str], bytes]]:
             yield read
     except (UsageError, MemoryError):
         raise
-    except Exception as error:  # damaged archives and their XML end in errors of every kind
+    except Exception as error:  # damaged archives and XML raise errors of all kinds
         raise UsageError(f"{shown(path)}: {what}, but damaged ({_why(error)})") from None
 
 
@@ -174,7 +177,7 @@ def _why(error: Exception) -> str:
 
 
 def _xml(data: bytes) -> Element:
-    """Parse XML; ValueError if it declares entities."""
+    """Parse XML; raise ValueError if it declares entities."""
     builder = TreeBuilder()
     parser = expat.ParserCreate()
     parser.StartElementHandler, parser.EndElementHandler = builder.start, builder.end

@@ -1,14 +1,18 @@
-"""What is held out of a prepared corpus: lines on it, and warnings where it is little."""
+"""Report what a prepared corpus holds out for validation, and warn if that is little."""
 
 from minillm.data.shards import Corpus
-from minillm.errors import UsageError
+from minillm.errors import UsageError, parameter
 from minillm.runtime.units import things
 
-FEW_TOKENS = 300  # below which a loss on held-out text says little
+FEW_TOKENS = 300  # a loss on fewer held-out tokens says little
 
 
 def about(corpus: Corpus, seconds: float | None = None) -> str:
-    """Return lines on a corpus: its size, what is held out, and a warning if that is little."""
+    """Return lines about a corpus: its size, what is held out, and a warning if that is little.
+
+    corpus: the prepared corpus
+    seconds: how long its preparation took; None if it was found prepared
+    """
     n_bytes, n_tokens = sum(corpus.bytes.values()), sum(corpus.tokens.values())
     spent = "found prepared" if seconds is None else f"in {seconds:.1f} s"
     size = (
@@ -32,7 +36,7 @@ def _about_held_out(corpus: Corpus) -> list[str]:
 
 
 def _warnings(corpus: Corpus) -> list[str]:
-    """Warn if what is held out is far from what was asked for, or very little."""
+    """Return warnings if the held-out share is far from the requested one, or very small."""
     share = corpus.bytes["val"] / sum(corpus.bytes.values())
     asked = corpus.settings.get("val_fraction")
     if corpus.sequence or asked == 0:
@@ -52,10 +56,15 @@ def _warnings(corpus: Corpus) -> list[str]:
 
 
 def require_validation(corpus: Corpus, early_stop: int) -> Corpus:
-    """Return the corpus; UsageError if early stopping has nothing in it to judge by."""
+    """Return the corpus, or raise UsageError if it has no validation text for early stopping.
+
+    corpus: the prepared corpus
+    early_stop: evaluations without improvement after which to stop; 0 for no early stopping
+    """
     if early_stop and corpus.tokens["val"] < 2:
         raise UsageError(
-            f"--early-stop {early_stop}: {corpus.folder} has {corpus.tokens['val']} tokens of "
-            "validation text; give more text, or name validation text with --val"
+            f"{parameter('early_stop')} {early_stop}: {corpus.folder} has {corpus.tokens['val']} "
+            "tokens of validation text; give more text, or name validation text with "
+            f"{parameter('val')}"
         )
     return corpus

@@ -1,4 +1,4 @@
-"""HTML to the text that a reader sees: no scripts, styles or tags, a line for each block."""
+"""Extract the visible text of HTML: no scripts, styles or tags, and one line for each block."""
 
 import re
 from html.parser import HTMLParser
@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 from minillm.data.plain_text import decode
 
 UNSEEN = frozenset(("script", "style", "title", "template"))
-# What stands on lines of its own; around those of the second row there is an empty line too.
+# Elements that begin and end lines; those of APART have an empty line around them too.
 LINES = frozenset(
     "address article aside dd details dialog div dl dt fieldset figcaption figure footer form"
     " header hgroup li main nav section summary option body tr caption br"
@@ -18,14 +18,17 @@ CHARSET = re.compile(
     rb"""<meta[^>]+charset\s*=\s*["']?\s*([\w.:-]+)|<\?xml[^>]+encoding\s*=\s*["']([\w.:-]+)""",
     re.IGNORECASE,
 )
-# As browsers read them: pages that claim these hold the quotes and dashes of Windows.
+# Pages that state these encodings have the quotes and dashes of Windows; browsers know that.
 WINDOWS = frozenset(("iso-8859-1", "iso8859-1", "latin1", "latin-1", "ascii", "us-ascii"))
 
 
 def html_text(data: bytes, where: str, errors: str, encoding: str) -> str:
     """Return the text of a page.
 
-    encoding: if it is UTF-8, what the page says of itself comes first.
+    data: the page
+    where: its name for messages
+    errors: "strict" or "replace", for bytes that are not of the encoding
+    encoding: encoding of the page. If it is UTF-8, the encoding that the page states is preferred.
     """
     page = _Page()
     page.feed(decode(data, where, errors, _encoding(data, encoding)))
@@ -49,20 +52,20 @@ def _encoding(data: bytes, given: str) -> str:
 
 
 class _Page(HTMLParser):
-    """Collects the text of a page. Line ends and spaces are as a browser would show them."""
+    """Parser that collects the text of a page, with the line ends and spaces of a browser."""
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
         self._parts: list[str] = []
-        self._breaks = 0  # line ends that are due before the next word
-        self._space = False  # whether a space is
-        self._unseen = ""  # the element within which nothing is text
-        self._kept = 0  # how many <pre> are open
-        self._fresh = False  # directly after <pre>, where a line end does not count
+        self._breaks = 0  # line ends to write before the next word
+        self._space = False  # whether to write a space before it
+        self._unseen = ""  # the open element whose content is not text
+        self._kept = 0  # number of open <pre> elements
+        self._fresh = False  # directly after <pre>, where a line end is dropped
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Note where a block begins."""
-        if self._unseen and tag not in ("body", "p", "div"):  # where it was never closed
+        """Begin a line if the element is a block."""
+        if self._unseen and tag not in ("body", "p", "div"):  # which end an unclosed one
             return
         self._unseen = tag if tag in UNSEEN else ""
         if tag in ("td", "th") and self._parts and not self._breaks:
@@ -73,7 +76,7 @@ class _Page(HTMLParser):
             self._kept, self._fresh = self._kept + 1, True
 
     def handle_endtag(self, tag: str) -> None:
-        """Note where a block ends."""
+        """End the line if the element is a block."""
         if tag == self._unseen:
             self._unseen = ""
         if tag == "pre":
@@ -83,7 +86,7 @@ class _Page(HTMLParser):
             self._end_line(tag)
 
     def handle_data(self, data: str) -> None:
-        """Take text, with its spaces collapsed unless it is preformatted."""
+        """Add text; runs of white space become one space unless the text is preformatted."""
         if self._unseen:
             return
         if self._kept:
@@ -99,7 +102,7 @@ class _Page(HTMLParser):
             self._space = data.endswith((" ", "\t", "\n", "\r", "\f"))
 
     def text(self) -> str:
-        """Return what was collected, ending in a line end."""
+        """Return the collected text with a line end after it."""
         return "".join(self._parts).rstrip("\n") + "\n"
 
     def _end_line(self, tag: str) -> None:

@@ -1,7 +1,6 @@
-"""Sequences with targets of their own, written as a prepared corpus that train.py takes.
+"""Write sequences that have their own targets as a prepared corpus for train.py.
 
-For tasks whose answer is not the next token. What this room does not do: make them; data/tasks.py
-does.
+They are for tasks whose answer is not the next token. data/tasks.py generates such sequences.
 """
 
 import os
@@ -14,7 +13,7 @@ import numpy as np
 from minillm.data import shards
 from minillm.data.shards import Corpus, ShardWriter, open_corpus
 from minillm.data.tokenizer import CharTokenizer
-from minillm.errors import UsageError
+from minillm.errors import UsageError, parameter
 from minillm.runtime.files import building, json_digest
 
 SHARD_TOKENS = 100_000_000
@@ -27,17 +26,22 @@ def write_sequences(
     source: str,
     settings: dict[str, Any],
 ) -> Corpus:
-    """Write a corpus of sequences, each token a character.
+    """Write a corpus of sequences in which each token is a character; return it, opened.
 
-    alphabet: the characters, sorted by code point; token i is the i-th.
-    splits: for "train" and "val" tokens and targets, (sequences, T) each; targets are tokens, or
-    -100 where none counts.    source, settings: what is told of it.
-    Raises UsageError if `folder` is there and not empty.
+    folder: folder to write
+    alphabet: the characters, sorted by code point; token i is the i-th
+    splits: tokens and targets of "train" and "val", (sequences, T) integers each; a target is a
+        token, or -100 where there is no target
+    source: description of the corpus, for index.json
+    settings: settings that the sequences were made with, for index.json
+    Raises UsageError if `folder` exists and is not empty.
     """
     if list(alphabet) != sorted(set(alphabet)):
         raise ValueError("alphabet: expected different characters, sorted")
     if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UsageError(f"--out {folder}: exists and is not empty; choose another place")
+        raise UsageError(
+            f"{parameter('out')} {folder}: exists and is not empty; choose another place"
+        )
     tokenizer, entries = CharTokenizer(alphabet), []
     counts = {split: len(tokens) for split, (tokens, _) in splits.items()}
     sizes = {split: tokens.size for split, (tokens, _) in splits.items()}

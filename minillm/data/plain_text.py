@@ -1,19 +1,16 @@
-"""Bytes to text: UTF-8 or a named encoding, and plain words about bytes that are neither.
-
-This module does not open files or know formats (documents.py, rows.py, formats.py).
-"""
+"""Decode bytes as text, in UTF-8 or a named encoding, and explain bytes that are not text."""
 
 import os
 from pathlib import Path
 
-from minillm.errors import UsageError
+from minillm.errors import UsageError, parameter
 from minillm.runtime.encodings import is_utf8
 
 ERRORS = ("strict", "replace")
 ORDER_MARKS = {
-    b"\xff\xfe\0\0": "UTF-32; convert it to UTF-8 or pass --encoding utf-32",
-    b"\xff\xfe": "UTF-16; convert it to UTF-8 or pass --encoding utf-16",
-    b"\xfe\xff": "UTF-16; convert it to UTF-8 or pass --encoding utf-16",
+    b"\xff\xfe\0\0": f"UTF-32; convert it to UTF-8 or pass {parameter('encoding')} utf-32",
+    b"\xff\xfe": f"UTF-16; convert it to UTF-8 or pass {parameter('encoding')} utf-16",
+    b"\xfe\xff": f"UTF-16; convert it to UTF-8 or pass {parameter('encoding')} utf-16",
 }
 NOT_TEXT = {
     b"\x1f\x8b": "gzip data; unpack it first, or let its name end in .gz",
@@ -32,9 +29,11 @@ NOT_TEXT = {
 
 
 def refuse_others(data: bytes, where: str, but: bytes = b"") -> None:
-    """Raise UsageError if `data` begins as a kind of file does that is no text.
+    """Raise UsageError if data begins like a kind of file that is not text.
 
-    but: the beginning that is expected.
+    data: content of a file
+    where: its name for messages
+    but: first bytes that are allowed
     """
     for start, what in NOT_TEXT.items():
         if start != but and data.startswith(start):
@@ -42,17 +41,18 @@ def refuse_others(data: bytes, where: str, but: bytes = b"") -> None:
 
 
 def shown(path: str | Path) -> str:
-    """Return the path for a message: its end only, when it would fill the whole line."""
+    """Return a path for a message, shortened to its end if it is very long."""
     text = os.fspath(path)
     return text if len(text) <= 120 else "..." + text[-117:]
 
 
 def decode(data: bytes, where: str, errors: str = "strict", encoding: str = "utf-8") -> str:
-    """Return the text of `data`, without a byte order mark.
+    """Return the text of some bytes, without a byte order mark.
 
-    where: the file, or file:row, for messages.
-    errors: "strict" raises UsageError naming the byte; "replace" puts U+FFFD in its place.
-    encoding: a name that check_encoding lets pass.
+    data: the bytes
+    where: the file, or file:row, for messages
+    errors: "strict" raises UsageError, which names the byte; "replace" puts U+FFFD in its place
+    encoding: name of an encoding, see check_encoding
     """
     utf8 = is_utf8(encoding)
     for start, what in ORDER_MARKS.items():
@@ -66,7 +66,7 @@ def decode(data: bytes, where: str, errors: str = "strict", encoding: str = "utf
         text = data.decode(encoding, errors).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise UsageError(f"{where}: {_about(error, data, encoding)}") from None
-    except UnicodeError as error:  # some codecs do not say where
+    except UnicodeError as error:  # some codecs do not give the position
         raise UsageError(f"{where}: is not {encoding} ({error})") from None
     if not utf8 and "\0" in text:
         raise UsageError(f"{where}: holds NUL characters as {encoding}; is that its encoding?")
@@ -75,33 +75,38 @@ def decode(data: bytes, where: str, errors: str = "strict", encoding: str = "utf
 
 def _about(error: UnicodeDecodeError, data: bytes, encoding: str) -> str:
     byte, utf8 = data[error.start], is_utf8(encoding)
+    name, errors = parameter("encoding"), parameter("errors")
     what = f"byte 0x{byte:02x} at offset {error.start} is not {'UTF-8' if utf8 else encoding}"
     if not utf8:
-        return f"{what}; name another --encoding or pass --errors replace"
+        return f"{what}; name another {name} or pass {errors} replace"
     if 0x91 <= byte <= 0x97 or _like_windows(data):
-        return f"{what}; it looks like Windows text: pass --encoding cp1252 or --errors replace"
-    return f"{what}; convert the file, name its --encoding or pass --errors replace"
+        return f"{what}; it looks like Windows text: pass {name} cp1252 or {errors} replace"
+    return f"{what}; convert the file, name its {name} or pass {errors} replace"
 
 
 def _like_windows(data: bytes) -> bool:
-    """Return whether bytes are likely to be of cp1252: few are not ASCII, as in Latin scripts, and
-    some of these are the curly quotes and dashes of Windows, where Latin-1 has nothing.
+    """Return whether bytes are likely to be cp1252.
+
+    Few bytes are not ASCII, as in Latin scripts, and some of these are the curly quotes and dashes
+    of Windows, which Latin-1 does not have.
     """
     others = data.translate(None, bytes(range(128)))
     return len(others) <= len(data) / 3 and any(byte in others for byte in range(0x91, 0x98))
 
 
 def whole_characters(text: str, where: str, errors: str = "strict") -> str:
-    """Return `text`, or raise UsageError if it holds half a surrogate pair, which UTF-8 cannot.
+    """Return text that UTF-8 can encode: without half a surrogate pair.
 
-    errors: "replace" puts a question mark in its place.
+    text: the text
+    where: its name for messages
+    errors: "strict" raises UsageError on half a pair, "replace" puts a question mark in its place
     """
     try:
         return text.encode("utf-8", errors).decode("utf-8")
     except UnicodeEncodeError as error:
         raise UsageError(
             f"{where}: half a surrogate pair at character {error.start} of the text; "
-            "mend it or pass --errors replace"
+            f"correct it or pass {parameter('errors')} replace"
         ) from None
 
 

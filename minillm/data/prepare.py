@@ -1,101 +1,95 @@
-"""Text to a prepared corpus: find it prepared already, or split, tokenize and write it.
+"""Prepare text: find the corpus that was made from it before, or split, tokenize and write it.
 
-The text is read to know its content, which names the cache and decides the split; for bpe once more
-to train the tokenizer; and once to encode it. The tokens depend on the text and the settings alone,
-never on paths, workers or the machine. What this room does not do: find files (documents.py), hold
-text out (split.py), know the format on disk (shards.py).
+The text is read to know its content, which names the cache and decides the split. For bpe it is
+read again to train the tokenizer, and last it is read to encode it. The tokens depend on the text
+and the settings alone, never on paths, workers or the machine. documents.py finds the files,
+split.py holds text out, corpus_writer.py encodes, and shards.py knows the format on disk.
 """
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from minillm.data import documents, encode as encoding, shards
+from minillm.data import documents, shards
 from minillm.data.bpe import check_vocab_size, choose_vocab_size
+from minillm.data.corpus_writer import NAMES, Say, building_corpus, train_on, write_corpus
+from minillm.data.encode import choose_workers
 from minillm.data.held_out import about
 from minillm.data.shards import Corpus, open_corpus
-from minillm.data.split import NEITHER, Split, held_out_names, parts, split
+from minillm.data.split import NEITHER, Split, held_out_names, split
 from minillm.data.survey import Text, survey
 from minillm.data.tokenizer import (
     KINDS,
     Tokenizer,
-    UnknownCharacterError,
     load_tokenizer,
     train_tokenizer,
 )
-from minillm.errors import CorruptError, UsageError
-from minillm.runtime.files import VERSION, building, json_digest, write_durably
+from minillm.errors import CorruptError, UsageError, parameter
+from minillm.runtime.files import VERSION, json_digest
+from minillm.runtime.relative_paths import CACHE
 
-Say = Callable[[str], None]
 SHARD_TOKENS = 100_000_000
-NAMES = 3  # of held-out documents that are shown
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """Settings of the preparation of text, on which the tokens depend, except for `workers`.
+
+    val_fraction: share of the bytes to hold out, 0 (nothing) to 0.5; not used if `val` is given
+    tokenizer: bpe, char, byte or a tokenizer's file
+    vocab_size: number of tokens of bpe; None chooses it from the amount of text
+    val: paths of the validation text
+    errors: "strict" or "replace", for bytes that are not of the encoding
+    encoding: encoding of the text
+    text_column: column with the text of .jsonl, .json and .parquet files
+    whole_documents: never hold out the ends of documents, see `split`
+    workers: number of processes that encode; None uses all cores for texts above 4 MB
+    shard_tokens: largest number of tokens in a shard
+    """
+
+    val_fraction: float
+    tokenizer: str = "bpe"
+    vocab_size: int | None = None
+    val: Sequence[str] | None = None
+    errors: str = "strict"
+    encoding: str = "utf-8"
+    text_column: str = "text"
+    whole_documents: bool = False
+    workers: int | None = None
+    shard_tokens: int = SHARD_TOKENS
 
 
 def prepare(
     paths: Sequence[str] | None,
+    how: Preparation,
     *,
-    tokenizer: str = "bpe",
-    vocab_size: int | None = None,
-    val_fraction: float = 0.05,
-    val: Sequence[str] | None = None,
     out: Path | None = None,
-    cache_dir: Path = Path("data/prepared"),
-    errors: str = "strict",
-    encoding: str = "utf-8",
-    text_column: str = "text",
-    whole_documents: bool = False,
-    workers: int | None = None,
-    shard_tokens: int = SHARD_TOKENS,
+    cache_dir: Path = Path(CACHE),
     say: Say = print,
 ) -> Corpus:
-    """Prepare the text at `paths` (None: the default corpus), or open it if that was done before.
+    """Prepare text, or open the corpus if that was done before.
 
-    A single path that is a prepared folder is opened as it is.
-
-    tokenizer: bpe, char, byte or a tokenizer's file.
-    vocab_size: for bpe; None chooses it from the amount of text.
-    val_fraction: 0 (nothing is held out) to 0.5 of the bytes.
-    val: where the validation text is. Then val_fraction is not used.
-    out: the folder to write; None is cache_dir/<hash of text and settings>.
-    errors: "strict" or "replace", for bytes that are not of the encoding.
-    encoding: of the text.
-    text_column: where rows of .jsonl, .json and .parquet files have their text.
-    whole_documents: hold out no tails of documents, see split.
-    workers: processes that encode; None takes the cores, from 4 MB on.
-    say: gets each line to show.
+    paths: files, folders and patterns; None for the default corpus. A single path that is a
+        prepared folder is opened as it is.
+    how: how the text becomes tokens
+    out: folder to write; None for cache_dir/<hash of text and settings>
+    cache_dir: folder of prepared corpora
+    say: receives each line to show
     """
     started = time.monotonic()
-    _refuse_prepared(paths or (), val or ())
+    _refuse_prepared(paths or (), how.val or ())
     if paths and shards.is_prepared(paths[0]):
-        return _already_prepared(Path(paths[0]), out, vocab_size, say)
-    made = _given_tokenizer(tokenizer, vocab_size)
-    text = survey(
-        documents.find(paths, encoding, text_column), errors, tokenizer == "char",
-        documents.find(val, encoding, text_column) if val else None,
-    )  # fmt: skip
-    if line := documents.about_skipped(text.survey.skipped):
-        say(line)
-    plan = split(text, val_fraction, whole_documents)
-    if n := int((plan.side == NEITHER).sum()):
-        verb = "is validation text too and is" if n == 1 else "are validation text too and are"
-        say(f"text      {n} of the documents to train on {verb} left out")
-    if tokenizer == "bpe" and vocab_size is None:
-        vocab_size = choose_vocab_size(plan.bytes["train"])
-    settings = {
-        "tokenizer": tokenizer if made is None else made.sha256,
-        "vocab_size": vocab_size if tokenizer == "bpe" else None,
-        "val_fraction": None if val else val_fraction,
-        "shard_tokens": shard_tokens,
-    }
-    if tokenizer == "bpe" and text.survey.has_reserved:  # lines with it did not count once
-        settings["reserved"] = True
-    if plan.rule != "documents":  # which was the only rule once, and has no name in a key
-        settings["split"] = plan.rule + text.survey.given_digest
+        return _already_prepared(Path(paths[0]), out, how.vocab_size, say)
+    tokenizer = _given_tokenizer(how.tokenizer, how.vocab_size)
+    text = _read(paths, how, say)
+    plan = _hold_out(text, how, say)
+    if how.tokenizer == "bpe" and how.vocab_size is None:
+        how = replace(how, vocab_size=choose_vocab_size(plan.bytes["train"]))
+    settings = _settings_of(text, plan, how, tokenizer)
     key = _key(text, settings)
     folder = Path(cache_dir, key[:16]) if out is None else Path(out)
     if os.path.lexists(folder) and not _is_empty_folder(folder):
@@ -103,20 +97,34 @@ def prepare(
         names = held_out_names(text, plan, NAMES)
         return _found(folder, key, out is None, names, say)
     say(f"corpus    preparing {documents.shown(text.source.description)} in {folder}")
-    if made is None:
-        made = _train(text, plan, tokenizer, vocab_size, say)
-    if made.note:
-        say(f"warning   {made.note}")
-    with _building(folder, key) as temporary:
-        index = _write(text, plan, made, temporary, workers, shard_tokens, say)
+    if tokenizer is None:
+        tokenizer = train_on(text, plan, how.tokenizer, how.vocab_size, say)
+    if tokenizer.note:
+        say(f"warning   {tokenizer.note}")
+    with building_corpus(folder, key) as temporary:
+        workers = how.workers or choose_workers(sum(plan.bytes.values()))
+        index = write_corpus(text, plan, tokenizer, temporary, workers, how.shard_tokens, say)
         shards.write_index(temporary, {**index, "key": key, "settings": settings})
     corpus = open_corpus(folder)
     say(about(corpus, time.monotonic() - started))
     return corpus
 
 
+def refuse_settings(folder: str | Path, given: Iterable[str]) -> None:
+    """Raise UsageError if the preparation of a prepared corpus is to be changed.
+
+    folder: the prepared corpus
+    given: names of settings that the user gave and that say how text is prepared
+    """
+    for name in sorted(given):
+        raise UsageError(
+            f"{parameter(name)}: {documents.shown(folder)} is prepared already; leave "
+            f"{parameter(name)} out, or give the text that the folder was made from"
+        )
+
+
 def _refuse_prepared(paths: Sequence[str], val: Sequence[str]) -> None:
-    """Raise UsageError where a prepared folder stands among other text, or is validation text."""
+    """Raise UsageError if a prepared folder is given with other text, or as validation text."""
     for folder in filter(shards.is_prepared, paths):
         if len(paths) > 1:
             raise UsageError(
@@ -125,56 +133,107 @@ def _refuse_prepared(paths: Sequence[str], val: Sequence[str]) -> None:
             )
         if val:
             raise UsageError(
-                f"--val {documents.shown(val[0])}: {documents.shown(folder)} is prepared already "
-                "and has its own validation text; leave --val out"
+                f"{parameter('val')} {documents.shown(val[0])}: {documents.shown(folder)} is "
+                f"prepared already and has its own validation text; leave {parameter('val')} out"
             )
     for folder in filter(shards.is_prepared, val):
         raise UsageError(
-            f"--val {documents.shown(folder)} is prepared already; "
+            f"{parameter('val')} {documents.shown(folder)} is prepared already; "
             "give the text that it was made from"
         )
 
 
 def _already_prepared(folder: Path, out: Path | None, vocab_size: int | None, say: Say) -> Corpus:
     if out is not None:
-        raise UsageError(f"{folder}: already a prepared corpus; leave --out away, or name its text")
-    corpus = open_corpus(folder)
-    asked = corpus.settings.get("vocab_size")  # the text may not have supported so large a one
-    if vocab_size not in (None, asked, corpus.vocab_size):
         raise UsageError(
-            f"--vocab-size {vocab_size}: {folder} was prepared with {corpus.vocab_size} tokens"
+            f"{folder}: already a prepared corpus; leave {parameter('out')} out, or name its text"
+        )
+    corpus = open_corpus(folder)
+    requested = corpus.settings.get("vocab_size")  # which the text may not have supported
+    if vocab_size not in (None, requested, corpus.vocab_size):
+        raise UsageError(
+            f"{parameter('vocab_size')} {vocab_size}: {folder} was prepared with "
+            f"{corpus.vocab_size} tokens"
         )
     say(about(corpus))
     return corpus
 
 
-def _given_tokenizer(tokenizer: str, vocab_size: int | None) -> Tokenizer | None:
-    """The tokenizer that needs no training on the text, if it is one."""
-    if tokenizer == "byte":
+def _read(paths: Sequence[str] | None, how: Preparation, say: Say) -> Text:
+    """Read all text once, to know its content, and report the files that are skipped."""
+    text = survey(
+        documents.find(paths, how.encoding, how.text_column),
+        how.errors,
+        how.tokenizer == "char",
+        documents.find(how.val, how.encoding, how.text_column) if how.val else None,
+    )
+    if line := documents.about_skipped(text.survey.skipped):
+        say(line)
+    return text
+
+
+def _hold_out(text: Text, how: Preparation, say: Say) -> Split:
+    """Split the text, and report the documents that are left out."""
+    plan = split(text, how.val_fraction, how.whole_documents)
+    if n := int((plan.side == NEITHER).sum()):
+        verb = "is validation text too and is" if n == 1 else "are validation text too and are"
+        say(f"text      {n} of the documents to train on {verb} left out")
+    return plan
+
+
+def _settings_of(
+    text: Text, plan: Split, how: Preparation, tokenizer: Tokenizer | None
+) -> dict[str, Any]:
+    """Return the settings that the tokens depend on, as index.json has them.
+
+    tokenizer: the tokenizer, if it is not trained on the text
+    """
+    settings = {
+        "tokenizer": how.tokenizer if tokenizer is None else tokenizer.sha256,
+        "vocab_size": how.vocab_size if how.tokenizer == "bpe" else None,
+        "val_fraction": None if how.val else how.val_fraction,
+        "shard_tokens": how.shard_tokens,
+    }
+    if how.tokenizer == "bpe" and text.survey.has_reserved:  # older releases dropped such lines
+        settings["reserved"] = True
+    if plan.rule != "documents":  # the only rule of older releases, which do not name it
+        settings["split"] = plan.rule + text.survey.given_digest
+    return settings
+
+
+def _given_tokenizer(name: str, vocab_size: int | None) -> Tokenizer | None:
+    """Return the tokenizer if it needs no training on the text, else None.
+
+    name: bpe, char, byte or a tokenizer's file
+    vocab_size: the number of tokens that the user asks for, or None
+    """
+    size = parameter("vocab_size")
+    if name == "byte":
         made = train_tokenizer("byte", [])
-    elif tokenizer in KINDS:
-        if tokenizer == "char" and vocab_size is not None:
-            raise UsageError("--vocab-size is for bpe: char has the text's own characters")
-        if tokenizer == "bpe" and vocab_size is not None:
+    elif name in KINDS:
+        if name == "char" and vocab_size is not None:
+            raise UsageError(
+                f"{size} is for bpe: char has one token for each character of the text"
+            )
+        if name == "bpe" and vocab_size is not None:
             check_vocab_size(vocab_size)
         return None
-    elif os.path.lexists(tokenizer):
-        made = load_tokenizer(tokenizer, foreign=True)
+    elif os.path.lexists(name):
+        made = load_tokenizer(name, foreign=True)
     else:
         raise UsageError(
-            f"--tokenizer {documents.shown(tokenizer)}: no such file; expected bpe, char, byte or "
-            "a tokenizer's file"
+            f"{parameter('tokenizer')} {documents.shown(name)}: no such file; expected bpe, char, "
+            "byte or a tokenizer's file"
         )
     if vocab_size not in (None, made.vocab_size):
         raise UsageError(
-            f"--vocab-size {vocab_size}: this tokenizer has {made.vocab_size} tokens; "
-            "leave --vocab-size out"
+            f"{size} {vocab_size}: this tokenizer has {made.vocab_size} tokens; leave {size} out"
         )
     return made
 
 
 def _key(text: Text, settings: dict[str, Any]) -> str:
-    """Name a prepared corpus by all that its tokens depend on."""
+    """Return the digest of everything that the tokens depend on, which names a corpus."""
     names = {
         "text": text.survey.digest,
         "format": VERSION,
@@ -190,101 +249,26 @@ def _is_empty_folder(folder: Path) -> bool:
 
 
 def _found(folder: Path, key: str, is_cache: bool, names: tuple[str, ...], say: Say) -> Corpus:
+    """Open the corpus that is in `folder` already.
+
+    key: digest that the corpus must have
+    is_cache: True if the folder is in --cache-dir, False if --out names it
+    names: names of held-out documents to report
+    say: receives each line to show
+    """
     if shards.is_prepared(folder):
         corpus = replace(open_corpus(folder), held_out=names)
         if corpus.key == key:
             say(about(corpus))
             return corpus
         if is_cache:
-            raise CorruptError(f"{folder}: not the corpus its name says; delete the folder")
+            raise CorruptError(f"{folder}: holds another corpus than its name says; delete it")
     if is_cache:
         raise UsageError(
             f"{folder}: exists and is not a prepared corpus; move it away, or choose another "
-            "--cache-dir"
+            f"{parameter('cache_dir')}"
         )
     raise UsageError(
         f"{documents.shown(folder)}: exists and is not this corpus prepared with these settings; "
-        "choose another --out"
-    )
-
-
-def _train(text: Text, plan: Split, kind: str, vocab_size: int | None, say: Say) -> Tokenizer:
-    if kind == "char":
-        # All of the text, as nanoGPT does: a character of the held-out part must have an id.
-        return train_tokenizer("char", [text.survey.characters])
-    say(f"training a bpe tokenizer of {vocab_size} tokens")
-    train_texts = (part.text for part in parts(text, plan) if part.side == "train")
-    made = train_tokenizer(kind, train_texts, vocab_size)
-    if made.vocab_size != vocab_size:
-        say(f"the text supports {made.vocab_size} tokens, not {vocab_size}")
-    return made
-
-
-@contextmanager
-def _building(folder: Path, key: str) -> Iterator[Path]:
-    """storage.building of a corpus, which another process may have built meanwhile."""
-    try:
-        with building(folder) as temporary:
-            yield temporary
-    except OSError:
-        # Its work is as good as ours.
-        if not shards.is_prepared(folder) or open_corpus(folder).key != key:
-            raise
-
-
-def _write(
-    text: Text,
-    plan: Split,
-    made: Tokenizer,
-    folder: Path,
-    workers: int | None,
-    shard_tokens: int,
-    say: Say,
-) -> dict[str, Any]:
-    """Write the tokenizer and the shards into `folder`; return what the index says of them."""
-    file = folder / made.file_name
-    write_durably(file, made.to_bytes())
-    n_bytes = sum(plan.bytes.values())
-    workers = workers or encoding.choose_workers(n_bytes)
-    writers = {
-        side: shards.ShardWriter(folder, side, made.vocab_size, shard_tokens)
-        for side in shards.SPLITS
-    }
-    said = time.monotonic()
-    done = 0
-    pieces = ((part.side, part.text) for part in parts(text, plan))
-    try:
-        for ids, size in encoding.encode(pieces, made, file, workers):
-            for side, side_ids in ids.items():
-                writers[side].add(side_ids)
-            done += size
-            if time.monotonic() - said > 5:
-                said = time.monotonic()
-                say(f"encoded {done / n_bytes:.0%} of {n_bytes / 1e6:.0f} MB")
-    except UnknownCharacterError:  # which knows its place in a piece of a document only
-        raise UsageError(_about_unknown(text, made)) from None
-    return {
-        "source": text.source.description,
-        "tokenizer": made.file_name,
-        "tokenizer_sha256": made.sha256,
-        "vocab_size": made.vocab_size,
-        "dtype": shards.dtype_for(made.vocab_size),
-        "bytes_per_split": plan.bytes,
-        "documents": plan.documents,
-        "held_out": held_out_names(text, plan, NAMES),
-        "shards": [entry for side in shards.SPLITS for entry in writers[side].close()],
-    }
-
-
-def _about_unknown(text: Text, made: Tokenizer) -> str:
-    """Name the first character of the text that the tokenizer lacks, and where it stands."""
-    found = ((document, made.unknown(document.text)) for document in text.documents())
-    document, at = next((document, at) for document, at in found if at is not None)
-    before, c = document.text[:at], document.text[at]
-    line, column = before.count("\n") + 1, at - before.rfind("\n")
-    byte = "" if document.start is None else f", offset {document.start + len(before.encode())}"
-    return (
-        f"{documents.shown(document.name)}: line {line}, column {column}{byte}: character {c!a} "
-        f"(U+{ord(c):04X}) is not among the {made.vocab_size} characters of the tokenizer; take it "
-        "out of the text, or use --tokenizer byte"
+        f"choose another {parameter('out')}"
     )

@@ -1,6 +1,6 @@
-"""Files of rows, each of which is a document: .jsonl, .json, .parquet; the first two also as .gz.
+"""Read files of rows, in which each row is a document: .jsonl, .json and .parquet.
 
-This module does not decide which files are read (documents.py).
+.jsonl and .json may be packed as .gz. documents.py decides which files are read.
 """
 
 import gzip
@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from minillm.data.plain_text import decode, shown, whole_characters
-from minillm.errors import CorruptError, UnavailableError, UsageError
+from minillm.errors import CorruptError, UnavailableError, UsageError, parameter
 
 GIVE_TEXT = "take the row out, or give it a text"
 
 
 def read_bytes(path: Path) -> bytes:
-    """Return what a file holds, unpacked if its name ends in .gz; CorruptError if it is damaged."""
+    """Return the content of a file, unpacked if its name ends in .gz; CorruptError on damage."""
     if not path.name.lower().endswith(".gz"):
         return path.read_bytes()
     with opened(path) as file:
@@ -41,10 +41,13 @@ def json_lines(
 ) -> Iterator[tuple[str, str]]:
     """Stream (file:line, text) of a file with one JSON row on each line.
 
-    column: where a row has its text.
+    path: the file
+    column: column with the text
+    errors: "strict" or "replace", for bytes that are not of the encoding
+    encoding: encoding of the file
     """
     with opened(path) as file:
-        wide = "\n".encode(encoding) != b"\n"  # UTF-16 and such have other line ends
+        wide = "\n".encode(encoding) != b"\n"  # UTF-16 and others have different line ends
         lines = decode(file.read(), shown(path), errors, encoding).split("\n") if wide else file
         for number, line in enumerate(lines, 1):
             where = f"{shown(path)}:{number}"
@@ -56,9 +59,14 @@ def json_lines(
 def json_rows(
     path: Path, column: str, errors: str, encoding: str = "utf-8"
 ) -> Iterator[tuple[str, str]]:
-    """Stream (file:row, text) of a .json file: an array of rows or a row on each line.
+    """Stream (file:row, text) of a .json file: an array of rows, or one row on each line.
 
-    Any other JSON is one document, as it is written. Raises UsageError on an array that is damaged.
+    Any other JSON is one document, unchanged. Raises UsageError if an array is damaged.
+
+    path: the file
+    column: column with the text
+    errors: "strict" or "replace", for bytes that are not of the encoding
+    encoding: encoding of the file
     """
     text = decode(read_bytes(path), shown(path), errors, encoding)
     kind, rows = _json_kind(text, shown(path))
@@ -73,7 +81,12 @@ def json_rows(
 
 
 def is_table(path: Path, column: str | None, encoding: str = "utf-8") -> bool:
-    """Whether a .json file holds rows: objects or texts; with a `column`, objects that have it."""
+    """Return whether a .json file holds rows, which are objects or texts.
+
+    path: the file
+    column: if it is not None, rows must be objects with a text in this column
+    encoding: encoding of the file
+    """
     try:
         text = decode(read_bytes(path), "", "replace", encoding)
         kind, rows = _json_kind(text, "")
@@ -114,17 +127,22 @@ def _text_of(row: Any, where: str, column: str, errors: str) -> str:
         others = [n for n, v in row.items() if isinstance(v, str)] if isinstance(row, dict) else []
         advice = _hint(others) or f"; {GIVE_TEXT}"
         raise UsageError(f'{where}: expected a JSON object with a string under "{column}"{advice}')
-    # "\ud800" is valid JSON but half a character: no UTF-8 can hold it.
+    # "\ud800" is valid JSON but half a character, which UTF-8 cannot encode.
     return whole_characters(text, where, errors)
 
 
 def _hint(columns: list[str]) -> str:
     names = ", ".join(columns[:3])
-    return f"; it has {names}: name one with --text-column" if columns else ""
+    return f"; it has {names}: name one with {parameter('text_column')}" if columns else ""
 
 
 def parquet_rows(path: Path, column: str) -> Iterator[tuple[str, str]]:
-    """Stream (file:row, text) of a parquet file; UnavailableError where pyarrow is missing."""
+    """Stream (file:row, text) of a parquet file.
+
+    path: the file
+    column: column with the text
+    Raises UnavailableError if pyarrow is missing.
+    """
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:

@@ -1,12 +1,12 @@
 """A prepared corpus on disk: token shards, the tokenizer and index.json with a digest of each.
 
     train-00000.bin ... val-00000.bin ...   token ids, little-endian uint16 or uint32
-    train-targets-00000.bin ...             where the answer is not the next token: a target for
-                                            each token, little-endian int32, -100 where none counts
+    train-targets-00000.bin ...             for tasks whose answer is not the next token: a target
+                                            for each token, little-endian int32, -100 for no target
     tokenizer.model or tokenizer.json
-    index.json                              what each file must be; carries its own sha256
+    index.json                              size and digests of each file, and its own sha256
 
-What this room does not do: make tokens (corpus.py), or hand them out (data.py).
+prepare.py makes the tokens, and batches.py reads them.
 """
 
 import os
@@ -23,8 +23,8 @@ from minillm.runtime.files import bytes_digest, file_digest, read_json, write_js
 from minillm.runtime.ownership import CORPUS, claims
 
 INDEX = "index.json"
-MEND = "delete the folder and prepare the corpus again"
-# Bytes per digest: a reader has to read this much to trust the first token of a block.
+REPAIR = "delete the folder and prepare the corpus again"
+# Bytes per digest. A reader must read a whole block before it can trust its first token.
 BLOCK = 1 << 20
 SPLITS = ("train", "val")
 TARGETS = np.dtype("<i4")
@@ -33,7 +33,14 @@ NAME = r"(train|val)(-targets)?-\d{5,}\.bin"
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of tokens; sha256 holds one digest per BLOCK bytes."""
+    """One file of tokens.
+
+    path: the file
+    bytes: its size
+    tokens: number of tokens in it
+    max_id: largest token id in it
+    sha256: digest of each block of BLOCK bytes, in hex
+    """
 
     path: Path
     bytes: int
@@ -44,13 +51,18 @@ class Shard:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A prepared corpus whose index has been checked. tokens, bytes, documents: per split.
+    """A prepared corpus whose index has been checked.
 
-    bytes counts the UTF-8 text, not the shards; dtype is "uint16" or "uint32"; key names the text
-    and the settings (tokenizer, vocab_size, val_fraction) that it was made from.
-    sequence: tokens of each sequence, where they have targets of their own; else None.
-    targets: the shards of these, per split.
-    held_out: the names of the first documents that are held out; older corpora have none.
+    dtype: "uint16" or "uint32"
+    tokens, documents: number of each, by split
+    bytes: UTF-8 bytes of the text, by split
+    shards: token shards by split
+    source: description of the text
+    key: digest of the text and of the settings that the tokens depend on
+    settings: these settings (tokenizer, vocab_size, val_fraction, ...)
+    sequence: tokens of each sequence if the corpus has its own targets, else None
+    targets: shards of the targets, by split
+    held_out: names of the first held-out documents; older corpora do not have them
     """
 
     folder: Path
@@ -74,7 +86,14 @@ class Corpus:
 
 
 class ShardWriter:
-    """Append the tokens, or the targets, of a split to numbered files of `shard_tokens` each."""
+    """Writer of the tokens, or the targets, of one split to numbered files.
+
+    folder: where to write them
+    split: "train" or "val"
+    vocab_size: ids must be below it
+    shard_tokens: number of tokens in each file but the last
+    targets: True to write targets in place of tokens
+    """
 
     def __init__(
         self, folder: Path, split: str, vocab_size: int, shard_tokens: int, targets: bool = False
@@ -86,8 +105,8 @@ class ShardWriter:
         self._start()
 
     def add(self, ids: np.ndarray) -> None:
-        """Append `ids` (N,) of any integer type; they must be below vocab_size."""
-        # A cast to uint16 would wrap an id silently.
+        """Append ids, (N,) of any integer type; raise ValueError if one is not below vocab_size."""
+        # A cast to uint16 would wrap a larger id without an error.
         if len(ids) and int(ids.max()) >= self._vocab_size:
             raise ValueError(f"id {int(ids.max())} in a vocabulary of {self._vocab_size}")
         ids = ids.astype(self._dtype)
@@ -102,7 +121,7 @@ class ShardWriter:
                 self._finish()
 
     def close(self) -> list[dict[str, Any]]:
-        """Write what is left and return the index entries of all shards."""
+        """Write the remaining tokens, and return the index entries of all shards."""
         if self._tokens:
             self._finish()
         return self.shards
@@ -138,37 +157,44 @@ class ShardWriter:
 
 
 def dtype_for(vocab_size: int) -> str:
-    """The narrowest of uint16 and uint32 that holds every id."""
+    """Return "uint16" if it can hold every id, else "uint32"."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
 def write_index(folder: Path, content: dict[str, Any]) -> None:
-    """Write index.json, which says what every other file must be."""
+    """Write index.json.
+
+    folder: folder of the corpus
+    content: the index, without version and digest
+    """
     write_json(folder / INDEX, content)
 
 
 def is_prepared(path: str | Path) -> bool:
-    """Return whether `path` is a folder that claims to be a prepared corpus, whole or damaged."""
+    """Return whether `path` is the folder of a prepared corpus, intact or damaged."""
     return claims(Path(path), CORPUS)
 
 
 def open_corpus(folder: str | Path) -> Corpus:
-    """Open a prepared corpus and check all but the tokens themselves (their readers do that).
+    """Open a prepared corpus and check everything except the tokens, which are checked when read.
 
-    Checked: the index against its digest, the version, every file's presence and size, ids against
-    the vocabulary, the tokenizer against its digest. UsageError when there is no such corpus,
-    CorruptError naming the file otherwise. Reads the index and the tokenizer only.
+    It checks the index against its digest, the version, the presence and size of every file, the
+    largest ids against the vocabulary, and the tokenizer against its digest. It reads only the
+    index and the tokenizer. Raises UsageError if there is no such corpus, and CorruptError, which
+    names the file, if it is damaged.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder; prepare a corpus first")
     if not is_prepared(folder):
         raise UsageError(f"{folder}: not a prepared corpus: it has no {INDEX} of one")
-    content = read_json(folder / INDEX, MEND)
+    content = read_json(folder / INDEX, REPAIR)
     try:
         corpus = _from_index(folder, content)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _corrupt(folder / INDEX, f"not as this version writes it ({error!r})") from None
+        raise _corrupt(
+            folder / INDEX, f"not in the form that this version writes ({error!r})"
+        ) from None
     _check_shards(corpus)
     _check_tokenizer(corpus, str(content["tokenizer_sha256"]))
     return corpus
@@ -178,7 +204,7 @@ def _from_index(folder: Path, content: dict[str, Any]) -> Corpus:
     shards: dict[str, list[Shard]] = {split: [] for split in SPLITS}
     targets: dict[str, list[Shard]] = {split: [] for split in SPLITS}
     for entry in content["shards"]:
-        # Whoever made the index, it must not lead out of the folder.
+        # A name in the index must not lead out of the folder.
         name = re.fullmatch(NAME, entry["name"])
         if not name:
             raise ValueError(f"a shard named {entry['name']!r}")
@@ -255,4 +281,4 @@ def _check_tokenizer(corpus: Corpus, expected: str) -> None:
 
 
 def _corrupt(path: Path, what: str) -> CorruptError:
-    return CorruptError(f"{path}: {what}; {MEND}")
+    return CorruptError(f"{path}: {what}; {REPAIR}")

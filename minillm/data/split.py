@@ -1,10 +1,9 @@
-"""Which text is for training and which is held out, decided by content and settings alone.
+"""Split text into training and held-out text, by its content and the settings alone.
 
-Documents are ordered by the hash of their text and held out from the start of that order until
+Documents are ordered by the hash of their text, and held out from the start of that order until
 their share of all bytes is reached. So the split does not depend on names or order, and copies of a
-text fall on one side. Where documents are too few or too unequal for that, each large one gives its
-tail instead. Validation text that is named by itself is held out whole. This module does not
-tokenize.
+text are on one side. If documents are too few or too unequal for that, the end of each large one is
+held out instead. Validation text that is given separately is held out whole.
 """
 
 from collections.abc import Iterator
@@ -16,25 +15,26 @@ from typing import NamedTuple
 import numpy as np
 
 from minillm.data.survey import Text, fingerprint, survey
-from minillm.errors import UsageError
+from minillm.errors import UsageError, parameter
 from minillm.runtime.terminal import decoded
 
 __all__ = ["Part", "Split", "Text", "held_out_names", "parts", "split", "survey"]
 
 SIDES = ("train", "val")
 TRAIN, VAL, NEITHER = 0, 1, 2
-# Where a tail may begin, the best first.
+# The held-out end of a document begins after one of these, the first ones preferred.
 BOUNDARIES = ("\n\n", "\n", ". ", " ")
 
 
 @dataclass(frozen=True)
 class Split:
-    """Where each document goes.
+    """The side of each document, train or val.
 
-    side: (N,) int8, TRAIN, VAL or NEITHER.
-    cuts: for each document that is cut its number and where, in characters.
-    bytes, documents: of each side, under "train" and "val".
-    rule: "documents", "tails" or "given".
+    side: (N,) int8, TRAIN, VAL or NEITHER
+    cuts: {number of a document: the character from which it is held out}
+    bytes: UTF-8 bytes of each side, by "train" and "val"
+    documents: number of documents of each side, by "train" and "val"
+    rule: "documents" (whole ones are held out), "tails" (ends of large ones) or "given" (--val)
     """
 
     side: np.ndarray
@@ -45,7 +45,7 @@ class Split:
 
 
 class Part(NamedTuple):
-    """A text for one side, "train" or "val", and what to call it."""
+    """A text, its side ("train" or "val") and its name for messages."""
 
     side: str
     text: str
@@ -53,17 +53,21 @@ class Part(NamedTuple):
 
 
 def split(text: Text, fraction: float, whole: bool = False) -> Split:
-    """Hold out `fraction` (0 to 0.5) of the bytes of `text`, or its validation text.
+    """Return the split that holds out a share of the text, or its separate validation text.
 
-    A document that would take the held-out share above twice the fraction is passed over. Where the
-    others do not reach the fraction, each of the large ones gives its tail. With a fraction above 0
-    both sides get text. A single document is cut after int(n_characters * (1 - fraction))
+    A document that would raise the held-out share above twice the fraction is not held out. If the
+    others do not reach the fraction, the ends of the large documents are held out. With a fraction
+    above 0 both sides get text. A single document is cut after int(n_characters * (1 - fraction))
     characters, as nanoGPT does with 0.1.
 
-    whole: hold out whole documents in any case, as releases did for which runs state no rule.
+    text: the text
+    fraction: share of the bytes to hold out, 0 to 0.5
+    whole: hold out whole documents in any case, as the releases did whose runs record no rule
     """
     if not 0 <= fraction <= 0.5:
-        raise UsageError(f"--val-fraction {fraction}: expected 0 (nothing held out) to 0.5")
+        raise UsageError(
+            f"{parameter('val_fraction')} {fraction}: expected 0 (nothing held out) to 0.5"
+        )
     sizes = text.survey.sizes
     if text.validation is not None:
         return _split_given(text)
@@ -84,7 +88,12 @@ def split(text: Text, fraction: float, whole: bool = False) -> Split:
 
 
 def parts(text: Text, plan: Split) -> Iterator[Part]:
-    """Stream the text of both sides in reading order; UsageError if a document has changed."""
+    """Stream the text of both sides in reading order.
+
+    text: the text
+    plan: its split
+    Raises UsageError if a document has changed since the survey.
+    """
     hashes = text.survey.hashes
     count = 0
     for document in text.documents():
@@ -98,13 +107,19 @@ def parts(text: Text, plan: Split) -> Iterator[Part]:
             yield Part(SIDES[plan.side[count]], document.text, document.name)
         count += 1
     if count != len(hashes):
-        raise UsageError(f"{text.source.description}: lost a document while it was being read")
+        raise UsageError(
+            f"{text.source.description}: a document disappeared while it was being read"
+        )
 
 
 def held_out_names(text: Text, plan: Split, limit: int) -> tuple[str, ...]:
-    """Return the names of the first `limit` documents that are held out, in reading order.
+    """Return the names of the first documents that are held out, in reading order.
 
-    Reads as many documents as it takes to come to them.
+    It reads the documents up to these.
+
+    text: the text
+    plan: its split
+    limit: largest number of names
     """
     if text.validation is not None:
         found = (Path(d.name).name for d in text.validation.documents(text.errors))
@@ -120,7 +135,7 @@ def held_out_names(text: Text, plan: Split, limit: int) -> tuple[str, ...]:
 
 
 def _split_whole(text: Text, side: np.ndarray, rule: str) -> Split:
-    """Return the split in which no document is cut."""
+    """Return a split in which no document is cut."""
     on = {name: side == number for number, name in enumerate(SIDES)}
     return Split(
         side,
@@ -132,7 +147,7 @@ def _split_whole(text: Text, side: np.ndarray, rule: str) -> Split:
 
 
 def _split_given(text: Text) -> Split:
-    """Hold out the validation text; leave what is the same text out of training."""
+    """Hold out the validation text, and leave documents with the same text out of training."""
     found = text.survey
     first = len(found.sizes) - found.n_given
     held = {row.tobytes() for row in found.hashes[first:]}
@@ -141,8 +156,8 @@ def _split_given(text: Text) -> Split:
         side[number] = NEITHER if found.hashes[number].tobytes() in held else TRAIN
     if not (side == TRAIN).any():
         raise UsageError(
-            f"--val {text.validation.description}: holds all the text of --data; "
-            "nothing is left to train on"
+            f"{parameter('val')} {text.validation.description}: holds all the text of "
+            f"{parameter('data')}; nothing is left to train on"
         )
     return _split_whole(text, side, "given")
 
@@ -152,7 +167,8 @@ def _split_single(text: Text, fraction: float) -> Split:
     if not 0 < cut < text.survey.n_characters:
         raise UsageError(
             f"{text.source.description}: {text.survey.n_characters} characters are too few to hold "
-            f"out {fraction:g} of them; give more text or --val-fraction 0"
+            f"out {fraction:g} of them; give more text or "
+            f"{parameter('val_fraction')} 0"
         )
     return _with_cuts(text, np.zeros(1, np.int8), {0: cut}, "documents")
 
@@ -160,9 +176,9 @@ def _split_single(text: Text, fraction: float) -> Split:
 def _split_tails(
     text: Text, fraction: float, groups: tuple[np.ndarray, np.ndarray, np.ndarray]
 ) -> Split:
-    """Cut the tail of each document that is too large to be held out whole.
+    """Hold out the end of each document that is too large to be held out whole.
 
-    The small ones are held out whole in the same proportion, as far as that is possible.
+    Of the small ones the same share is held out whole, as far as that is possible.
     """
     order, group_of, group_sizes = groups
     total = int(group_sizes.sum())
@@ -181,7 +197,7 @@ def _split_tails(
 
 
 def _with_cuts(text: Text, side: np.ndarray, cuts: dict[int, int], rule: str) -> Split:
-    """Return the split with these cuts; its bytes are counted by reading the text."""
+    """Return the split with these cuts; it reads the text to count bytes."""
     sizes, counts = {"train": 0, "val": 0}, {"train": 0, "val": 0}
     for part in parts(text, Split(side, cuts, {}, {})):
         sizes[part.side] += len(part.text.encode("utf-8"))
@@ -190,8 +206,10 @@ def _with_cuts(text: Text, side: np.ndarray, cuts: dict[int, int], rule: str) ->
 
 
 def _tail_start(text: str, fraction: float) -> int:
-    """Return where the last `fraction` of a text begins: behind a paragraph, a line, a sentence or
-    a word, if one ends within half the tail's length of the exact place. 0: it cannot be cut.
+    """Return the character from which the last `fraction` of a text is held out; 0 for no cut.
+
+    That is after a paragraph, a line, a sentence or a word, if one ends within half the length of
+    the end from the exact place.
     """
     tail = max(1, round(len(text) * fraction))
     exact = len(text) - tail
@@ -207,8 +225,8 @@ def _tail_start(text: str, fraction: float) -> int:
 def _groups(text: Text) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Group the copies of each text.
 
-    Returns the documents by the hash of their text, (N,), the group of each in that order, (N,),
-    and the bytes of each group.
+    Returns the numbers of the documents ordered by the hash of their text, (N,), the group of each
+    in that order, (N,), and the bytes of each group.
     """
     hashes, sizes = text.survey.hashes, text.survey.sizes
     order = np.lexsort((hashes[:, 1], hashes[:, 0]))
@@ -217,16 +235,20 @@ def _groups(text: Text) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     if len(starts) == 1:
         raise UsageError(
             f"{text.source.description}: all {len(sizes)} documents are the same text; "
-            "give it once, or pass --val-fraction 0"
+            f"give it once, or pass {parameter('val_fraction')} 0"
         )
     group_of = np.concatenate([[0], np.cumsum(differs)])
     return order, group_of, np.add.reduceat(sizes[order], starts)
 
 
 def _chosen(group_sizes: np.ndarray, among: np.ndarray, fraction: float) -> list[int]:
-    """Return the groups that are held out of those `among`, which are in the order of their hash.
+    """Return the groups to hold out.
 
-    They hold at least `fraction` of the bytes, unless the others are too large.
+    They have at least `fraction` of the bytes, unless the other groups are too large.
+
+    group_sizes: bytes of each group
+    among: numbers of the groups to choose from, in the order of their hash
+    fraction: share of the bytes of these groups
     """
     total = int(group_sizes[among].sum())
     chosen, taken = [], 0
@@ -240,5 +262,5 @@ def _chosen(group_sizes: np.ndarray, among: np.ndarray, fraction: float) -> list
 
 
 def _most(fraction: float, total: int) -> float:
-    """Return the most bytes that whole documents may take for a `fraction` of `total`."""
+    """Return the largest number of bytes to hold out as whole documents for a `fraction`."""
     return min(2 * fraction, (1 + fraction) / 2) * total

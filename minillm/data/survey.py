@@ -1,6 +1,6 @@
-"""What one pass over the text finds: the hash and the size of each document.
+"""Read the text once to know the hash and the size of each document.
 
-This module does not decide what is held out (split.py).
+split.py decides by them which documents are held out.
 """
 
 import hashlib
@@ -18,17 +18,17 @@ from minillm.errors import UsageError
 
 @dataclass(frozen=True)
 class Survey:
-    """What one pass over N documents found.
+    """Facts about N documents, found in one pass.
 
-    hashes: (N, 2) uint64, 128 bits of each text's sha256.
-    sizes: (N,) UTF-8 bytes.
-    digest: of all texts in their order, without the validation text that is named by itself.
-    characters: those that occur, if they were asked for.
-    n_characters: the length of the last document.
-    n_given: how many documents, the last ones, are validation text that is named by itself.
-    given_digest: of these.
-    skipped: what was passed over, as Source counts it.
-    has_reserved: whether bpe.RESERVED occurs.
+    hashes: (N, 2) uint64, 128 bits of each text's sha256
+    sizes: (N,) int64, UTF-8 bytes of each text
+    digest: sha256 of all texts in their order, without validation text that is given separately
+    characters: the different characters, if they were asked for
+    n_characters: length of the last document in characters
+    n_given: number of documents of validation text given separately, which come last
+    given_digest: sha256 of these
+    skipped: number of files that are not read, by the reason, as in Source
+    has_reserved: True if bpe.RESERVED occurs
     """
 
     hashes: np.ndarray
@@ -44,9 +44,12 @@ class Survey:
 
 @dataclass(frozen=True)
 class Text:
-    """Documents together with what they were found to hold, so that a change is noticed.
+    """Documents, with the survey by which a later change of them is noticed.
 
-    validation: the text that is held out, where it is named by itself.
+    source: the text to train on, or to split
+    errors: "strict" or "replace", for bytes that are not of the encoding
+    survey: facts about the documents
+    validation: validation text, if it is given separately
     """
 
     source: Source
@@ -55,7 +58,7 @@ class Text:
     validation: Source | None = None
 
     def documents(self) -> Iterator[Document]:
-        """Stream all documents, those of the validation text last."""
+        """Stream all documents; those of separate validation text come last."""
         sources = [self.source, *([self.validation] if self.validation else [])]
         return chain.from_iterable(source.documents(self.errors) for source in sources)
 
@@ -63,9 +66,13 @@ class Text:
 def survey(
     source: Source, errors: str, want_characters: bool, validation: Source | None = None
 ) -> Text:
-    """Read all documents once; UsageError if there is no text in them.
+    """Read all documents once, with one document in memory and 24 bytes for each.
 
-    Memory: one document, and 24 bytes for each.
+    source: the text to train on, or to split
+    errors: "strict" or "replace", for bytes that are not of the encoding
+    want_characters: whether to collect the different characters
+    validation: validation text, if it is given separately
+    Raises UsageError if there is no text.
     """
     hashes, sizes = bytearray(), bytearray()
     digests, counts, n_characters, has_reserved = [], [], 0, False
@@ -86,7 +93,9 @@ def survey(
             if want_characters:
                 characters.update(document.text)
         if part is not None and len(sizes) == before:
-            raise UsageError(f"{part.description}: no text, only nothing or white space")
+            raise UsageError(
+                f"{part.description}: no text; its files are empty or have only white space"
+            )
         digests.append(everything.hexdigest())
         counts.append((len(sizes) - before) // 8)
     found = Survey(

@@ -1,6 +1,6 @@
-"""SentencePiece models from elsewhere: tried in a process of their own before they are trusted.
+"""Load a SentencePiece model from elsewhere in a separate process first, as it may crash.
 
-Some files crash the library that loads them (its issues 1263 and 1269), and the process with it.
+Some files crash the library and so the whole process (SentencePiece issues 1263 and 1269).
 """
 
 import json
@@ -13,7 +13,7 @@ from minillm.errors import CorruptError, UnavailableError
 
 PATIENCE_S = 60
 REFUSED = 3
-# Loads the model as tokenizer.py will, probes and all. What it imports takes 0.1 s; not torch.
+# Loads the model as tokenizer.py does. Its imports take 0.1 s, as torch is not among them.
 TRIAL = f"""
 import json, sys
 sys.path[:] = json.loads(sys.argv[1])
@@ -26,9 +26,11 @@ except Exception:
 
 
 def try_model(path: Path, data: bytes) -> None:
-    """Raise CorruptError if the model in `data`, read from `path`, fails or crashes its loader.
+    """Raise CorruptError if a model cannot be loaded or crashes SentencePiece.
 
-    Raises UnavailableError if no process can be started to find out.
+    path: file of the model, for the message
+    data: its content
+    Raises UnavailableError if no process can be started.
     """
     command = [sys.executable, "-c", TRIAL, json.dumps(sys.path)]
     try:
@@ -37,7 +39,7 @@ def try_model(path: Path, data: bytes) -> None:
         raise CorruptError(f"{path}: loading it takes more than {PATIENCE_S} s") from None
     if done.returncode < 0:
         name = signal.Signals(-done.returncode).name
-        raise CorruptError(f"{path}: damaged or hostile, it crashes its loader ({name})")
+        raise CorruptError(f"{path}: damaged or malicious: it crashes SentencePiece ({name})")
     if done.returncode == REFUSED:
         raise CorruptError(f"{path}: not a SentencePiece model, or damaged")
     if done.returncode:

@@ -1,4 +1,4 @@
-"""The command lines: which flags each command takes, and what can be refused of them at once.
+"""Flags of each command, and the errors that can be found without torch.
 
-Nothing here imports torch, so help, versions and refusals take a tenth of a second.
+Nothing here imports torch, so --help, --version and errors take a tenth of a second.
 """

@@ -1,4 +1,4 @@
-"""The command line of `minillm plan`: train.py's flags, and those of the cluster to plan for."""
+"""Flags of `minillm plan`: train.py's flags, and those of the machines to plan for."""
 
 from argparse import SUPPRESS, Namespace
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ def _check(args: Namespace) -> None:
     if args.links and any(value is not None for value in given):
         raise UsageError("--links and --link-gbs, --latency-us, --node-... exclude each other")
     if args.gpu is not None:
-        cards.find(args.gpu)  # refused before torch is imported
+        cards.find(args.gpu)  # raises before torch is imported
     if args.print_config:
         raise UsageError("--print-config is train.py's; leave it out")
 
@@ -50,7 +50,7 @@ def parser() -> Parser:
         aliases=ALIASES,
         common=COMMON,
         examples=(
-            (start(), "what plain train.py takes on this machine"),
+            (start(), "memory and time of train.py without flags on this machine"),
             (start("--preset", "small", "--gpu", "rtx-4090"), "whether a preset fits on a card"),
             (start("--preset", "large", "--gpu", "h100", "--gpus", 64, "--zero", 2),
              "on 64 cards, with gradients sharded"),
@@ -59,7 +59,9 @@ def parser() -> Parser:
     )  # fmt: skip
     _add_to(p)
     train.add_to(p)
-    next(a for a in p._actions if a.dest == "print_config").help = SUPPRESS  # _check refuses it
+    next(
+        a for a in p._actions if a.dest == "print_config"
+    ).help = SUPPRESS  # _check raises UsageError on it
     return p
 
 

@@ -1,27 +1,29 @@
-"""The command line of `minillm prepare`."""
+"""Flags of `minillm prepare`, and the refusals that need no torch."""
 
 from argparse import Namespace
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from minillm.config.train import TrainConfig
 from minillm.data import documents
 from minillm.errors import UsageError
 from minillm.runtime.cli import Parser, path, path_text, real, whole
 from minillm.runtime.files import check_place
 from minillm.runtime.launch import shell_command
+from minillm.runtime.relative_paths import CACHE
 from minillm.runtime.terminal import decoded
 
 
 def parse(argv: Sequence[str]) -> Namespace:
-    """Parse the flags of `minillm prepare`; raise UsageError on paths that are not there."""
+    """Parse the flags of `minillm prepare`; raise UsageError if a path does not exist."""
     args = parser().parse(argv)
     if args.tokenizer == "":
         raise UsageError("--tokenizer is empty; expected bpe, char, byte or a tokenizer's file")
     if args.out is None:
-        check_place("--cache-dir", args.cache_dir)
+        check_place("cache_dir", args.cache_dir)
     else:
-        check_place("--out", args.out.parent)
+        check_place("out", args.out.parent)
     for place in (*args.paths, *(args.val or ())):
         if not Path(place).exists():
             documents.find([place])
@@ -36,7 +38,7 @@ def parser() -> Parser:
         description="Split text, tokenize it and write token shards that train.py --data reads.",
         examples=(
             (start("my.txt", "--out", "corpus"), "prepare one text in a new folder"),
-            (start("texts", "--tokenizer", "char"), "a folder of texts, with a token a character"),
+            (start("texts", "--tokenizer", "char"), "one token per character of a folder of texts"),
             (start("rows.jsonl", "--val-fraction", 0.1), "hold a tenth out for validation"),
         ),
     )  # fmt: skip
@@ -47,7 +49,7 @@ def parser() -> Parser:
         "Python)")  # fmt: skip
     add("--out", type=path, metavar="DIR",
         help="new folder to write (default: a folder in --cache-dir)")  # fmt: skip
-    add("--cache-dir", type=path, default=Path("data/prepared"), metavar="DIR",
+    add("--cache-dir", type=path, default=Path(CACHE), metavar="DIR",
         help="folder to keep prepared text in")  # fmt: skip
     add("--tokenizer", type=path_text, metavar="NAME",
         help="tokenizer: bpe, char, byte, or a file FILE.model or FILE.json "
@@ -56,7 +58,8 @@ def parser() -> Parser:
         help="number of tokens in the vocabulary of bpe (default: chosen from the amount of "
         "text)")  # fmt: skip
     add("--val-fraction", type=real(0, 0.5), metavar="X",
-        help="share of the bytes held out for validation, 0 to 0.5 (default: 0.05)")  # fmt: skip
+        help="share of the bytes held out for validation, 0 to 0.5 "
+        f"(default: {TrainConfig.val_fraction:g})")  # fmt: skip
     add("--val", nargs="+", metavar="PATH", type=path_text,
         help="text files, folders or glob patterns to validate on, instead of --val-fraction; text "
         "that is among the other paths too is left out of training")  # fmt: skip

@@ -47,13 +47,13 @@ def _check(args: Namespace, names: tuple[str, ...]) -> None:
     if args.dtype and set(names) <= {"audit", "tune"}:
         raise UsageError("--dtype: the audit and --tune take every dtype; leave it out")
     if names:
-        check_place("--out", args.out or Path("benchmarks"))
+        check_place("out", args.out or Path("benchmarks"))
     if args.trace:
         if args.trace.is_dir():
             raise UsageError(f"--trace {args.trace}: is a folder; name a file")
         if os.path.lexists(args.trace):
             raise UsageError(f"--trace {args.trace}: exists already; name a new file")
-        check_place("--trace", args.trace.parent)
+        check_place("trace", args.trace.parent)
 
 
 def parser() -> Parser:

@@ -1,4 +1,4 @@
-"""The command line of train.py."""
+"""Flags of train.py, and the errors that can be found without torch."""
 
 import sys
 from argparse import Namespace
@@ -14,8 +14,8 @@ from minillm.errors import UsageError
 from minillm.runtime import cli
 from minillm.runtime.launch import shell_command
 
-NEWEST = object()  # --resume without a name
-ELSEWHERE = "--resume goes on in its own folder; drop --out, --init-from and such"
+NEWEST = object()  # value of --resume without a name
+ELSEWHERE = "--resume continues in the run's own folder; drop --out, --overwrite and --init-from"
 COMMON = (
     *("data", "preset", "time_limit", "steps", "out", "resume", "config", "n_layer", "n_head"),
     *("d_model", "seq_len", "batch_size", "learning_rate", "device", "compile", "help"),
@@ -24,12 +24,12 @@ EPILOG = (
     "Underscores may stand for dashes. --no-NAME turns a switch off. A flag wins over the same "
     "setting in --config, and that over --preset."
 )
-# The device files of CUDA's driver, of the same in WSL and on a Jetson, and of ROCm's.
+# Device files of the drivers: CUDA, CUDA in WSL and on a Jetson, ROCm.
 GPU_FILES = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvhost-gpu", "/dev/nvgpu", "/dev/kfd")
 
 
 def parse(argv: Sequence[str]) -> Namespace:
-    """Parse train.py's flags; raise UsageError on what can be refused without torch."""
+    """Parse train.py's flags; raise UsageError on errors that can be found without torch."""
     args = parser().parse(argv)
     check(args)
     return args
@@ -45,7 +45,7 @@ def parser() -> cli.Parser:
         aliases=ALIASES,
         common=COMMON,
         examples=(
-            (start(), "train on the sources of this Python, as a first try"),
+            (start(), "train on the source code of this Python, as a first try"),
             (start("--data", "my.txt", "--time-limit", "10m"), "train on a text for ten minutes"),
             (start("--resume"), "continue the newest run"),
         ),
@@ -60,8 +60,8 @@ def add_to(p: cli.Parser) -> None:
     p.add_argument(
         "--config", metavar="FILE", type=cli.path_text,
         help="file with settings, .toml or .json, as --print-config prints them, or the "
-        "config.json of a run, to repeat it. A --preset flag takes the place of the preset of such "
-        "a file; what the file changed of its own preset stays",
+        "config.json of a run, to repeat it. A --preset flag replaces the preset of such a file, "
+        "but not the settings in which the file differs from its preset",
     )  # fmt: skip
     p.add_argument(
         "--resume", nargs="?", const=NEWEST, metavar="RUN", type=cli.path_text,
@@ -72,9 +72,9 @@ def add_to(p: cli.Parser) -> None:
 
 
 def values(args: Namespace | None) -> tuple[str, dict[str, str]]:
-    """Return whose defaults help shows, in a sentence, and the note on each setting's value.
+    """Return a sentence about the defaults in --help, and the note on each setting's value.
 
-    args: the other flags; None if they are refused, or there are none.
+    args: the other flags on the command line; None if there are none, or they are refused
     """
     try:
         preset = default_presets(args)[-1] if args else "nano"
@@ -95,7 +95,7 @@ def values(args: Namespace | None) -> tuple[str, dict[str, str]]:
 
 
 def check(args: Namespace) -> None:
-    """Raise UsageError if the flags do not fit together, without asking torch for a device."""
+    """Raise UsageError if the flags do not fit together, without importing torch."""
     if args.resume is not None:
         if args.resume == "":
             raise UsageError("--resume is empty; name a run, or give --resume alone for the newest")
@@ -113,7 +113,7 @@ def check(args: Namespace) -> None:
         except UsageError as error:
             found.append(error)
     refusals = [each for each in found if isinstance(each, UsageError)]
-    # Where the preset is not known yet, only what both refuse in the same words is refused here.
+    # If the preset depends on the device, only errors that both presets have are raised here.
     if len(refusals) == len(found) and len({str(error) for error in refusals}) == 1:
         raise refusals[0]
     settings = next((each for each in found if isinstance(each, Settings)), None)
@@ -126,13 +126,17 @@ def check(args: Namespace) -> None:
 
 
 def is_elsewhere(out: str | None, run: str | Path) -> bool:
-    """Return whether --out names another folder than that of the run to resume, which is there."""
+    """Return whether --out names another folder than that of the run to resume.
+
+    out: value of --out, or None
+    run: the run
+    """
     there = Path(run).is_dir() and Path(out or "").resolve() == Path(run).resolve()
     return bool(out) and not there
 
 
 def default_presets(args: Namespace) -> list[str]:
-    """Return the preset used without --preset: nano on a CPU, tiny on a GPU; both if in doubt."""
+    """Return the preset without --preset: nano on a CPU, tiny on a GPU; both if it is unknown."""
     device = args.device
     if device is None and args.config is not None:
         device = read_config(Path(args.config)).get("device")

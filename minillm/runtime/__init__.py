@@ -1,4 +1,5 @@
-"""Files, devices, processes and terminals: what every wing stands on. Nothing here knows models.
+"""Files, devices, processes and terminals, for all other wings. Nothing here knows models.
 
-Start with files.py (durable, hashed files), then program.py (errors to exit codes) and device.py.
+Read files.py (durable files with digests), program.py (errors become exit codes), cli.py (command
+lines), launch.py (ranks and start commands) and device.py in this order.
 """

@@ -1,4 +1,4 @@
-"""Speeds that this machine can reach: matrix products in each dtype, and streaming over memory."""
+"""Measure the highest speeds of this machine: matrix products in each dtype, and memory."""
 
 import math
 import platform
@@ -15,7 +15,7 @@ from minillm.runtime.stopwatch import LEAST, Trial, on_gpu
 
 
 def name(device: torch.device) -> str:
-    """What the device's maker calls it."""
+    """Return the maker's name of the device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -26,23 +26,27 @@ def name(device: torch.device) -> str:
     return model[1].strip() if model else platform.processor() or platform.machine() or "CPU"
 
 
-# Working sets at which a CPU's bandwidth is measured besides that of its memory: from what lies in
-# the level-1 or level-2 caches of a few cores to what only a large level-3 cache holds.
+# Bytes of the working sets for which a CPU's bandwidth is measured besides that of its memory: from
+# the size of the level-1 or level-2 caches of a few cores to that of a large level-3 cache.
 WORKING_SETS = tuple(1 << n for n in (16, 18, 20, 22, 24, 26))
 
 
 def ceilings(device: torch.device, dtypes: Sequence[str], quick: bool = False) -> dict[str, Any]:
-    """Return what this machine reaches as it is now: a roof for each dtype, and for memory.
+    """Return the highest speeds that this machine reaches now, for each dtype and for memory.
 
-    NAME_tflops: a matrix product by PyTorch (cuBLAS) of random numbers, TFLOP/s; fp32 without tf32
-    unless the caller has allowed it. On a CPU the fastest of several sizes, and at least that of
-    fp32, as an operation may widen its data and compute in fp32.
-    memory_gbps: a large copy, bytes read and written, GB/s; on a CPU also a sum and a product
+    device: the device
+    dtypes: names of the dtypes, "fp32", "fp16" or "bf16"
+    quick: True to take less time, with less accuracy
+    Returns a dict with these keys:
+    NAME_tflops: matrix product of random numbers by PyTorch (cuBLAS), in TFLOP/s; fp32 without tf32
+        unless the caller has allowed it. On a CPU the fastest of several sizes, and at least that
+        of fp32, as an operation may widen its data and compute in fp32.
+    memory_gbps: large copy, bytes read and written, in GB/s; on a CPU also a sum and a product
     cached_gbps: on a CPU, unless there are no dtypes, the same at WORKING_SETS bytes: {bytes: GB/s}
     """
     found: dict[str, Any] = {}
     n = (8192 if device.type == "cuda" else 1024) // (2 if quick else 1)
-    # On a CPU with neighbours only a short product runs without being interrupted.
+    # On a busy CPU only a short product runs without being interrupted.
     widths = (n,) if device.type == "cuda" else (n, 256, 128)
     for dtype in dtypes:
         found[f"{dtype}_tflops"] = max(_product_tflops(w, dtype, device, quick) for w in widths)
@@ -58,7 +62,7 @@ def ceilings(device: torch.device, dtypes: Sequence[str], quick: bool = False) -
     if dtypes:
         found["cached_gbps"] = {
             str(n): _streaming_gbps(n, device, quick) for n in WORKING_SETS
-        }  # text, as JSON's keys are
+        }  # text, as keys of JSON are
     return found
 
 
@@ -69,7 +73,7 @@ def _product_tflops(n: int, dtype: str, device: torch.device, quick: bool) -> fl
 
 
 def _streaming_gbps(n_bytes: int, device: torch.device, quick: bool) -> float:
-    """Return the fastest of three ways to stream over a working set of `n_bytes`, in GB/s.
+    """Return the speed of the fastest of three ways to stream over `n_bytes`, in GB/s.
 
     Copying writes as much as it reads, a product of two tensors a third as much, a sum nothing;
     which of them is fastest depends on the processor.
@@ -87,9 +91,9 @@ def _streaming_gbps(n_bytes: int, device: torch.device, quick: bool) -> float:
 
 
 def _seconds(trial: Trial, device: torch.device, quick: bool) -> float:
-    """Return the time of a trial: on a GPU the median, on a CPU the least.
+    """Return the time of a trial in seconds: on a GPU the median, on a CPU the shortest.
 
-    A CPU has neighbours, and a roof is what it reaches without them.
+    A CPU may be shared, and its highest speed is that without other load.
     """
     wish = 0.05 if quick else 0.3
     if device.type == "cuda":

@@ -1,7 +1,7 @@
-"""A strict argparse: the parser of every command line.
+"""A strict argparse parser for all command lines, and parsers of values.
 
-Abbreviations are refused, an unknown flag names the nearest known one, underscores in a flag stand
-for dashes, and numbers must be finite. This file knows no particular flag.
+Abbreviations are refused, the message on an unknown flag names the nearest known one, underscores
+in a flag stand for dashes, and numbers must be finite.
 """
 
 import argparse
@@ -14,25 +14,25 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from minillm import __version__
-from minillm.errors import UsageError
+from minillm.errors import UsageError, parameter
 from minillm.runtime import help_text
 from minillm.runtime.units import limits
 
 LONGEST = 1e9  # seconds: 32 years
-# No flag begins with a digit, so these words are values.
+# No flag begins with a digit, so such words are values.
 NEGATIVE = re.compile(r"-(\.?\d|inf|nan)", re.IGNORECASE)
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that refuses in one line, as UsageError, with the nearest known flag.
+    """ArgumentParser that raises UsageError with one line, which names the nearest known flag.
 
-    A value that begins with a dash is written --flag=-value; negative numbers need no `=`.
+    A value that begins with a dash is written --flag=-value. Negative numbers do not need the `=`.
 
-    aliases: other spellings of a flag, {"--block-size": "--seq-len"}.
-    common: the flags that --help shows, by dest; --help all shows all. Default: all.
-    examples: (command line, what it does) of each example in --help.
-    values: returns a sentence about the defaults, and the note on each flag's value by dest, for
-        the other flags on the command line (None: none, or they are refused).
+    aliases: other names of flags, {"--block-size": "--seq-len"}
+    common: dests of the flags that --help shows, while --help all shows all; default: all
+    examples: (command line, description) of each example in --help
+    values: function from the other flags on the command line (None if there are none, or they are
+        refused) to a sentence about the defaults and the note on each flag's value by dest
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--debug", action="store_true", help="show the tracebacks of errors")
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Parse `argv`; raise UsageError on anything that is not understood."""
+        """Return the parsed command line; raise UsageError on any word that is not understood."""
         self._given = list(argv)
         words = self._words = self._spelled(argv)
         at = next((i for i, word in enumerate(words) if self._asks_for_help(i, word)), None)
@@ -73,7 +73,7 @@ class Parser(argparse.ArgumentParser):
         return namespace
 
     def error(self, message: str) -> NoReturn:
-        """Raise instead of printing the whole usage and exiting."""
+        """Raise UsageError, where argparse prints the whole usage and exits."""
         message = message.replace("ignored explicit argument", "takes no value; got")
         lacking = re.match(r"argument (?:\S+/)?(--\S+): expected (?:one|at least one) arg", message)
         if lacking and (value := self._after(lacking[1])):
@@ -88,7 +88,7 @@ class Parser(argparse.ArgumentParser):
         return help_text.whole(self, None)
 
     def _spelled(self, argv: Sequence[str]) -> list[str]:
-        """Spell each known flag as it is declared; all other words are left as they are."""
+        """Replace each known flag by its declared spelling; other words are unchanged."""
         words = list(argv)
         end = words.index("--") if "--" in words else len(words)
         for i, word in enumerate(words[:end]):
@@ -140,7 +140,7 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(0)
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
-        # argparse would drop the value of --flag=-- as if it ended the flags.
+        # argparse would drop the value of --flag=-- as if it were the end of the flags.
         if action.option_strings and action.nargs in (None, "?") and arg_strings == ["--"]:
             return self._get_value(action, "--")
         return super()._get_values(action, arg_strings)
@@ -167,7 +167,7 @@ class Parser(argparse.ArgumentParser):
         known = [f for f in (*self._option_string_actions, *self.aliases) if f.startswith("--")]
         if near := nearest(flag.lstrip("-"), [name[2:] for name in known]):
             return f"unknown flag {flag}; did you mean --{near}?"
-        # An abbreviation, which is refused: a flag to come could begin in the same way.
+        # Abbreviations are refused: a future flag could begin in the same way.
         longer = [name for name in known if name[2:].startswith(flag.lstrip("-") or "-")]
         if 0 < len(longer) <= 3:
             return f"unknown flag {flag}; flags that begin so: {', '.join(longer)}"
@@ -175,16 +175,24 @@ class Parser(argparse.ArgumentParser):
 
 
 def not_one_of(word: str, names: Iterable[str]) -> str:
-    """Return what is wrong with a word that is none of `names`, and which it is likely to be."""
+    """Return the message on a wrong word, with the name that was probably meant.
+
+    word: the word
+    names: the allowed words
+    """
     near = nearest(word, names)
     hint = f"; did you mean {near}?" if near else ""
     return f"{word!r} is not one of {', '.join(names)}{hint}"
 
 
 def nearest(word: str, names: Iterable[str]) -> str | None:
-    """Return the name that `word` is likely to be a slip of; None if there is none.
+    """Return the name that was probably meant by a misspelt word, or None.
 
-    It is the closest one, at most two edits away, of a word of one or two letters at most one.
+    It is the closest name at a distance of at most two edits, or one edit for a word of one or two
+    letters.
+
+    word: the word
+    names: the names to compare it with
     """
     limit = 2 if len(word) > 2 else 1
     near = [(edits(word, name), name) for name in names if abs(len(name) - len(word)) <= limit]
@@ -193,8 +201,9 @@ def nearest(word: str, names: Iterable[str]) -> str | None:
 
 
 def edits(a: str, b: str) -> int:
-    """Return how many letters to insert, delete, change or swap with the next turn a into b.
+    """Return the number of letters to insert, delete, change or swap to turn one word into another.
 
+    a, b: the words
     Source: Damerau 1964, "A technique for computer detection and correction of spelling errors".
     """
     before, row = [0] * (len(b) + 1), list(range(len(b) + 1))
@@ -210,7 +219,11 @@ def edits(a: str, b: str) -> int:
 
 
 def whole(low: int, high: int | None = None):
-    """A parser of whole numbers between `low` and `high`, both included."""
+    """Return a parser of whole numbers.
+
+    low: smallest allowed number
+    high: largest allowed number, or None for no limit
+    """
 
     def parse(text: str) -> int:
         try:
@@ -223,7 +236,13 @@ def whole(low: int, high: int | None = None):
 
 
 def real(low: float, high: float | None = None, *, above: bool = False, below: bool = False):
-    """A parser of finite numbers from `low` to `high`; `above`, `below` leave the ends out."""
+    """Return a parser of finite numbers.
+
+    low: smallest allowed number
+    high: largest allowed number, or None for no limit
+    above: True if `low` itself is not allowed
+    below: True if `high` itself is not allowed
+    """
 
     def parse(text: str) -> float:
         try:
@@ -242,28 +261,30 @@ def real(low: float, high: float | None = None, *, above: bool = False, below: b
 
 
 def path_text(text: str) -> str:
-    """Return a path with the home folder for a `~` that the shell has left, as in --out=~/run.
+    """Return a path with the home folder in place of a `~` that the shell left, as in --out=~/run.
 
-    As in a shell, `~name` stays as it is where there is no such user.
+    As in a shell, `~name` is unchanged if there is no such user.
     """
     return os.path.expanduser(text)  # noqa: PTH111 - a Path would refuse such a name
 
 
 def path(text: str) -> Path:
-    """A path: neither empty, which would be the folder one stands in, nor with a NUL."""
+    """Return a path; raise ArgumentTypeError if it is empty or has a NUL."""
     if not text or "\0" in text:
         raise argparse.ArgumentTypeError(f"{text!r} is not a path")
     return Path(path_text(text))
 
 
 def check_device(name: str) -> None:
-    """Raise UsageError if no device can be called `name`; whether it is there torch will say."""
+    """Raise UsageError if this is no name of a device; torch finds out whether it exists."""
     if not re.fullmatch(r"auto|(cpu|cuda|mps)(:\d+)?", name):
-        raise UsageError(f"--device {name!r} is not one of auto, cpu, cuda, cuda:N, mps")
+        raise UsageError(
+            f"{parameter('device')} {name!r} is not one of auto, cpu, cuda, cuda:N, mps"
+        )
 
 
 def duration(text: str) -> float:
-    """Seconds from `90`, `90s`, `10m` or `1.5h`."""
+    """Return the seconds of a duration: `90`, `90s`, `10m` or `1.5h`."""
     match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([smh]?)", text.strip())
     seconds = match and float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
     if not seconds or seconds > LONGEST:

@@ -1,8 +1,8 @@
-"""Standard error as a screen: permanent lines, and one progress bar below them.
+"""Write permanent lines to standard error, with one progress bar below them.
 
-All lines must go through `write`, so that they appear above the bar and the bar is drawn again
-below them. A bar never fills the last column and leaves the cursor at the start of its line: a
-terminal then neither wraps it nor leaves pieces of it behind when it echoes a key such as Ctrl-C.
+All lines must be written with `write`, so that they appear above the bar and the bar is drawn again
+below them. A bar never fills the last column and leaves the cursor at the start of its line. So a
+terminal does not wrap it, and no part of it is left when the terminal echoes a key such as Ctrl-C.
 """
 
 import os
@@ -17,18 +17,19 @@ from tqdm import tqdm
 
 from minillm.runtime.terminal import visible
 
-USUAL_COLUMNS = 80  # of a terminal that does not say how wide it is
-SHORTEST_BAR = 8  # columns; facts beside the bar are left out before it gets shorter
+USUAL_COLUMNS = 80  # for a terminal of unknown width
+SHORTEST_BAR = 8  # columns; facts next to the bar are left out before it gets shorter
 REDRAW_S = 0.1
-# To the end of the line, then of the screen; the second alone puts the line into tmux's history.
+# Erases to the end of the line, then of the screen; the second alone fills tmux's history.
 ERASE = "\x1b[K\x1b[J"  # not every Windows console knows it
-INDENT = 10  # of the second line of a message, below the text after its label
+INDENT = 10  # columns before further lines of a message, which align with the text of the first
 
 
 class Fact(NamedTuple):
-    """A piece of text beside the bar.
+    """Text next to the bar.
 
-    rank: the facts with the lowest ranks are shown when there is not enough space for all.
+    rank: if there is not enough space for all facts, those with the lowest ranks are shown
+    text: the text
     """
 
     rank: int
@@ -36,11 +37,12 @@ class Fact(NamedTuple):
 
 
 class View(NamedTuple):
-    """What a bar shows.
+    """Content of a bar.
 
-    label: text before the bar.
-    done, total: how much of the work is done; total 0 shows no bar, only the texts.
-    facts: texts after the bar, in the order in which they are shown.
+    label: text before the bar
+    done: amount of work that is done
+    total: amount of all work; 0 shows the texts without a bar
+    facts: texts after the bar, in the order in which they are shown
     """
 
     label: str
@@ -50,33 +52,33 @@ class View(NamedTuple):
 
 
 class Bar(tqdm):
-    """One line at the bottom of the terminal, drawn at most every REDRAW_S; gone once closed.
+    """One line at the bottom of the terminal, drawn at most every REDRAW_S, erased by `close`.
 
-    view: returns what to show now.
+    view: function that returns the present content
     """
 
-    monitor_interval = 0  # tqdm would start a thread to redraw bars that nothing redraws
+    monitor_interval = 0  # no thread of tqdm that redraws idle bars
 
     def __init__(self, view: Callable[[], View]) -> None:
         self.view, self.drawn = view, 0.0
-        # Fixed sizes, so that tqdm does not look for them: they are looked up at each drawing.
+        # Fixed sizes, so that tqdm does not look them up; format_dict does at each drawing.
         super().__init__(file=sys.stderr, leave=False, ncols=USUAL_COLUMNS, nrows=20, position=0)
 
     @property
     def format_dict(self) -> dict:
-        """What tqdm draws the line from, for the present width of the terminal."""
+        """Values from which tqdm draws the line, for the present width of the terminal."""
         view, columns = self.view(), (width(self.fp) or USUAL_COLUMNS) - 1
         drawn = {"ncols": columns, "n": view.done, "total": view.total or None}
         return {**super().format_dict, **drawn, "bar_format": _line(view, columns)}
 
     @staticmethod
     def status_printer(file: TextIO) -> Callable[[str], None]:
-        """Return what writes the line in the place of the one before it."""
+        """Return a function that writes the line in place of the one before it."""
         before = 0
 
         def show(line: str) -> None:
             nonlocal before
-            # A terminal that has become narrower may show the line before on two: erase all below.
+            # On a terminal that has become narrower the last line may take two; erase all below.
             rest = " " * (before - len(line)) if os.name == "nt" else ERASE
             file.write(f"\r{line}{rest}\r")
             file.flush()
@@ -85,7 +87,7 @@ class Bar(tqdm):
         return show
 
     def redraw(self, now: bool = False) -> None:
-        """Draw the line, unless it was drawn a moment ago and `now` is false."""
+        """Draw the line, unless it was drawn within REDRAW_S and `now` is false."""
         moment = time.monotonic()
         if now or moment - self.drawn >= REDRAW_S:
             self.drawn = moment
@@ -93,7 +95,7 @@ class Bar(tqdm):
 
 
 def _line(view: View, columns: int) -> str:
-    """The view as tqdm's bar_format, of at most `columns` columns."""
+    """Return the view as tqdm's bar_format, in at most `columns` columns."""
     left = columns - len(view.label) - 3
     left -= SHORTEST_BAR if view.total else 0
     shown: list[Fact] = []
@@ -113,17 +115,17 @@ def width(stream: TextIO) -> int | None:
         return None
     try:
         columns = os.get_terminal_size(stream.fileno()).columns
-    except (OSError, ValueError):  # a terminal that is no file, or a system that does not say
+    except (OSError, ValueError):  # the terminal is not a file, or the system does not know
         columns = 0
     return columns or USUAL_COLUMNS
 
 
 def write(text: str, file: TextIO | None = None) -> None:
-    """Print a line that stays, above the bar if there is one.
+    """Print a permanent line, above the bar if there is one.
 
-    text: on a terminal, lines that begin with a label are wrapped between words. Others may end in
-        a command to copy, which a line break would spoil.
-    file: standard error if None.
+    text: the line, or several. On a terminal, lines that begin with a label are wrapped between
+        words. Others are not, as they may end in a command to copy.
+    file: the stream; None for standard error
     """
     file = sys.stderr if file is None else file
     columns = width(file)
@@ -133,7 +135,11 @@ def write(text: str, file: TextIO | None = None) -> None:
 
 
 def write_unwrapped(text: str, file: TextIO) -> None:
-    """Print text that is not wrapped, and a line break, above the bar if there is one."""
+    """Print text and a line break, without wrapping, above the bar if there is one.
+
+    text: the text
+    file: the stream
+    """
     Bar.write(visible(text, file), file=file)
     file.flush()
 
@@ -150,9 +156,10 @@ def _wrapped(line: str, columns: int) -> str:
 
 @contextmanager
 def busy(label: str, shown: bool = True) -> Iterator[None]:
-    """Show `label` on a terminal while something takes a while; nothing stays of it.
+    """Show a label on a terminal until the body has ended.
 
-    shown: False does nothing, for ranks that print nothing.
+    label: the label
+    shown: False shows nothing, for ranks that do not print
     """
     bar = Bar(lambda: View(label)) if shown and width(sys.stderr) is not None else None
     try:
@@ -163,7 +170,7 @@ def busy(label: str, shown: bool = True) -> Iterator[None]:
 
 
 def clock(seconds: float) -> str:
-    """Return a length of time as 0:09, 12:34, 1:23:45 or 4d 11h."""
+    """Return a duration as 0:09, 12:34, 1:23:45 or 4d 11h."""
     whole = max(0, round(seconds))
     minutes, hours, days = whole // 60, whole // 3600, whole // 86400
     if days >= 4:

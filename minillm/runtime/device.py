@@ -8,19 +8,19 @@ from pathlib import Path
 
 import torch
 
-from minillm.errors import UnavailableError, UsageError
-from minillm.runtime.launch import World as World, launched as launched
+from minillm.errors import UnavailableError, UsageError, parameter
 
 # The dtypes that flags, files and reports name, by those names.
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-PRODUCT = 512  # side of the matrix product that is timed: 0.27 GFLOP, a millisecond or two
+PRODUCT = 512  # side of the matrices whose product is timed: 0.27 GFLOP, a millisecond or two
 
 
 def pick_device(name: str, local_rank: int | None = None) -> torch.device:
-    """The device called `name`; "auto" takes cuda, then mps, then cpu.
+    """Return the device of a name.
 
-    local_rank: of several on this machine, each of which takes a GPU of its own.
-    Raises UnavailableError if it is not there, UsageError if there is no such name.
+    name: "auto" (cuda, else mps, else cpu), "cpu", "cuda", "cuda:N" or "mps"
+    local_rank: number of this rank on its machine, which selects its GPU; None for one process
+    Raises UnavailableError if the device does not exist, and UsageError on another name.
     """
     if local_rank is not None and torch.cuda.is_available() and name in ("auto", "cuda"):
         name = f"cuda:{local_rank}"
@@ -31,25 +31,32 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UsageError(f"--device {name!r} is not one of auto, cpu, cuda, cuda:N, mps") from None
+        raise UsageError(
+            f"{parameter('device')} {name!r} is not one of auto, cpu, cuda, cuda:N, mps"
+        ) from None
+    wish = parameter("device")
     if device.type == "cpu":
         return torch.device("cpu")
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
-            raise UnavailableError(f"--device {name}: {count} CUDA devices here; use --device cpu")
+            raise UnavailableError(f"{wish} {name}: {count} CUDA devices here; use {wish} cpu")
         return device
     if device.type == "mps" and torch.backends.mps.is_available():
         return device
-    raise UnavailableError(f"--device {name} is not available here; use --device cpu")
+    raise UnavailableError(f"{wish} {name} is not available here; use {wish} cpu")
 
 
 def pick_dtype(name: str, device: torch.device, width: int) -> torch.dtype:
-    """The dtype of the stream; "auto" takes bf16 where it pays.
+    """Return the dtype of the computation; "auto" is bf16 if it is faster.
 
-    A GPU without bf16 arithmetic (older than Ampere) only emulates it, slowly, and takes fp16. On a
-    CPU that is where a bf16 unit (AMX or AVX512-BF16) multiplies several times faster than
-    fp32 and the model is at least 64 wide: below, conversions eat the gain.
+    A GPU without bf16 arithmetic (older than Ampere) emulates it slowly, and "auto" is fp16 there.
+    On a CPU bf16 is faster if a bf16 unit (AMX or AVX512-BF16) multiplies several times faster
+    than fp32 and the model is at least 64 wide. In a narrower one conversions cost more.
+
+    name: "auto", "fp32", "bf16" or "fp16"
+    device: the device
+    width: d_model of the model
     """
     if name == "auto":
         if device.type == "cuda":
@@ -66,14 +73,14 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this processor has AMX-bf16 or AVX512-BF16."""
-    # Not public in torch: an older or newer one may lack them.
+    """Return whether this processor has AMX-bf16 or AVX512-BF16."""
+    # Not public in torch; older or newer releases may not have them.
     tests = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return any(getattr(torch.cpu, name, lambda: False)() for name in tests)
 
 
 def available_threads() -> int:
-    """Processors this process may use, a container's quota counted."""
+    """Return the number of processors that this process may use, within a container's quota."""
     if hasattr(os, "sched_getaffinity"):
         count = len(os.sched_getaffinity(0))
     else:
@@ -85,10 +92,12 @@ def available_threads() -> int:
 
 
 def set_threads(wish: str | int) -> tuple[int, str]:
-    """Set torch's threads to `wish`; "auto" times one matrix product with one thread and with all.
+    """Set the number of torch's threads; return it, and the reason in words.
 
-    Two threads beside a busy neighbour have been 25 to 150 times slower than one, because they
-    wait for each other spinning. Returns (threads, the reason in words).
+    Two threads on a busy machine have been 25 to 150 times slower than one, because they wait for
+    each other in a loop.
+
+    wish: the number, or "auto", which times a matrix product with one thread and with all
     """
     if wish != "auto":
         torch.set_num_threads(int(wish))
@@ -108,7 +117,7 @@ def set_threads(wish: str | int) -> tuple[int, str]:
 
 
 def _product_seconds() -> float:
-    """Upper quartile of the time of one product: a stall now and then must count."""
+    """Return the upper quartile of the time of one product, so that occasional stalls count."""
     a = torch.ones(PRODUCT, PRODUCT)
     times = []
     end = time.perf_counter() + 0.15
@@ -120,9 +129,13 @@ def _product_seconds() -> float:
 
 
 def measured_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a plain matrix product on this machine as it is now: what MFU is a share of."""
-    # On a CPU with neighbours only a short product runs without being interrupted, and only a long
-    # one keeps many threads busy.
+    """Return the FLOP/s of a plain matrix product on this machine now, of which MFU is a share.
+
+    device: the device
+    dtype: dtype of the matrices
+    """
+    # On a busy CPU only a short product runs without being interrupted, and only a long one keeps
+    # many threads busy.
     sides = (4096,) if device.type == "cuda" else (1024, 256)
     return max(_product_flops(n, device, dtype) for n in sides)
 
@@ -141,7 +154,7 @@ def _product_flops(n: int, device: torch.device, dtype: torch.dtype) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was told."""
+    """Wait until the device has finished all work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -149,7 +162,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Bytes that a training step may still take; None where the system does not say."""
+    """Return the bytes of free memory, or None if the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     match = re.search(r"^MemAvailable:\s+(\d+) kB", _read("/proc/meminfo"), re.MULTILINE)
@@ -163,7 +176,7 @@ def available_memory(device: torch.device) -> int | None:
 
 
 def _read(path: str) -> str:
-    """The text of a file of the system's, empty where there is none."""
+    """Return the text of a system file, or an empty text if there is no such file."""
     try:
         return Path(path).read_text(encoding="ascii")
     except (OSError, ValueError):
@@ -171,10 +184,10 @@ def _read(path: str) -> str:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """The most bytes this process has held so far; None where the system does not say."""
+    """Return the peak memory of this process in bytes, or None if the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # Linux hands ru_maxrss on from the process that started this one; VmHWM is our own.
+    # Linux inherits ru_maxrss from the process that started this one; VmHWM is our own.
     status = Path("/proc/self/status")
     own = (
         re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8"))

@@ -1,19 +1,20 @@
-"""Names of text encodings: whether Python knows one, and whether it is UTF-8."""
+"""Check the names of text encodings."""
 
-from minillm.errors import UsageError
+from minillm.errors import UsageError, parameter
 
 
 def check_encoding(name: str) -> None:
-    """Raise UsageError if `name` is no encoding of text that Python knows."""
+    """Raise UsageError if Python knows no text encoding of this name."""
     try:
         "".encode(name)
         b"".decode(name)
     except (LookupError, ValueError):
         raise UsageError(
-            f"--encoding {name}: no such encoding; try utf-8, cp1252, latin-1, utf-16 or gb18030"
+            f"{parameter('encoding')} {name}: no such encoding; try utf-8, cp1252, latin-1, utf-16 "
+            "or gb18030"
         ) from None
 
 
 def is_utf8(encoding: str) -> bool:
-    """Whether `encoding` is a name of UTF-8."""
+    """Return whether this is a name of UTF-8."""
     return encoding.lower().replace("_", "-") in ("utf-8", "utf8", "utf-8-sig")

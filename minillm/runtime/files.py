@@ -1,6 +1,6 @@
-"""Files that are whole or absent, and that show when they are damaged.
+"""Write files so that they are complete or absent, and read them so that damage is noticed.
 
-JSON carries a digest of itself under "sha256"; a bit that flips is seen when it is read.
+A JSON file contains a digest of its own content under "sha256".
 """
 
 import errno
@@ -15,21 +15,25 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from minillm.errors import CorruptError, UsageError
+from minillm.errors import CorruptError, UsageError, parameter
 
 VERSION = 1
-MAX_JSON = 64 << 20  # bytes; the index of a corpus of 1 TB has about as many
-# What lifts the content of a version to the next one: LIFTS[1](name of the file, content).
+MAX_JSON = 64 << 20  # bytes; about the size of the index of a corpus of 1 TB
+# Functions that convert the content of a version to the next: LIFTS[1](name of the file, content).
 LIFTS: dict[int, Callable[[str, dict[str, Any]], dict[str, Any]]] = {}
-# The files of a prepared corpus, by whose names a folder that a killed process left is known.
+# Names of the files of a prepared corpus. A folder left by a killed process has only such files.
 BUILT = re.compile(
     r"((train|val)(-targets)?-\d{5,}\.bin|(tokenizer\.(model|json)|index\.json)(\.tmp)?)"
 )
-PIECE = 1 << 20  # bytes hashed and written at a time: they are still in the cache
+PIECE = 1 << 20  # bytes hashed and written at a time, while they are in the processor's cache
 
 
 def write_whole(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, Any]:
-    """Write a new file and wait until it is on the disk; returns its "bytes" and "sha256"."""
+    """Write a new file and wait until it is on the disk; return its "bytes" and "sha256".
+
+    path: the file
+    pieces: its content
+    """
     digest, size = hashlib.sha256(), 0
     with naming(path), path.open("wb", buffering=0) as file:
         for piece in pieces:
@@ -37,15 +41,17 @@ def write_whole(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, A
                 rest = memoryview(piece)[start : start + PIECE]
                 digest.update(rest)
                 while rest:
-                    rest = rest[file.write(rest) :]  # which may write less than it is given
+                    rest = rest[file.write(rest) :]  # write may write only a part
             size += len(piece)
         os.fsync(file.fileno())
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 def write_durably(path: Path, data: bytes) -> dict[str, Any]:
-    """Write a file by way of a temporary name, and wait until it is on the disk under its own.
+    """Write a file under a temporary name, rename it, and wait until both are on the disk.
 
+    path: the file, which may exist
+    data: its content
     Returns its "bytes" and "sha256".
     """
     temporary = path.with_name(path.name + ".tmp")
@@ -61,7 +67,11 @@ def write_durably(path: Path, data: bytes) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """Write `content`, the format's version and the digest of both; returns as write_durably."""
+    """Write JSON with the format's version and a digest; return its "bytes" and "sha256".
+
+    path: the file
+    content: the content, without version and digest
+    """
     content = {"version": VERSION, **content}
     body = {**content, "sha256": json_digest(content)}
     return write_durably(path, _text(body))
@@ -72,14 +82,16 @@ def _text(body: dict[str, Any]) -> bytes:
 
 
 def read_json(path: Path, hint: str = "") -> dict[str, Any]:
-    """What write_json wrote, without the digest; of an older version lifted to this one.
+    """Return the content that write_json wrote, converted from an older version if need be.
 
-    Raises CorruptError, naming the file and ending with `hint`, if it is that no more (not one byte
-    may differ, white space included), or if a newer version wrote it.
+    path: the file
+    hint: what to do about damage, for the end of the message
+    Raises CorruptError, which names the file, if a single byte differs, white space included, or
+    if a newer version wrote the file.
     """
     hint = f"; {hint}" if hint else ""
     if not path.is_file():
-        raise CorruptError(f"{path}: is missing, or no file{hint}")
+        raise CorruptError(f"{path}: is missing, or not a file{hint}")
     if path.stat().st_size > MAX_JSON:
         raise CorruptError(f"{path}: larger than {MAX_JSON >> 20} MiB{hint}")
     try:
@@ -90,7 +102,7 @@ def read_json(path: Path, hint: str = "") -> dict[str, Any]:
         stated = content.pop("sha256")
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         raise CorruptError(f"{path}: damaged, not the JSON that minillm writes{hint}") from None
-    # The digest is that of every version, so that a bit that flips in its number is seen as such.
+    # The digest is checked before the version, so that a flipped bit in the version is found.
     if not ours or stated != json_digest(content):
         raise CorruptError(f"{path}: damaged, its content does not match its own sha256{hint}")
     version = content.get("version")
@@ -108,18 +120,18 @@ def read_json(path: Path, hint: str = "") -> dict[str, Any]:
 
 
 def json_digest(content: dict[str, Any]) -> str:
-    """SHA-256, in hex, of the canonical JSON of `content`."""
+    """Return the SHA-256 of the canonical JSON of some content, in hex."""
     return bytes_digest(json.dumps(content, sort_keys=True, separators=(",", ":")).encode("ascii"))
 
 
 def bytes_digest(data: bytes) -> str:
-    """SHA-256 in hex."""
+    """Return the SHA-256 of some bytes, in hex."""
     return hashlib.sha256(data).hexdigest()
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An OSError inside the `with` names the file; one of reading an open file would not."""
+    """Add the name of a file to an OSError; one from reading an open file does not have it."""
     try:
         yield
     except OSError as error:
@@ -128,13 +140,13 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
+    """Return the SHA-256 of a file, in hex."""
     with naming(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until a folder's names are on the disk, where the system can (not on Windows)."""
+    """Wait until the names in a folder are on the disk; do nothing on Windows, which cannot."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -143,23 +155,26 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def check_place(flag: str, path: Path) -> None:
-    """Raise before the work, not after it, if nothing can be written to `path`."""
+def check_place(name: str, path: Path) -> None:
+    """Raise UsageError or PermissionError, before the work begins, if a folder cannot be written.
+
+    name: the parameter that names the folder, such as "cache_dir"
+    path: the folder, which need not exist
+    """
     places = (path.absolute(), *path.absolute().parents)
-    there = next(p for p in places if p.is_symlink() or p.exists())  # a link to nowhere is there
+    there = next(p for p in places if p.is_symlink() or p.exists())  # a dangling link too
     if not there.is_dir():
-        raise UsageError(f"{flag} {path}: {there} is not a folder; name another place")
+        raise UsageError(f"{parameter(name)} {path}: {there} is not a folder; name another place")
     if not os.access(there, os.W_OK):
-        raise PermissionError(errno.EACCES, f"not writable; give another {flag}", str(there))
+        raise PermissionError(errno.EACCES, "not writable; name another place", str(there))
 
 
 @contextmanager
 def building(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder` that takes its name in one step once the body is through.
+    """Yield a temporary folder that is renamed to `folder` when the body has ended.
 
-    What earlier builders of the same folder left when they were killed is deleted, if it holds
-    nothing but files that they make. `folder` may be there if it is empty; OSError if it is not by
-    then.
+    Temporary folders of earlier processes that were killed are deleted if they have only files
+    that a corpus has. `folder` may exist if it is empty; otherwise the renaming raises OSError.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     stem = f".{folder.name[:64]}."
@@ -181,14 +196,14 @@ def building(folder: Path) -> Iterator[Path]:
 
 
 def _claim(parent: Path, stem: str) -> tuple[Path, int | None]:
-    """A new folder and the lock by which others see that its builder lives."""
+    """Return a new folder, and its lock, which shows other processes that its owner is running."""
     while True:
         temporary = parent / f"{stem}{secrets.token_hex(4)}.tmp"
         temporary.mkdir()
         try:
             held = _lock_folder(temporary)
         except (BlockingIOError, FileNotFoundError):
-            continue  # between the two lines another builder has taken it for abandoned
+            continue  # another process has just deleted it as abandoned
         if temporary.exists():
             return temporary, held
         if held is not None:
@@ -196,7 +211,7 @@ def _claim(parent: Path, stem: str) -> tuple[Path, int | None]:
 
 
 def _delete_abandoned(temporary: Path) -> None:
-    """Delete a folder of `_claim` whose builder lives no more; where no lock tells, it stays."""
+    """Delete a folder of `_claim` whose process has died; keep it if folders cannot be locked."""
     try:
         held = _lock_folder(temporary)
     except OSError:
@@ -209,9 +224,9 @@ def _delete_abandoned(temporary: Path) -> None:
 
 
 def _lock_folder(folder: Path) -> int | None:
-    """Lock a folder for as long as the handle that is returned is open, however the process ends.
+    """Lock a folder; return a handle, which holds the lock until it is closed or the process ends.
 
-    Raises BlockingIOError if another process has it. None where folders cannot be locked.
+    Returns None if folders cannot be locked. Raises BlockingIOError if another process locked it.
     """
     try:
         import fcntl
@@ -224,5 +239,5 @@ def _lock_folder(folder: Path) -> int | None:
         os.close(handle)
         if isinstance(error, BlockingIOError):
             raise
-        return None  # a network's file system that has no locks
+        return None  # a network file system without locks
     return handle

@@ -1,4 +1,4 @@
-"""What --help prints: the common flags with examples, or all flags."""
+"""Format the text of --help: the common flags with examples, or all flags."""
 
 import argparse
 import shutil
@@ -10,9 +10,10 @@ GENERAL = ("help", "version", "debug")
 
 
 class Formatter(argparse.HelpFormatter):
-    """Adds each flag's value to its help, and keeps within 80 columns.
+    """Formatter that adds each flag's value to its help, and uses at most 80 columns.
 
-    notes: what is said of a flag's value, by dest; of the others the parser's default is said.
+    prog: name of the program
+    notes: note on a flag's value, by dest; for other flags the parser's default is shown
     """
 
     def __init__(self, prog: str, notes: dict[str, str]) -> None:
@@ -30,7 +31,7 @@ class Formatter(argparse.HelpFormatter):
         return f"{text} ({note})" if note else text
 
     def _split_lines(self, text: str, width: int) -> list[str]:
-        # Names of flags and presets stay whole at their dashes.
+        # Names of flags and presets are not broken at their dashes.
         return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
@@ -39,7 +40,11 @@ class Formatter(argparse.HelpFormatter):
 
 
 def short(parser: argparse.ArgumentParser, namespace: argparse.Namespace | None) -> str:
-    """Return the help on the parser's common flags, with examples."""
+    """Return the help on the parser's common flags, with examples.
+
+    parser: the parser
+    namespace: the other flags on the command line, or None
+    """
     known = {action.dest: action for action in parser._actions}
     common = [known[name] for name in parser.common]
     shown = [action for action in parser._actions if action.help is not argparse.SUPPRESS]
@@ -55,11 +60,15 @@ def short(parser: argparse.ArgumentParser, namespace: argparse.Namespace | None)
 
 
 def whole(parser: argparse.ArgumentParser, namespace: argparse.Namespace | None) -> str:
-    """Return the help on all flags of the parser, by group."""
+    """Return the help on all flags of the parser, by group.
+
+    parser: the parser
+    namespace: the other flags on the command line, or None
+    """
     f = _begun(parser, namespace)
     for group in parser._action_groups:
         title = {"positional arguments": "arguments", "options": "flags"}.get(group.title)
-        # The flags that every verb has come last in their group.
+        # The flags that every verb has are last in their group.
         last = [action for action in group._group_actions if action.dest in GENERAL]
         rest = [action for action in group._group_actions if action.dest not in GENERAL]
         _section(f, title or group.title, rest + last)
@@ -72,7 +81,7 @@ def whole(parser: argparse.ArgumentParser, namespace: argparse.Namespace | None)
 
 
 def _begun(parser: argparse.ArgumentParser, namespace: argparse.Namespace | None) -> Formatter:
-    """Return a formatter with the usage, the description and a word on the defaults."""
+    """Return a formatter with the usage, the description and a sentence on the defaults."""
     said, notes = parser.values(namespace)
     f = Formatter(parser.prog, notes)
     words = []

@@ -1,4 +1,4 @@
-"""JSON that every reader takes: the standard knows no NaN and no Infinity, which Python writes."""
+"""Write JSON without NaN and Infinity, which Python writes but the standard does not have."""
 
 import json
 import math
@@ -6,7 +6,11 @@ from typing import Any
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
-    """Return `value` as JSON, with null for each number that is not finite."""
+    """Return JSON text with null for each number that is not finite.
+
+    value: what json.dumps takes
+    indent: spaces for each level; None for one line
+    """
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
 

@@ -1,7 +1,7 @@
-"""How this process was started: its place among the ranks, and what can be answered at once.
+"""Find out how this process was started, its rank, and answer --help and errors at once.
 
-This is the only file that reads the environment. It imports neither torch nor anything else that
-takes long.
+This is the only file that reads the environment. It imports neither torch nor any other module that
+takes long to import.
 """
 
 import os
@@ -20,10 +20,14 @@ PACKAGES = ("torch", "numpy", "sentencepiece", "tqdm", "safetensors")
 
 
 def answer(name: str, parse: Callable[[Sequence[str]], object], argv: Sequence[str]) -> None:
-    """Exit if `parse(argv)` answers the command line: with help, a version or a refusal.
+    """Exit if the command line asks for help or the version, or is refused.
 
-    A script calls this before it imports torch, which takes seconds. It returns where there is
-    work to do.
+    A script calls this before it imports torch, which takes seconds. The function returns if there
+    is work to do.
+
+    name: name of the program in messages
+    parse: parser of the command line
+    argv: the command line
     """
     if (code := answered(name, parse, argv)) is not None:
         sys.exit(code)
@@ -35,12 +39,15 @@ def answered(
     argv: Sequence[str],
     needs: Sequence[str] = PACKAGES,
 ) -> int | None:
-    """Return the exit code if `parse(argv)` has answered the command line, else None.
+    """Return the exit code if parsing has answered the command line, else None.
 
-    name: the program's name in a refusal.
-    needs: packages without which the work is refused.
-    Of several ranks none answers here: which of them prints a refusal is decided when they can
-    talk to one another (ranks.first_to_say).
+    On several ranks nothing is answered here. Which of them prints an error is decided when they
+    can communicate (ranks.first_to_say).
+
+    name: name of the program in messages
+    parse: parser of the command line
+    argv: the command line
+    needs: packages that the program needs
     """
     if "RANK" in os.environ:
         return None
@@ -58,18 +65,18 @@ def answered(
 
 
 def can_redraw_lines() -> bool:
-    """Return whether a terminal can write over a line; one that calls itself dumb cannot."""
+    """Return whether the terminal can write over a line, which a dumb one cannot."""
     return os.environ.get("TERM") != "dumb"
 
 
 def shell_command(verb: str, *words: object) -> str:
-    """Return the command that runs `verb` with `words`, to be pasted into the shell.
+    """Return a command to paste into the shell.
 
-    It is started as this process was: from a script of the checkout, as `python -m minillm VERB`,
-    or by the console script `minillm VERB`. Of several ranks on one machine it starts all.
+    It has the form in which this process was started: a script of the checkout, `python -m minillm
+    VERB`, or the console script `minillm VERB`. For several ranks it starts torchrun.
 
     verb: train, sample, prepare, ...
-    words: flags and values; those that the shell would take apart are quoted.
+    words: flags and values; they are quoted if need be
     """
     python, what = _started(verb)
     world = launched()
@@ -80,7 +87,7 @@ def shell_command(verb: str, *words: object) -> str:
 
 
 def _started(verb: str) -> tuple[str, str]:
-    """Return the program and the script, module or verb with which `verb` is started."""
+    """Return the program, and the script, module or verb, that start a verb."""
     script, root = Path(sys.argv[0]), Path(__file__).resolve().parents[2]
     python = _typed(sys.orig_argv[0] or sys.executable)
     if script.stem == "minillm":
@@ -90,12 +97,12 @@ def _started(verb: str) -> tuple[str, str]:
         return python, shlex.quote(str(beside))
     if is_ours or script.name == "__main__.py" and script.parent.name == "minillm":
         return python, f"-m minillm {verb}"
-    # A test, or a program of the user's.
+    # A test, or the user's own program.
     return "python", f"{verb}.py" if (root / f"{verb}.py").is_file() else f"-m minillm {verb}"
 
 
 def _typed(program: str) -> str:
-    """Return the program as it is typed: by its name alone where the shell finds it so."""
+    """Return a program as it is typed, by its name alone if the shell finds it."""
     name = Path(program).name
     found = shutil.which(name)
     if program == name or found and Path(found).absolute() == Path(program).absolute():
@@ -105,12 +112,19 @@ def _typed(program: str) -> str:
 
 @dataclass(frozen=True)
 class World:
-    """What the launcher says of this process and the others.
+    """This process and the other ranks, as the launcher describes them.
 
-    rank, size: over all machines.    local_rank, local_size: on this machine, number `node` of
-    `nodes`.    attempt: how often torchrun has restarted the job.    launch: a name of the job, see
-    ranks.with_launch_name.
-    address, port: of the store; has_store: whether the launcher keeps it, or rank 0 must.
+    rank: number of this process over all machines
+    size: number of processes over all machines
+    local_rank: number of this process on its machine
+    local_size: number of processes on its machine
+    node: number of the machine
+    nodes: number of machines
+    attempt: number of times that torchrun has restarted the job
+    launch: name of the job, see ranks.with_launch_name
+    address: host name of the store
+    port: port of the store
+    has_store: True if the launcher runs the store, False if rank 0 must
     """
 
     rank: int = 0
@@ -127,9 +141,9 @@ class World:
 
 
 def launched() -> World:
-    """The world as torchrun describes it; one process where nothing does.
+    """Return the ranks that torchrun describes in the environment, or a single process without it.
 
-    Raises UsageError on descriptions that are none.
+    Raises UsageError if the description is not valid.
     """
     said = os.environ
     size = _number("WORLD_SIZE", 1)
@@ -143,10 +157,12 @@ def launched() -> World:
             f"torchrun --nproc-per-node {size} {what}"
         )
     return World(
-        _number("RANK", 0), size, _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", size),
-        _number("GROUP_RANK", 0), _number("GROUP_WORLD_SIZE", 1),
-        _number("TORCHELASTIC_RESTART_COUNT", 0), None, said["MASTER_ADDR"],
-        _number("MASTER_PORT", 29500), said.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        rank=_number("RANK", 0), size=size,
+        local_rank=_number("LOCAL_RANK", 0), local_size=_number("LOCAL_WORLD_SIZE", size),
+        node=_number("GROUP_RANK", 0), nodes=_number("GROUP_WORLD_SIZE", 1),
+        attempt=_number("TORCHELASTIC_RESTART_COUNT", 0),
+        address=said["MASTER_ADDR"], port=_number("MASTER_PORT", 29500),
+        has_store=said.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
-"""Errors that torch, Triton and NCCL raise because of the machine, and what to do about them.
+"""Recognise errors that torch, Triton and NCCL raise because of the machine, and give advice.
 
-They are told by their classes and by the modules that raise them. Only where torch raises a plain
-RuntimeError from C++ is there nothing but its words. This file imports none of these libraries.
+They are recognised by their classes and by the modules that raise them, and plain RuntimeErrors of
+torch's C++ code by their words. This file imports none of these libraries.
 """
 
 import errno
@@ -15,7 +15,7 @@ DEVICE = "install the torch build for this driver and GPU, or use --device cpu"
 RANKS = "check the network between the ranks and their GPUs"
 MEMORY = "use a smaller model, --micro-batch-size or --num-samples"
 
-# Classes, by module and name; subclasses count.
+# Advice by class, with its module; subclasses count.
 CLASSES = {
     "torch._inductor.exc.InvalidCxxCompiler": COMPILER,
     "torch._inductor.exc.CppCompileError": COMPILER,
@@ -26,14 +26,14 @@ CLASSES = {
     "torch.OutOfMemoryError": MEMORY,
     "builtins.MemoryError": MEMORY,
 }
-# Any error with one of these modules among the frames that raised it.
+# Advice by module, for any error with this module in its traceback.
 MODULES = {
     "torch._inductor.cpp_builder": COMPILER,
     "torch._inductor.cpu_vec_isa": COMPILER,
     "triton.runtime.build": TRITON,
     "triton.runtime.driver": TRITON,
 }
-# The function that wakes CUDA up, and fails for a lack of a driver, a GPU or CUDA itself.
+# The function that initialises CUDA, and fails without a driver, a GPU or CUDA itself.
 INITIALISATION = ("torch.cuda", "_lazy_init")
 WORDS = {
     r"DefaultCPUAllocator|MPS backend out of memory|CUDA error: out of memory": MEMORY,
@@ -45,16 +45,16 @@ WORDS = {
     r"|(CUBLAS|CUSOLVER|CUDNN|CUFFT)_STATUS_(NOT_INITIALIZED|ALLOC_FAILED|ARCH_MISMATCH)": DEVICE,
     r"NCCL error|ncclSystemError|ncclUnhandledCudaError|ncclInternalError": RANKS,
 }
-# What torch.compile meets where it cannot start a compiler, write its files or load the result.
+# Errors of torch.compile if it cannot start a compiler, write its files or load the result.
 OF_A_COMPILER = (OSError, ImportError, subprocess.SubprocessError)
-# These say that a kernel is wrong, though the device raises them.
+# Messages of the device that mean a bug in a kernel.
 OURS = re.compile("illegal memory access|device-side assert|misaligned address|invalid argument")
 
 
 def advice(error: BaseException) -> tuple[str, str] | None:
-    """Return why the machine is to blame for an error, and what to do; None if it is not.
+    """Return the reason and the advice for an error that the machine caused, else None.
 
-    The errors that led to this one are looked at too: torch.compile wraps what it meets.
+    The errors that led to this one are examined too, as torch.compile wraps them.
     """
     chain = list(_chain(error))
     compiling = any(_is_of(each, "torch._dynamo", "torch._inductor") for each in chain)
@@ -71,8 +71,8 @@ def advice(error: BaseException) -> tuple[str, str] | None:
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
     """Yield the error and those that it was raised from, the first cause first.
 
-    What was being handled when an error was raised counts only inside of torch and Triton: of ours,
-    it may be a bug in the handling.
+    The error that was being handled when this one was raised counts only within torch and Triton.
+    In our code this one may be a bug in the handling.
     """
     found: list[BaseException] = []
     queue = [error]
@@ -90,7 +90,7 @@ def _by_class(error: BaseException) -> str | None:
     found = next((CLASSES[name] for name in names if name in CLASSES), None)
     if found is None and isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return MEMORY
-    # Every error of the device has this class; a few of them are faults of a kernel.
+    # All errors of the device have this class; a few of them are bugs of a kernel.
     if "torch.AcceleratorError" in names and not OURS.search(str(error)):
         return MEMORY if "out of memory" in str(error) else DEVICE
     return found

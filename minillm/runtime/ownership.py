@@ -1,9 +1,9 @@
-"""Decide which folders and files minillm made itself, so that it deletes and overwrites no others.
+"""Decide which folders and files minillm made, so that it deletes and overwrites no others.
 
-A folder is ours only if its own manifest says so: config.json of a run, index.json of a prepared
-corpus, results.json of a profile. Other programs use these names too, so it is the content that
-counts. There are two questions. Before anything is deleted: is the manifest whole, and ours? To
-read: does the folder claim to be ours? A damaged run does, and is then reported as damaged.
+A folder is ours only if its manifest says so: config.json of a run, index.json of a prepared
+corpus, results.json of a profile. Other programs use these names too, so the content counts. Before
+a deletion the manifest must be intact and ours. For reading it is enough that the folder looks like
+ours: a damaged run does, and is then reported as damaged.
 """
 
 import json
@@ -22,10 +22,11 @@ from minillm.runtime.files import MAX_JSON, read_json
 class Kind:
     """A kind of folder that minillm makes.
 
-    name: what a message calls it
-    manifest: the file that says what the folder is
-    keys: some that every such manifest has
-    others: a glob of what else such a folder holds; it tells whose a damaged manifest is
+    name: its name in messages
+    manifest: file that says what the folder is
+    keys: keys that every such manifest has
+    others: glob of other files in such a folder, by which it is recognised if the manifest is
+        damaged
     """
 
     name: str
@@ -47,7 +48,7 @@ PROFILE = Kind("profile", "results.json", frozenset(("about", "suites")), None)
 
 
 def is_run(folder: Path) -> bool:
-    """Return whether a folder is a run of minillm: its config.json is whole, and ours."""
+    """Return whether a folder is a run of minillm: its config.json is intact, and ours."""
     try:
         return read_json(folder / RUN.manifest).keys() >= RUN.keys - {"sha256"}
     except (CorruptError, OSError):
@@ -55,7 +56,11 @@ def is_run(folder: Path) -> bool:
 
 
 def claims(folder: Path, kind: Kind) -> bool:
-    """Return whether a folder claims to be of a kind, whole or damaged."""
+    """Return whether a folder looks like one of a kind, intact or damaged.
+
+    folder: the folder
+    kind: the kind
+    """
     path = folder / kind.manifest
     if not os.path.lexists(path):
         return False
@@ -71,23 +76,23 @@ def claims(folder: Path, kind: Kind) -> bool:
 
 
 def product(folder: Path) -> str | None:
-    """Return what a folder is, in words, if minillm made it; else None.
-
-    It is what no folder of texts is read for.
-    """
+    """Return the name of a folder's kind if minillm made it, else None."""
     return next((kind.name for kind in (RUN, CORPUS, PROFILE) if claims(folder, kind)), None)
 
 
 def product_around(path: Path) -> str | None:
-    """Return what the nearest folder of ours that `path` lies in is, in words; None: in none."""
+    """Return the kind of the nearest folder of minillm that a path is in, or None."""
     return next((found for folder in path.absolute().parents if (found := product(folder))), None)
 
 
 def remove_files(folder: Path, ours: Callable[[str], bool]) -> None:
-    """Delete the files of a folder whose names are `ours`, and then the folder if it is empty.
+    """Delete our files in a folder, and then the folder if it is empty.
 
-    Folders in it, links, and files of other names stay, and a link to a folder is not followed.
-    What cannot be deleted stays too.
+    Folders in it, links, and files with other names are kept. A link to a folder is not followed.
+    Files that cannot be deleted are kept too.
+
+    folder: the folder
+    ours: predicate for the names of the files to delete
     """
     if folder.is_symlink() or not folder.is_dir():
         return
@@ -106,5 +111,5 @@ def is_plain_file(path: Path) -> bool:
 
 
 def names_in(folder: Path) -> list[str]:
-    """Return the names of all that is in a folder."""
+    """Return the names of everything in a folder."""
     return [path.name for path in folder.iterdir()]

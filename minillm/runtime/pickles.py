@@ -1,8 +1,7 @@
-"""Recognise pickled files, which run what they hold when they are loaded, by name and by content.
+"""Recognise pickled files, which can run code when they are loaded, by name and by content.
 
-A pickle is known by weak signs, two bytes or four. A file whose stronger framing says that it is
-something else is therefore not one: safetensors, or a zip archive without a pickle in it.
-This file opens no pickle.
+A pickle is recognised by only two or four bytes. So a file with a more specific structure is not
+taken for a pickle: safetensors, or a zip archive without a pickle in it. No pickle is opened here.
 """
 
 import zipfile
@@ -17,9 +16,9 @@ HEAD = 9  # bytes that is_safetensors looks at
 
 
 def is_safetensors(head: bytes, size: int) -> bool:
-    """Return whether a file has the framing of safetensors.
+    """Return whether a file has the structure of safetensors.
 
-    That is the length of a header which lies within the file, and then the header's first byte.
+    That is the length of a header which is within the file, and then the header's first byte.
 
     head: the first HEAD bytes of the file
     size: bytes of the whole file
@@ -36,11 +35,12 @@ def is_pickle(path: Path) -> bool:
 
 
 def refuse_pickle(path: Path, expected: str) -> None:
-    """Raise UsageError if the file at `path` is pickled, by its name or its content.
+    """Raise UsageError if a file is pickled, by its name or its content.
 
-    A zip archive that torch.save did not write is refused too, as what it is.
+    A zip archive that torch.save did not write is refused as a zip archive.
 
-    expected: what should have been given, in words
+    path: the file
+    expected: words for a file that would be accepted
     """
     if not path.is_file():
         return
@@ -61,6 +61,6 @@ def _holds_pickle(archive: Path) -> bool:
         with zipfile.ZipFile(archive) as file:
             return any(name.endswith(".pkl") for name in file.namelist())
     except (zipfile.BadZipFile, ValueError, NotImplementedError):
-        # The list of files, at the end of the archive, is damaged. The first name follows ZIP.
+        # The list of files at the end of the archive is damaged. The first name follows ZIP.
         with archive.open("rb") as file:
             return b"data.pkl" in file.read(1024)

@@ -1,4 +1,4 @@
-"""Run the body of a program: an error becomes one line on standard error, and an exit code."""
+"""Run the body of a program and turn errors into one line on standard error and an exit code."""
 
 import errno
 import os
@@ -12,14 +12,15 @@ from minillm.errors import MinillmError, Terminated
 from minillm.runtime import machine_errors, terminal
 from minillm.runtime.signals import terminated_in_order
 
-LINE = 500  # characters of an error line; two long paths fit
-HANGUP = 141  # 128 + SIGPIPE: the reader of our standard output went away
+LINE = 500  # largest length of an error line; two long paths fit
+HANGUP = 141  # 128 + SIGPIPE: the reader of our standard output has closed it
 
 
 def one_line(text: str, limit: int = 300) -> str:
-    """`text` on one printable line of at most `limit` characters (control characters escaped).
+    """Return text as one printable line, with control characters escaped.
 
-    What is too long loses its middle: at the end stands what to do.
+    text: the text
+    limit: largest length. A longer text loses its middle, as its end says what to do.
     """
     line = " ".join(terminal.decoded(text).split("\n"))
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
@@ -32,18 +33,23 @@ def run(
     argv: Sequence[str],
     may_say: Callable[[str], bool] = lambda text: True,
 ) -> int:
-    """Run `body(argv)`; print a refusal as `name: error: ...` and return the exit code.
+    """Run `body(argv)`; print an error as `name: error: ...` and return the exit code.
 
-    `--debug` among the arguments lets every traceback through.    may_say: asked before a refusal
-    is printed, so that of several processes with the same refusal only one prints it.
+    With `--debug` among the arguments the traceback is printed.
+
+    name: name of the program
+    body: the program
+    argv: its arguments
+    may_say: called with an error's text before it is printed, so that of several processes with
+        the same error only one prints it
     """
-    _mend_streams()
+    _repair_streams()
     try:
         try:
             with terminated_in_order():
                 body(argv)
         finally:
-            sys.stdout.flush()  # at exit a reader that went away would be no BrokenPipeError
+            sys.stdout.flush()  # at exit a closed pipe would not raise BrokenPipeError
         return 0
     except SystemExit as stop:  # argparse: --help is 0, wrong usage is 2
         code = stop.code or 0
@@ -72,23 +78,24 @@ def run(
 
 
 def complain(line: str, write: Callable[..., None] = print) -> bool:
-    """Print one line on standard error, as far as that can be written to.
+    """Print one line on standard error, if it can be written to.
 
-    write: called with the line and `file`.
-    Return False if it has no reader any longer: the other end of the pipe has been closed.
+    line: the line
+    write: function that is called with the line and `file`
+    Returns False if the reader has closed the pipe.
     """
     read = True
     try:
         write(line, file=sys.stderr)
         sys.stderr.flush()
-    except OSError as error:  # of a terminal that was closed: EIO
+    except OSError as error:  # EIO for a closed terminal
         read = not isinstance(error, BrokenPipeError)
     _give_up_full_streams()
     return read
 
 
 def _give_up_full_streams() -> None:
-    """What cannot be written goes nowhere: Python would try again at exit, and complain itself."""
+    """Send unwritable output to the null device, so that Python does not retry it at exit."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -96,8 +103,8 @@ def _give_up_full_streams() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _mend_streams() -> None:
-    """Closed standard streams become the null device; the others read and write UTF-8."""
+def _repair_streams() -> None:
+    """Replace closed standard streams by the null device, and use UTF-8 for the others."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
@@ -109,7 +116,7 @@ def _code(error: Exception) -> int:
         return error.code
     if machine_errors.advice(error):
         return 4
-    if isinstance(error, OSError):  # a name that none can have is wrong input
+    if isinstance(error, OSError):  # an impossible name is wrong input
         return 2 if error.errno in (errno.ENAMETOOLONG, errno.ELOOP) else 5
     return 1
 
@@ -120,7 +127,7 @@ def _text(error: Exception) -> str:
     if found := machine_errors.advice(error):
         return f"{found[0]}; {found[1]}"
     if isinstance(error, OSError):
-        name = error.filename  # text or bytes; of a bare file descriptor a number
+        name = error.filename  # text or bytes, or the number of a file descriptor
         name = os.fsdecode(name) if isinstance(name, bytes) else str(name or "")
         name = name if len(name) <= 120 else "..." + name[-117:]
         if error.errno == errno.ENOENT and not name:  # only the current folder has no name

@@ -1,4 +1,4 @@
-"""Signals that ask this process to end, and how they are caught and given back."""
+"""Signals that ask this process to end: catch them, and restore their handlers."""
 
 import signal
 import threading
@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 from minillm.errors import Terminated
 
-# Signals that ask a process to end; SIGINT is Python's own KeyboardInterrupt. A scheduler sends
-# SIGUSR1, SIGUSR2 or SIGXCPU before it takes the machine away, a terminal SIGHUP when it closes.
-# SIGBREAK is Windows'; each system has some of them.
+# Signals that ask a process to end, besides SIGINT, which Python turns into KeyboardInterrupt. A
+# scheduler sends SIGUSR1, SIGUSR2 or SIGXCPU before it takes the machine away, and a terminal sends
+# SIGHUP when it closes. SIGBREAK is a signal of Windows. Each system has some of them.
 ENDING = tuple(
     getattr(signal, name)
     for name in ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGBREAK")
@@ -19,9 +19,7 @@ ENDING = tuple(
 
 @contextmanager
 def terminated_in_order() -> Iterator[None]:
-    """Inside, the signals of ENDING are exceptions as SIGINT is: what is half written is taken
-    away.
-    """
+    """Raise Terminated in the body on a signal of ENDING, so that its clean-up code runs."""
 
     def stop(number: int, frame: object) -> None:
         raise Terminated(number)
@@ -35,15 +33,18 @@ def terminated_in_order() -> Iterator[None]:
 
 
 def take_signals(numbers: Sequence[int], handler: Callable[[int, object], None]) -> dict:
-    """Set `handler` for these signals; return the handlers that they had before, by number.
+    """Set a handler for some signals; return their previous handlers by number.
 
-    A signal that was being ignored stays ignored: nohup does that to SIGHUP, and a shell to SIGINT
-    of a job in the background. Only the main thread may set handlers; elsewhere nothing is done.
+    An ignored signal stays ignored: nohup ignores SIGHUP, and a shell ignores SIGINT for a job in
+    the background. Only the main thread may set handlers; in others nothing is done.
+
+    numbers: the signals
+    handler: the handler, which is called with the signal's number and the stack frame
     """
     if threading.current_thread() is not threading.main_thread():
         return {}
     found = {number: signal.getsignal(number) for number in numbers}
-    # None: the handler is not Python's, and could not be put back.
+    # None: the handler is not Python's, and could not be restored.
     taken = {n: h for n, h in found.items() if h not in (signal.SIG_IGN, None)}
     for number in taken:
         signal.signal(number, handler)

@@ -1,7 +1,7 @@
-"""How long something takes: warmed up, run many times, and the median told with its spread.
+"""Time a function: warm up, run it many times, and return the median with its spread.
 
-On a GPU it is the device's own time between two events, launches hidden; on a CPU the wall's. What
-this room does not do: make the data, which shall be random (zeros are multiplied faster).
+On a GPU the device measures the time between two events, without the launches. On a CPU it is wall
+time. Data should be random, as zeros are multiplied faster.
 """
 
 import statistics
@@ -12,26 +12,35 @@ from typing import Any
 
 import torch
 
-LEAST, MOST = 5, 200  # runs of a trial
-CLOCK_HZ = 3e9  # of a GPU, at most: by it the stream is held while the host launches
-WARM_S = 0.025  # of runs before those that count, until the clocks are up
+LEAST, MOST = 5, 200  # smallest and largest number of runs of a trial
+CLOCK_HZ = 3e9  # highest clock of a GPU; the stream waits by it while the host launches
+WARM_S = 0.025  # seconds of runs that do not count, until the clocks are up
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What is timed: `run`, given what `prepare` made anew for each run, untimed."""
+    """A function to time.
+
+    run: the function; it receives the result of `prepare`
+    prepare: called before each run, and not timed
+    """
 
     run: Callable[[Any], Any]
     prepare: Callable[[], Any] = lambda: None
 
     def once(self) -> Any:
-        """What one run returns."""
+        """Return the result of one run."""
         return self.run(self.prepare())
 
 
 @dataclass(frozen=True)
 class Timing:
-    """The median of `runs` times, in microseconds, and their spread, see `middle`."""
+    """Time of a function.
+
+    median_us: median of the times in microseconds
+    spread_us: their spread in microseconds, see `middle`
+    runs: number of times
+    """
 
     median_us: float
     spread_us: float
@@ -39,13 +48,13 @@ class Timing:
 
 
 def middle(values: Sequence[float]) -> tuple[float, float]:
-    """The median, and the distance from the 20th to the 80th of 100."""
+    """Return the median, and the distance from the 20th to the 80th percentile."""
     fifths = statistics.quantiles(values, n=5) if len(values) > 1 else [values[0]] * 4
     return statistics.median(values), fifths[-1] - fifths[0]
 
 
 def summary(seconds: Sequence[float]) -> Timing:
-    """Median and spread of the times of one trial."""
+    """Return median and spread of the times of one trial, given in seconds."""
     median, spread = middle(seconds)
     return Timing(1e6 * median, 1e6 * spread, len(seconds))
 
@@ -53,9 +62,13 @@ def summary(seconds: Sequence[float]) -> Timing:
 def on_cpu(
     trials: Sequence[Trial], seconds: float, now: Callable[[], float] = time.perf_counter
 ) -> list[Timing]:
-    """The trials in turn, round after round, so that a neighbour's load falls on all alike.
+    """Time several functions in turn, round after round, so that other load affects all of them.
 
-    Each is run once untimed; then there are rounds until they have taken `seconds` a trial.
+    Each is run once without timing it.
+
+    trials: the functions
+    seconds: time to spend on each, in seconds
+    now: clock in seconds
     """
     for trial in trials:
         trial.once()
@@ -76,12 +89,17 @@ def on_gpu(
     device: torch.device,
     now: Callable[[], float] = time.perf_counter,
 ) -> Timing:
-    """Device time of a trial, warmed up, as often as it fits into `seconds` without the flushes.
+    """Return the device time of a function on a GPU.
 
     Before each run the level-2 cache is flushed, so that inputs come from memory, as they do in a
-    model. Then the stream is held until the host has launched all of the run; else short kernels
-    would be timed by how fast Python is.
-    Trials are timed one after another, not in turn: a GPU is taken to be without a neighbour.
+    model. Then the stream waits until the host has launched the whole run. Otherwise the time of
+    short kernels would depend on the speed of Python. Trials are not timed in turn, as it is
+    assumed that no other process uses the GPU.
+
+    trial: the function
+    seconds: time to spend on it in seconds, without the flushes
+    device: the GPU
+    now: clock in seconds
     """
     with torch.cuda.device(device):
         size = 2 * torch.cuda.get_device_properties(device).L2_cache_size // 4
@@ -105,9 +123,9 @@ def on_gpu(
 
 
 def _warm_up(trial: Trial, device: torch.device, now: Callable[[], float]) -> tuple[float, float]:
-    """Run for WARM_S, but three times at least, and once before, which may compile.
+    """Run once, which may compile, and then for WARM_S, at least three times.
 
-    Returns how long the host takes to launch a run, and until the run is done; medians.
+    Returns the median times in seconds that the host takes to launch a run, and until it is done.
     """
     trial.once()
     torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""Text on its way in and out: UTF-8 whatever the locale says, and harmless on a terminal."""
+"""Read and write text as UTF-8 in any locale, and escape control characters on a terminal."""
 
 import codecs
 import io
@@ -6,14 +6,14 @@ import sys
 import unicodedata
 from typing import TextIO
 
-# These turn the direction of the text around them, so that a line can read as what it is not.
+# Characters that reverse the direction of text, so that a line can appear to say something else.
 TURNING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 def use_utf8() -> None:
-    """Have the standard streams read and write UTF-8, and fail on no character.
+    """Make the standard streams read and write UTF-8, without errors on any character.
 
-    A terminal with an encoding of its own other than ASCII keeps it: it shows that encoding.
+    A terminal with another encoding than ASCII keeps it, as it shows that encoding.
     """
     codecs.register_error("minillm.replace", lambda error: _bytes_or(error, "replace"))
     codecs.register_error("minillm.escape", lambda error: _bytes_or(error, "backslashreplace"))
@@ -30,7 +30,7 @@ def use_utf8() -> None:
 
 
 def _bytes_or(error: UnicodeError, handler: str) -> tuple[str | bytes, int]:
-    """Write text that the locale could not decode as the UTF-8 it was; else as `handler` does."""
+    """Encode undecoded bytes as the UTF-8 text that they are, or else as `handler` does."""
     text = error.object[error.start : error.end]
     if isinstance(error, UnicodeEncodeError) and not _has_surrogates(proper := decoded(text)):
         try:
@@ -41,16 +41,16 @@ def _bytes_or(error: UnicodeError, handler: str) -> tuple[str | bytes, int]:
 
 
 def decoded(text: str) -> str:
-    """Return text of the command line, or a file's name, as the UTF-8 that its bytes are.
+    """Return text of the command line, or a file's name, with its bytes decoded as UTF-8.
 
-    Where Python was told that all text is ASCII, it keeps other bytes as surrogates: a path must
-    stay so to be opened, a prompt must not. Bytes that are no UTF-8 stay surrogates.
+    In a locale in which all text is ASCII, Python keeps other bytes as surrogates. A path needs
+    them to be opened, a prompt must not have them. Bytes that are not UTF-8 stay surrogates.
     """
     if not _has_surrogates(text):
         return text
     try:
         return text.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:  # other halves of characters, which no bytes are kept as
+    except UnicodeEncodeError:  # other surrogates, which do not stand for bytes
         return text
 
 
@@ -59,10 +59,13 @@ def _has_surrogates(text: str) -> bool:
 
 
 def visible(text: str, stream: TextIO) -> str:
-    """Return text as it may be written to `stream`: unchanged unless that is a terminal.
+    """Return text in the form for a stream: unchanged unless the stream is a terminal.
 
     On a terminal control characters are written as escapes such as \\x1b, so that they cannot move
-    the cursor, ring, set the title or hide text. Line breaks and tabs stay.
+    the cursor, ring, set the title or hide text. Line breaks and tabs are kept.
+
+    text: the text
+    stream: where it will be written
     """
     if not stream.isatty():
         return text
@@ -74,6 +77,10 @@ def _acts(c: str) -> bool:
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
-    """Write a line, at once. stream: default: standard error."""
+    """Write a line and flush the stream.
+
+    text: the line
+    stream: the stream; standard error by default
+    """
     stream = sys.stderr if stream is None else stream
     print(visible(text, stream), file=stream, flush=True)

@@ -1,4 +1,4 @@
-"""Numbers as people read them: 124 M, 642 MFLOP, 2 h 14 min, 41.2 GiB."""
+"""Format numbers for people: 124 M, 642 MFLOP, 2 h 14 min, 41.2 GiB."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ def digits(value: float) -> str:
 
 
 def _scaled(value: float, suffixes: Sequence[str], base: float = 1000.0) -> tuple[str, str]:
-    """Return the digits of `value` and the suffix of the power of `base` that was taken out."""
+    """Return the digits of `value` divided by a power of `base`, and the suffix of that power."""
     suffix = ""
     for step in suffixes:
         if abs(value) < base * 0.9995:
@@ -27,18 +27,26 @@ def _scaled(value: float, suffixes: Sequence[str], base: float = 1000.0) -> tupl
 
 
 def things(number: int, noun: str) -> str:
-    """Return a number with its noun, in the plural unless it is 1: 1 document, 1,200 documents."""
+    """Return a number with its noun, in the plural unless it is 1: 1 document, 1,200 documents.
+
+    number: the number
+    noun: the noun in the singular
+    """
     return f"{number:,} {noun}" + "s" * (number != 1)
 
 
 def count(value: float) -> str:
-    """Return a number of things: 950, 837 K, 124 M, 10.5 B, 1.2 T."""
+    """Return a count: 950, 837 K, 124 M, 10.5 B, 1.2 T."""
     text, suffix = _scaled(value, "KMBT")
     return f"{text} {suffix}".rstrip()
 
 
 def si(value: float, unit: str) -> str:
-    """Return `value` with a unit and a decimal prefix: 642 MFLOP, 3.35 TB/s."""
+    """Return a value with a unit and a decimal prefix: 642 MFLOP, 3.35 TB/s.
+
+    value: the value in the unit
+    unit: the unit without a prefix
+    """
     text, prefix = _scaled(value, "kMGTPEZY")
     return f"{text} {prefix}{unit}"
 
@@ -50,7 +58,7 @@ def size(n_bytes: float) -> str:
 
 
 def span(seconds: float) -> str:
-    """Return a length of time: 5.3 us, 12.4 s, 5 min 12 s, 2 h 14 min, 3.2 days, 5.1 years."""
+    """Return a duration: 5.3 us, 12.4 s, 5 min 12 s, 2 h 14 min, 3.2 days, 5.1 years."""
     if seconds < 59.95:
         for factor, unit in ((1, "s"), (1e3, "ms")):
             if seconds * factor >= 0.9995:
@@ -68,6 +76,10 @@ def span(seconds: float) -> str:
 
 
 def limits(low: float, high: float | None) -> str:
-    """Return the values between two limits in words; whole limits keep all of their digits."""
+    """Return the allowed values in words; whole limits keep all of their digits.
+
+    low: smallest allowed value
+    high: largest allowed value, or None for no limit
+    """
     words = [f"{x:.0f}" if x == int(x) else f"{x:g}" for x in (low, high) if x is not None]
     return f"at least {words[0]}" if high is None else f"between {words[0]} and {words[1]}"

@@ -1,4 +1,4 @@
-"""The versions of minillm and of what it runs on, for the records of runs and measurements."""
+"""Versions of minillm, Python, torch and triton, for the records of runs and measurements."""
 
 import platform
 import subprocess
@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def versions() -> dict[str, str | None]:
-    """Return the versions of minillm, python, torch and triton; None for a package not there."""
+    """Return the versions of minillm, python, torch and triton; None for a missing package."""
     found = {"minillm": __version__, "python": platform.python_version()}
     return found | {package: _version(package) for package in ("torch", "triton")}
 

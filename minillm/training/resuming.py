@@ -7,7 +7,13 @@ from typing import Any
 
 from minillm.checkpoint.run_folder import RunFolder, newest_run
 from minillm.config.flags import Settings
-from minillm.config.resolve import LENGTHS, as_train_config, changed, resolve, without_first_lengths
+from minillm.config.resolve import (
+    LENGTHS,
+    as_train_config,
+    resolve,
+    resumed_settings,
+    without_first_lengths,
+)
 from minillm.errors import UsageError
 from minillm.flags.train import ELSEWHERE, NEWEST, is_elsewhere
 from minillm.runtime import relative_paths as places
@@ -33,11 +39,11 @@ def resumed(args: Namespace) -> tuple[Settings, RunFolder]:
     wishes = replace(wishes, given=wishes.given - {"out", "overwrite", "init_from"})
     if not LENGTHS & {name for name, value in flags.items() if value is not None}:
         wishes = without_first_lengths(wishes, train)
-    return changed(model, config, wishes, _outcomes(run, wishes)), run
+    return resumed_settings(model, config, wishes, _outcomes(run, wishes)), run
 
 
 def _outcomes(run: RunFolder, wishes: Settings) -> dict[str, list[Any]]:
-    """Return other values of settings by which a run may be named on --resume, see `changed`."""
+    """Return other values of settings that mean the run's own, see `resumed_settings`."""
     facts = run.facts
     found = {"vocab_size": [facts["asked_vocab_size"]], "dtype": [facts.get("dtype")],
              "micro_batch_size": [str(facts.get("micro_batch_size"))]}  # fmt: skip

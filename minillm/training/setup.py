@@ -9,13 +9,13 @@ from pathlib import Path
 from minillm.checkpoint import placing
 from minillm.checkpoint.run_folder import RunFolder, run_of_launch
 from minillm.config.config_files import read_config
-from minillm.config.fields import parts_of
+from minillm.config.fields import as_tuple
 from minillm.config.flags import Settings
-from minillm.config.resolve import PREPARED, as_train_config, meant_for_a_core, resolve
+from minillm.config.resolve import PREPARED, as_train_config, recurrence_settings, resolve
 from minillm.config.train import ModelConfig, TrainConfig
 from minillm.data.batches import ORDER, Batches
 from minillm.data.held_out import require_validation
-from minillm.data.prepare import prepare
+from minillm.data.prepare import Preparation, prepare, refuse_settings
 from minillm.data.shards import Corpus, is_prepared, open_corpus
 from minillm.data.tokenizer import KINDS
 from minillm.distributed.agreement import gather
@@ -62,8 +62,8 @@ def begin(
     if train.out and here.rank == 0:
         out = Path(train.out)
         placing.check_out(out, train.overwrite, here.launch, placing.sources(settings, args.config))
-    for flag, place in (("--out", train.out or "runs"), ("--cache-dir", train.cache_dir)):
-        check_place(flag, Path(place))
+    for name, place in (("out", train.out or "runs"), ("cache_dir", train.cache_dir)):
+        check_place(name, Path(place))
     return settings, None
 
 
@@ -88,7 +88,7 @@ def _inherit(settings: Settings, source: RunFolder, flags: set[str]) -> Settings
             raise UsageError(
                 f"--{name.replace('_', '-')} cannot be set with --init-from: {source} fixes it"
             )
-    idle = meant_for_a_core(given)
+    idle = recurrence_settings(given)
     if idle and model.recurrent is None:
         raise UsageError(
             f"--{idle[0].replace('_', '-')} is of recurrent depth; {source} has no core to run "
@@ -113,7 +113,7 @@ def find_corpus(settings: Settings, run: RunFolder | None, say: Callable[[str], 
         corpus = _prepare(settings, say)
         if train.init_from and corpus.tokenizer().sha256 != file_digest(Path(train.tokenizer)):
             raise UsageError(
-                f"--data {' '.join(parts_of(train.data))} was prepared with another tokenizer than "
+                f"--data {' '.join(as_tuple(train.data))} was prepared with another tokenizer than "
                 f"{train.init_from}'s"
             )
         return require_validation(corpus, train.early_stop)
@@ -126,7 +126,8 @@ def find_corpus(settings: Settings, run: RunFolder | None, say: Callable[[str], 
         except UsageError as error:
             hint = "say where with --data" + " and --val" * (train.val is not None)
             raise UsageError(
-                f"{error}; if the text has moved, {hint}, or with --cache-dir if it is prepared"
+                f"{error.text}; if the text has moved, {hint}, or with --cache-dir if it is "
+                "prepared"
             ) from None
     if corpus.key != run.facts["corpus_key"]:
         given = {"data", "val"} & settings.given
@@ -152,26 +153,22 @@ def _prepare(
     settings: Settings, say: Callable[[str], None], whole_documents: bool = False
 ) -> Corpus:
     train = settings.train
-    paths = parts_of(train.data)
-    late = sorted(settings.given & PREPARED)
+    paths = as_tuple(train.data)
     prepared = len(paths) == 1 and is_prepared(paths[0])
-    if late and prepared:
-        flag = "--" + late[0].replace("_", "-")
-        raise UsageError(f"{flag}: {paths[0]} is prepared already; drop {flag}, or prepare anew")
+    if prepared:
+        refuse_settings(paths[0], settings.given & PREPARED)
     sized = train.tokenizer == "bpe" or "vocab_size" in settings.given
-    return prepare(
-        paths or None,
+    how = Preparation(
         tokenizer=train.tokenizer,
         vocab_size=settings.model.vocab_size if sized and not train.init_from else None,
         val_fraction=train.val_fraction,
-        val=None if prepared else parts_of(train.val),
-        cache_dir=Path(train.cache_dir),
+        val=None if prepared else as_tuple(train.val),
         errors=train.errors,
         encoding=train.encoding,
         text_column=train.text_column,
         whole_documents=whole_documents,
-        say=say,
     )
+    return prepare(paths or None, how, cache_dir=Path(train.cache_dir), say=say)
 
 
 def batches_of(
@@ -227,7 +224,7 @@ def _check_sample_prompt(prompt: str, corpus: Corpus) -> None:
     try:
         corpus.tokenizer().encode(prompt)
     except UsageError as error:
-        raise UsageError(f"--sample-prompt: {error}") from None
+        raise UsageError(f"--sample-prompt: {error.text}") from None
 
 
 def require_memory(model: ModelConfig, config: TrainConfig, ranks: Ranks) -> None:

@@ -159,7 +159,7 @@ def test_smallest_corpora(tmp_path):
         for step in range(12):
             assert batches.batch(step)[0].shape == (3, 8)
     assert batches.n_windows == 2
-    with pytest.raises(UsageError, match="has 8 tokens, one sequence takes 9; .*--seq-len 1"):
+    with pytest.raises(UsageError, match="has 8 tokens, one sequence takes 9; .*seq_len 1"):
         Batches(write_corpus(tmp_path / "few", numbers(8)), 8, 3, seed=0)
 
 
@@ -186,7 +186,7 @@ def test_a_run_that_began_with_the_old_order_keeps_it(tmp_path):
 
 
 def test_refusals(corpus):
-    with pytest.raises(UsageError, match="--batch-size 4 is not a multiple of 3 ranks"):
+    with pytest.raises(UsageError, match="batch_size 4 is not a multiple of 3 ranks"):
         Batches(corpus, 8, 4, seed=0, world_size=3)
     with pytest.raises(ValueError, match="rank 2 of 2"):
         Batches(corpus, 8, 4, seed=0, world_size=2).batch(0, 2)
@@ -216,7 +216,7 @@ def test_limited_evaluation_is_evenly_spread(corpus):
 
 def test_evaluation_without_a_split_says_what_to_do(tmp_path):
     corpus = write_corpus(tmp_path / "c", numbers(50))
-    with pytest.raises(UsageError, match="val split has 0 tokens.*--val-fraction"):
+    with pytest.raises(UsageError, match="val split has 0 tokens.*val_fraction"):
         evaluation_windows(corpus, "val", 8)
 
 
@@ -254,7 +254,7 @@ def test_a_file_truncated_while_it_is_read_is_an_error(corpus, touched):
 
 def test_a_shard_that_disappears_is_an_error(corpus):
     corpus.shards["train"][1].path.unlink()
-    with pytest.raises(CorruptError, match="train-00001.bin: is gone"):
+    with pytest.raises(CorruptError, match="train-00001.bin: is missing"):
         Tokens(corpus, "train").read(0, 300)
 
 

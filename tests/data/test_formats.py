@@ -248,7 +248,9 @@ def test_a_json_file_is_rows_where_it_holds_rows(tmp_path, content, wanted):
 
 def test_a_json_file_of_faulty_rows_is_named(tmp_path):
     (tmp_path / "a.json").write_text('[{"text": "a"}, {"body": "b"}]')
-    with pytest.raises(UsageError, match='a.json:2: .* "text"; it has body: name one with --text-'):
+    with pytest.raises(
+        UsageError, match='a.json:2: .* "text"; it has body: name one with text_column'
+    ):
         texts(tmp_path / "a.json")
     (tmp_path / "a.json").write_text('[{"text": "a"},')
     with pytest.raises(UsageError, match="a.json: an array of rows, but not valid JSON"):
@@ -269,7 +271,7 @@ def test_the_column_of_rows_can_be_named(tmp_path, name):
     (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
     assert texts(tmp_path / name, text_column="body") == ["b"]
     assert texts(tmp_path, text_column="body") == ["b"]
-    with pytest.raises(UsageError, match="it has title, body: name one with --text-column"):
+    with pytest.raises(UsageError, match="it has title, body: name one with text_column"):
         texts(tmp_path / name)
 
 
@@ -313,26 +315,26 @@ def test_the_encoding_can_be_named(tmp_path, encoding):
 @pytest.mark.parametrize("byte", [0x91, 0x92, 0x93, 0x94, 0x96, 0x97])
 def test_the_quotes_of_windows_hint_at_their_encoding(tmp_path, byte):
     (tmp_path / "a.txt").write_bytes(b"it" + bytes([byte]) + b"s")
-    with pytest.raises(UsageError, match=f"a.txt: byte 0x{byte:x} at offset 2 .*--encoding cp1252"):
+    with pytest.raises(UsageError, match=f"a.txt: byte 0x{byte:x} at offset 2 .*encoding cp1252"):
         texts(tmp_path)
 
 
 def test_the_quotes_of_windows_are_seen_behind_other_letters_but_not_in_other_scripts(tmp_path):
     text = "d\u00e9j\u00e0 vu, she said: \u201cno\u201d"
     (tmp_path / "a.txt").write_bytes(text.encode("cp1252"))
-    with pytest.raises(UsageError, match=r"byte 0xe9 at offset 1 .*--encoding cp1252"):
+    with pytest.raises(UsageError, match=r"byte 0xe9 at offset 1 .*encoding cp1252"):
         texts(tmp_path)
     (tmp_path / "a.txt").write_bytes(
         "\u041f\u0440\u0438\u0432\u0435\u0442".encode("cp866") + b"\x93"
     )
-    with pytest.raises(UsageError, match="byte 0x8f at offset 0 .* name its --encoding"):
+    with pytest.raises(UsageError, match="byte 0x8f at offset 0 .* name its encoding"):
         texts(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["no-such", "hex", "rot13", "undefined", ""])
 def test_an_encoding_that_is_none_is_refused(tmp_path, name):
     (tmp_path / "a.txt").write_text("a")
-    with pytest.raises(UsageError, match=f"--encoding {name}: no such encoding"):
+    with pytest.raises(UsageError, match=f"encoding {name}: no such encoding"):
         texts(tmp_path, encoding=name)
     (tmp_path / "a.txt").write_bytes(b"a\x81b")
     with pytest.raises(UsageError, match="byte 0x81 at offset 1 is not cp1252"):

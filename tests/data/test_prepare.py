@@ -1,4 +1,4 @@
-"""corpus.py, split.py, encoding.py, shards.py and the prepare command: text to checked shards."""
+"""prepare.py, split.py, encode.py, shards.py and the prepare command: text to checked shards."""
 
 import json
 import os
@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from minillm.commands import prepare as command
-from minillm.data import documents, encode as encoding, prepare as corpus_room, shards, split
+from minillm.data import corpus_writer, documents, encode, prepare as prepare_file, shards, split
 from minillm.data.batches import Tokens
-from minillm.data.prepare import prepare
+from minillm.data.prepare import Preparation, prepare
 from minillm.data.tokenizer import train_tokenizer
 from minillm.errors import CorruptError, UnavailableError, UsageError
 from minillm.runtime.program import run
@@ -30,7 +30,10 @@ def write_documents(folder, n=20):
 
 def make(source, folder, **settings):
     paths = [str(source)] if source else None
-    return prepare(paths, out=folder, **{"say": quiet, "tokenizer": "byte", **settings})
+    place = {"out": folder, "say": quiet}
+    place |= {name: settings.pop(name) for name in ("say", "cache_dir") if name in settings}
+    how = Preparation(**{"tokenizer": "byte", "val_fraction": 0.05, **settings})
+    return prepare(paths, how, **place)
 
 
 def ids(corpus, side):
@@ -126,14 +129,14 @@ def test_pool_gives_the_same_files_as_one_process(tmp_path):
 
 def test_long_texts_are_cut_where_the_ids_do_not_change():
     tokenizer = train_tokenizer("bpe", ["one two three\n" * 50, "x" * 100], 320)
-    text = "a line\n" * 3 + "x" * (2 * encoding.PIECE + 77) + "\nlast one"
-    stretches = list(encoding._stretches(text))
+    text = "a line\n" * 3 + "x" * (2 * encode.PIECE + 77) + "\nlast one"
+    stretches = list(encode._stretches(text))
     assert len(stretches) > 2 and "".join(stretches) == text
     assert sum((tokenizer.encode(part) for part in stretches), []) == tokenizer.encode(text)
 
 
 def test_a_worker_that_dies_is_one_line(monkeypatch, source, tmp_path):
-    monkeypatch.setattr(encoding, "load_tokenizer", lambda file: os._exit(9))
+    monkeypatch.setattr(encode, "load_tokenizer", lambda file: os._exit(9))
     with pytest.raises(UnavailableError, match="worker process died"):
         make(source, tmp_path / "c", workers=2)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
@@ -144,8 +147,9 @@ def test_second_run_finds_the_cache_without_encoding(monkeypatch, source, tmp_pa
     settings = {"tokenizer": "bpe", "cache_dir": tmp_path / "cache", "say": said.append}
     first = make(source, None, **settings)
     assert any(str(first.folder) in line for line in said)
-    monkeypatch.setattr(encoding, "encode", None)
-    monkeypatch.setattr(corpus_room, "train_tokenizer", None)
+    monkeypatch.setattr(encode, "encode", None)
+    for file in (prepare_file, corpus_writer):
+        monkeypatch.setattr(file, "train_tokenizer", None)
     said.clear()
     assert make(source, None, **settings) == first
     assert len(said) == 1 and str(first.folder) in said[0]
@@ -187,9 +191,9 @@ def test_same_out_again_is_opened_and_another_is_refused(source, tmp_path):
 
 
 def test_prepared_folder_is_opened_as_it_is(prepared):
-    assert prepare([str(prepared.folder)], say=quiet) == prepared
+    assert make(prepared.folder, None) == prepared
     with pytest.raises(UsageError, match="prepared with 257"):
-        prepare([str(prepared.folder)], vocab_size=300, say=quiet)
+        make(prepared.folder, None, vocab_size=300)
 
 
 def test_tokenizer_from_a_file(prepared, source, tmp_path):
@@ -269,9 +273,12 @@ def damage(path):
             "index.json: damaged, not the JSON",
         ),
         (lambda f: edit_index(f, version=9), "index.json: has format version 9"),
-        (lambda f: edit_index(f, dtype="uint32"), "index.json: not as this version"),
-        (lambda f: edit_index(f, shards=[{"name": "../x"}]), "index.json: not as this version"),
-        (lambda f: edit_index(f, shards=None), "index.json: not as this version"),
+        (lambda f: edit_index(f, dtype="uint32"), "index.json: not in the form that this version"),
+        (
+            lambda f: edit_index(f, shards=[{"name": "../x"}]),
+            "index.json: not in the form that this version",
+        ),
+        (lambda f: edit_index(f, shards=None), "index.json: not in the form that this version"),
         (lambda f: edit_index(f, vocab_size=200), "has id 256, the vocabulary ends at 199"),
         (lambda f: (f / "val-00000.bin").unlink(), "val-00000.bin: is missing"),
         (lambda f: os.truncate(f / "train-00000.bin", 100), "train-00000.bin: has 100 bytes"),
@@ -304,7 +311,7 @@ def test_a_document_that_changes_while_it_is_read(source):
         list(split.parts(text, plan))
     text = split.survey(documents.find([str(source)]), "strict", False)
     (source / "019.txt").write_text("")
-    with pytest.raises(UsageError, match="lost a document"):
+    with pytest.raises(UsageError, match="a document disappeared"):
         list(split.parts(text, plan))
 
 
@@ -332,12 +339,12 @@ def test_two_processes_at_once_share_the_cache(monkeypatch, source, tmp_path):
     assert [path.name for path in cache.iterdir()] == [other.folder.name]
 
 
-def test_corpus_rooms_do_not_import_torch():
+def test_preparing_does_not_import_torch():
     import subprocess
     import sys
 
     code = "import sys, minillm.data.prepare; sys.exit('torch' in sys.modules)"
-    root = Path(corpus_room.__file__).parents[2]
+    root = Path(prepare_file.__file__).parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
 
 

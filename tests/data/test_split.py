@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from minillm.data import documents, prepare as corpus_module
-from minillm.data.prepare import prepare
+from minillm.data import documents, encode, prepare as corpus_module
+from minillm.data.prepare import Preparation, prepare
 from minillm.data.split import split
 from minillm.data.survey import survey
 from minillm.data.tokenizer import CharTokenizer
@@ -155,7 +155,7 @@ def test_validation_text_can_be_named(tmp_path):
     assert make(folder, None, cache_dir=tmp_path / "x", val=val[:1]).key != corpus.key
     with pytest.raises(UsageError, match="nothing is left to train on"):
         make(inside, tmp_path / "d", val=[str(folder)])
-    with pytest.raises(UsageError, match="no text, only nothing or white space"):
+    with pytest.raises(UsageError, match="no text; its files are empty"):
         (tmp_path / "blank.txt").write_text(" ")
         make(folder, tmp_path / "d", val=[str(tmp_path / "blank.txt")])
 
@@ -166,18 +166,19 @@ def test_a_prepared_folder_stands_alone(tmp_path):
     for paths, val, message in (
         ([corpus.folder, folder], None, "is prepared already and cannot be joined"),
         ([folder, corpus.folder], None, "is prepared already and cannot be joined"),
-        ([corpus.folder], [folder], "has its own validation text; leave --val out"),
-        ([folder], [corpus.folder], "--val .* is prepared already"),
+        ([corpus.folder], [folder], "has its own validation text; leave val out"),
+        ([folder], [corpus.folder], "val .* is prepared already"),
     ):
         with pytest.raises(UsageError, match=message):
-            prepare([str(p) for p in paths], val=[str(p) for p in val or []] or None, say=print)
+            how = Preparation(val_fraction=0.1, val=[str(p) for p in val or []] or None)
+            prepare([str(p) for p in paths], how)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_character_that_the_tokenizer_lacks_is_named_with_its_place(
     tmp_path, monkeypatch, workers
 ):
-    monkeypatch.setattr(corpus_module.encoding, "PIECE", 100)  # so that documents are cut
+    monkeypatch.setattr(encode, "PIECE", 100)  # so that documents are cut
     CharTokenizer("abc \n").save(tmp_path)
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "a.txt").write_text("abc\n" * 100)

@@ -154,7 +154,7 @@ def test_thousands_of_characters_fit_a_small_vocabulary():
 
 @pytest.mark.parametrize("size", [0, 1, 100, 319, 2_000_000])
 def test_vocabulary_size_out_of_range(size):
-    with pytest.raises(UsageError, match=f"--vocab-size {size}"):
+    with pytest.raises(UsageError, match=f"vocab_size {size}"):
         train_tokenizer("bpe", ["text"], size)
 
 
@@ -292,7 +292,7 @@ def test_the_reserved_character_is_one_token_and_never_a_word_across():
 
 
 def test_text_that_sentencepiece_cannot_learn_from_is_refused_in_plain_words():
-    with pytest.raises(UsageError, match="^no bpe tokenizer .* this text; use --tokenizer byte$"):
+    with pytest.raises(UsageError, match="^no bpe tokenizer .* this text; use tokenizer byte$"):
         train_tokenizer("bpe", ["\0\0"], 400)
 
 
@@ -326,7 +326,7 @@ def test_foreign_models_decode_as_sentencepiece_does(options):
 
 def test_foreign_models_give_text_back_where_their_normaliser_allows_it():
     tokenizer = foreign(SENTENCES, vocab_size=300, hard_vocab_limit=False, **FOREIGN["identity"])
-    assert tokenizer.note == "this tokenizer is not lossless: decoding does not give the text back"
+    assert "not lossless" in tokenizer.note
     for text in (*PLAIN, "  two  spaces  ", "\n", "x\u0301\t", "\U0001f642"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
     unknown = foreign(SENTENCES, vocab_size=300, hard_vocab_limit=False)

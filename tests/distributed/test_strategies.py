@@ -9,7 +9,7 @@ from minillm.distributed.ranks import Ranks
 from minillm.distributed.strategies import DataParallel, shard
 from minillm.ops import EAGER
 from minillm.optim.build import recipes
-from minillm.runtime.device import World
+from minillm.runtime.launch import World
 from tests.support.processes import complaints
 from tests.support.sharding_ranks import CHECKS
 from tests.support.sharding_toy import made

@@ -12,7 +12,8 @@ from torch import nn
 from minillm.config.train import ModelConfig
 from minillm.model.gpt import GPT
 from minillm.ops import EAGER, REFERENCE
-from minillm.optim.build import AdamW, make_optimizers, set_learning_rate
+from minillm.optim.adamw import AdamW
+from minillm.optim.build import make_optimizers, set_learning_rate
 from minillm.optim.ema import Average
 from minillm.optim.muon import EMBED_RATE, HEAD_RATE, VECTOR_RATE, Muon
 

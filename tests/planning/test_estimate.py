@@ -255,8 +255,8 @@ REFUSED = [
         ["--gpu", "h100", "--gpus", "4", "--micro-batch-size", "8"],
         "--micro-batch-size 8 does not divide the 4",
     ),
-    (["--zero", "3"], "--zero 3 cuts the matrices that muon needs whole"),
-    (["--offload"], "--offload is of --zero 1 or 2; add one, or drop it"),
+    (["--zero", "3"], "--zero 3 splits the matrices that muon needs"),
+    (["--offload"], "--offload needs --zero 1 or --zero 2; add one"),
     (
         ["--gpu", "h100", "--gpus", "16", "--node-gpus", "3"],
         "--gpus 16 does not fill nodes of --node-gpus 3",

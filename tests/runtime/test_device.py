@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minillm.errors import UnavailableError, UsageError
-from minillm.runtime import device as world
+from minillm.runtime import device, launch
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -21,20 +21,20 @@ def one_thread_afterwards():
 
 @pytest.mark.parametrize("fast, slow", [(1, 4), (4, 1)])
 def test_auto_takes_the_faster_number_of_threads(monkeypatch, fast, slow):
-    monkeypatch.setattr(world, "available_threads", lambda: 4)
+    monkeypatch.setattr(device, "available_threads", lambda: 4)
     seconds = {fast: 0.001, slow: 0.002}
-    monkeypatch.setattr(world, "_product_seconds", lambda: seconds[torch.get_num_threads()])
-    threads, why = world.set_threads("auto")
+    monkeypatch.setattr(device, "_product_seconds", lambda: seconds[torch.get_num_threads()])
+    threads, why = device.set_threads("auto")
     assert threads == torch.get_num_threads() == fast
     assert why.startswith("timed a matrix product") and "1: " in why and "4: " in why
 
 
 def test_threads_as_asked(monkeypatch):
-    monkeypatch.setattr(world, "_product_seconds", lambda: pytest.fail("nothing to time"))
-    assert world.set_threads(2) == (2, "as asked")
-    assert world.set_threads("1") == (1, "as asked") and torch.get_num_threads() == 1
-    monkeypatch.setattr(world, "available_threads", lambda: 1)
-    assert world.set_threads("auto") == (1, "one processor")
+    monkeypatch.setattr(device, "_product_seconds", lambda: pytest.fail("nothing to time"))
+    assert device.set_threads(2) == (2, "as asked")
+    assert device.set_threads("1") == (1, "as asked") and torch.get_num_threads() == 1
+    monkeypatch.setattr(device, "available_threads", lambda: 1)
+    assert device.set_threads("auto") == (1, "one processor")
 
 
 def test_a_stall_now_and_then_counts(monkeypatch):
@@ -47,29 +47,29 @@ def test_a_stall_now_and_then_counts(monkeypatch):
         now[0] += 0.1 if calls[0] % 4 == 3 else 0.001
         return now[0]
 
-    monkeypatch.setattr(world.time, "perf_counter", clock)
-    assert world._product_seconds() > 0.05
+    monkeypatch.setattr(device.time, "perf_counter", clock)
+    assert device._product_seconds() > 0.05
 
 
 def test_devices(monkeypatch):
-    assert world.pick_device("cpu") == CPU
+    assert device.pick_device("cpu") == CPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert world.pick_device("auto") == CUDA
-    assert world.pick_device("cuda:1") == torch.device("cuda:1")
-    with pytest.raises(UnavailableError, match="--device cuda:2: 2 CUDA devices here"):
-        world.pick_device("cuda:2")
+    assert device.pick_device("auto") == CUDA
+    assert device.pick_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(UnavailableError, match="device cuda:2: 2 CUDA devices here"):
+        device.pick_device("cuda:2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert world.pick_device("auto") == torch.device("mps") == world.pick_device("mps")
+    assert device.pick_device("auto") == torch.device("mps") == device.pick_device("mps")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert world.pick_device("auto") == CPU
+    assert device.pick_device("auto") == CPU
     for name in ("cuda", "mps", "meta"):
-        with pytest.raises(UnavailableError, match="use --device cpu"):
-            world.pick_device(name)
+        with pytest.raises(UnavailableError, match="use device cpu"):
+            device.pick_device(name)
     for name in ("", "gpu", "cuda:-1", "cuda:x"):
         with pytest.raises(UsageError, match="is not one of auto, cpu, cuda"):
-            world.pick_device(name)
+            device.pick_device(name)
 
 
 def test_dtypes(monkeypatch):
@@ -78,22 +78,22 @@ def test_dtypes(monkeypatch):
         (True, 63, torch.float32),
         (False, 4096, torch.float32),
     ]:
-        monkeypatch.setattr(world, "cpu_has_bf16", lambda has=has: has)
-        assert world.pick_dtype("auto", CPU, width) == expected
-    assert world.pick_dtype("bf16", CPU, 8) == torch.bfloat16
-    assert world.pick_dtype("fp32", CPU, 4096) == torch.float32
+        monkeypatch.setattr(device, "cpu_has_bf16", lambda has=has: has)
+        assert device.pick_dtype("auto", CPU, width) == expected
+    assert device.pick_dtype("bf16", CPU, 8) == torch.bfloat16
+    assert device.pick_dtype("fp32", CPU, 4096) == torch.float32
     for native, expected in ((True, torch.bfloat16), (False, torch.float16)):
         # What PyTorch emulates on older GPUs counts as supported unless it is asked not to.
         monkeypatch.setattr(torch.cuda, "is_bf16_supported",
                             lambda including_emulation=True, native=native: native
                             or including_emulation)  # fmt: skip
-        assert world.pick_dtype("auto", CUDA, 8) == expected
+        assert device.pick_dtype("auto", CUDA, 8) == expected
 
 
 def test_what_a_launcher_says(monkeypatch):
     for name in ("RANK", "MASTER_ADDR", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    assert world.launched() == world.World()
+    assert launch.launched() == launch.World()
     said = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "GROUP_RANK": "1",
             "LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "2",
             "TORCHELASTIC_RESTART_COUNT": "2", "TORCHELASTIC_RUN_ID": "job",
@@ -101,22 +101,22 @@ def test_what_a_launcher_says(monkeypatch):
             "TORCHELASTIC_USE_AGENT_STORE": "True"}  # fmt: skip
     for name, value in said.items():
         monkeypatch.setenv(name, value)
-    assert world.launched() == world.World(3, 4, 1, 2, 1, 2, 2, None, "here", 1234, True)
+    assert launch.launched() == launch.World(3, 4, 1, 2, 1, 2, 2, None, "here", 1234, True)
     monkeypatch.setenv("RANK", "three")
     with pytest.raises(UsageError, match="RANK is 'three'; expected a whole number"):
-        world.launched()
+        launch.launched()
     monkeypatch.delenv("RANK")
     with pytest.raises(UsageError, match="WORLD_SIZE is 4, but RANK or MASTER_ADDR is not set"):
-        world.launched()
+        launch.launched()
 
 
 def test_each_rank_of_a_machine_has_its_own_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert world.pick_device("auto", 1) == torch.device("cuda:1")
-    assert world.pick_device("cpu", 1) == CPU
+    assert device.pick_device("auto", 1) == torch.device("cuda:1")
+    assert device.pick_device("cpu", 1) == CPU
     with pytest.raises(UnavailableError, match="cuda:2: 2 CUDA devices here"):
-        world.pick_device("cuda", 2)
+        device.pick_device("cuda", 2)
 
 
 MIB = 1 << 20
@@ -126,7 +126,7 @@ MIB = 1 << 20
 def system(monkeypatch) -> dict[str, str]:
     """The files of the system, by path: those put here, and no others."""
     files: dict[str, str] = {}
-    monkeypatch.setattr(world, "_read", lambda path: files.get(path, ""))
+    monkeypatch.setattr(device, "_read", lambda path: files.get(path, ""))
     return files
 
 
@@ -153,14 +153,14 @@ def test_the_memory_that_is_free(system, available, limit, used, expected):
         )
     system["/sys/fs/cgroup/memory.max"] = limit
     system["/sys/fs/cgroup/memory.current"] = used
-    free = world.available_memory(CPU)
+    free = device.available_memory(CPU)
     assert free == (None if expected is None else expected * MIB)
 
 
 @pytest.mark.parametrize("text", ["", "MemFree: 12 kB\n", "MemAvailable: lots\n"])
 def test_a_system_that_does_not_say_what_is_free(system, text):
     system["/proc/meminfo"] = text
-    assert world.available_memory(CPU) is None
+    assert device.available_memory(CPU) is None
 
 
 @pytest.mark.parametrize(
@@ -169,30 +169,30 @@ def test_a_system_that_does_not_say_what_is_free(system, text):
      ("50000 100000\n", 1), ("1600000 100000\n", 8)],
 )  # fmt: skip
 def test_a_containers_share_of_the_processors_counts(system, monkeypatch, quota, expected):
-    monkeypatch.setattr(world.os, "sched_getaffinity", lambda pid: range(8), raising=False)
+    monkeypatch.setattr(device.os, "sched_getaffinity", lambda pid: range(8), raising=False)
     system["/sys/fs/cgroup/cpu.max"] = quota
-    assert world.available_threads() == expected
+    assert device.available_threads() == expected
 
 
 def test_a_file_that_the_system_lacks_is_empty(tmp_path):
     (tmp_path / "bytes").write_bytes(b"\xff\xfe")
-    assert world._read(str(tmp_path / "none")) == world._read(str(tmp_path / "bytes")) == ""
-    assert world._read(str(tmp_path)) == ""
+    assert device._read(str(tmp_path / "none")) == device._read(str(tmp_path / "bytes")) == ""
+    assert device._read(str(tmp_path)) == ""
 
 
 def test_a_large_product_that_is_interrupted_does_not_lower_the_peak(monkeypatch):
     """On a CPU with neighbours no long product runs undisturbed."""
-    monkeypatch.setattr(world, "_product_flops", lambda n, *_: {1024: 7e9, 256: 9e10}[n])
-    assert world.measured_peak_flops(CPU, torch.float32) == 9e10
+    monkeypatch.setattr(device, "_product_flops", lambda n, *_: {1024: 7e9, 256: 9e10}[n])
+    assert device.measured_peak_flops(CPU, torch.float32) == 9e10
 
 
 def test_memory_and_peak_are_plausible():
     held = torch.ones(1 << 20)
-    free = world.available_memory(CPU)
+    free = device.available_memory(CPU)
     assert free is None or free > 1 << 20
-    peak = world.peak_memory(CPU)
+    peak = device.peak_memory(CPU)
     assert peak is None or peak > held.nbytes
-    assert world.measured_peak_flops(CPU, torch.float32) > 1e8
+    assert device.measured_peak_flops(CPU, torch.float32) > 1e8
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from minillm import errors
 from minillm.checkpoint.find import open_checkpoint
 from minillm.checkpoint.run_folder import RunFolder
 from minillm.config.config_files import read_config
-from minillm.runtime import device as world, files as storage, program, relative_paths as places
+from minillm.runtime import device, files, program, relative_paths
 from minillm.scripts import train as train_script
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(autouse=True)
 def known_peak(monkeypatch) -> None:
     """The machine's peak takes a while to be timed."""
-    monkeypatch.setattr(world, "measured_peak_flops", lambda device, dtype: 1e10)
+    monkeypatch.setattr(device, "measured_peak_flops", lambda device, dtype: 1e10)
 
 
 @pytest.fixture
@@ -55,16 +55,16 @@ def test_no_file_of_a_run_holds_an_absolute_path(train, project, tiny_run, tmp_p
     assert train("--data", "words.txt", "--out", "runs/third", "--cache-dir", "cache") == 0
     assert train("--resume", "runs/third", "--steps", "9") == 0
     # Where a path has nothing in common with the run, not even the name of its home is kept.
-    far = places.stated(Path("/somewhere/run"), {"data": str(project / "words.txt")})
+    far = relative_paths.stated(Path("/somewhere/run"), {"data": str(project / "words.txt")})
     assert far == {"data": "words.txt"}
     hidden = [str(tmp_path), str(project), str(Path.cwd()), str(Path.home())]
     for run in (first, second, third):
-        files = [path for path in run.rglob("*") if path.is_file()]
-        assert len(files) > 8
-        for path in files:
+        written = [path for path in run.rglob("*") if path.is_file()]
+        assert len(written) > 8
+        for path in written:
             data = path.read_bytes()
             assert not [text for text in hidden if text.encode() in data], path
-        config = storage.read_json(run / "config.json")["train"]
+        config = files.read_json(run / "config.json")["train"]
         assert not {"out", "overwrite"} & config.keys()
         for value in config.values():
             assert not str(value).startswith("/")
@@ -119,11 +119,11 @@ def test_runs_of_earlier_releases_keep_their_paths(tmp_path, monkeypatch, text_f
     shutil.copy(text_file, tmp_path / "mine.txt")
     (tmp_path / "inner").mkdir()
     for path in (str(text_file), "mine.txt", "inner", "no such file", "data/prepared"):
-        assert places.path_found(run, path) == path
+        assert relative_paths.path_found(run, path) == path
     monkeypatch.chdir(tmp_path / "inner")
-    assert places.path_found(run, "../mine.txt") == "../mine.txt"
+    assert relative_paths.path_found(run, "../mine.txt") == "../mine.txt"
     first = Path(__file__).resolve().parents[1] / "golden" / "f537e8f"
-    stated = storage.read_json(first / "plain" / "config.json")["corpus"]
+    stated = files.read_json(first / "plain" / "config.json")["corpus"]
     assert Path(stated).is_absolute() and RunFolder(first / "plain").corpus_places()[0] == Path(
         stated
     )
@@ -136,24 +136,24 @@ def test_paths_there_and_back(tmp_path):
     (tmp_path / "x.txt").touch()
     settings = {"data": str(tmp_path / "x.txt"), "init_from": None, "tokenizer": "bpe", "steps": 5}
     for place in (run, tmp_path / "link" / "run"):
-        written = places.stated(place, {**settings, "out": "o", "overwrite": True})
+        written = relative_paths.stated(place, {**settings, "out": "o", "overwrite": True})
         assert written == {**settings, "data": "../../x.txt"}
-        assert places.found(place, written) == settings
+        assert relative_paths.found(place, written) == settings
     several = {"data": [str(tmp_path / "x.txt"), str(tmp_path / "*.txt")]}
-    assert places.stated(run, several) == {"data": ["../../x.txt", "../../*.txt"]}
-    assert places.found(run, places.stated(run, several)) == several
-    assert places.same(str(tmp_path / "x.txt"), str(tmp_path / "a" / ".." / "x.txt"))
+    assert relative_paths.stated(run, several) == {"data": ["../../x.txt", "../../*.txt"]}
+    assert relative_paths.found(run, relative_paths.stated(run, several)) == several
+    assert relative_paths.same(str(tmp_path / "x.txt"), str(tmp_path / "a" / ".." / "x.txt"))
 
 
 TOLD_ASCII = """
 import sys
 from pathlib import Path
-from minillm.runtime import relative_paths as places
+from minillm.runtime import relative_paths
 from minillm.flags import train
 run = Path(sys.argv[1])
-text = places.found(run, {"data": "../t\\u00e9xt.txt"})["data"]
+text = relative_paths.found(run, {"data": "../t\\u00e9xt.txt"})["data"]
 assert Path(text).read_bytes() == b"here"
-assert places.stated(run, {"data": text}) == {"data": "../t\\u00e9xt.txt"}
+assert relative_paths.stated(run, {"data": text}) == {"data": "../t\\u00e9xt.txt"}
 train.parse(["--config", str(run / "config.toml")])
 """
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from minillm.config.flags import ALIASES, all_flags
+from minillm.config.flags import ALIASES, setting_fields
 from minillm.config.model import depths_text
 from minillm.config.resolve import resolve
 
@@ -204,7 +204,7 @@ VALUES = SCALARS | st.lists(SCALARS, max_size=2) | st.dictionaries(st.text(max_s
 def _right_values() -> dict[str, Any]:
     """Every setting at what it is without any flag."""
     flat = resolve({}, None, "nano").flat()
-    return {name: flat[name] for name in all_flags() if flat[name] is not None}
+    return {name: flat[name] for name in setting_fields() if flat[name] is not None}
 
 
 def _toml(value: Any) -> str:

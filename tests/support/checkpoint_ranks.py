@@ -16,7 +16,7 @@ from minillm.checkpoint import find, write
 from minillm.checkpoint.run_folder import RunFolder
 from minillm.checkpoint.sharded_safetensors import key_of
 from minillm.distributed.ranks import Ranks, connect
-from minillm.runtime.device import launched
+from minillm.runtime.launch import launched
 
 N = 1001  # elements of "w", cut at 400
 

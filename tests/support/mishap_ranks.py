@@ -12,7 +12,7 @@ import sys
 from minillm.distributed.ranks import leave
 from minillm.model.gpt import GPT
 from minillm.runtime import program
-from minillm.runtime.device import launched
+from minillm.runtime.launch import launched
 from minillm.scripts import train as script
 
 

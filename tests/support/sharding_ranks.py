@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 
 from minillm.distributed.ranks import Ranks, connect, leave
 from minillm.distributed.strategies import Sharding
-from minillm.runtime.device import launched
+from minillm.runtime.launch import launched
 from tests.support import sharding_keeping as keeping
 from tests.support.sharding_toy import (
     BF16,

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from minillm.distributed.ranks import Ranks
-from minillm.runtime.device import World
+from minillm.runtime.launch import World
 
 
 class ThreadRanks(Ranks):

@@ -17,7 +17,7 @@ from torch import nn
 from minillm.distributed.ranks import Ranks, connect, leave
 from minillm.distributed.reductions import Reductions
 from minillm.distributed.zero import ZeroOptimizer
-from minillm.runtime.device import launched
+from minillm.runtime.launch import launched
 from tests.support import zero_keeping as keeping
 from tests.support.zero_toy import (
     Record,

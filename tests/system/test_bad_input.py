@@ -57,8 +57,8 @@ TRAIN = [
     (["--micro-batch-size", "3"], 2, "--micro-batch-size 3 does not divide --batch-size 4"),
     (["--micro-batch-size", "5"], 2, "--micro-batch-size: 5 is out of range"),
     (["--zero", "4"], 2, "argument --zero: 4 is out of range; expected between 0 and 3"),
-    (["--zero", "3", "--optimizer", "muon"], 2, "--zero 3 cuts the matrices that muon needs whole"),
-    (["--offload"], 2, "--offload is of --zero 1 or 2; add one, or drop it"),
+    (["--zero", "3", "--optimizer", "muon"], 2, "--zero 3 splits the matrices that muon needs"),
+    (["--offload"], 2, "--offload needs --zero 1 or --zero 2"),
     (["--ema", "0.9", "--zero", "1"], 2, "--ema averages whole weights; drop it, or use --zero 0"),
     (["--bias", "maybe"], 2, "'maybe' is not true or false"),
     # The model.
@@ -119,10 +119,10 @@ TRAIN = [
     (["--resume", "{t}"], 2, "is not a run of minillm: it has no config.json"),
     (["--resume", "{t}/model.pt"], 2,
      "model.pt is a file, not a run folder; pickled checkpoints are never read"),
-    (["--resume", "{run}", "--out", "x"], 2, "--resume goes on in its own folder"),
+    (["--resume", "{run}", "--out", "x"], 2, "--resume continues in the run's own folder"),
     (["--resume", "{run}", "--d-model", "32"], 2, "--d-model 32 differs from the run's 16"),
     (["--resume", "{run}", "--n-layer", "2"], 2,
-     "--n-layer 2 differs from the run's 1 and cannot change on --resume; start anew with --init"),
+     "--n-layer 2 differs from the run's 1 and cannot change on --resume; start a new run with"),
     (["--resume", "{run}", "--learning-rate", "1"], 2, "--learning-rate 1.0 differs from the"),
     (["--init-from", "{t}/model.pt"], 2, "pickled checkpoints are never read"),
     (["--init-from", "{t}/none"], 2, "none: no such run"),
@@ -205,7 +205,10 @@ SAMPLE = [
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     """A folder of unpleasant things."""
-    t = tmp_path_factory.mktemp("place")
+    return with_unpleasant_things(tmp_path_factory.mktemp("place"))
+
+
+def with_unpleasant_things(t: Path) -> Path:
     (t / "empty").mkdir()
     (t / "blank.txt").write_text(" \n\n")
     (t / "one.txt").write_text("a")
@@ -438,12 +441,12 @@ def test_a_prepared_folder_cannot_be_prepared_otherwise(
     folder = str(RunFolder(tiny_run).corpus())
     name = "minillm prepare"
     monkeypatch.setattr(sys, "argv", ["minillm", "prepare", folder, *flags])
-    check(verbs.main(), 2, f"{folder} is prepared already; give the text", name, capfd)
+    check(verbs.main(), 2, f"{flags[0]}: {folder} is prepared already; leave", name, capfd)
     monkeypatch.setattr(sys, "argv", ["minillm", "prepare", folder, str(tmp_path)])
-    check(verbs.main(), 2, f"{folder} is prepared already; give the text", name, capfd)
+    check(verbs.main(), 2, f"{folder} is prepared already", name, capfd)
     words = ["--data", folder, "--out", str(tmp_path / "run"), *flags]
     words += [] if "--tokenizer" in flags else ["--tokenizer", "byte"]
-    check(train(*words), 2, "is prepared already; drop --", "train.py", capfd)
+    check(train(*words), 2, "is prepared already; leave --", "train.py", capfd)
 
 
 def test_more_samples_than_memory(tiny_run, monkeypatch, capfd):

@@ -68,11 +68,15 @@ def here(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(plan.hardware.world, "measured_peak_flops", lambda device, dtype: 1e10)
     monkeypatch.setattr(plan.hardware.machine, "ceilings", lambda *_, **__: {"memory_gbps": 10.0})
     monkeypatch.chdir(tmp_path)
-    Path("text.txt").write_text("the cat sat on a mat\n" * 40)
-    os.mkfifo("fifo")
-    Path("loop").symlink_to("loop")
-    Path("dangling").symlink_to("nowhere")
-    return tmp_path
+    return with_unpleasant_names(tmp_path)
+
+
+def with_unpleasant_names(folder: Path) -> Path:
+    (folder / "text.txt").write_text("the cat sat on a mat\n" * 40)
+    os.mkfifo(folder / "fifo")
+    (folder / "loop").symlink_to("loop")
+    (folder / "dangling").symlink_to("nowhere")
+    return folder
 
 
 @pytest.mark.parametrize("kind", NAMES)
@@ -112,7 +116,7 @@ def test_a_folder_that_may_not_be_written(here, capfd, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     for command, flag, more in WRITE[:5]:
         line = refusal(command, [*more, flag, "new"], 5, capfd)
-        assert f"not writable; give another {'--out' if command == 'train.py' else flag}" in line
+        assert f"{here}: not writable; name another place" in line
 
 
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="no file here fails to be read")

@@ -39,7 +39,7 @@ CASES = [
     ("plan", ["--json", "--json"], "--json is given twice"),
     ("plan", ["--json=yes"], "--json: takes no value; got 'yes'"),
     ("plan", ["--print-config"], "--print-config is train.py's; leave it out"),
-    ("plan", ["--offload"], "--offload is of --zero 1 or 2"),
+    ("plan", ["--offload"], "--offload needs --zero 1 or --zero 2"),
     ("plan", ["--data", ""], "--data is empty"),
     ("plan", ["--data", "none.txt"], "none.txt: no such file or folder"),
     ("profile", ["--threads", "0"], "0 is out of range"),
@@ -100,7 +100,7 @@ CASES = [
     ("train", ["--recurrent", "0,9999,9999"], "19998 blocks; at most 10000"),
     ("train", ["--recurrent", "1,2,1", "--mean-recurrence", "0"], "0 is out of range"),
     ("train", ["--recurrent", "1,2,1", "--max-recurrence", "4"], "4 is below --mean-recurrence 8"),
-    ("train", ["--mean-recurrence", "4"], "is of recurrent depth; add --recurrent P,R,C"),
+    ("train", ["--mean-recurrence", "4"], "needs a recurrent model; add --recurrent P,R,C"),
     ("train", ["--val-fraction", "0.6"], "0.6 is out of range"),
     ("train", ["--position", "alibi", "--n-head", "7", "--d-model", "32"], "nearest: 8"),
 ]
@@ -113,7 +113,11 @@ FULL_NAME = {"train": "train.py"}
 def here(tmp_path, monkeypatch) -> Path:
     """A folder to stand in, with bad content under plain names."""
     monkeypatch.chdir(tmp_path)
-    Path("folder").mkdir()
+    return with_bad_files(tmp_path)
+
+
+def with_bad_files(folder: Path) -> Path:
+    (folder / "folder").mkdir()
     content = {
         "text.txt": b"the cat sat on a mat\n" * 400,
         "wide.txt": "text".encode("utf-16"),
@@ -134,8 +138,8 @@ def here(tmp_path, monkeypatch) -> Path:
         "name.json": b'{"' + b"k" * 600 + b'": 1}',
     }
     for name, data in content.items():
-        Path(name).write_bytes(data)
-    return tmp_path
+        (folder / name).write_bytes(data)
+    return folder
 
 
 @pytest.mark.parametrize("verb, words, fragment", CASES)

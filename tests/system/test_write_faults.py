@@ -210,10 +210,11 @@ def test_the_log_is_cut_back_or_whole(tmp_path, capsys):
 @pytest.mark.parametrize("kind, empty", [("byte", False), ("byte", True), ("bpe", False)])
 def test_a_corpus_is_whole_or_absent(tmp_path, capsys, text_file, kind, empty):
     """empty: its folder is there, with nothing in it."""
-    prepare = partial(
-        corpus.prepare, [str(text_file)], tokenizer=kind, val_fraction=0.1, shard_tokens=2000,
-        workers=1, say=lambda text: None, vocab_size=320 if kind == "bpe" else None,
+    how = corpus.Preparation(
+        tokenizer=kind, val_fraction=0.1, shard_tokens=2000, workers=1,
+        vocab_size=320 if kind == "bpe" else None,
     )  # fmt: skip
+    prepare = partial(corpus.prepare, [str(text_file)], how, say=lambda text: None)
     key = prepare(out=tmp_path / "undisturbed").key
 
     def work(root: Path) -> corpus.Corpus:

@@ -51,10 +51,8 @@ def save_twice(run: Path, pruned: bool = True) -> None:
 
 def prepare(root: Path, text: Path) -> None:
     """A small corpus, in several shards."""
-    corpus.prepare(
-        [str(text)], tokenizer="byte", out=root / "words", shard_tokens=2000, workers=1,
-        say=lambda line: None,
-    )  # fmt: skip
+    how = corpus.Preparation(tokenizer="byte", val_fraction=0.05, shard_tokens=2000, workers=1)
+    corpus.prepare([str(text)], how, out=root / "words", say=lambda line: None)
 
 
 def test_what_is_saved_is_on_the_disk_before_it_has_its_name(tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 
 from minillm.checkpoint.find import open_checkpoint
-from minillm.runtime.device import World
+from minillm.runtime.launch import World
 from minillm.scripts import train as script
 from tests.support.broad import broad
 from tests.system.test_train import metrics

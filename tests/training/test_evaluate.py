@@ -7,7 +7,7 @@ import torch
 
 from minillm.config.train import ModelConfig
 from minillm.data.batches import Tokens, evaluation_windows
-from minillm.data.prepare import prepare
+from minillm.data.prepare import Preparation, prepare
 from minillm.distributed.ranks import Ranks
 from minillm.model.gpt import GPT
 from minillm.model.recurrence import state_keys
@@ -19,7 +19,8 @@ from minillm.training.evaluate import Evaluation, evaluate
 @pytest.fixture(scope="module")
 def corpus(text_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluate")
-    return prepare([str(text_file)], tokenizer="char", cache_dir=folder, val_fraction=0.1)
+    how = Preparation(tokenizer="char", val_fraction=0.1)
+    return prepare([str(text_file)], how, cache_dir=folder)
 
 
 @pytest.fixture(scope="module")

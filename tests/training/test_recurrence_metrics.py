@@ -219,9 +219,9 @@ def test_that_recurrence_is_hardly_used_is_said_of_grown_models_alone():
         (("--recurrent", "1,1,1", "--norm", "layernorm"), "needs --norm rmsnorm"),
         (("--recurrent", "1,1,1", "--recurrence-style", "moth"), "not one of huginn, parcae"),
         (("--recurrent", "1,9999,1"), "is 10001 blocks; at most 10000"),
-        (("--recurrent", "1,1,1", "--n-layer", "7"), "is 3 blocks; leave it out"),
-        (("--mean-recurrence", "5"), "--mean-recurrence is of recurrent depth; add --recurrent"),
-        (("--injection", "add"), "--injection is of recurrent depth"),
+        (("--recurrent", "1,1,1", "--n-layer", "7"), "has 3 blocks; leave it out"),
+        (("--mean-recurrence", "5"), "--mean-recurrence needs a recurrent model; add --recurrent"),
+        (("--injection", "add"), "--injection needs a recurrent model"),
     ],
 )
 def test_train_refuses_in_a_line(train, tmp_path, capfd, flags, words):
