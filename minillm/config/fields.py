@@ -3,7 +3,7 @@
 from dataclasses import Field, field
 from typing import Any, get_args
 
-from minillm.errors import UsageError
+from minillm.errors import UsageError, parameter
 from minillm.runtime.units import limits
 
 
@@ -36,7 +36,7 @@ def check_range(f: Field, value: Any) -> None:
 
     A whole number may stand for a float; True stands for no number.
     """
-    rules, flag = f.metadata, "--" + f.name.replace("_", "-")
+    rules, flag = f.metadata, parameter(f.name)
     if not rules:
         return
     kinds = get_args(f.type) or (f.type,)
@@ -47,6 +47,8 @@ def check_range(f: Field, value: Any) -> None:
     if "choices" in rules and value not in rules["choices"]:
         raise UsageError(f"{flag} {value!r} is not one of {', '.join(rules['choices'])}")
     low, high = rules.get("low"), rules.get("high")
+    if rules.get("above") and value == low:
+        raise UsageError(f"{flag} {value}: expected above {low:g}")
     if low is not None and not low <= value <= (high if high is not None else value):
         raise UsageError(f"{flag} {value} is out of range; expected {limits(low, high)}")
 

@@ -8,6 +8,7 @@ import torch
 
 from minillm.checkpoint.find import load_run
 from minillm.config.train import PRESETS, ModelConfig, TrainConfig
+from minillm.config.sampling import SamplingParams
 from minillm.inference.generate import generate
 from minillm.model.gpt import GPT
 from minillm.ops import Ops, select
@@ -45,6 +46,6 @@ def test_a_run_is_loaded_and_continued(tiny_run):
     for name in (tiny_run, str(tiny_run)):
         model, tokenizer, config = load_run(name)
         assert isinstance(model, GPT) and isinstance(config, ModelConfig)
-    made = generate(model, [tokenizer.encode("the ")], max_tokens=3, temperature=0.0)
+    made = generate(model, [tokenizer.encode("the ")], SamplingParams(max_tokens=3, temperature=0.0))
     assert inspect.isgenerator(made)
     assert [token.row for token in made] == [0, 0, 0]

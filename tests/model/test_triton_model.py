@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from minillm.config.train import ModelConfig
-from minillm.inference.generate import generate
 from minillm.kernels import reference
 from minillm.model.gpt import GPT
 from minillm.ops import EAGER, Ops, select
 from minillm.optim.build import make_optimizers, set_learning_rate
 from minillm.training import samples
+from tests.support.generating import generated
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPE = {"vocab_size": 50, "seq_len": 48, "n_layer": 2, "n_head": 4, "d_model": 64, "d_ff": 96}
@@ -139,7 +139,7 @@ def test_the_same_tokens(triton_ops, options):
     drawn = []
     for ops in (triton_ops, EAGER):
         model = model_of(ops, seq_len=16, **options).eval()
-        made = generate(model, [[1, 2, 3, 4, 5], [7]], max_tokens=14, top_k=20, top_p=0.9, seed=3)
+        made = generated(model, [[1, 2, 3, 4, 5], [7]], max_tokens=14, top_k=20, top_p=0.9, seed=3)
         drawn.append([(token.row, token.id) for token in made])
     assert drawn[0] == drawn[1] and len({id for _, id in drawn[0]}) > 5
 

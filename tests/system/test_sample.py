@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from minillm.checkpoint.find import load_run
+from minillm.config.sampling import SamplingParams
 from minillm.flags import sample as flags
 from minillm.inference.generate import generate
 from minillm.runtime import program
@@ -34,10 +35,8 @@ def objects(text: str) -> list[dict]:
 def test_the_prompt_and_its_continuation(sample, tiny_run):
     out, err = sample("--prompt", "the cat", "--max-tokens", "20", "--seed", "7")
     model, tokenizer, _ = load_run(tiny_run)
-    made = generate(
-        model, [tokenizer.prompt_ids("the cat")], max_tokens=20, temperature=0.8, top_p=0.95,
-        seed=7,
-    )  # fmt: skip
+    params = SamplingParams(max_tokens=20, temperature=0.8, top_p=0.95, seed=7)
+    made = generate(model, [tokenizer.prompt_ids("the cat")], params)
     assert out == "the cat" + tokenizer.decode([t.id for t in made]) + "\n"
     assert "step 8, cpu, eager kernels (on a CPU), 1 thread, seed 7" in err
     assert "20 tokens in" in err

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from minillm.inference.generate import Token
+from minillm.inference.decoding_batch import Token
 
 FILE = Path(__file__).resolve().parents[2] / "benchmarks" / "recurrence" / "speculation.py"
 pytestmark = pytest.mark.skipif(not FILE.is_file(), reason="the source tree is not here")
