@@ -25,7 +25,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=["minillm", *(f"minillm.{wing}" for wing in WINGS), "minillm.kernels"],
-    package_data={"minillm.kernels": ["tiles/*.json"]},
+    package_data={"minillm": ["py.typed"], "minillm.kernels": ["tiles/*.json"]},
     py_modules=["minillm.scripts.train", "minillm.scripts.sample"],
     package_dir={"minillm.kernels": "kernels", "minillm.scripts": "."},
     install_requires=[

@@ -64,14 +64,13 @@ def main(argv: Sequence[str]) -> None:
         if here.rank == 0:
             print(startup.config_text(settings))
         return
-    local_rank = here.local_rank if here.size > 1 else None
-    device = world.pick_device(settings.train.device, local_rank)
+    device = world.pick_device(settings.train.device, here.local_rank if here.size > 1 else None)
     with connected(here, device, settings.train.rank_timeout) as ranks:
         train(settings, run, ranks)
 
 
-def train(settings: Settings, run: Path | None, ranks: Ranks) -> None:
-    """The run from its first step, or from the last checkpoint of `run`, to its end."""
+def train(settings: Settings, run: Path | None, ranks: Ranks) -> Path:
+    """Train a run from its first step, or from the last checkpoint of `run`; return its folder."""
     with ExitStack() as held:
         if run:  # nobody else may write it from here on
             lock = agree(ranks, lambda: checkpoint.take_up(run) if ranks.rank == 0 else None)
@@ -80,7 +79,7 @@ def train(settings: Settings, run: Path | None, ranks: Ranks) -> None:
             t = set_up(settings, run, ranks)
         if t.is_done:
             ranks.say(nothing_left(t))
-            return
+            return t.run
         t.progress.ended = False
         if run is None:
             agree(ranks, lambda: begin_run(held, t, settings) if ranks.rank == 0 else None)
@@ -101,6 +100,7 @@ def train(settings: Settings, run: Path | None, ranks: Ranks) -> None:
                 t.meter.say(f"stopped by {stop} at step {t.progress.step}, which is saved; "
                             f"continue: {shell_command('train', '--resume', t.run)}")  # fmt: skip
                 raise SystemExit(128 + stop.signal) from None
+        return t.run
 
 
 def set_up(settings: Settings, run: Path | None, ranks: Ranks) -> Training:
