@@ -83,7 +83,12 @@ def read_prompt(path: Path) -> str:
 
 
 def write(lm: LanguageModel, prompt: str, args: Namespace) -> None:
-    """Generate --num-samples continuations as one batch; the first streams, the others follow."""
+    """Write --num-samples continuations, the first while it is generated, then the others.
+
+    lm: the model and its tokenizer
+    prompt: the text to continue
+    args: the flags
+    """
     found: list[Completion | None] = [None] * args.num_samples
     pieces = stream_text(
         lm.model, lm.tokenizer, [prompt] * args.num_samples, flags.sampling_of(args), say=say
@@ -106,7 +111,11 @@ def write(lm: LanguageModel, prompt: str, args: Namespace) -> None:
 
 
 def record(completion: Completion, seconds: float) -> dict:
-    """Return one sample for --json; log-probabilities are the model's own, before any filter."""
+    """Return one sample as --json prints it.
+
+    completion: the sample
+    seconds: time that all samples of its batch took together
+    """
     used = {"recurrences": completion.recurrences} if any(completion.recurrences) else {}
     return {
         "prompt": completion.prompt,

@@ -1,4 +1,4 @@
-"""How tokens are sampled: every option of generation, its default and its range, once.
+"""The parameters of generation, each with its default and its range.
 
 The flags of sample.py are made from the fields, see minillm/flags/sample.py. Code that generates
 takes one SamplingParams and repeats none of these defaults.
@@ -47,7 +47,7 @@ def _usual(which: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How to continue a prompt.
+    """The parameters of continuing a prompt.
 
     The filters apply in this order: repetition penalty, temperature, top-k, top-p, min-p.
 

@@ -10,7 +10,7 @@ from minillm.model.gpt import GPT
 
 @dataclass(frozen=True)
 class CoreOptions:
-    """How the core of a recurrent model runs while tokens are generated.
+    """Options of the core of a recurrent model while tokens are generated.
 
     recurrence: iterations; None for a model without a core
     kept_iterations: iterations whose keys and values the cache keeps; None for the last one only
@@ -25,7 +25,11 @@ class CoreOptions:
 
 
 def core_options(model: GPT, params: SamplingParams, use_cache: bool = True) -> CoreOptions:
-    """Return how the core of `model` runs with these parameters.
+    """Return the options of the core of a model that these parameters come to.
+
+    model: the decoder
+    params: sampling parameters
+    use_cache: whether there is a KV cache
 
     Raises UsageError if the model has no core and a parameter needs one, or if a parameter needs a
     cache and there is none.
@@ -62,6 +66,7 @@ def check_prompts(
 ) -> None:
     """Raise UsageError if a prompt cannot be continued, or if the model is being trained.
 
+    model: the decoder
     prompts: token ids of each row
     samples: the sample number of each row, if they are given
     """

@@ -58,7 +58,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """What a model reads of a prompt.
+    """The tokens of a prompt that a model reads.
 
     ids: tokens, without the last one where it is given back to the model, see Tokenizer.heal
     first: tokens that may come first; empty for all
@@ -81,7 +81,14 @@ def complete(
 ) -> list[Completion]:
     """Return the completion of each prompt; all are generated as one batch.
 
-    The parameters and the errors are those of `stream_text`.
+    model: the decoder
+    tokenizer: the tokenizer that it was trained with
+    prompts: texts, which may be empty
+    params: how to sample; default: SamplingParams()
+    mask: which tokens may come next, see generate()
+    say: called with a note if only the end of a prompt is read
+
+    Raises UsageError, UnavailableError and DivergedError as `stream_text` does.
     """
     pieces = stream_text(model, tokenizer, prompts, params, mask=mask, say=say)
     found = {piece.row: piece.completion for piece in pieces}
@@ -102,9 +109,11 @@ def stream_text(
     The prompts and the parameters are checked before it returns. The random numbers of a row depend
     on its number, so that the same prompt twice gives two samples.
 
+    model: the decoder
+    tokenizer: the tokenizer that it was trained with
     prompts: texts, which may be empty
     params: how to sample; default: SamplingParams()
-    mask: which tokens may come next, see generate(); the tokens of a row are its new ones
+    mask: which tokens may come next, see generate()
     say: called with a note if only the end of a prompt is read
 
     Raises UsageError if the model cannot continue a prompt or cannot follow a parameter,
@@ -158,7 +167,15 @@ def _added(completion: Completion, stream: TextStream, text: str) -> str:
 def encode_prompt(
     model: GPT, tokenizer: Tokenizer, prompt: str, say: Callable[[str], None]
 ) -> EncodedPrompt:
-    """Return the tokens of a prompt; say so if the context holds only the last of them."""
+    """Return the tokens of a prompt.
+
+    model: the decoder
+    tokenizer: the tokenizer that it was trained with
+    prompt: a text, which may be empty
+    say: called with a note if the context holds only the last of its tokens
+
+    Raises UsageError if the tokenizer cannot encode the prompt.
+    """
     ids = tokenizer.prompt_ids(prompt, model.config.document_mask)
     if len(ids) > model.config.seq_len:
         kept = kept_at_the_end(model)
@@ -191,7 +208,12 @@ def _both(a: Mask | None, b: Mask | None) -> Mask | None:
 
 
 def require_memory(model: GPT, rows: int, core: CoreOptions) -> None:
-    """Raise UnavailableError if the KV cache of `rows` rows does not fit into memory."""
+    """Raise UnavailableError if the KV cache does not fit into memory.
+
+    model: the decoder
+    rows: number of samples that are generated as one batch
+    core: how the core of a recurrent model runs, which decides what the cache holds
+    """
     c, iterations = model.config, core.kept_iterations or 1
     copies = 2 if core.exit_rule else 1  # rows that stay in the core are copied
     layers = slots(c.depths, iterations)

@@ -101,6 +101,8 @@ class DecodingBatch:
     def append(self, row: int, token: int, most: int, stop: Stop | None) -> bool:
         """Add a new token to a row; return whether the row has ended.
 
+        row: number of the row
+        token: its id
         most: number of new tokens with which a row ends
         stop: stop(row, its new tokens) returns whether the row ends here
         """

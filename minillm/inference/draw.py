@@ -25,7 +25,9 @@ def draw(
 ) -> Tensor:
     """Return the next token of each row of the batch, (rows,) int64.
 
+    batch: the rows that have not ended
     logits: (rows, V)
+    params: temperature, filters, repetition penalty and seed
     mask: which tokens are allowed
     drafted: (rows, n) tokens after those of the batch that the drawn ones follow
 
@@ -59,6 +61,7 @@ def draw(
 def masked(logits: Tensor, allowed: Sequence[Tensor | None]) -> Tensor:
     """Return logits, (rows, V), that are minus infinity where a row's token is not allowed.
 
+    logits: (rows, V)
     allowed: (V,) bool of each row, or None where all tokens are
     """
     if all(each is None for each in allowed):
@@ -73,6 +76,8 @@ def penalise(logits: Tensor, texts: Sequence[Sequence[int]], penalty: float) -> 
 
     logits: (rows, V)
     texts: tokens of each row
+    penalty: factor, 1 for no change
+
     Returns a new tensor, (rows, V). Source: Keskar et al. 2019, arXiv:1909.05858, section 4.1.
     """
     logits = logits.clone()
@@ -88,6 +93,7 @@ def require_finite(
 ) -> None:
     """Raise DivergedError if the logits that a token was drawn from are no distribution.
 
+    model: the decoder, for advice
     logprob: of the token that was drawn. It is NaN if any logit of the row is NaN or plus infinity,
         or if all are minus infinity, so that no other test of the logits is needed.
     logits: (V,), which the message describes

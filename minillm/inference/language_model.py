@@ -1,10 +1,10 @@
 """A trained model and its tokenizer as one object: minillm.load."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 from minillm.checkpoint.find import load_run, while_there
 from minillm.config.model import ModelConfig
@@ -16,6 +16,7 @@ from minillm.inference.score import Score, score
 from minillm.model.gpt import GPT
 from minillm.runtime.device import pick_device, pick_dtype
 
+Text = TypeVar("Text", str, list[str])
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 
 
@@ -34,12 +35,7 @@ class LanguageModel:
     config: ModelConfig
     step: int
 
-    @overload
-    def generate(self, prompt: str, **sampling: Any) -> str: ...
-    @overload
-    def generate(self, prompt: Sequence[str], **sampling: Any) -> list[str]: ...
-
-    def generate(self, prompt: str | Sequence[str], **sampling: Any) -> str | list[str]:
+    def generate(self, prompt: Text, **sampling: Any) -> Text:
         """Return the continuation of a prompt, or of each prompt of a list, as one batch.
 
         prompt: a text or a list of texts; the continuation does not repeat it
@@ -66,11 +62,22 @@ class LanguageModel:
         return (piece.text for piece in pieces if piece.text)
 
     @overload
-    def score(self, text: str, recurrence: int | None = None) -> Score: ...
-    @overload
-    def score(self, text: Sequence[str], recurrence: int | None = None) -> list[Score]: ...
+    def score(self, text: str, *, recurrence: int | None = None) -> Score:
+        """Return the score of a text.
 
-    def score(self, text: str | Sequence[str], recurrence: int | None = None) -> Any:
+        text: of any length
+        recurrence: iterations of the core
+        """
+
+    @overload
+    def score(self, text: list[str], *, recurrence: int | None = None) -> list[Score]:
+        """Return the score of each text.
+
+        text: texts of any length
+        recurrence: iterations of the core
+        """
+
+    def score(self, text: str | list[str], *, recurrence: int | None = None) -> Score | list[Score]:
         """Return nats, bits per byte and the log-probability of each token of a text, or of each.
 
         text: a text or a list of texts, of any length

@@ -19,7 +19,7 @@ ROWS = 8  # windows that are read together
 
 @dataclass(frozen=True)
 class Score:
-    """How well a model predicts a text.
+    """The probability of a text under a model.
 
     nats: minus the natural log-probability of the whole text
     bits_per_byte: the same in bits, divided by the number of UTF-8 bytes of the text
@@ -57,6 +57,9 @@ def score(
     context is cut to its last half, also as in generate(): every token has at least half of seq_len
     before it, and the log-probabilities are those that generate() reports for the same tokens.
 
+    model: the decoder
+    tokenizer: the tokenizer that it was trained with
+    texts: texts of any length
     recurrence: iterations of the core; default: the model's mean
 
     Raises UsageError if a text is empty or the tokenizer cannot encode it, DivergedError if the
@@ -88,6 +91,7 @@ def windows_of(
 
     number: of the text
     before: tokens that the first one of the text is predicted from
+    tokens: ids of the text
     longest: tokens of a window, at most
     kept: tokens that the next window begins with, once the text has outgrown a window
     """
