@@ -94,8 +94,8 @@ class SamplingParams:
         1.0, "make tokens that are already in the text less likely (1: no change)",
         low=0.01, high=100,
     )  # fmt: skip
-    stop: tuple = setting(
-        (), "text to end before; may be repeated", parse=decoded, metavar="TEXT"
+    stop: tuple | list | str = setting(
+        (), "text to end before; may be repeated", parse=decoded, metavar="TEXT", many=True
     )  # fmt: skip
     seed: int = setting(0, "random seed; the same seed gives the same text", low=0, high=2**63 - 1)
 

@@ -92,7 +92,7 @@ def _add_sampling(p: cli.Parser) -> None:
             options |= {"action": "store_true"}
         else:
             options |= {"type": parser_of(f), "metavar": metavar_of(f)}
-            options |= {"action": "append"} if f.type is tuple else {"default": f.default}
+            options |= {"action": "append"} if f.metadata.get("many") else {"default": f.default}
         group.add_argument("--" + f.name.replace("_", "-"), **options)
 
 

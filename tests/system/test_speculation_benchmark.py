@@ -45,9 +45,9 @@ def test_a_device_and_a_dtype(bench, monkeypatch, run, tmp_path):
 
 
 def test_other_texts_are_an_error_in_fp32_alone(bench, monkeypatch, run, tmp_path):
-    def wrong(model, prompts, *, tally, max_tokens, **_):
+    def wrong(model, prompts, params, *, tally, **_):
         tally.drafted = 1
-        yield from (Token(0, 1, 0.0, 3) for _ in range(max_tokens + 1))
+        yield from (Token(0, 1, 0.0, 3) for _ in range(params.max_tokens + 1))
 
     monkeypatch.setattr(bench, "speculate", wrong)
     with pytest.raises(AssertionError, match="speculation changed the text"):
