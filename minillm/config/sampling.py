@@ -110,10 +110,10 @@ class SamplingParams:
         choices=("full", "slot"),
     )  # fmt: skip
     exit_by: str | None = setting(
-        None, "rule by which a token leaves the core early; prompts are read at the full "
+        None, "rule by which a token leaves the core early. Prompts are read at the full "
         "recurrence. confidence: the most likely next token is likely enough, the best rule so "
-        "far; kl: the distribution hardly changes; both cost the coda and the head in every "
-        "iteration; latent: the state hardly changes (default: no early exit)",
+        "far. kl: the distribution hardly changes. Both cost the coda and the head in every "
+        "iteration. latent: the state hardly changes (default: no early exit)",
         choices=tuple(EXIT_DEFAULTS), metavar="RULE",
     )  # fmt: skip
     exit_threshold: float | None = setting(
@@ -125,12 +125,13 @@ class SamplingParams:
         low=0, high=MOST_ITERATIONS,
     )  # fmt: skip
     warm_start: bool = setting(
-        False, "start the iterations of each token from the last state of the token before it; "
-        "the text then differs from the one without",
+        False, "start the iterations of each token from the last state of the token before it, "
+        "which changes the text",
     )  # fmt: skip
     draft_recurrence: int | None = setting(
-        None, "speculative decoding: draft tokens with R iterations and verify them together at "
-        "--recurrence: the same text in fp32, up to rounding in bf16",
+        None, "number of iterations of a draft in speculative decoding. Drafts are verified "
+        "together at --recurrence, which gives the same text in fp32, up to rounding in bf16 "
+        "(default: no drafts)",
         low=1, high=MOST_ITERATIONS, metavar="R",
     )  # fmt: skip
 

@@ -47,7 +47,7 @@ def parser() -> cli.Parser:
         examples=(
             (start("--prompt", "def "), "continue a text with the newest run"),
             (start("runs/nano-1", "--temperature", 0, "--max-tokens", 50),
-             "50 tokens of a certain run, always the likeliest"),
+             "50 tokens from a given run, always the most likely ones"),
             (start("--interactive"), "continue each line that is typed"),
         ),
     )  # fmt: skip

@@ -81,6 +81,7 @@ def test_wheel_holds_the_very_same_scripts_and_no_setup(wheel):
     assert sorted(p.name for p in scripts.glob("*.py")) == ["sample.py", "train.py"]
     for name in ("train.py", "sample.py"):
         assert (scripts / name).read_bytes() == (ROOT / name).read_bytes()
+    assert (wheel / "minillm" / "py.typed").is_file()
     kernels = {p.name for p in (ROOT / "kernels").glob("*.py")}
     assert {p.name for p in (wheel / "minillm" / "kernels").glob("*.py")} == kernels
     assert not (wheel / "train.py").exists() and not (wheel / "kernels").exists()

@@ -194,7 +194,7 @@ def test_a_prompt_that_needs_no_healing_may_go_on_anyhow(bpe_run, capsys):
 
 
 def test_help_says_what_recurrent_decoding_costs_and_promises():
-    text = " ".join(flags.parser().format_help().split())
+    text = " ".join(flags.parser().format_help().split()).lower()
     for words in (
         "prompts are read at the full recurrence",
         "both cost the coda and the head in every iteration",
