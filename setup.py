@@ -28,7 +28,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=["minillm", *(f"minillm.{folder}" for folder in WINGS + KERNELS)],
-    package_data={"minillm.kernels": ["tiles/*.json"]},
+    package_data={"minillm": ["py.typed"], "minillm.kernels": ["tiles/*.json"]},
     py_modules=["minillm.scripts.train", "minillm.scripts.sample"],
     package_dir={"minillm.kernels": "kernels", "minillm.scripts": "."},
     install_requires=[

@@ -81,7 +81,7 @@ def train(settings: Settings, run: RunFolder | None, ranks: Ranks) -> None:
             t = set_up(settings, run, ranks)
         if t.is_done:
             ranks.say(nothing_left(t))
-            return
+            return t.run
         t.progress.ended = False
         if run is None:
             agree(ranks, lambda: begin_run(held, t, settings) if ranks.rank == 0 else None)
@@ -102,6 +102,7 @@ def train(settings: Settings, run: RunFolder | None, ranks: Ranks) -> None:
                 t.meter.say(f"stopped by {stop} at step {t.progress.step}, which is saved; "
                             f"continue: {shell_command('train', '--resume', t.run)}")  # fmt: skip
                 raise SystemExit(128 + stop.signal) from None
+        return t.run
 
 
 def set_up(settings: Settings, run: RunFolder | None, ranks: Ranks) -> Training:

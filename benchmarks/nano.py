@@ -16,10 +16,10 @@ from pathlib import Path
 
 from minillm.checkpoint.find import load_run
 from minillm.checkpoint.run_folder import RunFolder
+from minillm.config.sampling import SamplingParams
 from minillm.data.batches import Tokens
 from minillm.data.shards import Corpus, open_corpus
-from minillm.inference.generate import generate
-from minillm.inference.text_stream import TextStream
+from minillm.inference.complete import complete
 
 SAMPLES, TOKENS = 20, 200
 
@@ -61,25 +61,13 @@ def main(run: Path) -> None:
     for command in (["gzip", "-9", "-c"], ["xz", "-9e", "-c"]):
         print(f"{' '.join(command[:2])}: {bits_per_byte(command, held_out):.4f} bits a byte")
     model, tokenizer, _ = load_run(run)
-    prompts = [tokenizer.prompt_ids("")] * SAMPLES
-    streams = [TextStream(tokenizer) for _ in prompts]
-    for token in generate(
-        model,
-        prompts,
-        max_tokens=TOKENS,
-        temperature=0.8,
-        top_p=0.95,
-        stop=lambda row, ids: streams[row].finish is not None,
-    ):
-        streams[token.row].feed(token.id)
-    for stream in streams:
-        stream.flush()
+    samples = complete(model, tokenizer, [""] * SAMPLES, SamplingParams(max_tokens=TOKENS))
     known = {line.strip() for line in raw_text(corpus, "train").decode().splitlines()}
     # The last line of a sample that ran out of tokens is cut off in the middle.
     lines = [
         line
-        for s in streams
-        for line in (s.text.splitlines() if s.finish else s.text.splitlines()[:-1])
+        for s in samples
+        for line in s.text.splitlines()[: -1 if s.finish == "length" else None]
         if line.strip()
     ]
     accepted = sum(map(is_accepted, lines))

@@ -1,4 +1,4 @@
-"""`minillm VERB` and `python -m minillm VERB`; train and sample are the two scripts on top."""
+"""Run `minillm VERB` and `python -m minillm VERB`; train and sample are train.py and sample.py."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -21,11 +21,11 @@ EXAMPLES = (("train",), ("sample", "--prompt", "def "), ("plan", "--preset", "sm
 
 
 def main() -> int:
-    """Run the verb on the command line; returns the exit code."""
+    """Run the verb on the command line and return the exit code."""
     verb, rest = (sys.argv[1:2] or [None])[0], sys.argv[2:]
     if verb not in VERBS:
         return program.run("minillm", _about, sys.argv[1:])
-    # Help and refusals come first: they need no torch, whose import takes seconds.
+    # Help and refusals come first, because they do not need torch, whose import takes seconds.
     needs = ("numpy", "sentencepiece") if verb == "prepare" else PACKAGES
     code = answered(f"minillm {verb}", import_module(f"minillm.flags.{verb}").parse, rest, needs)
     if code is not None:

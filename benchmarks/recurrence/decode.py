@@ -18,17 +18,17 @@ sys.path.insert(0, str(HERE.parents[1]))
 
 from minillm.checkpoint.find import load_run
 from minillm.checkpoint.run_folder import RunFolder
+from minillm.config.sampling import EXIT_DEFAULTS, ExitRule
 from minillm.data.batches import evaluation_windows
 from minillm.data.shards import open_corpus
 from minillm.inference.early_exit import read_next
-from minillm.inference.exit_rules import DEFAULTS, ExitRule
 from minillm.model.gpt import GPT
 from minillm.model.recurrence import state_keys
 
 ROWS = 32
 WAYS = [
     ("full", False, None), ("slot", False, None), ("full", True, None), ("slot", True, None),
-    *(("full", warm, ExitRule(by, *usual)) for by, usual in DEFAULTS.items()
+    *(("full", warm, ExitRule(by, *usual)) for by, usual in EXIT_DEFAULTS.items()
       for warm in (False, True)),
 ]  # fmt: skip
 

@@ -25,7 +25,8 @@ sys.path.insert(0, str(HERE))
 from register import load_tasks
 
 from minillm.checkpoint.find import load_run
-from minillm.inference.early_exit import ExitRule, read
+from minillm.config.sampling import ExitRule
+from minillm.inference.early_exit import read
 
 MOST, COUNT, KEPT = 48, 512, 0.995
 FIXED = (1, 2, 4, 6, 9, 12, 18, 24, 36, 48)

@@ -21,7 +21,8 @@ sys.path.insert(0, str(HERE))
 from exit import spearman
 from register import ROOT, call, load_tasks, solved, train_arms
 
-from minillm.inference.early_exit import ExitRule, read
+from minillm.config.sampling import ExitRule
+from minillm.inference.early_exit import read
 from minillm.model.gpt import GPT
 
 STEPS, MEAN, LENGTH, REGISTERS = 2500, 6, 48, 3

@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,7 +22,9 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
 from minillm.checkpoint.find import load_run
-from minillm.inference.generate import Token, generate
+from minillm.config.sampling import SamplingParams
+from minillm.inference.decoding_batch import Token
+from minillm.inference.generate import generate
 from minillm.inference.speculative import Tally, speculate
 from minillm.runtime.device import DTYPES, pick_device, synchronize
 
@@ -50,11 +53,12 @@ def main() -> None:
                 ratios, speeds, tally, others = [], [], Tally(), 0
                 for number in range(ROUNDS):
                     ids = tokenizer.prompt_ids(PROMPTS[number])
-                    options = {"max_tokens": TOKENS, "temperature": temperature, "seed": number,
-                               "recurrence": r}  # fmt: skip
-                    plain, plain_s = timed(generate(model, [ids], **options), device)
-                    options |= {"draft_recurrence": few, "lookahead": ahead, "tally": tally}
-                    ours, ours_s = timed(speculate(model, [ids], **options), device)
+                    params = SamplingParams(max_tokens=TOKENS, temperature=temperature, top_p=1.0,
+                                            seed=number, recurrence=r)  # fmt: skip
+                    plain, plain_s = timed(generate(model, [ids], params), device)
+                    drafting = replace(params, draft_recurrence=few)
+                    drafted = speculate(model, [ids], drafting, lookahead=ahead, tally=tally)
+                    ours, ours_s = timed(drafted, device)
                     if args.dtype == "fp32":
                         assert ours == plain, "speculation changed the text"
                     others += ours != plain

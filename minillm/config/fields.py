@@ -60,6 +60,8 @@ def check_range(f: Field, value: Any) -> None:
     if "choices" in rules and value not in rules["choices"]:
         raise UsageError(f"{name} {value!r} is not one of {', '.join(rules['choices'])}")
     low, high = rules.get("low"), rules.get("high")
+    if rules.get("above") and value == low:
+        raise UsageError(f"{name} {value}: expected above {low:g}")
     if low is not None and not low <= value <= (high if high is not None else value):
         raise UsageError(f"{name} {value} is out of range; expected {limits(low, high)}")
 

@@ -58,7 +58,7 @@ def add_flags(parser: cli.Parser) -> None:
             opposite = {"action": "store_const", "const": False, "help": argparse.SUPPRESS}
             group.add_argument("--no-" + flag[2:], **opposite, **options)
         else:
-            metavar = _metavar(f)
+            metavar = metavar_of(f)
             if "choices" in f.metadata and not metavar.startswith("{"):
                 text += ": " + ", ".join(f.metadata["choices"])
             what = {"type": parser_of(f), "metavar": metavar}
@@ -103,7 +103,8 @@ def kind_of(f: Field) -> type:
     return {"int": int, "float": float, "bool": bool, "str": str}[words[0]]
 
 
-def _metavar(f: Field) -> str:
+def metavar_of(f: Field) -> str:
+    """Return what help shows for the value of a flag."""
     if "metavar" in f.metadata:
         return f.metadata["metavar"]
     if "choices" in f.metadata:
@@ -126,7 +127,7 @@ def parser_of(f: Field) -> Callable[[str], Any]:
     if kind_of(f) is int:
         return cli.whole(rules["low"], rules.get("high"))
     if kind_of(f) is float:
-        return cli.real(rules["low"], rules.get("high"))
+        return cli.real(rules["low"], rules.get("high"), above=rules.get("above", False))
     return decoded
 
 

@@ -1,14 +1,16 @@
-"""Adaptive exit: each token runs through the core only as often as it needs to.
+"""Early exit: each token runs through the core only as often as a rule asks for.
 
-    confidence   the likeliest token has a probability above the threshold
-    kl           the distribution hardly changes: KL(before || now) below the threshold
-    latent       the state hardly changes: |s - before| / |s| below the threshold
+    confidence   the most likely token has a probability above the threshold
+    kl           the distribution hardly changes: KL(before || now) is below the threshold
+    latent       the state hardly changes: |s - before| / |s| is below the threshold
 
-for patience + 1 iterations running, in fp32. Confidence and kl cost the coda and the head in every
-iteration; latent costs them once a token read alone, and where all are read at once in iterations
-in which some leave. A token that waits for an earlier one stands still and
-looks settled: where all tokens are read at once, kl and latent let none go before all earlier ones
-have gone. Confidence need not wait, but wants patience (3 was right where 0 was wrong).
+The rule must hold in patience + 1 iterations in a row; it is computed in fp32. Confidence and kl
+cost the coda and the head in every iteration. Latent costs them once for a token that is read
+alone; if all tokens are read at once, it costs them in the iterations in which some tokens leave.
+
+A token that waits for an earlier one stands still and looks settled. If all tokens are read at
+once, kl and latent therefore let a token leave only after all earlier ones have left. Confidence
+need not wait, but needs patience (3 was right where 0 was wrong).
 Source: Geiping et al. 2025, arXiv:2502.05171, section 6.1, for kl and latent.
 """
 
@@ -17,23 +19,26 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from minillm.inference.exit_rules import ExitRule
+from minillm.config.sampling import ExitRule
 from minillm.model.gpt import GPT
 from minillm.model.inputs import check_continuation
 from minillm.model.kv_cache import KVCache
 
 
-class Watch:
-    """For how many iterations running each token has met the rule."""
+class ExitTracker:
+    """Counts of the iterations in a row in which each token has met an exit rule."""
 
     def __init__(self, rule: ExitRule) -> None:
         self.rule = rule
         self.held: Tensor | None = None
         self.logp: Tensor | None = None
 
-    def leaves(self, s: Tensor, before: Tensor, logits: Tensor | None) -> Tensor:
-        """Which tokens may leave: (B, T).    s, before: (B, T, C).    logits: (B, T, V), where the
-        rule hears them.
+    def update(self, s: Tensor, before: Tensor, logits: Tensor | None) -> Tensor:
+        """Return which tokens may leave after an iteration, (B, T) bool.
+
+        s: (B, T, C) states after the iteration
+        before: (B, T, C) states before it
+        logits: (B, T, V), if the rule needs them
         """
         rule = self.rule
         if rule.by == "latent":
@@ -46,15 +51,15 @@ class Watch:
             met = torch.zeros(logp.shape[:-1], dtype=torch.bool, device=logp.device)
             if self.logp is not None:
                 old = self.logp
-                # Of equal distributions rounding may leave less than nothing.
+                # Between equal distributions, rounding may give less than zero.
                 met = (old.exp() * (old - logp)).sum(-1).clamp(min=0) < rule.threshold
             self.logp = logp
         held = torch.zeros_like(met, dtype=torch.int64) if self.held is None else self.held
         self.held = torch.where(met, held + 1, 0)
         return self.held > rule.patience
 
-    def keep(self, rows: Tensor) -> None:
-        """Forget all rows but these."""
+    def keep_rows(self, rows: Tensor) -> None:
+        """Drop all rows except `rows`."""
         self.held = self.held[rows]
         self.logp = None if self.logp is None else self.logp[rows]
 
@@ -63,11 +68,18 @@ class Watch:
 def read(
     model: GPT, tokens: Tensor, rule: ExitRule, most: int, keys: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """All tokens at once, each out of the core when it may: logits (B, T, V), iterations (B, T).
+    """Read all tokens at once; return logits, (B, T, V), and iterations of each token, (B, T).
 
-    most: iterations after which all leave. A token that has left keeps its state, which later ones
-    go on to see; a row all of whose tokens have left is no longer computed.
-    Raises ValueError if the model has no core, or `most` is below 1.
+    A token that has left keeps its state, which later tokens still attend to. A row whose tokens
+    have all left is no longer computed.
+
+    model: a decoder with a core
+    tokens: (B, T) int64
+    rule: when a token may leave
+    most: iterations after which all tokens leave
+    keys: (B,) int64 keys of the start states; default: zeros
+
+    Raises ValueError if the model has no core, or if `most` is below 1.
     """
     model.iterations(most)
     core = model.begin(tokens, None, keys)
@@ -76,11 +88,11 @@ def read(
     steps = torch.zeros(B, T, dtype=torch.int64, device=tokens.device)
     rows = torch.arange(B, device=tokens.device)
     gone = torch.zeros(B, T, dtype=torch.bool, device=tokens.device)
-    watch = Watch(rule)
+    tracker = ExitTracker(rule)
     for i in range(most):
         new = model.iterate(core, i + 1)
-        z = model.logits(model.finish(new)) if rule.hears else None
-        leaves = watch.leaves(new.state, core.state, z) | gone
+        z = model.logits(model.finish(new)) if rule.needs_logits else None
+        leaves = tracker.update(new.state, core.state, z) | gone
         core = replace(new, state=torch.where(gone[..., None], core.state, new.state))
         if rule.by != "confidence":
             leaves = leaves.cumprod(1).bool()
@@ -93,12 +105,12 @@ def read(
         logits[rows[now.nonzero()[:, 0]], now.nonzero()[:, 1]] = z[now]
         steps[rows[now.nonzero()[:, 0]], now.nonzero()[:, 1]] = i + 1
         gone = gone | leaves
-        going = (~gone).any(1).nonzero()[:, 0]
-        if not len(going):
+        inside = (~gone).any(1).nonzero()[:, 0]
+        if not len(inside):
             break
-        if len(going) < len(rows):
-            rows, gone, core = rows[going], gone[going], core.select_rows(going)
-            watch.keep(going)
+        if len(inside) < len(rows):
+            rows, gone, core = rows[inside], gone[inside], core.select_rows(inside)
+            tracker.keep_rows(inside)
     return logits, steps
 
 
@@ -106,13 +118,21 @@ def read(
 def read_next(
     model: GPT, tokens: Tensor, cache: KVCache, rule: ExitRule, most: int, keys: Tensor
 ) -> tuple[Tensor, list[int]]:
-    """One new token a row, (B, 1): logits, (B, V), and iterations of each.
+    """Read one new token of each row; return logits, (B, V), and the iterations of each row.
 
     A row that leaves is taken out of the computation, so that a batch costs what its rows cost and
-    gives what each gives alone. Its keys and values stay those of its last iteration, in a cache
-    that keeps more of them in the later ones' place too.
-    Raises ValueError if the model has no core, `most` is below 1 or the cache cannot be followed by
-    these tokens, see check_continuation.
+    gives what each gives alone. The keys and values of its last iteration also stand in for those
+    of the later iterations, in a cache that keeps more than one.
+
+    model: a decoder with a core
+    tokens: (B, 1) int64
+    cache: keys and values of the tokens before
+    rule: when a row may leave
+    most: iterations after which all rows leave
+    keys: (B,) int64 keys of the start states
+
+    Raises ValueError if the model has no core, if `most` is below 1, or if these tokens cannot
+    follow those of the cache, see check_continuation.
     """
     check_continuation(model.config, tokens, cache, model.iterations(most))
     if tokens.shape[1] != 1:
@@ -120,36 +140,39 @@ def read_next(
     core = model.begin(tokens, cache, keys)
     rows = list(range(len(tokens)))  # of the batch, those still in the core
     logits = torch.empty(len(rows), model.config.vocab_size, device=tokens.device)
-    steps, watch, work = [most] * len(rows), Watch(rule), cache
-    ended = torch.empty_like(core.state[:, 0])
+    steps, tracker, work = [most] * len(rows), ExitTracker(rule), cache
+    last_states = torch.empty_like(core.state[:, 0])
     for i in range(most):
         new = model.iterate(core, i + 1)
-        z = model.logits(model.finish(new)) if rule.hears else None
-        leaves = watch.leaves(new.state, core.state, z)[:, 0].tolist()
-        leaving = [n for n, out in enumerate(leaves) if out or i == most - 1]
+        z = model.logits(model.finish(new)) if rule.needs_logits else None
+        may_leave = tracker.update(new.state, core.state, z)[:, 0].tolist()
+        leaving = [n for n, leaves in enumerate(may_leave) if leaves or i == most - 1]
         core = new
         if not leaving:
             continue
         theirs = [rows[n] for n in leaving]
         staying = [n for n in range(len(rows)) if n not in set(leaving)]
+        source, mine = work, leaving
         if z is not None:
-            told, source, mine = z[leaving], work, leaving
-        else:  # the coda has yet to run, of those that leave
-            source, mine = work.select_rows(leaving) if staying else work, list(range(len(leaving)))
-            told = model.logits(model.finish(core.select_rows(leaving, source)))
+            found = z[leaving]
+        else:  # the coda has yet to run, for the rows that leave
+            if staying:
+                source, mine = work.select_rows(leaving), list(range(len(leaving)))
+            found = model.logits(model.finish(core.select_rows(leaving, source)))
         for n, row in enumerate(theirs):
-            logits[row], steps[row], ended[row] = told[n, 0], i + 1, core.state[leaving[n], 0]
+            logits[row], steps[row] = found[n, 0], i + 1
+            last_states[row] = core.state[leaving[n], 0]
         if source is not cache:
             source.copy_newest(cache, mine, theirs)
         cache.repeat_iteration(theirs, i)
         if not staying:
             break
         index = torch.tensor(staying, device=tokens.device)
-        watch.keep(index)
+        tracker.keep_rows(index)
         work = work.select_rows(staying)
         core = core.select_rows(index, work)
         rows = [rows[n] for n in staying]
     if cache.warm:
-        cache.state = model.carried(ended)
+        cache.state = model.carried(last_states)
     cache.advance(1)
     return logits, steps

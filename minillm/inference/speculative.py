@@ -1,156 +1,164 @@
-"""Self-speculative decoding: tokens drafted with few iterations, verified with many in one pass.
+"""Self-speculative decoding: draft tokens with few iterations, verify many of them in one pass.
 
-The draft's iterations are the first of the verification's: their states and, in the full cache,
-their keys and values are taken over, and nothing is computed twice but the coda. The tokens are
-those of plain decoding at the verifying recurrence, in fp32 to the token, in bf16 up to rounding:
-several tokens at once round otherwise than one, which may tip a choice between equals. Sampled ones
-too, as the random number of a token is a function of seed, sample and how many came before it.
+The draft's iterations are the first ones of the verification. Their states and, in the full cache,
+their keys and values are reused, so that nothing but the coda is computed twice.
+
+The tokens are those of plain decoding at the verifying recurrence: in fp32 exactly, in bf16 up to
+rounding. A pass over several tokens rounds differently from a pass over one, which can flip
+near-ties. This holds for sampled tokens too, since the random number of a token is a function of
+the seed, the sample number and the number of tokens before it.
 Source: Geiping et al. 2025, arXiv:2502.05171, section 6.4.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from minillm.errors import UsageError
-from minillm.inference.generate import Context, Depth, Token, only, require_choice
-from minillm.inference.sampling_params import check_prompts, check_recurrence, check_sampling
+from minillm.config.sampling import SamplingParams
+from minillm.errors import UsageError, parameter
+from minillm.inference.checks import check_prompts, core_options
+from minillm.inference.decoding_batch import DecodingBatch, Stop, Token
+from minillm.inference.draw import Mask, draw, require_finite
 from minillm.model.gpt import GPT
 from minillm.model.inputs import CoreState
-from minillm.model.kv_cache import KVCache
 
 LOOKAHEAD = 4  # tokens drafted at a time
 
 
 @dataclass
 class Tally:
-    """What speculation came to: tokens drafted, and those that the verification kept."""
+    """Counts of speculative decoding: tokens that were drafted, and those that were accepted."""
 
     drafted: int = 0
     accepted: int = 0
+
+
+@dataclass(frozen=True)
+class Verified:
+    """The tokens of one pass at the full recurrence.
+
+    logits: (rows, n, V)
+    ids: (rows, n) int64, drawn from the logits
+    counts: number of these tokens that each row takes
+    agreed: number of drafted tokens that were right in each row
+    """
+
+    logits: Tensor
+    ids: Tensor
+    counts: list[int]
+    agreed: list[int]
 
 
 @torch.inference_mode()
 def speculate(
     model: GPT,
     prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
     *,
-    draft_recurrence: int,
     lookahead: int = LOOKAHEAD,
-    max_tokens: int = 200,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    seed: int = 0,
     samples: Sequence[int] | None = None,
-    first: Sequence[int] = (),
-    stop: Callable[[int, list[int]], bool] | None = None,
-    recurrence: int | None = None,
+    mask: Mask | None = None,
+    stop: Stop | None = None,
     tally: Tally | None = None,
 ) -> Iterator[Token]:
-    """As generate at `recurrence`, the same tokens (in bf16 up to rounding); rows may be several
-    tokens apart.
+    """Yield the tokens of plain decoding, which are drafted first; rows may be some tokens apart.
 
-    draft_recurrence: iterations of a draft, fewer than `recurrence`.    lookahead: tokens drafted
-    before they are verified.    tally: is counted in.
-    Raises as generate does, and UsageError on a draft that is no shorter.
+    params: how to sample; its draft_recurrence must be given
+    lookahead: number of tokens that are drafted before they are verified
+    tally: counts the drafted and the accepted tokens
+    model, prompts, samples, mask, stop: see minillm.inference.generate.generate
+
+    Raises UsageError, or DivergedError, as that function does.
     """
-    check_sampling(max_tokens, temperature, top_k, top_p, min_p, 1.0)
     check_prompts(model, prompts, samples)
-    r, _ = check_recurrence(model, recurrence, "full")
-    if r is None:
-        raise UsageError("--draft-recurrence: this model has no core to run again; leave it out")
-    if r == 1:
-        raise UsageError("--draft-recurrence: nothing is shorter than --recurrence 1; leave it out")
-    if not 1 <= draft_recurrence < r:
-        raise UsageError(
-            f"--draft-recurrence {draft_recurrence}: expected 1 to {r - 1}, fewer than "
-            f"--recurrence {r}"
-        )
+    core = core_options(model, params)
+    if params.draft_recurrence is None:
+        raise UsageError(f"{parameter('draft_recurrence')}: speculative decoding needs it")
     if lookahead < 1:
-        raise UsageError(f"lookahead is {lookahead}; expected 1 or more")
-    numbers = list(range(len(prompts))) if samples is None else list(samples)
-    texts, new = [list(prompt) for prompt in prompts], [[] for _ in prompts]
-    device = model.head.weight.device
+        raise UsageError(f"lookahead {lookahead}: expected 1 or more")
+    batch = DecodingBatch(model, prompts, samples, params.seed, core)
     tally = Tally() if tally is None else tally
-
-    def choose(logits: Tensor, ahead: int) -> Tensor:
-        """(rows,) tokens from logits, (rows, V), of the token so far ahead of each row's next."""
-        rows = torch.tensor([numbers[row] for row in context.rows], device=device)
-        made = torch.tensor([len(new[row]) + ahead for row in context.rows], device=device)
-        u = model.ops.uniform(seed, rows, made)
-        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-        return model.ops.sample(logits.float(), u, **options)
-
-    context = Context(model, texts, True, Depth(seed, tuple(numbers), r, r, None, False))
-    while context.rows:
-        wanted = min(lookahead, max_tokens - min(len(new[row]) for row in context.rows))
-        if context.cache is not None:
-            wanted = min(wanted, model.config.seq_len - max(context.cache.lengths))
-        if context.cache is None or wanted < 2:
-            logits = context.next_logits()
-            barred = only(logits, first) if first and not any(new) else logits
-            found = [logits[:, None], choose(barred, 0)[:, None], [1] * len(context.rows)]
+    while batch.rows:
+        n = _tokens_to_draft(batch, params, lookahead)
+        if n < 2:
+            verified = _one_token(batch, params, mask)
         else:
-            last = torch.tensor([[texts[row][-1]] for row in context.rows], device=device)
-            keys = context.keys(context.rows)
-            found = _cycle(model, context.cache, last, keys, (draft_recurrence, r), wanted, choose)
-            tally.drafted += wanted * len(context.rows)
-            tally.accepted += sum(found[3])
-        ended = set()
-        logprobs = found[0].float().log_softmax(-1).gather(-1, found[1][..., None])[..., 0]
-        every = zip(list(context.rows), found[1].tolist(), logprobs.tolist(), found[2], strict=True)
-        for i, (row, ids, told, count) in enumerate(every):
-            for ahead in range(count):
-                made, position = len(new[row]) + ahead, len(texts[row]) + ahead
-                require_choice(model, told[ahead], found[0][i, ahead], row, made, position)
-            for token, logprob in list(zip(ids, told, strict=True))[:count]:
-                texts[row].append(token)
-                new[row].append(token)
-                yield Token(row, token, logprob, r)
-                over = model.config.document_mask and token == model.config.bos_id
-                stopped = stop is not None and stop(row, new[row])
-                if over or stopped or len(new[row]) == max_tokens:
-                    ended.add(row)
-                    break
-        if ended:
-            context.drop(ended)
+            verified = _cycle(batch, params, mask, n)
+            tally.drafted += n * len(batch.rows)
+            tally.accepted += sum(verified.agreed)
+        yield from _accepted(batch, verified, params, stop)
+        batch.drop_ended()
+
+
+def _tokens_to_draft(batch: DecodingBatch, params: SamplingParams, lookahead: int) -> int:
+    """Return how many tokens to draft; below 2 the next token is made without a draft."""
+    if batch.cache is None:  # the prompts are yet to be read
+        return 0
+    left = params.max_tokens - min(len(batch.new[row]) for row in batch.rows)
+    room = batch.model.config.seq_len - max(batch.cache.lengths)
+    return min(lookahead, left, room)
+
+
+def _one_token(batch: DecodingBatch, params: SamplingParams, mask: Mask | None) -> Verified:
+    """Make the next token of each row by plain decoding."""
+    logits = batch.next_logits()
+    ids = draw(batch, logits, params, mask)
+    return Verified(logits[:, None], ids[:, None], [1] * len(batch.rows), [0] * len(batch.rows))
+
+
+def _accepted(
+    batch: DecodingBatch, verified: Verified, params: SamplingParams, stop: Stop | None
+) -> Iterator[Token]:
+    """Add the verified tokens to their rows, up to the one with which a row ends; yield them."""
+    logprobs = verified.logits.float().log_softmax(-1)
+    logprobs = logprobs.gather(-1, verified.ids[..., None])[..., 0].tolist()
+    ids, model = verified.ids.tolist(), batch.model
+    for i, row in enumerate(batch.rows):
+        for n in range(verified.counts[i]):
+            made, position = len(batch.new[row]), len(batch.texts[row])
+            logprob, logits = logprobs[i][n], verified.logits[i, n]
+            require_finite(model, logprob, logits, row, made, position)
+            ended = batch.append(row, ids[i][n], params.max_tokens, stop)
+            yield Token(row, ids[i][n], logprob, batch.core.recurrence)
+            if ended:
+                break
 
 
 def _cycle(
-    model: GPT,
-    cache: KVCache,
-    last: Tensor,
-    keys: Tensor,
-    recurrences: tuple[int, int],
-    lookahead: int,
-    choose: Callable[[Tensor, int], Tensor],
-) -> list:
-    """Draft so many tokens after each row's `last`, (B, 1), and verify them.
+    batch: DecodingBatch, params: SamplingParams, mask: Mask | None, lookahead: int
+) -> Verified:
+    """Draft `lookahead` tokens after each row's last one, and verify them in one pass.
 
-    recurrences: of draft and verification.    choose: see speculate.
-    Returns the verified logits, (B, lookahead, V); the tokens drawn from them; how many of these
-    stand, by row: as many as the draft had right, and one more; how many it had right. The cache
-    then holds what is before the last of them.
+    A row takes as many tokens as its draft had right, and one more. The cache then holds all that
+    stands before the last of them.
     """
-    few, many = recurrences
+    model, cache, few, many = (
+        batch.model,
+        batch.cache,
+        params.draft_recurrence,
+        batch.core.recurrence,
+    )
+    last = torch.tensor([[batch.texts[row][-1]] for row in batch.rows], device=batch.device)
+    keys = batch.keys(batch.rows)
     held, tokens, drafts = list(cache.lengths), [last], []
-    for ahead in range(lookahead):
+    for _ in range(lookahead):
         draft = model.iterate(model.begin(tokens[-1], cache, keys), few)
         logits = model.logits(model.finish(draft)[:, -1])
-        tokens.append(choose(logits, ahead)[:, None])
+        drafted = torch.cat(tokens, 1)[:, 1:]
+        tokens.append(draw(batch, logits, params, mask, drafted)[:, None])
         drafts.append(draft)
         cache.advance(1)
     cache.lengths = held
     inputs, _ = model.embed_tokens(torch.cat(tokens[:-1], 1), cache)
-    states, texts = [d.state for d in drafts], [d.text for d in drafts]
-    drafted = CoreState(inputs, torch.cat(texts, 1), torch.cat(states, 1), few)
-    logits = model.logits(model.finish(model.iterate(drafted, many)))
-    right = torch.stack([choose(logits[:, i], i) for i in range(lookahead)], 1)
-    agreed = (right == torch.cat(tokens[1:], 1)).long().cumprod(1).sum(1).tolist()
+    states, texts = [draft.state for draft in drafts], [draft.text for draft in drafts]
+    drafted_core = CoreState(inputs, torch.cat(texts, 1), torch.cat(states, 1), few)
+    logits = model.logits(model.finish(model.iterate(drafted_core, many)))
+    drafted = torch.cat(tokens, 1)[:, 1:]
+    right = [draw(batch, logits[:, i], params, mask, drafted[:, :i]) for i in range(lookahead)]
+    right = torch.stack(right, 1)
+    agreed = (right == drafted).long().cumprod(1).sum(1).tolist()
     stand = [min(n + 1, lookahead) for n in agreed]
     cache.lengths = [length + n for length, n in zip(held, stand, strict=True)]
-    return [logits, right, stand, agreed]
+    return Verified(logits, right, stand, agreed)

@@ -1,4 +1,4 @@
-"""Tokens to text as they come: never half a character, never the beginning of a stop text."""
+"""Turn tokens into text as they come, without half characters and beginnings of stop texts."""
 
 import codecs
 from collections.abc import Sequence
@@ -7,12 +7,15 @@ from minillm.data.tokenizer import Tokenizer
 
 
 class TextStream:
-    """The text of one row. Feed tokens; print what comes back; `finish` is why it ended, if it has.
+    """The text of one row: `feed` takes a token and returns the text that is certain.
 
-    stops: texts that end the row; neither they nor what follows is given out.
-    BOS, the beginning of another document, ends the row too.
-    skip: bytes of the first token that the prompt already showed, see Tokenizer.heal.
-    starts: whether the tokens start a text; they do not where they continue a prompt.
+    tokenizer: the tokenizer of the model
+    stops: texts that end the row; neither they nor the text after them is returned. BOS, which
+        begins another document, ends the row too.
+    skip: bytes of the first token that the prompt already has, see Tokenizer.heal
+    starts: whether the tokens start a text; they do not if they continue a prompt
+
+    finish: why the row has ended, "stop" or "document"; None if it has not
     """
 
     def __init__(
@@ -23,7 +26,7 @@ class TextStream:
         starts: bool = True,
     ) -> None:
         self.tokenizer, self.stops = tokenizer, [s for s in stops if s]
-        # Bytes that are no UTF-8 (a model can write any) become U+FFFD.
+        # Bytes that are not UTF-8 become U+FFFD; a model can write any bytes.
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.skip = skip
         self.starts = starts and not skip
@@ -33,7 +36,7 @@ class TextStream:
         self.finish: str | None = None
 
     def feed(self, token: int) -> str:
-        """Take one token; return the text that is now certain."""
+        """Take one token and return the text that is now certain."""
         if token == self.tokenizer.bos_id:
             self.finish = "document"
             return self.flush()
@@ -55,7 +58,7 @@ class TextStream:
         return self._give(sure)
 
     def flush(self) -> str:
-        """No more tokens: return what was held back."""
+        """Return the text that was held back; no token follows."""
         rest, self.held = self.held + self.decoder.decode(b"", final=True), ""
         return self._give(rest)
 
@@ -65,6 +68,6 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` with which `stop` begins."""
+    """Return the length of the longest end of `text` that `stop` begins with."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

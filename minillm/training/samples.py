@@ -3,9 +3,9 @@
 import json
 from typing import TextIO
 
-from minillm.errors import DivergedError
-from minillm.inference.generate import generate
-from minillm.inference.text_stream import TextStream
+from minillm.config.sampling import SamplingParams
+from minillm.errors import DivergedError, UnavailableError
+from minillm.inference.complete import stream_text
 from minillm.runtime.program import one_line
 from minillm.training.metrics import append
 from minillm.training.state import Training, averaged
@@ -20,29 +20,21 @@ def take_sample(t: Training) -> str:
     """
     if t.corpus.sequence:
         return ""
-    tokenizer, prompt = t.corpus.tokenizer(), t.config.sample_prompt or ""
-    ids = tokenizer.prompt_ids(prompt, t.model.config.document_mask)
-    ids, first, shown = tokenizer.heal(ids)
-    stream, failure = TextStream(tokenizer, skip=shown), ""
+    prompt, text, failure = t.config.sample_prompt or "", "", ""
+    params = SamplingParams(max_tokens=SAMPLE_TOKENS, seed=t.config.seed)
     t.model.eval()
     with averaged(t), t.sharding.gathered(), t.meter.doing("sampling", SAMPLE_TOKENS):
-        made = generate(
-            t.model, [ids], max_tokens=SAMPLE_TOKENS, temperature=0.8, top_p=0.95,
-            seed=t.config.seed, first=first, stop=lambda row, ids: stream.finish is not None,
-        )  # fmt: skip
         try:
-            for token in made:
-                stream.feed(token.id)
+            for piece in stream_text(t.model, t.corpus.tokenizer(), [prompt], params):
+                text = prompt + piece.completion.text
                 t.meter.tick()
-        except DivergedError as error:  # on all ranks, as all compute the same
-            failure = f"warning   step {t.progress.step}: no sample: {error}"
+        except (DivergedError, UnavailableError) as error:  # on all ranks, which do the same
+            failure = f"warning   step {t.progress.step}: no sample: {error.with_flags()}"
     t.model.train()
     if failure:
         t.ranks.say(failure)
     if t.ranks.rank or failure:
         return ""
-    stream.flush()
-    text = prompt + stream.text
     try:
         append(t.run / "samples.txt", f"=== {_heading(t)}\n{text}\n")
     except OSError as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from minillm.checkpoint.find import load_run, open_checkpoint
-from minillm.inference.generate import generate
+from tests.support.generating import generated
 
 FIRST = Path(__file__).resolve().parents[1] / "golden" / "f537e8f"
 
@@ -18,7 +18,7 @@ def test_a_run_of_the_first_format_samples_as_it_did(name):
     model, tokenizer, config = load_run(FIRST / name)
     assert config.d_model == 16
     prompt = tokenizer.prompt_ids("the ")
-    made = list(generate(model, [prompt], max_tokens=40, temperature=0.0))
+    made = list(generated(model, [prompt], max_tokens=40, temperature=0.0))
     assert [token.id for token in made] == expected["tokens"]
     assert [token.logprob for token in made] == pytest.approx(expected["logprobs"], abs=1e-4)
 

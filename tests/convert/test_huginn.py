@@ -15,12 +15,12 @@ from minillm.config.model import ModelConfig
 from minillm.convert import huginn
 from minillm.convert.huginn import config_from, load, weights_from
 from minillm.errors import CorruptError, UsageError
-from minillm.inference.generate import generate
 from minillm.model.gpt import GPT
 from minillm.model.recurrence import state_keys
 from minillm.model.size import n_parameters
 from minillm.ops import EAGER, select
 from tests.support.broad import broad
+from tests.support.generating import generated
 
 C, H, D, F, V, T = 32, 4, 8, 40, 29, 24
 CONFIG = {
@@ -231,7 +231,7 @@ def test_rows_left_in_their_order_would_be_seen(tmp_path, monkeypatch):
 def test_what_is_loaded_generates_and_learns(tmp_path):
     model = load(write(tmp_path, published()), EAGER)
     made = [
-        [t.id for t in generate(model, [[1, 2, 3], [4]], max_tokens=9, temperature=0,
+        [t.id for t in generated(model, [[1, 2, 3], [4]], max_tokens=9, temperature=0,
                                 use_cache=cached, recurrence=2, recurrent_cache="full")]
         for cached in (True, False)
     ]  # fmt: skip

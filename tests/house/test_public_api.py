@@ -1,37 +1,100 @@
-"""The names that programs import: shared/design/interface.md, "From Python"."""
+"""The names that programs import, and what they do: shared/design/interface.md, "From Python"."""
 
-import inspect
-from dataclasses import FrozenInstanceError, is_dataclass
+import ast
+import math
+import pydoc
+import statistics
+import subprocess
+import sys
+import warnings
+from dataclasses import FrozenInstanceError, fields, is_dataclass
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
 
-from minillm.checkpoint.find import load_run
-from minillm.config.train import PRESETS, ModelConfig, TrainConfig
-from minillm.inference.generate import generate
-from minillm.model.gpt import GPT
-from minillm.ops import Ops, select
+import minillm
+from minillm.config.flags import all_flags
+from minillm.errors import CorruptError, UsageError
+from minillm.flags import sample as sample_flags
+from minillm.flags.keywords import train_arguments
+from minillm.ops import select
+
+ROOT = Path(minillm.__file__).resolve().parents[1]
+NAMES = {"GPT", "ModelConfig", "PRESETS", "SamplingParams", "TrainConfig", "ZeroOptimizer", "load"}
+HEAVY = ("torch", "numpy", "sentencepiece", "triton", "safetensors")
+
+
+@pytest.fixture(scope="module")
+def lm(tiny_run):
+    return minillm.load(tiny_run, device="cpu")
+
+
+def in_a_new_process(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_the_import_is_quick_and_takes_nothing_heavy_along():
+    """2 ms of processor time on a quiet machine; the limit leaves room for a busy one."""
+    code = (
+        "import sys, time; before = time.process_time(); import minillm, minillm.errors;"
+        f"print(time.process_time() - before, sorted(set({HEAVY!r}) & sys.modules.keys()))"
+    )
+    answers = [in_a_new_process(code).split(maxsplit=1) for _ in range(5)]
+    assert {heavy for _, heavy in answers} == {"[]"}
+    assert statistics.median(float(seconds) for seconds, _ in answers) < 0.1
+
+
+def test_type_checkers_see_the_names_that_are_imported_lazily():
+    tree = ast.parse(Path(minillm.__file__).read_text("utf-8"))
+    block = next(n for n in tree.body if isinstance(n, ast.If) and "TYPE" in ast.unparse(n.test))
+    seen = {
+        alias.asname: node.module
+        for node in block.body if isinstance(node, ast.ImportFrom) and node.module != "pathlib"
+        for alias in node.names if alias.asname == alias.name
+    }  # fmt: skip
+    assert seen == minillm.HOMES and seen.keys() == NAMES
+    for name, home in minillm.HOMES.items():
+        assert getattr(minillm, name) is getattr(import_module(home), name)
+    assert (Path(minillm.__file__).parent / "py.typed").is_file()
+
+
+def test_the_names_are_listed_and_others_are_refused():
+    assert {*NAMES, "train", "__version__"} <= set(dir(minillm))
+    assert {name for name in dir(minillm) if name[0] != "_"} >= NAMES
+    with pytest.raises(AttributeError, match="'minillm' has no attribute 'lode'"):
+        minillm.lode  # noqa: B018
+    assert in_a_new_process("from minillm import GPT; print(GPT.__module__)") == "minillm.model.gpt"
+
+
+def test_help_shows_six_lines_of_use_and_a_sentence_for_each_wing():
+    text = pydoc.plain(pydoc.render_doc(minillm))
+    lines = minillm.__doc__.split("\n\n")[1].splitlines()
+    assert len(lines) == 6 and all(line.strip() in text for line in lines)
+    wings = {p.parent.name for p in (ROOT / "minillm").glob("*/__init__.py")} | {"kernels", "ops"}
+    described = [line.split()[0] for line in minillm.__doc__.split("\n\n")[3].splitlines()]
+    assert set(described) == wings and len(described) == len(wings)
 
 
 def test_configurations_are_frozen_and_presets_are_settings_of_theirs():
-    for made, name in ((ModelConfig(), "n_layer"), (TrainConfig(), "seed")):
-        assert is_dataclass(made)
+    made = (minillm.ModelConfig(), minillm.TrainConfig(), minillm.SamplingParams())
+    for each, name in zip(made, ("n_layer", "seed", "top_k"), strict=True):
+        assert is_dataclass(each)
         with pytest.raises(FrozenInstanceError):
-            setattr(made, name, 1)
-    known = ModelConfig.__dataclass_fields__.keys() | TrainConfig.__dataclass_fields__.keys()
-    assert {"nano", "tiny", "small", "medium", "large"} <= PRESETS.keys()
-    assert all(preset.keys() <= known for preset in PRESETS.values())
-
-
-def test_select_gives_a_table_of_operations():
-    cpu = torch.device("cpu")
-    auto = select("auto", cpu)
-    assert isinstance(auto, Ops) and auto.attention is select("eager", cpu).attention
+            setattr(each, name, 1)
+    known = {f.name for config in made[:2] for f in fields(config)}
+    assert {"nano", "tiny", "small", "medium", "large"} <= minillm.PRESETS.keys()
+    assert all(preset.keys() <= known for preset in minillm.PRESETS.values())
 
 
 def test_a_model_is_called_for_logits_or_a_loss():
-    model = GPT(ModelConfig(vocab_size=11, seq_len=8, n_layer=1, n_head=2, d_model=16),
-                select("auto", torch.device("cpu")))  # fmt: skip
+    config = minillm.ModelConfig(vocab_size=11, seq_len=8, n_layer=1, n_head=2, d_model=16)
+    model = minillm.GPT(config, select("auto", torch.device("cpu")))
     tokens = torch.arange(10).view(2, 5)
     logits = model(tokens)
     loss = model(tokens, tokens)
@@ -41,10 +104,128 @@ def test_a_model_is_called_for_logits_or_a_loss():
     )
 
 
-def test_a_run_is_loaded_and_continued(tiny_run):
-    for name in (tiny_run, str(tiny_run)):
-        model, tokenizer, config = load_run(name)
-        assert isinstance(model, GPT) and isinstance(config, ModelConfig)
-    made = generate(model, [tokenizer.encode("the ")], max_tokens=3, temperature=0.0)
-    assert inspect.isgenerator(made)
-    assert [token.row for token in made] == [0, 0, 0]
+def test_a_run_is_loaded_with_its_parts(lm, tiny_run):
+    assert isinstance(lm.model, minillm.GPT) and isinstance(lm.config, minillm.ModelConfig)
+    assert lm.tokenizer.encode("a") == [97] and lm.step == 8
+    assert minillm.load(str(tiny_run), checkpoint=4, dtype="bf16").model.dtype is torch.bfloat16
+    assert "step=8" in repr(lm) and len(repr(lm)) < 1000
+
+
+def test_text_in_gives_text_and_a_list_gives_a_list(lm):
+    one = lm.generate("the cat", max_tokens=12, seed=3)
+    assert isinstance(one, str) and len(one.encode()) >= 12 and not one.startswith("the cat")
+    both = lm.generate(["the cat", "on", ""], max_tokens=12, seed=3)
+    assert both[0] == one and len(both) == 3 and lm.generate([]) == []
+    assert lm.generate("the cat", max_tokens=12, seed=4) != one
+
+
+def test_a_stream_gives_the_same_text_in_pieces(lm):
+    pieces = list(lm.stream("the cat", max_tokens=12, seed=3))
+    assert len(pieces) > 1 and all(pieces)
+    assert "".join(pieces) == lm.generate("the cat", max_tokens=12, seed=3)
+
+
+def test_a_stop_text_ends_the_text_before_it(lm):
+    whole = lm.generate("", max_tokens=40, seed=3)
+    for stop in (whole[9:11], [whole[9:11], "@@"]):
+        assert (
+            lm.generate("", max_tokens=40, seed=3, stop=stop) == whole[: whole.index(whole[9:11])]
+        )
+
+
+@pytest.mark.parametrize(
+    "sampling, words",
+    [
+        ({"temprature": 1.0}, "temprature: no such sampling parameter; did you mean temperature?"),
+        ({"wibble": 1}, "wibble: no such sampling parameter; one of: max_tokens, "),
+        ({"temperature": -1}, "temperature -1 .*expected at least 0"),
+        ({"top_p": 0}, "top_p 0: expected above 0"),
+        ({"max_tokens": "9"}, "max_tokens '9' is a str, expected int"),
+        ({"stop": 3.5}, "stop 3.5: expected a text"),
+        ({"stop": ["a", 1]}, "stop 1: expected a text"),
+        ({"recurrence": 3}, "^recurrence: this model has no core"),
+    ],
+)
+def test_errors_name_parameters(lm, sampling, words):
+    for act in (lm.generate, lm.stream):
+        with pytest.raises(UsageError, match=words) as refused:
+            act("the", **sampling)
+        assert "--" not in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_wrong_runs_devices_and_types_are_refused(tiny_run, tmp_path):
+    for path, options, words in (
+        (tmp_path / "none", {}, "none"),
+        (tiny_run, {"checkpoint": 5}, "checkpoint 5: .* holds steps 4, 8"),
+        (tiny_run, {"dtype": "fp8"}, "dtype 'fp8' is not one of auto, fp32"),
+        (tiny_run, {"device": "tpu"}, "device 'tpu' is not one of"),
+    ):
+        with pytest.raises((UsageError, CorruptError), match=words):
+            minillm.load(path, **options)
+
+
+def test_a_prompt_beyond_the_context_is_said(lm):
+    with pytest.warns(UserWarning, match="the prompt is .* tokens long; only its last 8 are read"):
+        lm.generate("x" * 30, max_tokens=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lm.generate("x", max_tokens=1)
+
+
+def test_the_flags_of_sample_are_the_fields_of_sampling_params():
+    args = sample_flags.parser().parse([])
+    for f in fields(minillm.SamplingParams):
+        value = getattr(args, f.name)
+        assert (() if value is None and f.name == "stop" else value) == f.default, f.name
+    assert sample_flags.sampling_of(args) == minillm.SamplingParams()
+
+
+def test_a_text_is_scored_and_a_list_of_texts(lm):
+    one, texts = lm.score("the cat"), ["the cat", "x" * 70]
+    assert one.tokens == lm.tokenizer.encode("the cat") and len(one.logprobs) == 7
+    assert one.nats == pytest.approx(-sum(one.logprobs))
+    assert one.bits_per_byte == pytest.approx(one.nats / math.log(2) / 7)
+    assert [score.tokens for score in lm.score(texts)] == [list(t.encode()) for t in texts]
+    assert lm.score([]) == []
+    with pytest.raises(UsageError, match="^recurrence: this model has no core"):
+        lm.score("a", recurrence=3)
+
+
+def test_training_gives_a_run_that_can_be_loaded(tmp_path):
+    text = tmp_path / "my.txt"
+    text.write_text("the cat sat on a mat\n" * 400)
+    run = minillm.train(
+        data=text, preset="nano",
+        out=tmp_path / "run", cache_dir=tmp_path / "cache", tokenizer="byte", steps=3,
+        n_layer=1, d_model=16, n_head=2, seq_len=16, batch_size=2, device="cpu", threads="1",
+        compile=False, time_limit=None, learning_rate=1e-3,
+    )  # fmt: skip
+    assert run == tmp_path / "run" and minillm.load(run).step == 3
+    assert minillm.train(resume=run, steps=4, device="cpu") == run
+    assert minillm.load(run).step == 4
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"stpes": 3}, "stpes: no such setting; did you mean steps?"),
+        ({"wibble": 3}, "wibble: no such setting; see"),
+        ({"n_layer": "4"}, "n_layer '4' is a str, expected int"),
+        ({"n_layer": 0}, "n_layer 0 is out of range"),
+        ({"time_limit": "soon"}, "time_limit: 'soon' is not a duration"),
+        ({"preset": "huge"}, "huge"),
+        ({"data": "no.txt"}, "no.txt: no such file"),
+        ({"resume": "no-run"}, "no-run: no such run"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings, words):
+    with pytest.raises(UsageError, match=words) as refused:
+        minillm.train(**settings)
+    assert "\n" not in str(refused.value)
+
+
+def test_every_flag_of_training_is_a_keyword(tmp_path):
+    args = train_arguments({"time_limit": "10m", "data": [ROOT / "setup.py"], "out": "~/x"})
+    assert args.time_limit == 600 and args.data == [str(ROOT / "setup.py")]
+    assert args.out == str(Path("~/x").expanduser())
+    assert vars(args).keys() == {*all_flags(), "config", "resume"}

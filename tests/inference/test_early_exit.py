@@ -3,20 +3,20 @@
 import pytest
 import torch
 
+from minillm.config.sampling import EXIT_DEFAULTS, ExitRule, SamplingParams
 from minillm.config.train import ModelConfig
 from minillm.errors import UsageError
 from minillm.inference.early_exit import read, read_next
-from minillm.inference.exit_rules import DEFAULTS, ExitRule, exit_rule
-from minillm.inference.generate import generate
 from minillm.model.gpt import GPT
 from minillm.model.recurrence import state_keys
 from minillm.ops import EAGER
 from tests.support.broad import broad
+from tests.support.generating import generated
 
 SHAPE = {"vocab_size": 31, "seq_len": 24, "n_head": 2, "d_model": 16, "d_ff": 24}
 NEVER = {"confidence": 1.0, "kl": 0.0, "latent": 0.0}
 ALWAYS = {"confidence": 0.0, "kl": 1e9, "latent": 1e9}
-RULES = tuple(DEFAULTS)
+RULES = tuple(EXIT_DEFAULTS)
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_a_rule_that_always_holds_takes_its_patience(model, by, patience):
 def sampled(model, prompts, by, **options) -> list[list[tuple[int, int]]]:
     made = [[] for _ in prompts]
     rule = ExitRule(by, {"confidence": 0.3, "kl": 0.02, "latent": 0.5}[by], 1)
-    for token in generate(
+    for token in generated(
         model, prompts, max_tokens=24, seed=4, recurrence=9, exit_rule=rule, **options
     ):
         made[token.row].append((token.id, token.recurrence))
@@ -170,15 +170,21 @@ def test_none_goes_before_those_it_may_wait_for(model, by):
     assert (steps.diff(dim=1) >= 0).all() and len(steps.unique()) > 1
 
 
+def exit_rule(by, threshold, patience) -> ExitRule | None:
+    return SamplingParams(exit_by=by, exit_threshold=threshold, exit_patience=patience).exit_rule
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("moth", None, None), "expected one of confidence, kl, latent"),
-        (("confidence", 1.5, None), "a confidence is from 0 to 1"),
-        (("kl", float("nan"), None), "expected 0 or more"),
-        (("latent", None, -1), "exit patience -1: expected 0 to 4096"),
-        (("latent", None, 10**20), "exit patience 1[0]*: expected 0 to 4096"),
-        ((None, 0.5, None), "are of --exit-by"),
+        (("moth", None, None), "exit_by 'moth' is not one of confidence, kl, latent"),
+        (("confidence", 1.5, None), "exit_threshold 1.5: .* expected 0 to 1"),
+        (("kl", float("nan"), None), "exit_threshold nan .* expected at least 0"),
+        (("kl", float("inf"), None), "exit_threshold inf: expected a finite number"),
+        (("latent", None, -1), "exit_patience -1 .* between 0 and 4096"),
+        (("latent", None, 10**20), "exit_patience 1[0]* .* between 0 and 4096"),
+        ((None, 0.5, None), "exit_threshold needs exit_by"),
+        ((None, None, 2), "exit_patience needs exit_by"),
     ],
 )
 def test_wrong_rules_are_refused(words, message):
@@ -186,11 +192,15 @@ def test_wrong_rules_are_refused(words, message):
         exit_rule(*words)
     assert exit_rule(None, None, None) is None
     assert exit_rule("confidence", None, None) == ExitRule("confidence", 0.9, 3)
+    assert exit_rule("kl", 0.5, 0) == ExitRule("kl", 0.5, 0)
 
 
 def test_a_rule_without_a_core_is_refused(model):
     rule = ExitRule("confidence", 0.9, 0)
     plain = GPT(ModelConfig(**SHAPE, n_layer=1), EAGER)
-    for these, options in ((plain, {}), (model, {"use_cache": False})):
-        with pytest.raises(UsageError, match="an exit rule and a warm start are of recurrent"):
-            list(generate(these, [[1]], exit_rule=rule, **options))
+    for these, options, words in (
+        (plain, {}, "exit_by: this model has no core"),
+        (model, {"use_cache": False}, "exit_by: needs use_cache=True"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            list(generated(these, [[1]], exit_rule=rule, **options))

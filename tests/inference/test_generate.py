@@ -8,11 +8,12 @@ import torch
 
 from minillm.config.model import POSITIONS, ModelConfig
 from minillm.errors import UsageError
-from minillm.inference.generate import generate, penalise
+from minillm.inference.draw import penalise
 from minillm.model.gpt import GPT
 from minillm.model.kv_cache import KVCache
 from minillm.ops import EAGER, REFERENCE
 from tests.support.broad import broad
+from tests.support.generating import generated
 
 SHAPE = {"vocab_size": 40, "seq_len": 16, "n_layer": 2, "n_head": 4, "d_model": 32, "d_ff": 64}
 GREEDY, SAMPLED = {"temperature": 0.0}, {"temperature": 1.0, "top_p": 0.9, "seed": 3}
@@ -32,7 +33,7 @@ def make_model(**settings) -> GPT:
 def rows(model, prompts, **options) -> list[list[int]]:
     """The new tokens of each prompt."""
     made = [[] for _ in prompts]
-    for token in generate(model, prompts, **options):
+    for token in generated(model, prompts, **options):
         made[token.row].append(token.id)
     return made
 
@@ -135,12 +136,21 @@ def test_stop_is_asked_after_each_token_and_ends_its_row():
     assert [entry for entry in asked if entry[0] == 0] == [(0, made[0][:n]) for n in (1, 2, 3)]
 
 
-def test_first_limits_the_first_new_token_only():
-    model = make_model()
+def test_a_mask_limits_the_tokens_that_may_come_next():
+    model, asked = make_model(), []
+
+    def first(row, new):
+        asked.append((row, list(new)))
+        return torch.isin(torch.arange(40), torch.tensor([11, 12])) if not new else None
+
     free = rows(model, [[5, 6]], max_tokens=6, **SAMPLED)[0]
-    bound = rows(model, [[5, 6]], max_tokens=6, first=[11, 12], **SAMPLED)[0]
+    bound = rows(model, [[5, 6]], max_tokens=6, mask=first, **SAMPLED)[0]
     assert free[0] not in (11, 12) and bound[0] in (11, 12)
     assert set(bound[1:]) - {11, 12}
+    assert asked == [(0, bound[:n]) for n in range(6)]
+    even = torch.arange(40) % 2 == 0
+    some = rows(model, [[5], [6]], max_tokens=9, mask=lambda row, new: even if row else None)
+    assert any(token % 2 for token in some[0]) and not any(token % 2 for token in some[1])
 
 
 def test_penalise_against_the_formula():
@@ -167,7 +177,7 @@ def test_logprobs_are_the_models_own():
     model = make_model()
     text = [1, 2, 3]
     filters = {"temperature": 0.5, "top_k": 3, "top_p": 0.8, "min_p": 0.1, "seed": 1}
-    for token in generate(model, [text], max_tokens=10, repetition_penalty=1.3, **filters):
+    for token in generated(model, [text], max_tokens=10, repetition_penalty=1.3, **filters):
         expected = model(torch.tensor([text])).double()[0, -1].log_softmax(-1)[token.id]
         assert token.logprob == pytest.approx(float(expected), rel=1e-5)
         text.append(token.id)
@@ -180,18 +190,22 @@ def test_logprobs_are_the_models_own():
         ([[1], []], {}, "prompt 1 has no token"),
         ([[1, 40]], {}, "prompt 0 holds token 40; the model knows 0 to 39"),
         ([[-1]], {}, "prompt 0 holds token -1"),
-        ([[1]], {"max_tokens": 0}, "--max-tokens 0: expected at least 1"),
-        ([[1]], {"temperature": -0.1}, "--temperature -0.1: expected 0 or more"),
-        ([[1]], {"temperature": math.nan}, "--temperature nan"),
-        ([[1]], {"top_k": -1}, "--top-k -1"),
-        ([[1]], {"top_p": 0.0}, "--top-p 0.0: expected above 0, at most 1"),
-        ([[1]], {"min_p": 1.5}, "--min-p 1.5: expected between 0 and 1"),
-        ([[1]], {"repetition_penalty": 0.0}, "--repetition-penalty 0.0: expected"),
+        ([[1]], {"max_tokens": 0}, "max_tokens 0 is out of range; expected between 1"),
+        ([[1]], {"temperature": -0.1}, "temperature -0.1 .* expected at least 0"),
+        ([[1]], {"temperature": math.nan}, "temperature nan"),
+        ([[1]], {"top_k": -1}, "top_k -1"),
+        ([[1]], {"top_p": 0.0}, "top_p 0.0: expected above 0"),
+        ([[1]], {"min_p": 1.5}, "min_p 1.5 .* expected between 0 and 1"),
+        (
+            [[1]],
+            {"repetition_penalty": 0.0},
+            "repetition_penalty 0.0 .* expected between 0.01 and 100",
+        ),
     ],
 )
 def test_refusals(prompts, options, message):
     with pytest.raises(UsageError, match=message):
-        list(generate(make_model(), prompts, **options))
+        list(generated(make_model(), prompts, **options))
 
 
 @pytest.mark.parametrize("use_cache", [True, False])

@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from minillm.config.model import ModelConfig
+from minillm.config.sampling import EXIT_DEFAULTS, ExitRule
 from minillm.errors import DivergedError
-from minillm.inference.exit_rules import DEFAULTS, ExitRule
-from minillm.inference.generate import generate
-from minillm.inference.speculative import speculate
+from minillm.inference import language_model
 from minillm.model.gpt import GPT
 from minillm.ops import EAGER
 from minillm.runtime import program
@@ -19,6 +18,7 @@ from minillm.scripts import sample as script
 from minillm.training import recurrence_metrics as ladder
 from minillm.training.evaluate import evaluate
 from minillm.training.metrics import Meter, jsonable
+from tests.support.generating import generated, speculated
 
 SHAPE = {"vocab_size": 19, "seq_len": 24, "n_head": 2, "d_model": 16, "d_ff": 24}
 CORE = {"recurrent": "1,1,1", "mean_recurrence": 3}
@@ -56,7 +56,7 @@ def test_logits_that_are_no_numbers_are_refused_with_the_step(value, how, use_ca
     spoil(model, number, calls=3)
     made = []
     with pytest.raises(DivergedError, match=r"new token 4 of sample 0 \(position 5\)") as refused:
-        made.extend(generate(model, [[1, 2]], max_tokens=9, use_cache=use_cache, **how))
+        made.extend(generated(model, [[1, 2]], max_tokens=9, use_cache=use_cache, **how))
     assert words in str(refused.value) and "\n" not in str(refused.value)
     assert len(made) == 3 and all(math.isfinite(token.logprob) for token in made)
 
@@ -65,15 +65,15 @@ def test_one_row_of_a_batch_is_named():
     model = model_of()
     spoil(model, math.nan, calls=5, row=1)  # after three prompts, read alone, and two steps
     with pytest.raises(DivergedError, match=r"new token 4 of sample 1 \(position 4\)"):
-        list(generate(model, [[1, 2], [3], [4, 5, 6]], max_tokens=9))
+        list(generated(model, [[1, 2], [3], [4, 5, 6]], max_tokens=9))
 
 
-@pytest.mark.parametrize("by", DEFAULTS)
+@pytest.mark.parametrize("by", EXIT_DEFAULTS)
 def test_early_exits_refuse_them_too(by):
     model = model_of(n_layer=3, **CORE)
     spoil(model, math.nan, calls=6)
-    with pytest.raises(DivergedError, match="another --recurrence or take another --checkpoint"):
-        list(generate(model, [[1, 2]], max_tokens=20, exit_rule=ExitRule(by, 0.5, 0)))
+    with pytest.raises(DivergedError, match="another recurrence or take another checkpoint"):
+        list(generated(model, [[1, 2]], max_tokens=20, exit_rule=ExitRule(by, 0.5, 0)))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
@@ -81,19 +81,21 @@ def test_speculation_refuses_them_too(temperature):
     model = model_of(n_layer=3, **CORE)
     spoil(model, math.nan, calls=8)
     with pytest.raises(DivergedError, match="new token"):
-        list(speculate(model, [[1, 2]], draft_recurrence=1, max_tokens=20, temperature=temperature))
+        list(
+            speculated(model, [[1, 2]], draft_recurrence=1, max_tokens=20, temperature=temperature)
+        )
 
 
 def test_weights_that_overflow_are_refused_by_the_script(tiny_run, capsys, monkeypatch):
     """Every weight is finite: what is computed of them is not."""
-    found = script.checkpoint.load_run
+    found = language_model.load_run
 
     def large(*args, **options):
         loaded = found(*args, **options)
         loaded[0].head.weight.data.mul_(1e38).mul_(1e3)
         return loaded
 
-    monkeypatch.setattr(script.checkpoint, "load_run", large)
+    monkeypatch.setattr(language_model, "load_run", large)
     for flags in (["--json"], ["--temperature", "0"], ["--num-samples", "2"]):
         assert program.run("sample.py", script.main, [str(tiny_run), *flags]) == 6
         out, err = capsys.readouterr()

@@ -5,16 +5,16 @@ import math
 import pytest
 import torch
 
+from minillm.config.sampling import ExitRule
 from minillm.config.train import ModelConfig
 from minillm.convert.huginn import load
 from minillm.errors import UsageError
-from minillm.inference.exit_rules import ExitRule
-from minillm.inference.generate import generate
 from minillm.model.gpt import GPT
 from minillm.model.recurrence import state_keys
 from minillm.ops import EAGER
 from tests.convert.test_huginn import CONFIG, C, D, H, mlp, norm, published, write
 from tests.support.broad import broad
+from tests.support.generating import generated
 
 SHAPE = {"vocab_size": 31, "seq_len": 24, "n_head": 2, "d_model": 16, "d_ff": 24}
 PROMPTS = [[5, 7, 1, 2], [3], [9, 9, 30, 4, 8, 2]]
@@ -34,7 +34,7 @@ def model_of(style: str = "huginn", start: str = "noise") -> GPT:
 def ids_of(model: GPT, prompts, **options) -> list[list[int]]:
     options = {"max_tokens": 30, "temperature": 0.0, "warm_start": True, "recurrence": 2} | options
     rows = [[] for _ in prompts]
-    for token in generate(model, prompts, **options):
+    for token in generated(model, prompts, **options):
         rows[token.row].append(token.id)
     return rows
 
@@ -168,5 +168,5 @@ def test_a_rule_that_never_holds_changes_nothing():
 def test_where_it_cannot_be():
     flat = GPT(ModelConfig(**SHAPE, n_layer=1), EAGER)
     for model, options in ((flat, {"recurrence": None}), (model_of(), {"use_cache": False})):
-        with pytest.raises(UsageError, match="warm start"):
+        with pytest.raises(UsageError, match="^warm_start: "):
             ids_of(model, PROMPTS, **options)

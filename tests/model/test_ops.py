@@ -10,11 +10,11 @@ import torch
 
 from minillm.config.train import ModelConfig
 from minillm.errors import UnavailableError, UsageError
-from minillm.inference.generate import generate
 from minillm.model.gpt import GPT
 from minillm.ops import EAGER, OPERATIONS, REFERENCE, select
 from minillm.optim.build import make_optimizers
 from tests.support.broad import broad
+from tests.support.generating import generated
 
 # sandwich_norm is recurrent depth's; this model has no such block.
 NAMES = [name for name in OPERATIONS if name != "sandwich_norm"]
@@ -106,7 +106,7 @@ def test_every_call_goes_through_the_table(options):
 
 def test_generate_draws_through_the_table():
     ops, counts = counting()
-    list(generate(model_of(config_of(), ops), [[1, 2], [3]], max_tokens=6))
+    list(generated(model_of(config_of(), ops), [[1, 2], [3]], max_tokens=6))
     assert counts["sample"] == counts["uniform"] == 6
 
 
@@ -160,7 +160,7 @@ def answers(ops, mlp):
     cache = model.make_cache(2)
     model.trunk(TOKENS[:, :5], cache)
     found = [model(TOKENS), model(TOKENS, TOKENS), model.trunk(TOKENS[:, 5:6], cache)]
-    drawn = [token.id for token in generate(model, [[1, 2], [3]], max_tokens=6)]
+    drawn = [token.id for token in generated(model, [[1, 2], [3]], max_tokens=6)]
     found.append(torch.tensor(drawn))
     with torch.enable_grad():
         muon_step(model, ops)

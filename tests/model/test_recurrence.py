@@ -9,12 +9,12 @@ import torch.nn.functional as F
 
 from minillm.config.train import ModelConfig
 from minillm.errors import UsageError
-from minillm.inference.generate import generate
 from minillm.model.gpt import GPT
 from minillm.model.recurrence import draw, start_noise, state_keys
 from minillm.model.size import flops_per_token, n_matrix_parameters, n_parameters
 from minillm.ops import EAGER, REFERENCE
 from tests.support.broad import broad
+from tests.support.generating import generated
 
 SHAPE = {"vocab_size": 31, "seq_len": 16, "n_head": 2, "d_model": 16, "d_ff": 24}
 STYLES = ("huginn", "parcae")
@@ -320,7 +320,7 @@ def test_what_does_not_fit_is_refused():
 
 def sampled(model: GPT, prompts, **options) -> list[list[int]]:
     made = [[] for _ in prompts]
-    for token in generate(model, prompts, max_tokens=9, seed=4, **options):
+    for token in generated(model, prompts, max_tokens=9, seed=4, **options):
         made[token.row].append(token.id)
     return made
 

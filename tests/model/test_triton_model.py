@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from minillm.config.train import ModelConfig
-from minillm.inference.generate import generate
 from minillm.model.gpt import GPT
 from minillm.ops import EAGER, REFERENCE, Ops, select
 from minillm.optim.build import make_optimizers, set_learning_rate
 from minillm.training import samples
 from tests.support.broad import broad
+from tests.support.generating import generated
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPE = {"vocab_size": 50, "seq_len": 48, "n_layer": 2, "n_head": 2, "d_model": 32, "d_ff": 48}
@@ -138,7 +138,7 @@ def test_the_same_tokens(triton_ops, options):
     drawn = []
     for ops in (triton_ops, EAGER):
         model = model_of(ops, seq_len=10, **options).eval()
-        made = generate(model, [[1, 2, 3, 4, 5], [7]], max_tokens=8, top_k=20, top_p=0.9, seed=3)
+        made = generated(model, [[1, 2, 3, 4, 5], [7]], max_tokens=8, top_k=20, top_p=0.9, seed=3)
         drawn.append([(token.row, token.id) for token in made])
     assert drawn[0] == drawn[1] and len({id for _, id in drawn[0]}) > 5
 

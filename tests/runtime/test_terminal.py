@@ -16,7 +16,8 @@ import pytest
 from minillm import errors
 from minillm.distributed.ranks import Ranks
 from minillm.flags import prepare as prepare_flags, train as train_flags
-from minillm.inference.generate import Token
+from minillm.inference import complete
+from minillm.inference.decoding_batch import Token
 from minillm.runtime import program, terminal
 from minillm.scripts import sample as script
 from minillm.training.metrics import Meter
@@ -64,11 +65,13 @@ def test_what_a_model_writes_cannot_steer_the_terminal(screen, tiny_run, monkeyp
     """Streamed, a character split over two tokens, and samples that follow whole; and in a pipe."""
     ids = list(WICKED.encode())
 
-    def generate(model, prompts, **options):
-        for token in ids:
-            yield from (Token(row, token, -1.0) for row in range(len(prompts)))
+    def generate(model, prompts, params, mask, stop):
+        for n, token in enumerate(ids, 1):
+            for row in range(len(prompts)):
+                stop(row, ids[:n])
+                yield Token(row, token, -1.0)
 
-    monkeypatch.setattr(script, "generate", generate)
+    monkeypatch.setattr(complete, "generate", generate)
     flags = [str(tiny_run), "--prompt", "\x1b[31m", "--num-samples", "2"]
     assert program.run("sample.py", script.main, flags) == 0
     assert capsys.readouterr().out.count("\x1b[31m" + WICKED) == 2
@@ -89,7 +92,7 @@ def test_other_lines_cannot_either(screen, say, tmp_path, monkeypatch):
     elif say == "ranks":
         Ranks().say(WICKED)
     elif say == "note":
-        script.note(WICKED)
+        script.say(WICKED)
     else:
 
         def refuse(argv):

@@ -16,13 +16,13 @@ from minillm.config.train import ModelConfig
 from minillm.distributed.agreement import gather
 from minillm.distributed.ranks import Ranks
 from minillm.distributed.strategies import Sharding
-from minillm.inference.generate import generate
 from minillm.model.gpt import GPT
 from minillm.ops import EAGER
 from minillm.optim.build import state_kinds
 from minillm.planning.estimate import Job, memory as planned
 from minillm.training import recurrence_metrics as ladder
 from minillm.training.evaluate import evaluate
+from tests.support.generating import generated
 from tests.support.sharding_toy import (
     BF16,
     F32,
@@ -212,7 +212,7 @@ def climb(model: GPT, ranks: Ranks) -> list[float]:
 def written(model: GPT) -> list[int]:
     """Some text, of the likeliest tokens."""
     model.eval()
-    made = generate(model, [[1, 2, 3], [4]], max_tokens=8, temperature=0.0)
+    made = generated(model, [[1, 2, 3], [4]], max_tokens=8, temperature=0.0)
     ids = [token.id for token in made]
     model.train()
     return ids

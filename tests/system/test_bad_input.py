@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from minillm import __main__ as verbs
 from minillm.checkpoint.run_folder import RunFolder
-from minillm.runtime import files as storage, program
+from minillm.runtime import device, files as storage, program
 from minillm.scripts import sample, train as train_script
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="not on this system")
@@ -451,11 +451,11 @@ def test_a_prepared_folder_cannot_be_prepared_otherwise(
 
 def test_more_samples_than_memory(tiny_run, monkeypatch, capfd):
     """16 tokens of 2 x 16 floats take 2 KiB a sample."""
-    monkeypatch.setattr(sample.world, "available_memory", lambda device: 5 << 11)
+    monkeypatch.setattr(device, "available_memory", lambda device: 5 << 11)
     words = [str(tiny_run), "--num-samples", "6", "--max-tokens", "3"]
     assert program.run("sample.py", sample.main, words) == 4
     line = capfd.readouterr().err.splitlines()[-1]
-    assert line.startswith("sample.py: error: --num-samples 6 needs ") and "at most 5 fit" in line
+    assert line.startswith("sample.py: error: 6 samples need ") and "at most 5 fit" in line
     words[2] = "5"
     assert program.run("sample.py", sample.main, words) == 0
 

@@ -3,17 +3,16 @@
 import pytest
 import torch
 
+from minillm.config.sampling import ExitRule
 from minillm.config.train import ModelConfig
 from minillm.errors import UsageError
 from minillm.inference.early_exit import read, read_next
-from minillm.inference.exit_rules import ExitRule
-from minillm.inference.generate import generate
-from minillm.inference.speculative import speculate
 from minillm.model.gpt import GPT
 from minillm.model.recurrence import state_keys
 from minillm.ops import EAGER
 from minillm.runtime import program
 from minillm.scripts import sample as script
+from tests.support.generating import generated, speculated
 
 SHAPE = {"vocab_size": 31, "seq_len": 16, "n_head": 2, "d_model": 16, "d_ff": 24}
 CORE = {"recurrent": "1,1,1", "mean_recurrence": 3}
@@ -80,8 +79,8 @@ def refusals() -> dict:
     keys, both = state_keys(0, torch.arange(2)), [[1, 2], [3]]
     dropping = model_of(dropout=0.1).train()
 
-    def generated(model, prompts=both, **options):
-        return lambda: list(generate(model, prompts, max_tokens=2, **options))
+    def tried(model, prompts=both, **options):
+        return lambda: list(generated(model, prompts, max_tokens=2, **options))
 
     return {
         "another batch": (lambda: flat.trunk(TEXT[:1], flat.make_cache(2)), "1 rows .* has 2"),
@@ -101,12 +100,12 @@ def refusals() -> dict:
         "cache of 0": (lambda: core.make_cache(1, recurrence=0), "recurrence 0"),
         "capacity of 0": (lambda: core.make_cache(1, capacity=0), "capacity 0"),
         "slot, no cache": (
-            generated(core, recurrent_cache="slot", use_cache=False), "without use_cache",
+            tried(core, recurrent_cache="slot", use_cache=False), "recurrent_cache: needs use_",
         ),
-        "samples": (generated(flat, samples=[1]), "1 samples for 2 prompts"),
-        "dropout": (generated(dropping), "call model.eval"),
+        "samples": (tried(flat, samples=[1]), "1 samples for 2 prompts"),
+        "dropout": (tried(dropping), "call model.eval"),
         "speculated samples": (
-            lambda: list(speculate(core, both, draft_recurrence=1, samples=[0])),
+            lambda: list(speculated(core, both, draft_recurrence=1, samples=[0])),
             "1 samples for 2 prompts",
         ),
     }  # fmt: skip
@@ -133,8 +132,9 @@ def test_padding_is_no_target():
 
 @pytest.mark.parametrize("flags, words", [
     (["--warm-start"], "--warm-start: this model has no core"),
-    (["--exit-by", "kl", "--draft-recurrence", "2"], "--exit-by, --draft-recurrence: this model"),
-    (["--exit-patience", "2"], "add it"),
+    (["--exit-by", "kl", "--warm-start"], "--exit-by, --warm-start: this model"),
+    (["--exit-patience", "2"], "--exit-patience needs --exit-by"),
+    (["--exit-by", "kl", "--draft-recurrence", "2"], "without --exit-by; drop one"),
 ])  # fmt: skip
 def test_flags_that_do_nothing_are_refused(tiny_run, flags, words, capsys):
     assert program.run("sample.py", script.main, [str(tiny_run), *flags]) == UsageError.code

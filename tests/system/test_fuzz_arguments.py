@@ -26,7 +26,7 @@ from minillm.flags import (
     sample as sample_flags,
     train as train_flags,
 )
-from minillm.inference.sampling_params import check_sampling
+from minillm.inference import language_model
 from minillm.runtime import program
 from minillm.scripts import sample, train as train_script
 from tests.support.argument_lists import Case, cases
@@ -53,11 +53,7 @@ def sample_main(argv: Sequence[str]) -> None:
         args = sample_flags.parser().parse(argv)
         for prompt in sample.prompts(args):
             assert isinstance(prompt, str)
-        sample.exit_rule(args.exit_by, args.exit_threshold, args.exit_patience)
-        check_sampling(
-            args.max_tokens, args.temperature, args.top_k, args.top_p, args.min_p,
-            args.repetition_penalty,
-        )  # fmt: skip
+        assert sample_flags.sampling_of(args).seed == args.seed
         raise
 
 
@@ -79,7 +75,7 @@ def place(tiny_run, tmp_path, monkeypatch) -> dict[str, str]:
     (tmp_path / "runs" / "nano-1").symlink_to(tiny_run)
     (tmp_path / "good.json").write_text('{"steps": 3}')
     monkeypatch.setattr(train_script, "train", reach)
-    monkeypatch.setattr(sample.checkpoint, "load_run", reach)
+    monkeypatch.setattr(language_model, "load_run", reach)
     monkeypatch.setattr(prepare, "prepare", reach)
     monkeypatch.setattr(profile.machine, "about", reach)
     check_names, gpu = profile.tune.check, torch.device("cuda")

@@ -84,6 +84,7 @@ def test_wheel_holds_the_very_same_scripts_and_no_setup(wheel):
     assert sorted(p.name for p in scripts.glob("*.py")) == ["sample.py", "train.py"]
     for name in ("train.py", "sample.py"):
         assert (scripts / name).read_bytes() == (ROOT / name).read_bytes()
+    assert (wheel / "minillm" / "py.typed").is_file()
     for folder in ("", "reference", "eager"):
         kernels = {p.name for p in (ROOT / "kernels" / folder).glob("*.py")}
         packed = wheel / "minillm" / "kernels" / folder

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from minillm.inference.generate import Token
+from minillm.inference.decoding_batch import Token
 
 FILE = Path(__file__).resolve().parents[2] / "benchmarks" / "recurrence" / "speculation.py"
 pytestmark = pytest.mark.skipif(not FILE.is_file(), reason="the source tree is not here")
@@ -46,9 +46,9 @@ def test_a_device_and_a_dtype(bench, monkeypatch, run, tmp_path):
 
 
 def test_other_texts_are_an_error_in_fp32_alone(bench, monkeypatch, run, tmp_path):
-    def wrong(model, prompts, *, tally, max_tokens, **_):
+    def wrong(model, prompts, params, *, tally, **_):
         tally.drafted = 1
-        yield from (Token(0, 1, 0.0, 3) for _ in range(max_tokens + 1))
+        yield from (Token(0, 1, 0.0, 3) for _ in range(params.max_tokens + 1))
 
     monkeypatch.setattr(bench, "speculate", wrong)
     with pytest.raises(AssertionError, match="speculation changed the text"):

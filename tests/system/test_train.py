@@ -16,6 +16,7 @@ from minillm import __main__ as verbs
 from minillm.checkpoint.find import load_run, open_checkpoint
 from minillm.checkpoint.run_folder import RunFolder
 from minillm.config.presets import PRESETS
+from minillm.config.sampling import SamplingParams
 from minillm.config.train import ModelConfig
 from minillm.data.batches import evaluation_windows
 from minillm.data.shards import open_corpus
@@ -100,10 +101,10 @@ def test_what_is_judged_and_shown_is_what_can_be_loaded(tiny_run):
     # As it was while training: load_run lays the matrices out for decoding, which rounds otherwise.
     model = GPT(config, EAGER)
     open_checkpoint(tiny_run).load_into(model)
+    params = SamplingParams(max_tokens=SAMPLED, temperature=0.8, top_p=0.95, seed=1337)
     made = generate(
-        model, [tokenizer.prompt_ids("")], max_tokens=SAMPLED, temperature=0.8, top_p=0.95,
-        seed=1337, stop=lambda row, ids: ids[-1] == tokenizer.bos_id,
-    )  # fmt: skip
+        model, [tokenizer.prompt_ids("")], params, stop=lambda row, ids: ids[-1] == tokenizer.bos_id
+    )
     text = tokenizer.decode([token.id for token in made])
     assert (tiny_run / "samples.txt").read_bytes().decode().endswith(f"=== step 8\n{text}\n")
 

@@ -279,17 +279,20 @@ def test_an_exit_rule_needs_the_cache_twice(recurrent_run, capfd, monkeypatch):
     [
         (("--recurrence", "0"), "out of range"),
         (("--recurrence", "-1"), "out of range"),
-        (("--recurrence", "1000000000"), "--recurrence 1000000000: expected 1 to 4096"),
+        (("--recurrence", "1000000000"), "expected between 1 and 4096"),
         (("--recurrent-cache", "half"), "half"),
-        (("--draft-recurrence", "3"), "--draft-recurrence 3: expected 1 to 2"),
-        (
-            ("--recurrence", "1", "--draft-recurrence", "1"),
-            "nothing is shorter than --recurrence 1",
-        ),
+        (("--draft-recurrence", "3"), "--draft-recurrence 3: expected less than --recurrence 3"),
+        (("--recurrence", "1", "--draft-recurrence", "1"), "less than --recurrence 1, or leave"),
         (("--exit-by", "kl", "--exit-patience", "9" * 20), "expected between 0 and 4096"),
-        (("--draft-recurrence", "1", "--exit-by", "kl"), "--draft-recurrence goes with none of"),
-        (("--exit-threshold", "0.5"), "are of --exit-by; add it"),
-        (("--exit-by", "confidence", "--exit-threshold", "2"), "a confidence is from 0 to 1"),
+        (
+            ("--draft-recurrence", "1", "--exit-by", "kl"),
+            "--draft-recurrence: speculative decoding works without --exit-by",
+        ),
+        (("--exit-threshold", "0.5"), "--exit-threshold needs --exit-by"),
+        (
+            ("--exit-by", "confidence", "--exit-threshold", "2"),
+            "--exit-threshold 2: a confidence is a probability",
+        ),
     ],
 )
 def test_sample_refuses_in_a_line(recurrent_run, capfd, flags, words):
