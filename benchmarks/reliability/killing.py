@@ -12,7 +12,8 @@ import pkgutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
@@ -24,13 +25,15 @@ import torch._dynamo  # noqa: F401 - each child would import it anew
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import minillm
-from minillm.checkpoint import write
+from minillm.checkpoint import keep
 from minillm.checkpoint.find import open_checkpoint
 from minillm.checkpoint.run_folder import RunFolder
+from minillm.checkpoint.write import save
 from minillm.distributed.ranks import first_to_say, leave
 from minillm.runtime import device as world, program
 from minillm.scripts import train
-from minillm.training import setup as startup, state as training
+from minillm.training import corpus
+from minillm.training.steps import steps
 
 for _, name, _ in pkgutil.iter_modules(minillm.__path__, "minillm."):
     if name not in ("minillm.__main__", "minillm.kernels"):
@@ -99,8 +102,9 @@ class Child:
             os.dup2(out, 1)
             os.dup2(out, 2)
             os.environ.update(place or {})
-            _watch(self.board, "--resume" in argv, die_at, slow_save_s)
-            code = leave(program.run("train.py", train.main, argv, first_to_say))
+            replaced = _watch(self.board, "--resume" in argv, die_at, slow_save_s)
+            main = partial(train.main, **replaced)
+            code = leave(program.run("train.py", main, argv, first_to_say))
         except KeyboardInterrupt:  # at the very end; Python itself ends so
             code = 130
         finally:
@@ -136,16 +140,19 @@ class Child:
         return self.log.read_text("utf-8", "replace") if self.log.exists() else ""
 
 
-def _watch(board: Board, resumes: bool, die_at: tuple[str, int], slow_save_s: float) -> None:
-    """Have what this process does written on the board."""
+def _watch(
+    board: Board, resumes: bool, die_at: tuple[str, int], slow_save_s: float
+) -> dict[str, Callable]:
+    """Have what this process does written on the board; return the parts of train.train that
+    do so.
+    """
     first = "resuming" if resumes else "starting"
 
-    def mark(
-        room: Any, name: str, phase: str, counter: str = "", before: Callable[..., None] = id,
+    def marked(
+        real: Callable, phase: str, counter: str = "", before: Callable[..., None] = id,
         then: str = "",
-    ) -> None:  # fmt: skip
-        """Whatever calls room.name is in this phase meanwhile, and `then` or as before."""
-        real = getattr(room, name)
+    ) -> Callable:  # fmt: skip
+        """Return `real` with its phase on the board, and afterwards `then` or the phase before."""
 
         def count(frame: FrameType, event: str, about: Any) -> None:
             if event in ("c_call", "c_return") and about.__name__ in CALLS:
@@ -154,7 +161,7 @@ def _watch(board: Board, resumes: bool, die_at: tuple[str, int], slow_save_s: fl
                 if (counter, now) == die_at:
                     os.kill(os.getpid(), signal.SIGKILL)
 
-        def marked(*args: Any, **options: Any) -> Any:
+        def work(*args: Any, **options: Any) -> Any:
             past, counting = board.phase, sys.getprofile()
             board.phase = PHASES.index(phase)
             before(args[0])
@@ -165,13 +172,19 @@ def _watch(board: Board, resumes: bool, die_at: tuple[str, int], slow_save_s: fl
                 sys.setprofile(counting)
                 board.phase = PHASES.index(then) if then else past
 
-        setattr(room, name, marked)
+        return work
 
-    def begun(t: training.Training) -> None:
-        board.first = board.step = t.progress.step
+    def mark(module: Any, name: str, *args: Any, **options: Any) -> None:
+        """Put the marked function in the place of module.name."""
+        setattr(module, name, marked(getattr(module, name), *args, **options))
 
-    def done(t: training.Training) -> None:
-        board.step = t.progress.step
+    def counted(setup: Any, state: Any, *args: Any) -> Iterator[Any]:
+        """Yield the steps, and write each one on the board when it is done."""
+        board.first = board.step = state.progress.step
+        board.phase = PHASES.index("training")
+        for result in steps(setup, state, *args):
+            yield result
+            board.step = state.progress.step
 
     def met(settings: Any) -> None:
         board.met = 1
@@ -179,16 +192,15 @@ def _watch(board: Board, resumes: bool, die_at: tuple[str, int], slow_save_s: fl
     world.measured_peak_flops = lambda device, dtype: 1e10  # timed for 0.2 s, for a column
     board.phase = PHASES.index(first)
     mark(train, "train", first, before=met, then="leaving")
-    mark(train, "set_up", first, "opening")
-    mark(startup, "prepare", "preparing", "opening")
+    mark(train, "build", first, "opening")
+    mark(corpus, "prepare", "preparing", "opening")
     mark(train, "begin_run", "beginning", "opening")
-    mark(write, "take_up", "resuming", "opening")
-    mark(train, "learn", "training", before=begun)
-    mark(train, "heed", "training", before=done)
-    mark(write, "save", "saving", "saving", lambda run: time.sleep(slow_save_s))
-    mark(write, "prune", "pruning", "pruning")
+    mark(train, "take_up", "resuming", "opening")
+    mark(keep, "prune", "pruning", "pruning")
     mark(train, "finish", "ending", then="leaving")
+    write = marked(save, "saving", "saving", lambda run: time.sleep(slow_save_s))
     board.begun = 1
+    return {"steps": counted, "write": write}
 
 
 def place_of(rank: int, size: int, port: int) -> dict[str, str]:

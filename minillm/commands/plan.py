@@ -25,8 +25,9 @@ from minillm.runtime import terminal
 from minillm.runtime.json_text import json_text
 from minillm.runtime.launch import World
 from minillm.runtime.units import span
-from minillm.training import setup as startup
-from minillm.training.budget import wished_steps
+from minillm.training.begin import begin
+from minillm.training.budget import requested_steps
+from minillm.training.corpus import find_corpus, fit_to_corpus
 
 DEFAULT_TEXT = 11_000_000  # bytes of the default corpus, about
 CHARACTERS = 65  # of tiny shakespeare
@@ -39,9 +40,7 @@ def main(argv: Sequence[str]) -> None:
     """Plan the training that train.py's flags describe; the tables go to standard output."""
     args = flags.parse(argv)
     card = hardware.check(args)
-    settings, run = startup.begin(
-        args, World(), GPU_PRESET if hardware.is_described(args) else None
-    )
+    settings, run = begin(args, World(), GPU_PRESET if hardware.is_described(args) else None)
     model, corpus, vocabulary = _vocabulary(settings, run)
     train = settings.train
     asked = _job(args, train, model)  # refused before anything is measured
@@ -120,8 +119,8 @@ def _vocabulary(
     model, train = settings.model, settings.train
     paths = parts_of(train.data)
     if len(paths) == 1 and is_prepared(paths[0]):
-        corpus = startup.find_corpus(settings, run, lambda line: None)
-        model = startup.fit_to_corpus(settings, corpus)
+        corpus = find_corpus(settings, run, lambda line: None)
+        model = fit_to_corpus(settings, corpus)
         return model, corpus, f"{model.vocab_size:,}, of {paths[0]}"
     for part in (paths, parts_of(train.val)):
         if part:
@@ -145,7 +144,7 @@ def _steps(settings: Settings, model: ModelConfig, corpus: Corpus | None) -> int
     if train.steps is not None or corpus is None:
         return train.steps
     batches = Batches(corpus, model.seq_len, train.batch_size, train.seed)
-    return wished_steps(train, batches)
+    return requested_steps(train, batches)
 
 
 def _model(model: ModelConfig, train: TrainConfig) -> dict:

@@ -1,6 +1,7 @@
-"""Take samples of a model while it is trained: for samples.txt, and for the screen."""
+"""Generate text from a model while it is trained, for samples.txt and for the screen."""
 
 import json
+from pathlib import Path
 from typing import TextIO
 
 from minillm.errors import DivergedError
@@ -8,56 +9,67 @@ from minillm.inference.generate import generate
 from minillm.inference.text_stream import TextStream
 from minillm.runtime.program import one_line
 from minillm.training.metrics import append
-from minillm.training.state import Training, averaged
+from minillm.training.reporter import Reporter
+from minillm.training.setup import Setup
+from minillm.training.state import TrainState
 
 SAMPLE_TOKENS = 200
 
 
-def take_sample(t: Training) -> str:
-    """Return --sample-prompt and what the model writes after it; append it to samples.txt.
+def take_sample(setup: Setup, state: TrainState, report: Reporter, run: Path) -> str:
+    """Generate a sample after --sample-prompt, append it to the run's samples.txt and return it.
 
-    Empty where the answers are not the next tokens, and on ranks other than the first.
+    The text begins with the prompt. It is empty if the corpus has sequences with their own targets,
+    if the model's numbers are not finite, and on ranks other than the first. Every rank calls it.
     """
-    if t.corpus.sequence:
+    if setup.corpus.sequence:
         return ""
-    tokenizer, prompt = t.corpus.tokenizer(), t.config.sample_prompt or ""
-    ids = tokenizer.prompt_ids(prompt, t.model.config.document_mask)
-    ids, first, shown = tokenizer.heal(ids)
-    stream, failure = TextStream(tokenizer, skip=shown), ""
-    t.model.eval()
-    with averaged(t), t.sharding.gathered(), t.meter.doing("sampling", SAMPLE_TOKENS):
-        made = generate(
-            t.model, [ids], max_tokens=SAMPLE_TOKENS, temperature=0.8, top_p=0.95,
-            seed=t.config.seed, first=first, stop=lambda row, ids: stream.finish is not None,
-        )  # fmt: skip
-        try:
-            for token in made:
-                stream.feed(token.id)
-                t.meter.tick()
-        except DivergedError as error:  # on all ranks, as all compute the same
-            failure = f"warning   step {t.progress.step}: no sample: {error}"
-    t.model.train()
-    if failure:
-        t.ranks.say(failure)
-    if t.ranks.rank or failure:
-        return ""
-    stream.flush()
-    text = prompt + stream.text
+    ranks, step = setup.ranks, state.progress.step
     try:
-        append(t.run / "samples.txt", f"=== {_heading(t)}\n{text}\n")
+        text = _generated(setup, state, report)
+    except DivergedError as error:  # on all ranks, as all compute the same
+        ranks.say(f"warning   step {step}: no sample: {error}")
+        return ""
+    if ranks.rank:
+        return ""
+    try:
+        append(run / "samples.txt", f"=== {_heading(setup, step)}\n{text}\n")
     except OSError as error:
-        t.ranks.say(f"warning   {t.run}/samples.txt: {error.strerror}; this sample is left out")
+        ranks.say(f"warning   {run}/samples.txt: {error.strerror}; this sample is left out")
     return text
 
 
-def show_sample(t: Training, text: str, file: TextIO) -> None:
+def _generated(setup: Setup, state: TrainState, report: Reporter) -> str:
+    tokenizer, prompt = setup.corpus.tokenizer(), setup.config.sample_prompt or ""
+    model = setup.model
+    ids = tokenizer.prompt_ids(prompt, model.config.document_mask)
+    ids, first, shown = tokenizer.heal(ids)
+    stream = TextStream(tokenizer, skip=shown)
+    model.eval()
+    try:
+        with state.averaged(), setup.sharding.gathered(), report.doing("sampling", SAMPLE_TOKENS):
+            made = generate(
+                model, [ids], max_tokens=SAMPLE_TOKENS, temperature=0.8, top_p=0.95,
+                seed=setup.config.seed, first=first,
+                stop=lambda row, ids: stream.finish is not None,
+            )  # fmt: skip
+            for token in made:
+                stream.feed(token.id)
+                report.tick()
+    finally:
+        model.train()
+    stream.flush()
+    return prompt + stream.text
+
+
+def show_sample(setup: Setup, state: TrainState, report: Reporter, text: str, file: TextIO) -> None:
     """Print a sample that was just taken, if there is one, under a heading."""
     if text:
-        t.meter.show_sample(f"sample at {_heading(t)}", text, file)
+        report.sample(f"sample at {_heading(setup, state.progress.step)}", text, file)
 
 
-def _heading(t: Training) -> str:
-    prompt = t.config.sample_prompt
+def _heading(setup: Setup, step: int) -> str:
+    """Return the heading of a sample: its step, and its prompt if there is one."""
+    prompt = setup.config.sample_prompt
     shown = one_line(json.dumps(prompt, ensure_ascii=False), 40)
-    after = f", prompt {shown}" if prompt else ""
-    return f"step {t.progress.step}{after}"
+    return f"step {step}" + (f", prompt {shown}" if prompt else "")
