@@ -6,6 +6,7 @@ python train.py --resume                         continue the newest run
 """
 
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -25,7 +26,7 @@ from minillm.config.flags import Settings
 from minillm.distributed.agreement import agree
 from minillm.distributed.ranks import Ranks, connected, first_to_say, leave, with_launch_name
 from minillm.runtime import console, device
-from minillm.training.begin import arguments, begin, config_text
+from minillm.training.begin import begin, config_text
 from minillm.training.budget import is_due
 from minillm.training.build import build
 from minillm.training.new_run import begin_run
@@ -48,31 +49,27 @@ def main(argv: Sequence[str], world: World | None = None, **replaced: Callable) 
     """
     args = flags.parse(argv)
     world = with_launch_name(launched()) if world is None else world
-    settings, run = begin(args, world)
     if args.print_config:
+        settings, _ = begin(args, world)
         if world.rank == 0:
             print(config_text(settings))
         return
     try:
-        train_together(settings, run, world, **replaced)
+        train_from(args, world, **replaced)
     except Stopped as stop:
         raise SystemExit(128 + stop.signal) from None
 
 
-def train_with(**settings: object) -> Path:
-    """Train from Python and return the folder of the run. Every flag is a keyword argument.
+def train_from(args: Namespace, world: World | None = None, **replaced: Callable) -> Path:
+    """Train as the flags say, on all ranks of the launch, and return the folder of the run.
 
-    Raises MinillmError where the program would exit with an error, and Stopped after a signal, when
-    the run is saved.
+    args: flags as flags.train.parse returns them
+    world, replaced: as `main` takes them
+
+    Raises Stopped when a signal has ended the run, which is saved then.
     """
-    world = with_launch_name(launched())
-    return train_together(*begin(arguments(settings), world), world)
-
-
-def train_together(
-    settings: Settings, run: RunFolder | None, world: World, **replaced: Callable
-) -> Path:
-    """Connect the ranks of a launch, train on all of them and return the folder of the run."""
+    world = with_launch_name(launched()) if world is None else world
+    settings, run = begin(args, world)
     local_rank = world.local_rank if world.size > 1 else None
     where = device.pick_device(settings.train.device, local_rank)
     with connected(world, where, settings.train.rank_timeout) as ranks:

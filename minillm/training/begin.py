@@ -1,7 +1,6 @@
 """Turn the command line of train.py into the settings of a new run, or of one to resume."""
 
 from argparse import Namespace
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -11,7 +10,6 @@ from minillm.config.config_files import read_config
 from minillm.config.flags import Settings
 from minillm.config.resolve import as_train_config, meant_for_a_core, resolve
 from minillm.errors import UsageError, parameter
-from minillm.flags import train as train_flags
 from minillm.runtime import device, relative_paths
 from minillm.runtime.files import check_place
 from minillm.runtime.json_text import json_text
@@ -49,30 +47,6 @@ def begin(
     for flag, place in (("--out", train.out or "runs"), ("--cache-dir", train.cache_dir)):
         check_place(flag, Path(place))
     return settings, None
-
-
-def arguments(given: Mapping[str, object]) -> Namespace:
-    """Return the flags of train.py from keyword arguments, as flags.train.parse returns them.
-
-    given: name of a flag, with underscores -> its value. `resume` may be True: the newest run.
-
-    Raises UsageError on an unknown name, or if the settings do not fit together.
-    """
-    args = train_flags.parser().parse([])
-    for name, value in given.items():
-        if name not in vars(args) or name in ("help", "print_config"):
-            raise UsageError(f"{name}: unknown setting; see minillm.TrainConfig and ModelConfig")
-        setattr(args, name, _plain(value))
-    args.resume = {True: train_flags.NEWEST, False: None}.get(args.resume, args.resume)
-    train_flags.check(args)
-    return args
-
-
-def _plain(value: object) -> object:
-    """Return a value as the command line has it: paths as text."""
-    if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
-    return str(value) if isinstance(value, Path) else value
 
 
 def _preset_for_device(args: Namespace) -> str:
