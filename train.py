@@ -44,6 +44,7 @@ from minillm.training.watchdog import Stopped
 def main(argv: Sequence[str], world: World | None = None, **replaced: Callable) -> None:
     """Train as the command line says, together with the other ranks that torchrun has started.
 
+    argv: words of the command line
     world: place of this process in the launch; None: as torchrun says
     replaced: parts of `train` that a test replaces
     """
@@ -87,6 +88,9 @@ def train(
 ) -> Path:
     """Train a new run, or resume `run` from its last checkpoint; return its folder.
 
+    settings: settings of the run
+    run: folder of the run to resume; None for a new run
+    ranks: ranks that train together
     steps, evaluate, write: yield the steps, evaluate the model, write a checkpoint
     """
     with ExitStack() as held:
@@ -104,20 +108,20 @@ def train(
             ranks.say(line)
         report = held.enter_context(reporter_of(setup, state, budget, folder))
         keeper = keeper_of(setup, state, report, folder, write)
-        with saved_when_stopped(state, keeper, report):
+        with _saved_when_stopped(state, keeper, report):
             if setup.asked_lengths:  # if the process is killed at once, the new length is kept
                 keeper.save(state.progress)
             for result in steps(setup, state, budget, keeper, report):
                 row = result.row()
-                after_step(setup, state, keeper, report, row, evaluate)
-                if "val_loss" in row and stops_early(setup, state, keeper, report):
+                _after_step(setup, state, keeper, report, row, evaluate)
+                if "val_loss" in row and _stops_early(setup, state, keeper, report):
                     break
-            finish(setup, state, keeper, report, evaluate)
+            _finish(setup, state, keeper, report, evaluate)
     return folder
 
 
 @contextmanager
-def saved_when_stopped(
+def _saved_when_stopped(
     state: TrainState, keeper: CheckpointKeeper, report: Reporter
 ) -> Iterator[None]:
     """Save a last checkpoint if a signal stops the `with` block, and raise Stopped again."""
@@ -131,7 +135,7 @@ def saved_when_stopped(
         raise
 
 
-def after_step(
+def _after_step(
     setup: Setup,
     state: TrainState,
     keeper: CheckpointKeeper,
@@ -141,7 +145,7 @@ def after_step(
 ) -> None:
     """After a step: evaluate, log, sample and save where it is due. Adds the evaluation to `row`.
 
-    What is due after the last step is left to `finish`.
+    What is due after the last step is left to `_finish`.
     """
     config, progress, more = setup.config, state.progress, not state.is_last
     improved = False
@@ -159,7 +163,7 @@ def after_step(
             keeper.save(progress)
 
 
-def stops_early(
+def _stops_early(
     setup: Setup, state: TrainState, keeper: CheckpointKeeper, report: Reporter
 ) -> bool:
     """Return whether early stopping ends the run after an evaluation, and say so."""
@@ -170,7 +174,7 @@ def stops_early(
     return True
 
 
-def finish(
+def _finish(
     setup: Setup,
     state: TrainState,
     keeper: CheckpointKeeper,

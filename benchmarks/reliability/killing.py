@@ -197,7 +197,7 @@ def _watch(
     mark(train, "begin_run", "beginning", "opening")
     mark(train, "take_up", "resuming", "opening")
     mark(keep, "prune", "pruning", "pruning")
-    mark(train, "finish", "ending", then="leaving")
+    mark(train, "_finish", "ending", then="leaving")
     write = marked(save, "saving", "saving", lambda run: time.sleep(slow_save_s))
     board.begun = 1
     return {"steps": counted, "write": write}

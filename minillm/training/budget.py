@@ -15,6 +15,9 @@ TOLERANCE = 0.02  # share of the remaining steps; smaller changes of the estimat
 def requested_steps(config: TrainConfig, batches: Batches) -> int | None:
     """Return the steps that --steps or --epochs ask for; one epoch if no length is given.
 
+    config: settings of the training
+    batches: batches of the training split
+
     Returns None if only --time-limit limits the run.
     """
     if config.steps is not None:
@@ -67,7 +70,11 @@ class StepBudget:
         )  # fmt: skip
 
     def affordable(self, step: int, step_s: float) -> int:
-        """Return the steps of the whole run if each one after `step` takes `step_s` seconds."""
+        """Return the steps of the whole run if each one after `step` takes `step_s` seconds.
+
+        step: number of steps that are done
+        step_s: seconds per step
+        """
         if self.limit is None:
             return self.requested
         fits = step + max(0, int((self.limit - self.trained_s) / step_s))
@@ -81,6 +88,9 @@ class StepBudget:
         """Return the schedule, changed after `step` if it would no longer end on the deadline.
 
         The estimate is made after 1, 2, 4, ... timed steps, and whenever the last one is old.
+
+        schedule: learning rates and number of steps so far
+        step: number of steps that are done
         """
         if self.limit is None:
             return schedule
@@ -104,5 +114,9 @@ class StepBudget:
 
 
 def is_due(every: int, step: int) -> bool:
-    """Return whether an action done every `every` steps (0: never) is due after `step`."""
+    """Return whether an action done every `every` steps (0: never) is due after `step`.
+
+    every: number of steps between two of these actions; 0: never
+    step: number of the step that is done
+    """
     return every > 0 and step % every == 0

@@ -39,16 +39,18 @@ def build(
 ) -> tuple[Setup, TrainState, StepBudget]:
     """Return what a run trains with, its state and its length. Every rank calls it.
 
+    settings: settings as the command line has them
+    ranks: ranks that train together
     run: folder of the run to resume, at its last checkpoint if it has one; None for a new run
 
     Raises UsageError, UnavailableError or CorruptError where the run cannot begin.
     """
-    past = last_checkpoint(run, ranks)
+    past = _last_checkpoint(run, ranks)
     progress = saved_progress(past)
     if past:
         settings = as_of(settings, past.state, past.folder, ranks.world.launch)
-    corpus, shape, batches = build_data(settings, run, ranks)
-    setup = build_setup(settings, run, past, corpus, shape, batches, ranks)
+    corpus, shape, batches = _build_data(settings, run, ranks)
+    setup = _build_setup(settings, run, past, corpus, shape, batches, ranks)
     step_s = seconds_per_step(setup.sharding, setup.rows, setup.micro_batch, ranks.device)
     config, step_s = setup.config, ranks.broadcast(step_s)
     requested = requested_steps(config, batches)
@@ -65,7 +67,7 @@ def build(
     return setup, state, budget
 
 
-def last_checkpoint(run: RunFolder | None, ranks: Ranks) -> Checkpoint | None:
+def _last_checkpoint(run: RunFolder | None, ranks: Ranks) -> Checkpoint | None:
     """Return the newest good checkpoint of a run to resume; None if it has none yet.
 
     Newer ones, which are damaged, are renamed, so that they do not count as checkpoints any more.
@@ -77,7 +79,7 @@ def last_checkpoint(run: RunFolder | None, ranks: Ranks) -> Checkpoint | None:
     return past
 
 
-def build_data(
+def _build_data(
     settings: Settings, run: RunFolder | None, ranks: Ranks
 ) -> tuple[Corpus, ModelConfig, Batches]:
     """Return the prepared text, the model's configuration that fits it, and the batches."""
@@ -90,7 +92,7 @@ def build_data(
     return corpus, shape, batches_of(run, corpus, shape.seq_len, config, ranks.size)
 
 
-def build_setup(
+def _build_setup(
     settings: Settings,
     run: RunFolder | None,
     past: Checkpoint | None,

@@ -25,6 +25,7 @@ from minillm.runtime.launch import shell_command
 def find_corpus(settings: Settings, run: RunFolder | None, say: Callable[[str], None]) -> Corpus:
     """Return the prepared text: of a run to resume the very same one, else that of --data.
 
+    settings: settings of the run
     run: folder of the run to resume; None for a new run
     say: prints a line about what is prepared
 
@@ -105,7 +106,14 @@ def _prepare(
 def batches_of(
     run: RunFolder | None, corpus: Corpus, seq_len: int, config: TrainConfig, ranks: int
 ) -> Batches:
-    """Return the batches of a new run, or those of `run` in the data order that it started with."""
+    """Return the batches of a new run, or those of `run` in the data order that it started with.
+
+    run: folder of the run to resume; None for a new run
+    corpus: prepared text
+    seq_len: tokens of a sequence
+    config: settings of the training
+    ranks: number of ranks
+    """
     order = ORDER if run is None else run.data_order
     return Batches(corpus, seq_len, config.batch_size, config.seed, ranks, order)
 
@@ -115,6 +123,9 @@ def fit_to_corpus(settings: Settings, corpus: Corpus) -> ModelConfig:
 
     If the corpus consists of sequences with their own targets, and seq_len was not given, the model
     gets their length.
+
+    settings: settings of the run
+    corpus: prepared text
 
     Raises UsageError if a document mask is asked for and documents have no mark, or if the
     tokenizer cannot encode the sample prompt.
@@ -147,7 +158,13 @@ def _check_sample_prompt(prompt: str, corpus: Corpus) -> None:
 def refuse_differences(
     ranks: Ranks, corpus: Corpus, settings: Settings, run: RunFolder | None
 ) -> None:
-    """Raise UsageError unless all ranks have the same text, settings and run to resume."""
+    """Raise UsageError unless all ranks have the same text, settings and run to resume.
+
+    ranks: ranks that train together
+    corpus: prepared text
+    settings: settings of the run
+    run: folder of the run to resume; None for a new run
+    """
     own = ("device", "threads", "data", "val")
     config = {name: value for name, value in settings.flat().items() if name not in own}
     mine = {"text": corpus.key, "settings": json.dumps(config, sort_keys=True, default=str),

@@ -68,7 +68,7 @@ class DivergenceGuard(DivergenceHistory):
 
     @property
     def has_diverged(self) -> bool:
-        """Whether so many steps were skipped that the run must be rolled back."""
+        """True if too many steps were skipped, so that the run must be rolled back."""
         return self.in_a_row >= IN_A_ROW or len(self.left_out) > SHARE * RECENT
 
     def rolled_back(self, past: "DivergenceGuard") -> "DivergenceGuard":

@@ -45,6 +45,7 @@ def evaluate(
 
     Every target has the same weight. The sum is in float64.
 
+    model: the decoder
     windows: (tokens, targets), (T,) int64 each; targets of -100 do not count
     batch_size: windows that go through the model at once
     ranks: ranks that share the windows
@@ -88,6 +89,8 @@ def batched(
     Every rank gets the same number of batches. If there are too few windows, one is repeated, and
     its targets do not count.
 
+    windows: (tokens, targets), (T,) int64 each
+    ranks: ranks that share the windows
     size: windows of a batch; the last batch may be smaller
     """
     share = -(-len(windows) // ranks.size)

@@ -40,6 +40,7 @@ def accumulate(
 
     A micro-batch weighs as much as the number of its targets that count.
 
+    sharding: the model, laid out over the ranks
     tokens, targets: (B, T) int64, this rank's
     keys: (B,) keys of the start states
     micro_batch: sequences that go through the model at once

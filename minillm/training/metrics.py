@@ -51,7 +51,11 @@ class Throughput:
         self.flops = 0.0
 
     def step(self, tokens: int, flops_per_token: float) -> None:
-        """Count one step of `tokens` tokens."""
+        """Count one step of `tokens` tokens.
+
+        tokens: tokens of the step, over all ranks
+        flops_per_token: FLOPs of forward and backward pass
+        """
         self.steps += 1
         self.tokens += tokens
         self.flops += tokens * flops_per_token
@@ -76,7 +80,11 @@ class Throughput:
 
 
 def append(path: Path, text: str) -> None:
-    """Append `text` to a file. Raises OSError, having added nothing, if it does not fit."""
+    """Append `text` to a file. Raises OSError, having added nothing, if it does not fit.
+
+    path: the file
+    text: what is added to its end
+    """
     rest = text.encode("utf-8")
     with path.open("ab", buffering=0) as file:
         end = file.seek(0, 2)

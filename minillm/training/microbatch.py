@@ -23,6 +23,9 @@ def largest_that_fits(
     that would end the process. There the bytes that one and two sequences keep for their backward
     pass are counted, which gives a constant and a slope.
 
+    model: the decoder
+    batch_size: sequences of a step on this rank
+    device: device of the model
     copies: fp32 tensors of each parameter's size that the optimizer and the average will need
     sharers: processes that share the memory of a CPU
 
@@ -48,6 +51,8 @@ def largest_that_fits(
 def seconds_per_step(sharding: Sharding, rows: int, micro: int, device: torch.device) -> float:
     """Return an estimate of the seconds per step, from the second of two micro-batches.
 
+    sharding: the model, laid out over the ranks
+    device: device of the model
     rows: sequences of a step on this rank
     micro: sequences of a micro-batch
     """

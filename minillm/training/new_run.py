@@ -17,6 +17,8 @@ from minillm.training.setup import Setup
 def begin_run(held: ExitStack, setup: Setup, settings: Settings) -> Path:
     """Create the run folder with its tokenizer and config.json, and return it.
 
+    setup: everything that is decided before the first step
+    settings: settings of the run
     held: holds the lock of the folder, so that no other process writes it
     """
     config, ranks = setup.config, setup.ranks

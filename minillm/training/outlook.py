@@ -42,7 +42,11 @@ class Outlook:
     batch: float | None = None
 
     def remaining(self, step: int, steps: int) -> float | None:
-        """Return the time that is left after `step` of `steps`; None if it is not known yet."""
+        """Return the time that is left after `step` of `steps`; None if it is not known yet.
+
+        step: number of steps that are done
+        steps: steps of the whole run
+        """
         each = self.step_s
         if each is None and (step < steps or self.batch is None and self.final_batches):
             return None

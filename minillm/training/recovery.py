@@ -30,6 +30,9 @@ def log_skipped_step(
 
     Every rank calls it, while the gradients are still there.
 
+    setup: everything that is decided before the first step
+    state: state of the run
+    run: folder of the run
     why: reason, in words
     loss, norm: mean loss (nats per token) and gradient norm of the step
     """
@@ -90,6 +93,10 @@ def roll_back(setup: Setup, state: TrainState, keeper: CheckpointKeeper) -> Roll
 
     The schedule stays as it is. If there is no good checkpoint the weights stay as well: no skipped
     step has changed them.
+
+    setup: everything that is decided before the first step
+    state: state of the run
+    keeper: keeper of the run's checkpoints
 
     Raises DivergedError after ROLLBACKS roll-backs, or if the weights themselves are not finite and
     there is no checkpoint.

@@ -41,6 +41,8 @@ def measure(
     token_correlation: correlation of the states at the mean recurrence, 0 to 1, see `correlation`
     state_growth: norm of the state at four times the mean, divided by that at the mean
 
+    model: the decoder
+    ranks: ranks that share the windows
     windows: (tokens, targets), (T,) int64 each; the ranks share them
     batch_size: windows that go through the model at once
     poll: called before each batch, on all ranks
@@ -99,6 +101,8 @@ def anchored(found: dict, mean: int, loss: float) -> dict:
     the shifted losses are better estimates, and the row of metrics.jsonl does not contradict
     itself.
 
+    found: result of `measure`
+    mean: mean recurrence
     loss: loss at the mean recurrence, on more windows than `measure` had
     """
     if not found:
@@ -109,14 +113,22 @@ def anchored(found: dict, mean: int, loss: float) -> dict:
 
 
 def line(row: dict, mean: int) -> str:
-    """Return the losses by recurrence as one line."""
+    """Return the losses by recurrence as one line.
+
+    row: row of metrics.jsonl with the result of `measure`
+    mean: mean recurrence
+    """
     losses = row["val_loss_at_r"].items()
     parts = (f"{r}: {x:.3f}" + " (mean)" * (r == str(mean)) for r, x in losses)
     return "loss at r " + "  ".join(parts)
 
 
 def alarms(row: dict, mean: int) -> dict[str, str]:
-    """Return the failures in a row that `measure` made: kind -> text of the warning."""
+    """Return the failures in a row that `measure` made: kind -> text of the warning.
+
+    row: row of metrics.jsonl with the result of `measure`
+    mean: mean recurrence
+    """
     found, losses = {}, row["val_loss_at_r"]
     if row["token_correlation"] > COLLAPSED:
         found["collapsed"] = (

@@ -61,6 +61,8 @@ class Reporter:
     ) -> None:
         """Count one step of `tokens` tokens in a run of `steps`.
 
+        tokens: tokens of the step, over all ranks
+        steps: steps of the whole run
         flops_per_token: of this step, if they differ from step to step
         loss: of this step, for the bar
         """
@@ -87,13 +89,22 @@ class Reporter:
         self.screen.row(row)
 
     def warn_once(self, kind: str, text: str) -> None:
-        """Print a warning unless one of this kind was printed before."""
+        """Print a warning unless one of this kind was printed before.
+
+        kind: name of the failure
+        text: the warning, without a label
+        """
         if kind not in self._warned:
             self._warned.add(kind)
             self.say(f"warning   {text}")
 
     def sample(self, heading: str, text: str, file: TextIO) -> None:
-        """Print generated text to `file`, under a heading that goes to standard error."""
+        """Print generated text to `file`, under a heading that goes to standard error.
+
+        heading: line above the text
+        text: the generated text
+        file: stream to print to
+        """
         self.screen.sample(heading, text, file)
 
     @contextmanager

@@ -21,6 +21,11 @@ def take_sample(setup: Setup, state: TrainState, report: Reporter, run: Path) ->
 
     The text begins with the prompt. It is empty if the corpus has sequences with their own targets,
     if the model's numbers are not finite, and on ranks other than the first. Every rank calls it.
+
+    setup: everything that is decided before the first step
+    state: state of the run
+    report: reporter of the run
+    run: folder of the run
     """
     if setup.corpus.sequence:
         return ""
@@ -63,7 +68,14 @@ def _generated(setup: Setup, state: TrainState, report: Reporter) -> str:
 
 
 def show_sample(setup: Setup, state: TrainState, report: Reporter, text: str, file: TextIO) -> None:
-    """Print a sample that was just taken, if there is one, under a heading."""
+    """Print a sample that was just taken, if there is one, under a heading.
+
+    setup: everything that is decided before the first step
+    state: state of the run
+    report: reporter of the run
+    text: the generated text; nothing is printed if it is empty
+    file: stream to print to
+    """
     if text:
         report.sample(f"sample at {_heading(setup, state.progress.step)}", text, file)
 

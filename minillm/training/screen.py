@@ -39,6 +39,7 @@ class Screen:
     def step(self, tokens: int, steps: int, loss: float | None = None) -> None:
         """Note that one more step of a run of `steps` is done.
 
+        steps: steps of the whole run
         tokens, loss: of this step, for the bar
         """
         now = time.perf_counter()
@@ -97,7 +98,12 @@ class Screen:
             self._write(text)
 
     def sample(self, heading: str, text: str, file: TextIO) -> None:
-        """Print generated text to `file`, under a heading that goes to standard error."""
+        """Print generated text to `file`, under a heading that goes to standard error.
+
+        heading: line above the text
+        text: the generated text
+        file: stream to print to
+        """
         if self.shown:
             self._write(f"\n--- {heading} ---")
             self._write(text, lambda text, **_: console.write_unwrapped(text, file))

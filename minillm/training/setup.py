@@ -69,6 +69,9 @@ class Setup:
 def rows_of_a_rank(config: TrainConfig, size: int) -> int:
     """Return the number of sequences of a step on each of `size` ranks.
 
+    config: settings of the training
+    size: number of ranks
+
     Raises UsageError if the ranks, or the recurrence groups of a rank, do not divide the batch.
     """
     if config.batch_size % size:
@@ -86,7 +89,12 @@ def rows_of_a_rank(config: TrainConfig, size: int) -> int:
 
 
 def require_memory(model: ModelConfig, config: TrainConfig, ranks: Ranks) -> None:
-    """Raise UnavailableError if a rank's weights and optimizer alone cannot fit on its device."""
+    """Raise UnavailableError if a rank's weights and optimizer alone cannot fit on its device.
+
+    model: configuration of the model
+    config: settings of the training
+    ranks: ranks that train together
+    """
     job = estimate.Job(model, ranks.size, config.batch_size, None, optimizer=config.optimizer)
     each = estimate.memory(job, config.zero)
     # Every rank builds the whole model before it is sharded.
@@ -112,6 +120,8 @@ def set_threads(
 ) -> tuple[int, str]:
     """Set the number of CPU threads; return it and the reason for it.
 
+    config: settings of the training
+    ranks: ranks that train together
     saved: what the run that is resumed has decided; empty for a new run
     given: whether the command line names a number
     """
@@ -120,7 +130,7 @@ def set_threads(
     return device.set_threads("1" if threads == "auto" and ranks.size > 1 else threads)
 
 
-def is_cut(config: TrainConfig, ranks: Ranks) -> bool:
+def _is_cut(config: TrainConfig, ranks: Ranks) -> bool:
     """Return whether no rank keeps the whole model, which may be too large for any device."""
     return config.zero == 3 and ranks.size > 1
 
@@ -129,6 +139,11 @@ def build_model(shape: ModelConfig, config: TrainConfig, dtype: torch.dtype, ran
     """Return the model with its initial weights, which are a function of the seed alone.
 
     It is on the rank's device, or on the CPU if it is cut before it goes to the devices.
+
+    shape: configuration of the model
+    config: settings of the training
+    dtype: compute dtype
+    ranks: ranks that train together
     """
     ops = select(
         config.kernels, ranks.device,
@@ -137,7 +152,7 @@ def build_model(shape: ModelConfig, config: TrainConfig, dtype: torch.dtype, ran
     )  # fmt: skip
     generator = torch.Generator().manual_seed(config.seed)
     model = GPT(shape, ops, dtype, generator)
-    model = model.to("cpu" if is_cut(config, ranks) else ranks.device).train()
+    model = model.to("cpu" if _is_cut(config, ranks) else ranks.device).train()
     model.checkpointing = config.activation_checkpointing
     return model
 
@@ -145,10 +160,13 @@ def build_model(shape: ModelConfig, config: TrainConfig, dtype: torch.dtype, ran
 def find_micro_batch(model: GPT, config: TrainConfig, rows: int, ranks: Ranks) -> int:
     """Return the sequences of a micro-batch: those that were asked for, or the most that fit.
 
+    model: the decoder
+    config: settings of the training
+    ranks: ranks that train together
     rows: sequences of a step on this rank
     """
     found = config.micro_batch_size
-    if found == "auto" and is_cut(config, ranks) and ranks.device.type == "cuda":
+    if found == "auto" and _is_cut(config, ranks) and ranks.device.type == "cuda":
         found = 1  # the whole model may not fit there, so nothing can be tried
     elif found == "auto":
         copies = OPTIMIZERS[config.optimizer].matrix_copies + 2 * bool(config.ema)
@@ -160,12 +178,23 @@ def find_micro_batch(model: GPT, config: TrainConfig, rows: int, ranks: Ranks) -
 
 
 def load_initial_weights(model: GPT, source: str | Path, ranks: Ranks) -> None:
-    """Load the weights of another run, its averaged ones if it has any. Every rank calls it."""
+    """Load the weights of another run, its averaged ones if it has any. Every rank calls it.
+
+    model: the decoder
+    source: folder of the other run
+    ranks: ranks that train together
+    """
     find.while_there(source, "last", lambda past: past.load_into(model), ranks)
 
 
 def build_sharding(model: GPT, config: TrainConfig, dtype: torch.dtype, ranks: Ranks) -> Sharding:
-    """Return the model with its optimizers, compiled if asked for, laid out over the ranks."""
+    """Return the model with its optimizers, compiled if asked for, laid out over the ranks.
+
+    model: the decoder
+    config: settings of the training
+    dtype: compute dtype
+    ranks: ranks that train together
+    """
     wanted = recipes(
         config.optimizer, dict(model.named_parameters()), model.matrices(),
         EAGER if config.offload else model.ops, (config.beta1, config.beta2),
@@ -183,6 +212,7 @@ def build_sharding(model: GPT, config: TrainConfig, dtype: torch.dtype, ranks: R
 def compiled(model: GPT, whole: bool) -> Callable:
     """Return the compiled model.
 
+    model: the decoder
     whole: compile it as one. If its core is run repeatedly, or there are several ranks, it is
         compiled block by block, so that hooks and collectives stay outside.
     """

@@ -26,6 +26,8 @@ from minillm.training.state import TrainState, saved_progress
 def snapshot(setup: Setup, state: TrainState, run: Path) -> Snapshot:
     """Return this rank's tensors, by kind and name, and the content of state.json.
 
+    setup: everything that is decided before the first step
+    state: state of the run
     run: folder of the run. Paths in the state are relative to it.
     """
     ranks, model = setup.ranks, setup.model
@@ -51,6 +53,10 @@ def keeper_of(
 ) -> CheckpointKeeper:
     """Return the keeper of a run's checkpoints. It takes a new snapshot at every save.
 
+    setup: everything that is decided before the first step
+    state: state of the run
+    report: reporter of the run
+    run: folder of the run
     write: write.save, or what takes its place in a test
     """
     return CheckpointKeeper(
@@ -64,6 +70,10 @@ def restore(setup: Setup, state: TrainState, past: Checkpoint) -> None:
     """Load weights, optimizer state, average and progress from a checkpoint. Every rank calls it.
 
     The schedule is not changed. Raises CorruptError if the checkpoint does not fit the model.
+
+    setup: everything that is decided before the first step
+    state: state of the run
+    past: checkpoint to load
     """
     own = dict(setup.model.named_parameters())
     agree(setup.ranks, lambda: _check_fit(setup, past, own))  # headers alone, before any tensor
@@ -94,6 +104,9 @@ def resume_schedule(
     learning rate may rise again, and early stopping counts from 0 again. A new time limit starts
     now.
 
+    state: state of the run
+    budget: number of steps of the run, and its clock
+    past: checkpoint to load
     given: settings that the user has changed
     """
     state.timed_from = past.state.get("timed_from", 0.0)

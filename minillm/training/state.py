@@ -64,7 +64,7 @@ class TrainState:
 
     @property
     def is_last(self) -> bool:
-        """Whether all steps of the schedule are done."""
+        """True if all steps of the schedule are done."""
         return self.progress.step >= self.schedule.steps
 
     def is_done(self, early_stop: int) -> bool:
@@ -98,10 +98,18 @@ def saved_progress(past: Checkpoint | None) -> Progress:
 
 
 def shared_schedule(schedule: Schedule, ranks: Ranks) -> Schedule:
-    """Return rank 0's schedule on every rank. Their clocks differ; their steps must not."""
+    """Return rank 0's schedule on every rank. Their clocks differ; their steps must not.
+
+    schedule: schedule of this rank
+    ranks: ranks that train together
+    """
     return schedule if ranks.size == 1 else with_pace(schedule, ranks.broadcast(schedule.pace))
 
 
 def with_pace(schedule: Schedule, pace: list) -> Schedule:
-    """Return a schedule with another pace, read from JSON."""
+    """Return a schedule with another pace, read from JSON.
+
+    schedule: schedule to change
+    pace: knots (step, progress), as JSON has them
+    """
     return replace(schedule, pace=tuple(map(tuple, pace)))

@@ -90,6 +90,11 @@ def steps(
     A step that would spoil the weights is skipped. After too many skipped steps, or if `keeper`
     finds weights that are not finite, the run is rolled back, and the steps continue from there.
 
+    setup: everything that is decided before the first step
+    state: state of the run
+    budget: number of steps of the run, and its clock
+    keeper: keeper of the run's checkpoints
+    report: reporter of the run
     loss: loss of a micro-batch, see `next_token_loss`
     accumulate: computes the gradients, see `accumulate`
 
@@ -106,8 +111,8 @@ def steps(
         report.say(back.line)
 
     while state.progress.step < state.schedule.steps:
-        gradients = compute_gradients(setup, state, loss, accumulate)
-        apply_or_skip(setup, state, gradients, keeper.run, report.say)
+        gradients = _compute_gradients(setup, state, loss, accumulate)
+        _apply_or_skip(setup, state, gradients, keeper.run, report.say)
         result = gradients.result
         state.progress.step, state.progress.tokens = result.step, result.tokens
         state.progress.trained_s = budget.trained_s
@@ -124,7 +129,7 @@ def steps(
         report.raise_if_stopped(setup.ranks)
 
 
-def compute_gradients(
+def _compute_gradients(
     setup: Setup, state: TrainState, loss: Loss, accumulate: Callable[..., Tensor]
 ) -> Gradients:
     """Compute the gradients of the next step. Everything that is drawn is a function of the step.
@@ -161,7 +166,7 @@ def compute_gradients(
     return Gradients(result, norm, scale)
 
 
-def apply_or_skip(
+def _apply_or_skip(
     setup: Setup, state: TrainState, gradients: Gradients, run: Path, say: Callable[[str], None]
 ) -> None:
     """Step the optimizers, unless the gradients would spoil the weights; then drop the gradients.
@@ -194,6 +199,8 @@ def draw_recurrences(
 ) -> list[int | None]:
     """Return how often the core runs for each group of sequences of a step; [None] without a core.
 
+    config: settings of the training
+    shape: configuration of the model
     position: number of the batch
     share_done: share of the run that is done, 0 to 1. A curriculum raises the mean from 1 to its
         final value in the first quarter.
@@ -207,7 +214,11 @@ def draw_recurrences(
 
 
 def mean_flops(shape: ModelConfig, recurrences: Sequence[int | None]) -> float:
-    """Return the FLOPs per token of a step, averaged over its groups of sequences."""
+    """Return the FLOPs per token of a step, averaged over its groups of sequences.
+
+    shape: configuration of the model
+    recurrences: recurrence of each group of sequences
+    """
     return sum(shape.flops_per_token(r) for r in recurrences) / len(recurrences)
 
 

@@ -20,7 +20,13 @@ from minillm.training.watchdog import Watchdog
 
 
 def announce(setup: Setup, state: TrainState, budget: StepBudget, run: Path) -> list[str]:
-    """Return the lines to print before the first step: text, model, machine, length of the run."""
+    """Return the lines to print before the first step: text, model, machine, length of the run.
+
+    setup: everything that is decided before the first step
+    state: state of the run
+    budget: number of steps of the run, and its clock
+    run: folder of the run
+    """
     config, corpus, shape = setup.config, setup.corpus, setup.model.config
     step, steps = state.progress.step, state.schedule.steps
     from_step = f" from step {step}" if step else ""
@@ -104,7 +110,12 @@ def duration(seconds: float) -> str:
 
 
 def nothing_left(setup: Setup, state: TrainState, run: Path) -> str:
-    """Return the line about a run that was resumed, but is finished already."""
+    """Return the line about a run that was resumed, but is finished already.
+
+    setup: everything that is decided before the first step
+    state: state of the run
+    run: folder of the run
+    """
     step, config = state.progress.step, setup.config
     resume = shell_command("train", "--resume", run)
     if not state.is_last:
@@ -137,6 +148,8 @@ def _lengthened(setup: Setup, state: TrainState) -> list[str]:
 def farewell(state: TrainState, row: dict, run: Path) -> str:
     """Return the result of a run in words, and the command to type next.
 
+    state: state of the run
+    run: folder of the run
     row: row of metrics of the last evaluation
     """
     p = state.progress
@@ -149,7 +162,13 @@ def farewell(state: TrainState, row: dict, run: Path) -> str:
 
 
 def reporter_of(setup: Setup, state: TrainState, budget: StepBudget, run: Path) -> Reporter:
-    """Return the reporter of a run. On ranks other than the first it prints nothing."""
+    """Return the reporter of a run. On ranks other than the first it prints nothing.
+
+    setup: everything that is decided before the first step
+    state: state of the run
+    budget: number of steps of the run, and its clock
+    run: folder of the run
+    """
     ranks, model = setup.ranks, setup.model
     peak = ranks.size * device.measured_peak_flops(ranks.device, model.dtype)
     return Reporter(
@@ -158,12 +177,12 @@ def reporter_of(setup: Setup, state: TrainState, budget: StepBudget, run: Path) 
         state.schedule.steps,
         model.config.flops_per_token(),
         peak,
-        outlook_of(setup, budget),
+        _outlook_of(setup, budget),
         Watchdog(setup.config.hang_timeout, budget.guess_s, ranks.say),
     )
 
 
-def outlook_of(setup: Setup, budget: StepBudget) -> Outlook:
+def _outlook_of(setup: Setup, budget: StepBudget) -> Outlook:
     """Return the estimate of the run's remaining time, as it is before the first step."""
     config, rows = setup.config, setup.micro_batch * setup.ranks.size
     tokens, seq_len = setup.corpus.tokens["val"], setup.model.config.seq_len

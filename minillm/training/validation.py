@@ -29,6 +29,9 @@ def evaluate_split(
 ) -> dict[str, Any]:
     """Evaluate the model, with its averaged weights if there are any, on the validation split.
 
+    setup: everything that is decided before the first step
+    state: state of the run
+    report: reporter of the run
     batches: number of batches, spread evenly over the split; 0: the whole split
     may_stop: whether a signal breaks the evaluation off, which raises Stopped
 
@@ -84,18 +87,24 @@ def _shown(
 
 
 def report_row(setup: Setup, state: TrainState, report: Reporter, row: dict[str, Any]) -> None:
-    """Report a row of metrics, the losses by recurrence in it, and new warnings about them."""
+    """Report a row of metrics, the losses by recurrence in it, and new warnings about them.
+
+    setup: everything that is decided before the first step
+    state: state of the run
+    report: reporter of the run
+    row: row of metrics.jsonl
+    """
     report.row(row)
     if "val_loss_at_r" in row:
         report.say(recurrence_metrics.line(row, setup.model.config.mean_recurrence))
-        for kind, line in recurrence_warnings(setup, state, row).items():
+        for kind, line in _recurrence_warnings(setup, state, row).items():
             report.warn_once(kind, line)
 
 
-def recurrence_warnings(setup: Setup, state: TrainState, row: dict[str, Any]) -> dict[str, str]:
+def _recurrence_warnings(setup: Setup, state: TrainState, row: dict[str, Any]) -> dict[str, str]:
     """Return the warnings about a failing recurrence in a row of metrics, by kind.
 
-    There are none in the first tenth of a run. That the core is hardly used is true of every young
+    The first tenth of a run has no warnings. That the core is hardly used is true of every young
     model. It is a warning only in the second half of the run and after GROWN tokens per parameter.
     """
     shape, progress, steps = setup.model.config, state.progress, state.schedule.steps
@@ -112,6 +121,8 @@ def recurrence_warnings(setup: Setup, state: TrainState, row: dict[str, Any]) ->
 def note_best(progress: Progress, row: dict[str, Any], counts: bool = True) -> bool:
     """Note the validation loss in `row`, if there is one; return whether it is the best of the run.
 
+    progress: progress of the run
+    row: row of metrics.jsonl
     counts: whether an evaluation without gain is counted
     """
     loss = row.get("val_loss")
