@@ -64,13 +64,7 @@ def train(**settings: object) -> "Path":
     minillm.errors as train.py does. Started by torchrun, it trains together with the other ranks.
     """
     arguments = import_module("minillm.flags.keywords").train_arguments(settings)
-    script = import_module("minillm.scripts.train")
-    world = script.named(script.launched())
-    resolved, run = script.startup.begin(arguments, world)
-    local_rank = world.local_rank if world.size > 1 else None
-    device = script.world.pick_device(resolved.train.device, local_rank)
-    with script.connected(world, device, resolved.train.rank_timeout) as ranks:
-        return script.train(resolved, run, ranks)
+    return import_module("minillm.scripts.train").train_from(arguments)
 
 
 def __getattr__(name: str) -> object:

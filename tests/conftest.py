@@ -7,6 +7,7 @@ import random
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -171,11 +172,13 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(text_file: Path) -> Callable[..., int]:
     """train(*flags) -> exit code: train.py in this process, tiny where the flags say nothing.
 
+    Keyword arguments replace parts of it: world, steps, evaluate, write.
+
     The machine's peak, which takes 0.2 s to time (test_device.py does), is set to 10 GFLOP/s, and
     samples are short: they took longer than all else.
     """
 
-    def run(*flags: str | Path) -> int:
+    def run(*flags: str | Path, **replaced: object) -> int:
         words = [str(flag) for flag in flags]
         if "--resume" in words and not {"--data", "--val", "--cache-dir"} & set(words):
             words += _cache_of_a_copy(words[words.index("--resume") + 1 :], text_file)
@@ -195,7 +198,7 @@ def train(text_file: Path) -> Callable[..., int]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(device, "measured_peak_flops", lambda device, dtype: 1e10)
             patch.setattr(samples, "SAMPLE_TOKENS", min(SAMPLED, samples.SAMPLE_TOKENS))
-            return program.run("train.py", train_script.main, words)
+            return program.run("train.py", partial(train_script.main, **replaced), words)
 
     return run
 

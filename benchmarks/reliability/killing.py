@@ -1,8 +1,7 @@
-"""Processes of train.py that can be killed at chosen moments, and the contents of their runs.
+"""Processes of train.py that are killed on the way, and what the runs that they leave hold.
 
-A process that has imported everything, and computes nothing itself, forks each of them. So a child
-lives a second or two, while a cold start takes ten. A child writes what it is doing to a board in
-shared memory, which exists after its death.
+A process that has imported everything, and computes nothing itself, forks each of them: one lives a
+second or two, where a cold start takes ten. What it is doing it writes on a board that outlives it.
 """
 
 import hashlib
@@ -13,7 +12,8 @@ import pkgutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
@@ -25,13 +25,15 @@ import torch._dynamo  # noqa: F401 - each child would import it anew
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import minillm
-from minillm.checkpoint import write
+from minillm.checkpoint import keep
 from minillm.checkpoint.find import open_checkpoint
 from minillm.checkpoint.run_folder import RunFolder
+from minillm.checkpoint.write import save
 from minillm.distributed.ranks import first_to_say, leave
-from minillm.runtime import device, program
+from minillm.runtime import device as world, program
 from minillm.scripts import train
-from minillm.training import setup as startup, state as training
+from minillm.training import corpus
+from minillm.training.steps import steps
 
 for _, name, _ in pkgutil.iter_modules(minillm.__path__, "minillm."):
     if name not in ("minillm.__main__", "minillm.kernels"):
@@ -48,16 +50,12 @@ VOLATILE = {"step_ms", "tokens_per_s", "mfu", "peak_memory_mib", "trained_s", "c
 
 
 class Board:
-    """State of a child, in memory that it shares with its parent.
+    """What a child is doing, in memory that it shares with its parent.
 
-    begun: 1 once the child has started; before that, in a fork, signals are lost
-    phase: index into PHASES
-    met: 1 once the child has connected to the other ranks
-    first: step after which its loop began; -1 before that
-    step: last finished step
-    opening: number of CALLS entered or left before the loop
-    saving: number of CALLS entered or left while saving
-    pruning: number of CALLS entered or left while pruning
+    begun: it has; before that, in a fork, signals are lost.    phase: a number of PHASES.
+    met: it is one of its ranks.    first: the step that its loop began after; -1: it has not.
+    step: the last one done.    opening, saving, pruning: CALLS that it has entered or left, before
+    the loop and in saving and pruning.
     """
 
     def __init__(self) -> None:
@@ -75,17 +73,16 @@ class Board:
 
     @property
     def doing(self) -> str:
-        """Name of the phase."""
+        """The name of the phase."""
         return PHASES[self.phase]
 
 
 class Child:
-    """A process of train.py, which starts when the object is created.
+    """A process of train.py, begun when it is made.
 
-    log: file for its standard output and error
-    die_at: it kills itself as soon as a number of the board has this value: ("saving", 7)
-    place: the launcher's environment variables
-    slow_save_s: seconds that a save waits before it writes
+    log: where its standard output and error go.    die_at: it kills itself as soon as one of the
+    board's numbers is so high: ("saving", 7).    place: the launcher's environment.
+    slow_save_s: how long a save waits before it writes.
     """
 
     def __init__(
@@ -105,8 +102,9 @@ class Child:
             os.dup2(out, 1)
             os.dup2(out, 2)
             os.environ.update(place or {})
-            _watch(self.board, "--resume" in argv, die_at, slow_save_s)
-            code = leave(program.run("train.py", train.main, argv, first_to_say))
+            replaced = _watch(self.board, "--resume" in argv, die_at, slow_save_s)
+            main = partial(train.main, **replaced)
+            code = leave(program.run("train.py", main, argv, first_to_say))
         except KeyboardInterrupt:  # at the very end; Python itself ends so
             code = 130
         finally:
@@ -114,44 +112,47 @@ class Child:
 
     @property
     def code(self) -> int | None:
-        """Exit code, -9 if the process was killed, None if it is running."""
+        """How it ended, -9 if it was killed; None: it lives."""
         if self._code is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             self._code = os.waitstatus_to_exitcode(status) if pid else None
         return self._code
 
     def wait(self, until: float) -> int | None:
-        """Wait until the process has ended, or the clock shows `until`."""
+        """Until it has ended, or the clock shows `until`."""
         while self.code is None and time.monotonic() < until:
             time.sleep(0.002)
         return self.code
 
     def send(self, number: int) -> None:
-        """Send a signal, if the process is running."""
+        """A signal, if it lives."""
         if self.code is None:
             os.kill(self.pid, number)
 
     def end(self) -> None:
-        """Make sure that the process has ended."""
+        """Make sure that it does not outlive its trial."""
         self.send(signal.SIGKILL)
         self.wait(time.monotonic() + 10)
 
     @property
     def said(self) -> str:
-        """Everything that the process has printed."""
+        """All that it has printed."""
         return self.log.read_text("utf-8", "replace") if self.log.exists() else ""
 
 
-def _watch(board: Board, resumes: bool, die_at: tuple[str, int], slow_save_s: float) -> None:
-    """Make this process write what it does to the board."""
+def _watch(
+    board: Board, resumes: bool, die_at: tuple[str, int], slow_save_s: float
+) -> dict[str, Callable]:
+    """Have what this process does written on the board; return the parts of train.train that
+    do so.
+    """
     first = "resuming" if resumes else "starting"
 
-    def mark(
-        room: Any, name: str, phase: str, counter: str = "", before: Callable[..., None] = id,
+    def marked(
+        real: Callable, phase: str, counter: str = "", before: Callable[..., None] = id,
         then: str = "",
-    ) -> None:  # fmt: skip
-        """Wrap a function so that its calls are in a phase, with `then` or the old one after it."""
-        real = getattr(room, name)
+    ) -> Callable:  # fmt: skip
+        """Return `real` with its phase on the board, and afterwards `then` or the phase before."""
 
         def count(frame: FrameType, event: str, about: Any) -> None:
             if event in ("c_call", "c_return") and about.__name__ in CALLS:
@@ -160,7 +161,7 @@ def _watch(board: Board, resumes: bool, die_at: tuple[str, int], slow_save_s: fl
                 if (counter, now) == die_at:
                     os.kill(os.getpid(), signal.SIGKILL)
 
-        def marked(*args: Any, **options: Any) -> Any:
+        def work(*args: Any, **options: Any) -> Any:
             past, counting = board.phase, sys.getprofile()
             board.phase = PHASES.index(phase)
             before(args[0])
@@ -171,39 +172,39 @@ def _watch(board: Board, resumes: bool, die_at: tuple[str, int], slow_save_s: fl
                 sys.setprofile(counting)
                 board.phase = PHASES.index(then) if then else past
 
-        setattr(room, name, marked)
+        return work
 
-    def begun(t: training.Training) -> None:
-        board.first = board.step = t.progress.step
+    def mark(module: Any, name: str, *args: Any, **options: Any) -> None:
+        """Put the marked function in the place of module.name."""
+        setattr(module, name, marked(getattr(module, name), *args, **options))
 
-    def done(t: training.Training) -> None:
-        board.step = t.progress.step
+    def counted(setup: Any, state: Any, *args: Any) -> Iterator[Any]:
+        """Yield the steps, and write each one on the board when it is done."""
+        board.first = board.step = state.progress.step
+        board.phase = PHASES.index("training")
+        for result in steps(setup, state, *args):
+            yield result
+            board.step = state.progress.step
 
     def met(settings: Any) -> None:
         board.met = 1
 
-    device.measured_peak_flops = lambda device, dtype: 1e10  # timed for 0.2 s, for a column
+    world.measured_peak_flops = lambda device, dtype: 1e10  # timed for 0.2 s, for a column
     board.phase = PHASES.index(first)
     mark(train, "train", first, before=met, then="leaving")
-    mark(train, "set_up", first, "opening")
-    mark(startup, "prepare", "preparing", "opening")
+    mark(train, "build", first, "opening")
+    mark(corpus, "prepare", "preparing", "opening")
     mark(train, "begin_run", "beginning", "opening")
-    mark(write, "take_up", "resuming", "opening")
-    mark(train, "learn", "training", before=begun)
-    mark(train, "heed", "training", before=done)
-    mark(write, "save", "saving", "saving", lambda run: time.sleep(slow_save_s))
-    mark(write, "prune", "pruning", "pruning")
-    mark(train, "finish", "ending", then="leaving")
+    mark(train, "take_up", "resuming", "opening")
+    mark(keep, "prune", "pruning", "pruning")
+    mark(train, "_finish", "ending", then="leaving")
+    write = marked(save, "saving", "saving", lambda run: time.sleep(slow_save_s))
     board.begun = 1
+    return {"steps": counted, "write": write}
 
 
 def place_of(rank: int, size: int, port: int) -> dict[str, str]:
-    """Return the environment variables that a launcher gives to a rank.
-
-    rank: number of the rank
-    size: number of ranks
-    port: port of the store
-    """
+    """What a launcher tells a rank."""
     return {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
@@ -211,7 +212,7 @@ def place_of(rank: int, size: int, port: int) -> dict[str, str]:
 
 
 def last_step(run: Path) -> int:
-    """Return the last step of which metrics.jsonl has a complete row, or 0."""
+    """The last step that metrics.jsonl has a whole row of; 0: none."""
     path, last = run / "metrics.jsonl", 0
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
@@ -222,10 +223,8 @@ def last_step(run: Path) -> int:
 
 
 def traces(run: Path) -> dict[str, Any]:
-    """Return all that two runs must have in common.
-
-    That is the rows of metrics.jsonl without the times, and of every checkpoint the bits of all
-    tensors and the state.
+    """All that two runs must have in common: the rows as they are written but for the times, and of
+    every checkpoint the bits of all tensors and the state.
     """
     rows = []
     for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():

@@ -26,8 +26,9 @@ from minillm.runtime import terminal
 from minillm.runtime.json_text import json_text
 from minillm.runtime.launch import World
 from minillm.runtime.units import span
-from minillm.training import setup as startup
-from minillm.training.budget import wished_steps
+from minillm.training.begin import begin
+from minillm.training.budget import requested_steps
+from minillm.training.corpus import find_corpus, fit_to_corpus
 
 DEFAULT_TEXT = 11_000_000  # approximate bytes of the default corpus
 CHARACTERS = 65  # different characters of tiny shakespeare
@@ -40,9 +41,7 @@ def main(argv: Sequence[str]) -> None:
     """Print the plan of the training that the command line describes to standard output."""
     args = flags.parse(argv)
     card = hardware.check(args)
-    settings, run = startup.begin(
-        args, World(), GPU_PRESET if hardware.is_described(args) else None
-    )
+    settings, run = begin(args, World(), GPU_PRESET if hardware.is_described(args) else None)
     model, corpus, vocabulary = _vocabulary(settings, run)
     train = settings.train
     asked = _job(args, train, model)  # raises errors before anything is measured
@@ -121,8 +120,8 @@ def _vocabulary(
     model, train = settings.model, settings.train
     paths = as_tuple(train.data)
     if len(paths) == 1 and is_prepared(paths[0]):
-        corpus = startup.find_corpus(settings, run, lambda line: None)
-        model = startup.fit_to_corpus(settings, corpus)
+        corpus = find_corpus(settings, run, lambda line: None)
+        model = fit_to_corpus(settings, corpus)
         return model, corpus, f"{model.vocab_size:,}, of {paths[0]}"
     for part in (paths, as_tuple(train.val)):
         if part:
@@ -146,7 +145,7 @@ def _steps(settings: Settings, model: ModelConfig, corpus: Corpus | None) -> int
     if train.steps is not None or corpus is None:
         return train.steps
     batches = Batches(corpus, model.seq_len, train.batch_size, train.seed)
-    return wished_steps(train, batches)
+    return requested_steps(train, batches)
 
 
 def _model(model: ModelConfig, train: TrainConfig) -> dict:

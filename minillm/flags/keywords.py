@@ -4,7 +4,7 @@ from argparse import ArgumentTypeError, Namespace
 from os import PathLike, fspath
 from typing import Any
 
-from minillm.config.flags import all_flags
+from minillm.config.flags import setting_fields
 from minillm.errors import UsageError, parameter
 from minillm.flags.train import NEWEST, check
 from minillm.runtime.cli import nearest, not_one_of, path_text
@@ -20,7 +20,7 @@ def train_arguments(settings: dict[str, Any]) -> Namespace:
     Raises UsageError on an unknown name, with the nearest known one, on a value that cannot be, or
     if two settings do not fit together.
     """
-    names = [*all_flags(), "config", "resume"]
+    names = [*setting_fields(), "config", "resume"]
     if unknown := [name for name in settings if name not in names]:
         near = nearest(unknown[0], names)
         hint = f"did you mean {near}?" if near else "see train.py --help all for all settings"
@@ -35,7 +35,7 @@ def _value(name: str, value: Any) -> Any:
     """Return the value as the command line's parser would give it."""
     if name == "resume" and isinstance(value, bool):
         return NEWEST if value else None
-    field = all_flags().get(name)
+    field = setting_fields().get(name)
     rules = field.metadata if field else {"is_path": True}
     if rules.get("many") and value is not None:
         parts = value if isinstance(value, list | tuple) else [value]

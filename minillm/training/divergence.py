@@ -1,49 +1,49 @@
-"""Which steps must not be taken: their gradient is not finite, or far beyond its own history.
+"""Decide which steps are skipped: their gradient is not finite, or far above its own history.
 
-    left out      the loss or the norm is not finite; the norm is above LARGEST; or it is a spike:
-                  FACTOR times the median of the last WINDOW steps' norms, and SIGMAS deviations
-                  above the mean of their logarithms
-    hopeless      IN_A_ROW of them, or more than SHARE of the last RECENT steps: the run goes back
-                  to a checkpoint and skips the data, ROLLBACKS times at most
+    skipped     the loss or the norm is not finite; the norm is above LARGEST; or it is a spike:
+                above FACTOR times the median of the last WINDOW steps' norms, and above the mean of
+                their logarithms by more than SIGMAS standard deviations
+    diverged    IN_A_ROW steps were skipped in a row, or more than SHARE of the last RECENT steps:
+                the run is rolled back to a checkpoint and skips the data (recovery.py), at most
+                ROLLBACKS times
 
-Source: Chowdhery et al. 2022, arXiv:2204.02311, section 5.1 (back to a checkpoint, other data).
-What this room does not do: look at tensors, write files (mishaps.py).
+Source: Chowdhery et al. 2022, arXiv:2204.02311, section 5.1 (roll back, skip data).
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import fmean, median, pstdev
 
-WINDOW, ENOUGH = 128, 32  # norms that are remembered; how many before a spike can be told
+from minillm.checkpoint.schema import DivergenceHistory
+
+WINDOW = 128  # norms that are remembered
+ENOUGH = 32  # norms that are needed to recognise a spike
 LARGEST = 1e18  # its square, which AdamW keeps, still fits fp32
 FACTOR, SIGMAS = 10.0, 6.0
 IN_A_ROW, RECENT, SHARE = 10, 1000, 0.01
 ROLLBACKS = 3
 
 
-@dataclass
-class Guard:
-    """norms: the last gradient norms, of finite ones.    seen: steps judged.    left_out: which of
-    the last RECENT.    in_a_row: left out since the last step taken.    rollbacks: so far.
+@dataclass(kw_only=True)
+class DivergenceGuard(DivergenceHistory):
+    """Guard of the steps: it keeps their history and decides by it. Saved with each checkpoint."""
 
-    All of it is JSON, and saved with each checkpoint.
-    """
+    def reason_to_skip(self, loss: float, norm: float) -> str | None:
+        """Return why a step must be skipped, in words; None if it may be taken.
 
-    norms: list[float] = field(default_factory=list)
-    seen: int = 0
-    left_out: list[int] = field(default_factory=list)
-    in_a_row: int = 0
-    rollbacks: int = 0
+        The step is added to the history.
 
-    def objection(self, loss: float, norm: float) -> str | None:
-        """Why the step of this loss and gradient norm must be left out; None: it may be taken."""
+        loss: mean loss of the step, nats per token
+        norm: norm of its gradient, before clipping
+        """
         why = self._reason(loss, norm)
         self.seen += 1
         self.in_a_row = self.in_a_row + 1 if why else 0
         self.left_out = [n for n in self.left_out if n > self.seen - RECENT]
         if why:
             self.left_out.append(self.seen)
-        if math.isfinite(loss) and norm <= LARGEST:  # spikes too: what stays so is soon none
+        # Spikes are remembered, too: what stays large is soon no spike any more.
+        if math.isfinite(loss) and norm <= LARGEST:
             self.norms = [*self.norms, norm][-WINDOW:]
         return why
 
@@ -62,17 +62,18 @@ class Guard:
         return f"gradient norm {norm:.3g}, a spike"
 
     @property
-    def usual(self) -> float | None:
-        """The median of the remembered norms."""
+    def usual_norm(self) -> float | None:
+        """Median of the remembered norms; None before the first step."""
         return median(self.norms) if self.norms else None
 
     @property
-    def hopeless(self) -> bool:
-        """Whether so many steps were left out that going on makes no sense."""
+    def has_diverged(self) -> bool:
+        """True if too many steps were skipped, so that the run must be rolled back."""
         return self.in_a_row >= IN_A_ROW or len(self.left_out) > SHARE * RECENT
 
-    def rolled_back(self, past: "Guard") -> "Guard":
-        """The state to go on with from a checkpoint that held `past`: its history, a fresh count,
-        one roll-back more than there have been.
+    def rolled_back(self, past: "DivergenceGuard") -> "DivergenceGuard":
+        """Return the guard to use after a roll-back to a checkpoint that held `past`.
+
+        It has the norms of the checkpoint, no skipped steps, and counts one more roll-back.
         """
-        return Guard(past.norms, past.seen, rollbacks=self.rollbacks + 1)
+        return DivergenceGuard(norms=past.norms, seen=past.seen, rollbacks=self.rollbacks + 1)

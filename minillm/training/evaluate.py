@@ -1,4 +1,4 @@
-"""Loss of a model over held-out windows, in nats a token and bits a byte."""
+"""Evaluate a model on held-out windows: loss in nats per token and bits per byte."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -16,13 +16,20 @@ from minillm.model.recurrence import state_keys
 
 @dataclass(frozen=True)
 class Evaluation:
-    """loss: nats a token.    tokens: how many were predicted."""
+    """Result of an evaluation.
+
+    loss: mean loss, nats per token
+    tokens: number of targets
+    """
 
     loss: float
     tokens: int
 
     def bits_per_byte(self, split_tokens: int, split_bytes: int) -> float:
-        """loss / ln 2 x tokens a byte of the split's raw text."""
+        """Return loss / ln 2 x tokens per byte of the split's raw text.
+
+        split_tokens, split_bytes: size of the split
+        """
         return self.loss / math.log(2) * split_tokens / max(1, split_bytes)
 
 
@@ -34,12 +41,17 @@ def evaluate(
     ranks: Ranks | None = None,
     poll: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Mean loss over all targets of `windows`, `batch_size` windows at a time, without dropout.
+    """Return the mean loss over all targets of `windows`, without dropout.
 
-    windows: (tokens, targets), (T,) int64 each; targets of -100 do not count.    ranks: share them.
-    poll: called before each batch, on all ranks.
-    The mean weighs every token equally; the sum is taken in float64.
-    Raises DivergedError, on all ranks, that names the first window whose loss is not finite.
+    Every target has the same weight. The sum is in float64.
+
+    model: the decoder
+    windows: (tokens, targets), (T,) int64 each; targets of -100 do not count
+    batch_size: windows that go through the model at once
+    ranks: ranks that share the windows
+    poll: called before each batch, on all ranks
+
+    Raises DivergedError, on all ranks, if the loss is not finite. It names the first such window.
     """
     ranks = Ranks() if ranks is None else ranks
     device = model.head.weight.device
@@ -72,10 +84,14 @@ def evaluate(
 def batched(
     windows: Sequence[tuple[Tensor, Tensor]], size: int, ranks: Ranks
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """This rank's share of the windows, `size` at a time: their numbers, (size,), tokens and
-    targets, (size, T); the last may be fewer.
+    """Yield this rank's share of the windows in batches: numbers (B,), tokens and targets (B, T).
 
-    All ranks have as many: where the windows do not suffice, one is repeated and does not count.
+    Every rank gets the same number of batches. If there are too few windows, one is repeated, and
+    its targets do not count.
+
+    windows: (tokens, targets), (T,) int64 each
+    ranks: ranks that share the windows
+    size: windows of a batch; the last batch may be smaller
     """
     share = -(-len(windows) // ranks.size)
     for first in range(0, share, size):

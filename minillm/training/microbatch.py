@@ -1,4 +1,4 @@
-"""How many sequences to push through the model at a time: the most that fit, found by trial."""
+"""Find the micro-batch: the most sequences whose forward and backward pass fit in memory."""
 
 import time
 
@@ -6,24 +6,29 @@ import torch
 from torch import Tensor
 
 from minillm.distributed.strategies import Sharding
-from minillm.errors import UnavailableError
+from minillm.errors import UnavailableError, parameter
 from minillm.model.gpt import GPT
 from minillm.runtime.device import available_memory, synchronize
 
-SHARE = 0.5  # of a CPU's memory that is free now; the rest is the neighbours'
-UNKNOWN = 4 << 30  # bytes to reckon with where the system does not say what is free
+SHARE = 0.5  # share of the free CPU memory to use; other processes need the rest
+UNKNOWN = 4 << 30  # bytes to assume if the system does not say how many are free
 
 
 def largest_that_fits(
     model: GPT, batch_size: int, device: torch.device, copies: float, sharers: int = 1
 ) -> int:
-    """The largest divisor of `batch_size` whose forward and backward pass fit in memory.
+    """Return the largest divisor of `batch_size` whose forward and backward pass fit in memory.
 
-    copies: fp32 tensors of each parameter's size that the optimiser and the average will yet take.
-    sharers: processes that take of a CPU's memory alike.
-    On a GPU each candidate is run beside them, largest first, and running out of memory is caught.
-    On a CPU that would end the process: what one and two sequences keep for their backward is
-    counted instead, which gives a constant and a slope.
+    On a GPU each candidate is run, the largest first, and running out of memory is caught. On a CPU
+    that would end the process. There the bytes that one and two sequences keep for their backward
+    pass are counted, which gives a constant and a slope.
+
+    model: the decoder
+    batch_size: sequences of a step on this rank
+    device: device of the model
+    copies: fp32 tensors of each parameter's size that the optimizer and the average will need
+    sharers: processes that share the memory of a CPU
+
     Raises UnavailableError if not even one sequence fits.
     """
     divisors = [d for d in range(batch_size, 0, -1) if batch_size % d == 0]
@@ -36,17 +41,20 @@ def largest_that_fits(
     free = available_memory(device)
     free = (UNKNOWN if free is None else free) // sharers
     one, two = (_bytes_at_most(model, rows, device) for rows in (1, 2))
-    room = SHARE * free - later
+    limit = SHARE * free - later
     for candidate in divisors:
-        if one + (candidate - 1) * (two - one) <= room:
+        if one + (candidate - 1) * (two - one) <= limit:
             return candidate
     raise UnavailableError(_too_small(model, free))
 
 
 def seconds_per_step(sharding: Sharding, rows: int, micro: int, device: torch.device) -> float:
-    """A guess at one step's time, before the first: a micro-batch's, the second of two.
+    """Return an estimate of the seconds per step, from the second of two micro-batches.
 
-    rows: sequences of a step on this rank.
+    sharding: the model, laid out over the ranks
+    device: device of the model
+    rows: sequences of a step on this rank
+    micro: sequences of a micro-batch
     """
     tokens = torch.zeros((micro, sharding.model.config.seq_len), dtype=torch.int64, device=device)
     for _ in range(2):
@@ -66,7 +74,7 @@ def _run(model: GPT, rows: int, device: torch.device, recurrence: int | None = N
 
 
 def _deepest(model: GPT) -> int | None:
-    """The recurrence that keeps most for its backward pass."""
+    """Return the recurrence that keeps the most for its backward pass; None without a core."""
     c = model.config
     return min(c.max_recurrence, c.backprop_depth) if c.recurrent else None
 
@@ -85,10 +93,10 @@ def _runs(model: GPT, rows: int, device: torch.device, later: int) -> bool:
 
 
 def _bytes_at_most(model: GPT, rows: int, device: torch.device) -> int:
-    """What a backward pass holds; with checkpointing also what one piece, computed again, keeps.
+    """Return the bytes kept for a backward pass, at most.
 
-    A piece is a block, or an iteration of the core: its blocks, and less than one for the
-    injection.
+    With activation checkpointing these include what one part keeps that is computed again: a block,
+    or an iteration of the core, which is its blocks and less than one more for the injection.
     """
     kept = _bytes_for_backward(model, rows, device, _deepest(model))
     if model.checkpointing:
@@ -121,5 +129,6 @@ def _bytes_for_backward(
 def _too_small(model: GPT, free: int) -> str:
     return (
         f"one sequence of {model.config.seq_len} tokens does not fit in {free / 2**30:.1f} GiB of "
-        "free memory; use a smaller --seq-len, --n-layer or --d-model"
+        f"free memory; use a smaller {parameter('seq_len')}, {parameter('n_layer')} or "
+        f"{parameter('d_model')}"
     )

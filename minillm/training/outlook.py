@@ -1,13 +1,13 @@
-"""An estimate of how long a run still takes, from what its steps and pauses have taken so far."""
+"""Estimate the remaining time of a run from the times of its steps and pauses so far."""
 
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-RECENT = 50  # steps whose mean time is taken for that of the coming ones
-ENOUGH = 3  # timed steps before an estimate is given
-FORWARD = 1 / 3  # of a step's time: its forward pass, which is all that an evaluation needs
+RECENT = 50  # steps whose mean time is the estimate for the next ones
+ENOUGH = 3  # timed steps that an estimate needs
+FORWARD = 1 / 3  # share of a step's time that is its forward pass, all that an evaluation needs
 
 
 def _since_now() -> Callable[[], float]:
@@ -17,18 +17,18 @@ def _since_now() -> Callable[[], float]:
 
 @dataclass
 class Outlook:
-    """The remaining time of a run. All times are in seconds.
+    """Estimate of the remaining time of a run. All times are in seconds.
 
-    elapsed: returns how long the run has been trained, over all its processes.
-    limit: of --time-limit; training, without the last evaluation, is over when that has elapsed.
-    every: what is done beside training ("evaluating", "saving", "sampling") -> each how many steps
-        (0: never before the end).
-    batches: in an evaluation before the end.
-    final_batches: in the evaluations at the end.
-    parts: batches of that size in a step.
-    steps: the latest steps' times.
-    took: how long each thing beside training took the last time, without the time for its batches.
-    batch: how long a batch of an evaluation took the last time.
+    elapsed: returns how long the run has been trained, over all its processes
+    limit: the elapsed time at which the time limit ends the training, before the last evaluation
+    every: activity ("evaluating", "saving", "sampling") -> number of steps between two of them (0:
+        only at the end)
+    batches: batches of an evaluation before the end
+    final_batches: batches of the evaluations at the end
+    parts: batches of that size in a step
+    steps: times of the latest steps
+    took: last time of each activity, without its batches
+    batch: last time of a batch of an evaluation
     """
 
     elapsed: Callable[[], float] = field(default_factory=_since_now)
@@ -42,7 +42,11 @@ class Outlook:
     batch: float | None = None
 
     def remaining(self, step: int, steps: int) -> float | None:
-        """Return how long the run goes on after `step` of `steps`; None if it is not known yet."""
+        """Return the time that is left after `step` of `steps`; None if it is not known yet.
+
+        step: number of steps that are done
+        steps: steps of the whole run
+        """
         each = self.step_s
         if each is None and (step < steps or self.batch is None and self.final_batches):
             return None
@@ -59,7 +63,7 @@ class Outlook:
 
     @property
     def step_s(self) -> float | None:
-        """The mean time of the latest steps; None before there are ENOUGH."""
+        """Mean time of the latest steps; None before ENOUGH were timed."""
         return sum(self.steps) / len(self.steps) if len(self.steps) >= ENOUGH else None
 
     def _end(self, each: float | None) -> float:

@@ -1,7 +1,7 @@
-"""What recurrent depth does to the loss: evaluated at several recurrences, with three alarms.
+"""Evaluate a model with recurrent depth at several recurrences, and detect failing recurrence.
 
-Each alarm is a way in which recurrence fails unseen in the loss alone: tokens that become one
-another (collapse), iterations that change nothing (ignored), a state that grows without end.
+The loss alone does not show these failures: the states of all tokens become equal (collapsed), the
+iterations change nothing (ignored), or the state grows without limit (growing).
 Source: Geiping et al. 2025, arXiv:2502.05171, section 4.3.
 """
 
@@ -16,13 +16,13 @@ from minillm.model.gpt import GPT
 from minillm.model.recurrence import state_keys
 from minillm.training.evaluate import batched
 
-COLLAPSED = 0.9  # correlation of tokens
-IGNORED = 0.02  # nats that the mean recurrence gains over one
-GROWING = 1.5  # times, from the mean recurrence to four times it
+COLLAPSED = 0.9  # correlation of tokens above which the recurrence has collapsed
+LEAST_GAIN = 0.02  # nats; the core is ignored if the mean recurrence gains less over recurrence 1
+GROWING = 1.5  # growth of the state from the mean recurrence to four times it
 
 
-def rungs(mean: int) -> list[int]:
-    """1, 2, 4, ... up to the mean, and the mean, twice and four times it."""
+def evaluated_recurrences(mean: int) -> list[int]:
+    """Return the powers of two below the mean, the mean, twice the mean and four times the mean."""
     powers = [1 << i for i in range(mean.bit_length()) if 1 << i < mean]
     return [*powers, mean, 2 * mean, 4 * mean]
 
@@ -35,18 +35,24 @@ def measure(
     ranks: Ranks | None = None,
     poll: Callable[[], None] = lambda: None,
 ) -> dict:
-    """What a row of metrics.jsonl says of the recurrence, on windows that the ranks share.
+    """Return the part of a row of metrics.jsonl about the recurrence.
 
-    val_loss_at_r: {"1": nats a token, ...}.    token_correlation: of the state at the mean, 0 to 1,
-    see `correlation`.    state_growth: its norm at four times the mean by that at the mean.
-    poll: called before each batch, on all ranks.
+    val_loss_at_r: {"1": nats per token, ...}
+    token_correlation: correlation of the states at the mean recurrence, 0 to 1, see `correlation`
+    state_growth: norm of the state at four times the mean, divided by that at the mean
+
+    model: the decoder
+    ranks: ranks that share the windows
+    windows: (tokens, targets), (T,) int64 each; the ranks share them
+    batch_size: windows that go through the model at once
+    poll: called before each batch, on all ranks
     """
     mean, device = model.config.mean_recurrence, model.head.weight.device
-    at, training = rungs(mean), model.training
+    at, training = evaluated_recurrences(mean), model.training
     ranks = Ranks() if ranks is None else ranks
     model.eval()
     losses, norms = torch.zeros(2, len(at), dtype=torch.float64, device=ranks.sums_on)
-    count, alike, batches = torch.zeros(3, dtype=torch.float64, device=ranks.sums_on)
+    count, similar, batches = torch.zeros(3, dtype=torch.float64, device=ranks.sums_on)
     for samples, tokens, targets in batched(windows, batch_size, ranks):
         poll()
         n = int((targets >= 0).sum())
@@ -58,24 +64,27 @@ def measure(
                 losses[i] += float(model.loss(x, targets.to(device))) * n
                 norms[i] += float(s.float().norm(dim=-1).mean())
             if n and r == mean:
-                alike += correlation(s)
+                similar += correlation(s)
         count, batches = count + n, batches + bool(n)
     model.train(training)
-    for x in (losses, norms, count, alike, batches):
+    for x in (losses, norms, count, similar, batches):
         ranks.sum(x)
     if not count:
         return {}
     growth = norms[at.index(4 * mean)] / norms[at.index(mean)].clamp(min=1e-30)
     return {
         "val_loss_at_r": {str(r): float(x) for r, x in zip(at, losses / count, strict=True)},
-        "token_correlation": float(alike / batches),
+        "token_correlation": float(similar / batches),
         "state_growth": float(growth),
     }
 
 
 def correlation(s: Tensor) -> float:
-    """How much the tokens of a sequence point one way: the mean of the Gram matrix's entries off
-    the diagonal, of centred unit vectors.    s: (B, T, C).
+    """Return how much the tokens of a sequence point in one direction.
+
+    This is the mean of the off-diagonal entries of the Gram matrix of centred unit vectors.
+
+    s: (B, T, C) states
     """
     s = s.float()
     s = s - s.mean(-1, keepdim=True)
@@ -86,11 +95,15 @@ def correlation(s: Tensor) -> float:
 
 
 def anchored(found: dict, mean: int, loss: float) -> dict:
-    """Return what `measure` found, with its losses moved so that the one at the mean is `loss`.
+    """Return the result of `measure`, its losses shifted so that the one at the mean is `loss`.
 
-    loss: at the mean recurrence, on more windows than `measure` had. The differences between the
-    recurrences vary far less from window to window than the losses do: this is the better estimate
-    of each, and one row of metrics.jsonl does not contradict itself.
+    The differences between recurrences vary far less from window to window than the losses do. So
+    the shifted losses are better estimates, and the row of metrics.jsonl does not contradict
+    itself.
+
+    found: result of `measure`
+    mean: mean recurrence
+    loss: loss at the mean recurrence, on more windows than `measure` had
     """
     if not found:
         return found
@@ -100,27 +113,36 @@ def anchored(found: dict, mean: int, loss: float) -> dict:
 
 
 def line(row: dict, mean: int) -> str:
-    """Return the losses by recurrence as one line."""
+    """Return the losses by recurrence as one line.
+
+    row: row of metrics.jsonl with the result of `measure`
+    mean: mean recurrence
+    """
     losses = row["val_loss_at_r"].items()
-    told = (f"{r}: {x:.3f}" + " (mean)" * (r == str(mean)) for r, x in losses)
-    return "loss at r " + "  ".join(told)
+    parts = (f"{r}: {x:.3f}" + " (mean)" * (r == str(mean)) for r, x in losses)
+    return "loss at r " + "  ".join(parts)
 
 
 def alarms(row: dict, mean: int) -> dict[str, str]:
-    """Return what `measure` found wrong: kind -> a line to warn with."""
+    """Return the failures in a row that `measure` made: kind -> text of the warning.
+
+    row: row of metrics.jsonl with the result of `measure`
+    mean: mean recurrence
+    """
     found, losses = {}, row["val_loss_at_r"]
     if row["token_correlation"] > COLLAPSED:
         found["collapsed"] = (
-            f"the states of all tokens are alike (correlation {row['token_correlation']:.2f}): the "
-            "recurrence has collapsed; start again with a smaller --learning-rate"
+            "the states of all tokens are similar (correlation "
+            f"{row['token_correlation']:.2f}): the recurrence has collapsed; "
+            "start again with a smaller --learning-rate"
         )
     if bad := [r for r, loss in losses.items() if not math.isfinite(loss)]:
         found["not finite"] = (
-            f"the loss is not finite at {', '.join(bad)} iterations of the core; so many must not "
-            "be asked for"
+            f"the loss is not finite at {', '.join(bad)} iterations of the core; do not "
+            "sample with that many"
         )
     gain = losses["1"] - losses[str(mean)]
-    if mean > 1 and gain < IGNORED:
+    if mean > 1 and gain < LEAST_GAIN:
         found["ignored"] = (
             f"{mean} iterations of the core are worth {gain:.3f} nats more than one: the "
             "recurrence is hardly used"

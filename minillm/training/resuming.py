@@ -1,4 +1,4 @@
-"""From a command line with --resume to the settings of the run that goes on."""
+"""Turn a command line with --resume into the settings to resume the run with."""
 
 from argparse import Namespace
 from dataclasses import asdict, replace
@@ -16,38 +16,38 @@ from minillm.config.resolve import (
 )
 from minillm.errors import UsageError
 from minillm.flags.train import ELSEWHERE, NEWEST, is_elsewhere
-from minillm.runtime import relative_paths as places
+from minillm.runtime import relative_paths
 from minillm.runtime.files import file_digest
 
 
 def resumed(args: Namespace) -> tuple[Settings, RunFolder]:
     """Return the settings of the run that --resume names, and its folder.
 
-    The flags that it was begun with may be there again: they name what it is, or what was asked
-    for to make it so.
+    The flags that the run was started with may be given again. They are accepted if they state what
+    the run is, or what was asked for when it was started.
     """
     run = newest_run(begun=True) if args.resume is NEWEST else RunFolder(args.resume)
     model, train = run.model, run.train
-    if is_elsewhere(args.out, run.path) or not places.equal(
+    if is_elsewhere(args.out, run.path) or not relative_paths.equal(
         "init_from", args.init_from or train.get("init_from"), train.get("init_from")
     ):
         raise UsageError(ELSEWHERE)
     flags = {**vars(args), "out": None, "init_from": None}
-    # What an earlier --resume changed stands in the checkpoint.
+    # The checkpoint states what an earlier --resume has changed.
     config = as_train_config(run.path, train | run.newest_settings())
     wishes = resolve(flags, args.config, None, asdict(model) | asdict(config))
     wishes = replace(wishes, given=wishes.given - {"out", "overwrite", "init_from"})
     if not LENGTHS & {name for name, value in flags.items() if value is not None}:
         wishes = without_first_lengths(wishes, train)
-    return resumed_settings(model, config, wishes, _outcomes(run, wishes)), run
+    return resumed_settings(model, config, wishes, _also_accepted(run, wishes)), run
 
 
-def _outcomes(run: RunFolder, wishes: Settings) -> dict[str, list[Any]]:
+def _also_accepted(run: RunFolder, wishes: Settings) -> dict[str, list[Any]]:
     """Return other values of settings that mean the run's own, see `resumed_settings`."""
     facts = run.facts
     found = {"vocab_size": [facts["asked_vocab_size"]], "dtype": [facts.get("dtype")],
              "micro_batch_size": [str(facts.get("micro_batch_size"))]}  # fmt: skip
     file = Path(wishes.train.tokenizer)
     if file.is_file() and file_digest(file) == facts["tokenizer_sha256"]:
-        found["tokenizer"] = [wishes.train.tokenizer]  # the same one, in another place
+        found["tokenizer"] = [wishes.train.tokenizer]  # the same tokenizer in another place
     return found

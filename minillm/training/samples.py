@@ -1,6 +1,7 @@
-"""Take samples of a model while it is trained: for samples.txt, and for the screen."""
+"""Generate text from a model while it is trained, for samples.txt and for the screen."""
 
 import json
+from pathlib import Path
 from typing import TextIO
 
 from minillm.config.sampling import SamplingParams
@@ -8,48 +9,70 @@ from minillm.errors import DivergedError, UnavailableError
 from minillm.inference.complete import stream_text
 from minillm.runtime.program import one_line
 from minillm.training.metrics import append
-from minillm.training.state import Training, averaged
+from minillm.training.reporter import Reporter
+from minillm.training.setup import Setup
+from minillm.training.state import TrainState
 
 SAMPLE_TOKENS = 200
 
 
-def take_sample(t: Training) -> str:
-    """Return --sample-prompt and what the model writes after it; append it to samples.txt.
+def take_sample(setup: Setup, state: TrainState, report: Reporter, run: Path) -> str:
+    """Generate a sample after --sample-prompt, append it to the run's samples.txt and return it.
 
-    Empty where the answers are not the next tokens, and on ranks other than the first.
+    The text begins with the prompt. It is empty if the corpus has sequences with their own targets,
+    if the model's numbers are not finite, and on ranks other than the first. Every rank calls it.
+
+    setup: everything that is decided before the first step
+    state: state of the run
+    report: reporter of the run
+    run: folder of the run
     """
-    if t.corpus.sequence:
+    if setup.corpus.sequence:
         return ""
-    prompt, text, failure = t.config.sample_prompt or "", "", ""
-    params = SamplingParams(max_tokens=SAMPLE_TOKENS, seed=t.config.seed)
-    t.model.eval()
-    with averaged(t), t.sharding.gathered(), t.meter.doing("sampling", SAMPLE_TOKENS):
-        try:
-            for piece in stream_text(t.model, t.corpus.tokenizer(), [prompt], params):
-                text = prompt + piece.completion.text
-                t.meter.tick()
-        except (DivergedError, UnavailableError) as error:  # on all ranks, which do the same
-            failure = f"warning   step {t.progress.step}: no sample: {error.with_flags()}"
-    t.model.train()
-    if failure:
-        t.ranks.say(failure)
-    if t.ranks.rank or failure:
+    ranks, step = setup.ranks, state.progress.step
+    try:
+        text = _generated(setup, state, report)
+    except (DivergedError, UnavailableError) as error:  # on all ranks, which do the same
+        ranks.say(f"warning   step {step}: no sample: {error.with_flags()}")
+        return ""
+    if ranks.rank:
         return ""
     try:
-        append(t.run / "samples.txt", f"=== {_heading(t)}\n{text}\n")
+        append(run / "samples.txt", f"=== {_heading(setup, step)}\n{text}\n")
     except OSError as error:
-        t.ranks.say(f"warning   {t.run}/samples.txt: {error.strerror}; this sample is left out")
+        ranks.say(f"warning   {run}/samples.txt: {error.strerror}; this sample is left out")
     return text
 
 
-def show_sample(t: Training, text: str, file: TextIO) -> None:
-    """Print a sample that was just taken, if there is one, under a heading."""
+def _generated(setup: Setup, state: TrainState, report: Reporter) -> str:
+    prompt, text, model = setup.config.sample_prompt or "", "", setup.model
+    params = SamplingParams(max_tokens=SAMPLE_TOKENS, seed=setup.config.seed)
+    model.eval()
+    try:
+        with state.averaged(), setup.sharding.gathered(), report.doing("sampling", SAMPLE_TOKENS):
+            for piece in stream_text(model, setup.corpus.tokenizer(), [prompt], params):
+                text = prompt + piece.completion.text
+                report.tick()
+    finally:
+        model.train()
+    return text
+
+
+def show_sample(setup: Setup, state: TrainState, report: Reporter, text: str, file: TextIO) -> None:
+    """Print a sample that was just taken, if there is one, under a heading.
+
+    setup: everything that is decided before the first step
+    state: state of the run
+    report: reporter of the run
+    text: the generated text; nothing is printed if it is empty
+    file: stream to print to
+    """
     if text:
-        t.meter.show_sample(f"sample at {_heading(t)}", text, file)
+        report.sample(f"sample at {_heading(setup, state.progress.step)}", text, file)
 
 
-def _heading(t: Training) -> str:
-    prompt = t.config.sample_prompt
+def _heading(setup: Setup, step: int) -> str:
+    """Return the heading of a sample: its step, and its prompt if there is one."""
+    prompt = setup.config.sample_prompt
     shown = one_line(json.dumps(prompt, ensure_ascii=False), 40)
-    after = f", prompt {shown}" if prompt else ""
-    return f"step {t.progress.step}{after}"
+    return f"step {step}" + (f", prompt {shown}" if prompt else "")

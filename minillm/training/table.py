@@ -1,17 +1,17 @@
-"""Rows of a run's progress as lines of text under a heading, in as many columns as fit."""
+"""Format rows of metrics as lines of a table, with the columns that fit."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from minillm.runtime.console import clock
 
-REPEAT = 40  # rows after which the heading is printed again: it has left the screen by then
+REPEAT = 40  # rows after which the heading is printed again; by then it has left the screen
 
 
 class Column(NamedTuple):
-    """A column: its key in a row, its heading, its width and how a value is written.
+    """Column of the table: key in a row, heading, width in characters, and how to format it.
 
-    rank: the columns with the lowest ranks are shown when there is not enough space for all.
+    rank: the columns with the lowest ranks are shown if there is not enough space for all
     """
 
     key: str
@@ -22,7 +22,7 @@ class Column(NamedTuple):
 
 
 def _number(digits: int) -> Callable[[float], str]:
-    """Write with this many digits after the point, fewer if the number is large."""
+    """Return a function that formats a number with `digits` digits, fewer if it is large."""
     return lambda x: f"{x:.{digits}f}" if abs(x) < 1000 else f"{x:.3g}"
 
 
@@ -47,7 +47,7 @@ COLUMNS = (
 
 
 class Table:
-    """Turns rows into lines, with a heading above the first one and again where it is needed."""
+    """Formatter of rows, with a heading above the first one and wherever it is needed again."""
 
     def __init__(self) -> None:
         self.shown: tuple[Column, ...] = ()
@@ -56,8 +56,8 @@ class Table:
     def lines(self, row: dict[str, Any], columns: int | None) -> list[str]:
         """Return the line of `row`, after the heading if that has to be printed.
 
-        row: values by key; what is missing or None leaves its column empty.
-        columns: of the terminal; None: no limit.
+        row: values by key; a column whose value is missing or None stays empty
+        columns: width of the terminal in characters; None: no limit
         """
         chosen = fitting(columns)
         heading = []
@@ -73,7 +73,7 @@ class Table:
 
 
 def fitting(columns: int | None) -> tuple[Column, ...]:
-    """Return the columns that fit into a terminal of `columns` columns, those of rank 0 always."""
+    """Return the columns that fit into `columns` characters. Those of rank 0 are always shown."""
     for rank in sorted({c.rank for c in COLUMNS}, reverse=True):
         chosen = tuple(c for c in COLUMNS if c.rank <= rank)
         if columns is None or sum(c.width for c in chosen) < columns:

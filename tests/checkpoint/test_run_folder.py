@@ -4,6 +4,7 @@ import os
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ from minillm.checkpoint.write import save
 from minillm.errors import UsageError
 from minillm.runtime import program
 from minillm.runtime.files import write_json
-from minillm.scripts import sample, train as train_script
+from minillm.scripts import sample
+from minillm.training.gradients import accumulate
+from minillm.training.steps import steps
 
 CONFIG = {"model": {}, "train": {}, "tokenizer_sha256": ""}  # enough for a folder to be a run
 
@@ -124,17 +127,15 @@ def test_many_at_once_get_a_folder_each(tmp_path, monkeypatch):
 def test_a_run_that_ended_before_its_first_checkpoint(train, tmp_path, monkeypatch, capfd):
     """It can be gone on with, from its first step, and is as if nothing had happened."""
     run = tmp_path / "runs" / "early"
-    whole, calls = train_script.accumulate, []
+    calls = []
 
     def interrupted(*args):
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return whole(*args)
+        return accumulate(*args)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(train_script, "accumulate", interrupted)
-        assert train("--out", run) == 130
+    assert train("--out", run, steps=partial(steps, accumulate=interrupted)) == 130
     assert (run / "config.json").is_file() and not RunFolder(run).checkpoints()
 
     def said() -> str:

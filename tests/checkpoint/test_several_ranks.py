@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from minillm.checkpoint.find import open_checkpoint
+from minillm.checkpoint.keep import CheckpointKeeper
+from minillm.checkpoint.schema import Progress
 from minillm.checkpoint.sharded_safetensors import key_of
 from minillm.checkpoint.write import save
 from minillm.config.train import ModelConfig, TrainConfig
@@ -25,9 +28,9 @@ from minillm.optim.ema import Average
 from minillm.optim.schedule import Schedule
 from minillm.runtime import program
 from minillm.scripts import sample
-from minillm.training import state as training
-from minillm.training.state import Progress, Training
-from minillm.training.watchdog import Watch
+from minillm.training.setup import Setup
+from minillm.training.snapshot import restore, snapshot
+from minillm.training.state import TrainState
 from tests.support.optimizer_states import optimizer_tensors
 from tests.support.thread_ranks import together, well
 
@@ -76,13 +79,13 @@ def test_two_processes(tmp_path):
 
 
 def test_what_all_ranks_have_alike_is_shared_out(tmp_path):
-    """training.save of three ranks, and training.restore of one and of two."""
+    """A checkpoint of three ranks, restored by one and by two."""
     shape = ModelConfig(vocab_size=11, seq_len=8, n_layer=1, n_head=2, d_model=16)
     plan = Schedule("constant", 0.01, 0.0, 0, 0.0, ((0, 0.0), (9, 1.0)))
     config = TrainConfig(optimizer="muon", ema=0.5, keep_last=1)
     fixed = {"threads": 1, "dtype": "fp32", "micro_batch_size": 2}
 
-    def trained(ranks, steps: int, seed: int = 0) -> Training:
+    def trained(ranks, steps: int, seed: int = 0) -> tuple[Setup, TrainState]:
         model = GPT(shape, EAGER, generator=torch.Generator().manual_seed(seed))
         parameters = dict(model.named_parameters())
         sharding = shard(
@@ -95,15 +98,17 @@ def test_what_all_ranks_have_alike_is_shared_out(tmp_path):
             model(tokens, tokens).backward()
             sharding.step(None)
             average.update(1)
-        progress = Progress(step=steps)
-        return Training(
-            tmp_path, config, None, None, sharding, progress, None, plan, fixed, 2, Watch(), "",
-            average=average,
+        setup = Setup(
+            config=config, corpus=None, batches=None, sharding=sharding, decided=fixed,
+            micro_batch=2,
         )  # fmt: skip
+        progress = Progress(step=steps)
+        return setup, TrainState(progress=progress, schedule=plan, average=average)
 
     (tmp_path / "config.json").touch()
     for steps in (1, 2):
-        t = well(together(3, lambda ranks, n=steps: _saved(trained(ranks, n))))[0]
+        done = well(together(3, lambda ranks, n=steps: _saved(tmp_path, *trained(ranks, n))))
+    setup, state = done[0]
     past = open_checkpoint(tmp_path)
     assert past.step == 2 and len(list((tmp_path / "checkpoints").iterdir())) == 1
     for kind in ("model", "optimizer", "ema"):  # no tensor twice, and none of the ranks idle
@@ -111,20 +116,20 @@ def test_what_all_ranks_have_alike_is_shared_out(tmp_path):
         assert len(past.files[kind]) == 3 and sorted(held) == past.names(kind)
         assert all(load_file(path) for path in past.files[kind])
 
-    def restored(ranks) -> Training:
-        other = trained(ranks, 0, seed=1)
-        training.restore(other, open_checkpoint(tmp_path, ranks=ranks))
-        return other
+    def restored(ranks) -> tuple[Setup, TrainState]:
+        setup, state = trained(ranks, 0, seed=1)
+        restore(setup, state, open_checkpoint(tmp_path, ranks=ranks))
+        return setup, state
 
     for size in (1, 2):
-        for other in well(together(size, restored)):
-            for a, b in zip(t.model.parameters(), other.model.parameters(), strict=True):
+        for other, its in well(together(size, restored)):
+            for a, b in zip(setup.model.parameters(), other.model.parameters(), strict=True):
                 assert torch.equal(a, b)
-            assert other.average.weights.keys() == t.average.weights.keys()
-            for name, x in t.average.weights.items():
-                assert torch.equal(x, other.average.weights[name])
-            parameters = [dict(x.model.named_parameters()) for x in (t, other)]
-            both = t.sharding.optimizers, other.sharding.optimizers
+            assert its.average.weights.keys() == state.average.weights.keys()
+            for name, x in state.average.weights.items():
+                assert torch.equal(x, its.average.weights[name])
+            parameters = [dict(x.model.named_parameters()) for x in (setup, other)]
+            both = setup.sharding.optimizers, other.sharding.optimizers
             for one, two in zip(*both, strict=True):
                 states = [
                     optimizer_tensors([o], {p: name for name, p in named.items()})
@@ -134,9 +139,12 @@ def test_what_all_ranks_have_alike_is_shared_out(tmp_path):
                 assert all(torch.equal(x, states[1][name]) for name, x in states[0].items())
 
 
-def _saved(t: Training) -> Training:
-    training.save(t)
-    return t
+def _saved(run: Path, setup: Setup, state: TrainState) -> tuple[Setup, TrainState]:
+    keeper = CheckpointKeeper(
+        run, setup.ranks, partial(snapshot, setup, state, run), state.progress
+    )
+    assert keeper.save(state.progress, final=True)
+    return setup, state
 
 
 @pytest.fixture

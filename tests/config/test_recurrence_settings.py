@@ -10,7 +10,7 @@ from minillm.config.resolve import recurrence_settings, resolve
 from minillm.errors import UsageError
 from minillm.flags.train import parser
 from minillm.runtime.launch import World
-from minillm.training.setup import begin
+from minillm.training.begin import begin
 
 
 def parse(*argv):
@@ -148,11 +148,13 @@ def test_what_another_run_fixes_is_refused_without_a_circle(recurrent_run, tiny_
     """No refusal asks for a flag that the next one refuses."""
     for run in (recurrent_run, tiny_run):
         for flags in (("--injection", "add"), ("--recurrent", "1,1,1"), ("--n-layer", "3")):
-            with pytest.raises(UsageError, match=f"{flags[0]} cannot be set with --init-from"):
+            name = flags[0].removeprefix("--").replace("-", "_")
+            with pytest.raises(UsageError, match=f"{name} cannot be set with init_from"):
                 inherited(run, *flags)
     for flags in (("--mean-recurrence", "5"), ("--recurrence-groups", "2"),
                   ("--recurrence-curriculum",)):  # fmt: skip
-        with pytest.raises(UsageError, match=f"{flags[0]} is of recurrent depth; .* has no core"):
+        name = flags[0].removeprefix("--").replace("-", "_")
+        with pytest.raises(UsageError, match=f"{name} sets the recurrence; .* has no core"):
             inherited(tiny_run, *flags)
     assert inherited(tiny_run, "--recurrence-groups", "1").train == inherited(tiny_run).train
     with pytest.raises(UsageError, match="mean_recurrence 5 differs .* cannot change on resume"):

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import minillm
-from minillm.config.flags import all_flags
+from minillm.config.flags import setting_fields
 from minillm.errors import CorruptError, UsageError
 from minillm.flags import sample as sample_flags
 from minillm.flags.keywords import train_arguments
@@ -228,4 +228,4 @@ def test_every_flag_of_training_is_a_keyword(tmp_path):
     args = train_arguments({"time_limit": "10m", "data": [ROOT / "setup.py"], "out": "~/x"})
     assert args.time_limit == 600 and args.data == [str(ROOT / "setup.py")]
     assert args.out == str(Path("~/x").expanduser())
-    assert vars(args).keys() == {*all_flags(), "config", "resume"}
+    assert vars(args).keys() == {*setting_fields(), "config", "resume"}

@@ -15,9 +15,10 @@ from minillm.ops import EAGER
 from minillm.runtime import program
 from minillm.runtime.json_text import json_text
 from minillm.scripts import sample as script
-from minillm.training import recurrence_metrics as ladder
+from minillm.training import recurrence_metrics
 from minillm.training.evaluate import evaluate
-from minillm.training.metrics import Meter, jsonable
+from minillm.training.metrics import jsonable
+from minillm.training.reporter import Reporter
 from tests.support.generating import generated, speculated
 
 SHAPE = {"vocab_size": 19, "seq_len": 24, "n_head": 2, "d_model": 16, "d_ff": 24}
@@ -136,7 +137,7 @@ def test_training_goes_on_where_an_evaluation_has_no_number(train, tmp_path, mon
 def test_a_loss_by_recurrence_that_is_no_number_is_an_alarm():
     row = {"val_loss_at_r": {"1": 3.0, "2": 2.0, "4": math.nan, "8": math.inf},
            "token_correlation": 0.1, "state_growth": 1.0}  # fmt: skip
-    assert "not finite at 4, 8 iterations" in ladder.alarms(row, 2)["not finite"]
+    assert "not finite at 4, 8 iterations" in recurrence_metrics.alarms(row, 2)["not finite"]
 
 
 def test_json_holds_no_nan(tmp_path):
@@ -144,8 +145,8 @@ def test_json_holds_no_nan(tmp_path):
     right = {"a": [1.5, None, [None]], "b": {"c": None}, "d": True, "e": "NaN"}
     assert json.loads(json_text(odd), parse_constant=pytest.fail) == right
     assert jsonable(odd) == right
-    meter = Meter(tmp_path / "metrics.jsonl", 0, 2, 1.0, 1.0)
-    meter.log({"step": 1, **odd})
-    meter.close()
+    report = Reporter(tmp_path / "metrics.jsonl", 0, 2, 1.0, 1.0)
+    report.row({"step": 1, **odd})
+    report.close()
     text = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8")
     assert json.loads(text, parse_constant=pytest.fail) == {"step": 1, **right}

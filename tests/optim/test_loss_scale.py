@@ -2,12 +2,14 @@
 
 import json
 import math
+from functools import partial
 
 import torch
 
 from minillm.checkpoint.find import open_checkpoint
 from minillm.optim.loss_scale import GROWTH_INTERVAL, LEAST, MOST, LossScale, start_scale
-from minillm.scripts import train as script
+from minillm.training.gradients import accumulate
+from minillm.training.steps import steps
 
 
 def test_the_scale_halves_on_overflow_and_doubles_after_long_without():
@@ -39,20 +41,20 @@ def test_only_fp16_needs_a_scale():
     assert start_scale(torch.bfloat16) is None and start_scale(torch.float32) is None
 
 
-def test_a_step_that_overflows_is_left_out(train, tmp_path, monkeypatch):
+def test_a_step_that_overflows_is_left_out(train, tmp_path):
     """Weights and moments stay as they are; the run goes on, and resumes with its scale."""
-    whole, calls = script.accumulate, []
+    calls = []
 
     def spoilt(sharding, *rest):
-        loss = whole(sharding, *rest)
-        calls.append(rest[-1])
+        loss = accumulate(sharding, *rest)
+        calls.append(rest[5])  # the scale
         if len(calls) == 3:
             sharding.parameters["norm.weight"].grad[0] = torch.inf
         return loss
 
-    monkeypatch.setattr(script, "accumulate", spoilt)
     flags = ["--dtype", "fp16", "--log-every", "1", "--save-every", "1", "--keep-last", "9"]
-    assert train("--out", tmp_path / "run", *flags) == 0
+    spoiling = partial(steps, accumulate=spoilt)
+    assert train("--out", tmp_path / "run", *flags, steps=spoiling) == 0
     rows = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     scales = [row["loss_scale"] for row in rows if "loss_scale" in row]
     assert scales == calls and scales[2] == 2 * scales[3] and scales[3] == scales[-1]
@@ -63,7 +65,6 @@ def test_a_step_that_overflows_is_left_out(train, tmp_path, monkeypatch):
     assert past[4].state["scale"] == {"value": scales[3], "good": 1}
 
     calls.clear()
-    monkeypatch.setattr(script, "accumulate", lambda *a: calls.append(a[-1]) or whole(*a))
     last = rows[-1]["step"]
-    assert train("--resume", tmp_path / "run", "--steps", last + 1) == 0
+    assert train("--resume", tmp_path / "run", "--steps", last + 1, steps=spoiling) == 0
     assert calls == [scales[-1]]

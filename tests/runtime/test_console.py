@@ -11,8 +11,8 @@ import pytest
 
 from minillm.runtime import console
 from minillm.runtime.console import clock
-from minillm.training.metrics import Meter
 from minillm.training.outlook import Outlook
+from minillm.training.reporter import Reporter
 from minillm.training.table import Table, fitting, speed
 
 BARS = (" 12%", "evaluating", "saving")
@@ -48,16 +48,16 @@ def terminal(monkeypatch):
 
 def test_the_bar_and_the_rows_fit_every_width_from_40_to_200(tmp_path, terminal):
     stream, set_columns = terminal()
-    meter = Meter(tmp_path / "metrics.jsonl", 12344, 99_999, 1.0, 1.0)
-    meter.outlook.steps = deque([1.5] * 9, maxlen=9)
-    meter.step(987_654_321, 99_999, loss=12.34567)
+    report = Reporter(tmp_path / "metrics.jsonl", 12344, 99_999, 1.0, 1.0)
+    report.outlook.steps = deque([1.5] * 9, maxlen=9)
+    report.step(987_654_321, 99_999, loss=12.34567)
     for columns in range(40, 201):
         set_columns(columns)
         stream.seek(stream.truncate(0))
-        meter.log(ROW)
+        report.row(ROW)
         for what, total in (("evaluating", 12345), ("saving", 0)):
-            with meter.doing(what, total):
-                meter.tick()
+            with report.doing(what, total):
+                report.tick()
         lines = re.split(r"[\r\n]|\x1b\[[JK]", stream.getvalue())
         assert max(map(len, lines)) < columns
         bars = {word: [x for x in lines if x.startswith(word)] for word in BARS}
@@ -69,7 +69,7 @@ def test_the_bar_and_the_rows_fit_every_width_from_40_to_200(tmp_path, terminal)
             assert all("step 12345/99999" in x for x in bars["saving"])
             assert all(" 12345/99999  " in x for x in bars[" 12%"])
             assert all("/12345  " in x for x in bars["evaluating"])
-    meter.close()
+    report.close()
     # More is shown where there is more space.
     assert len(fitting(40)) < len(fitting(60)) < len(fitting(80)) < len(fitting(120))
     assert len(fitting(None)) == len(fitting(120)) == 9
@@ -198,13 +198,13 @@ def test_remaining_time_keeps_to_the_time_limit():
 def test_steps_are_timed_without_pauses_and_without_the_first(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    meter = Meter(tmp_path / "metrics.jsonl", 0, 9, 1.0, 1.0)
+    report = Reporter(tmp_path / "metrics.jsonl", 0, 9, 1.0, 1.0)
     for seconds in (60.0, 1.0, 2.0):
         now[0] += seconds
-        meter.step(64, 9)
-        with meter.paused(), meter.doing("evaluating", 5):
+        report.step(64, 9)
+        with report.paused(), report.doing("evaluating", 5):
             now[0] += 10
-    assert list(meter.outlook.steps) == [1.0, 2.0] and meter.outlook.batch == 2.0
-    with meter.doing("evaluating by r", 5, of="evaluating"):
+    assert list(report.outlook.steps) == [1.0, 2.0] and report.outlook.batch == 2.0
+    with report.doing("evaluating by r", 5, of="evaluating"):
         now[0] += 4
-    assert meter.outlook.took == {"evaluating": 4.0} and meter.outlook.batch == 2.0
+    assert report.outlook.took == {"evaluating": 4.0} and report.outlook.batch == 2.0

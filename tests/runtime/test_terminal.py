@@ -20,7 +20,7 @@ from minillm.inference import complete
 from minillm.inference.decoding_batch import Token
 from minillm.runtime import program, terminal
 from minillm.scripts import sample as script
-from minillm.training.metrics import Meter
+from minillm.training.reporter import Reporter
 
 ROOT = Path(__file__).resolve().parents[2]
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -82,13 +82,13 @@ def test_what_a_model_writes_cannot_steer_the_terminal(screen, tiny_run, monkeyp
     assert shown.count(r"\x1b[31m" + HARMLESS) == 2 and "\x1b" not in shown
 
 
-@pytest.mark.parametrize("say", ["meter", "ranks", "note", "complain"])
+@pytest.mark.parametrize("say", ["report", "ranks", "note", "complain"])
 def test_other_lines_cannot_either(screen, say, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stderr", screen.stream)
-    if say == "meter":
-        meter = Meter(tmp_path / "metrics.jsonl", 0, 2, 1.0, 1.0)
-        meter.close()
-        meter.say(WICKED)
+    if say == "report":
+        report = Reporter(tmp_path / "metrics.jsonl", 0, 2, 1.0, 1.0)
+        report.close()
+        report.say(WICKED)
     elif say == "ranks":
         Ranks().say(WICKED)
     elif say == "note":

@@ -8,17 +8,19 @@ Prints, as JSON, a digest of the weights after every step.
 import hashlib
 import json
 import sys
+from functools import partial
 
 from minillm.distributed.ranks import leave
 from minillm.model.gpt import GPT
 from minillm.runtime import program
 from minillm.runtime.launch import launched
 from minillm.scripts import train as script
+from minillm.training.steps import steps
 
 
 def main(rank: int, calls: set[int], value: float, flags: list[str]) -> int:
     """The exit code of the training."""
-    seen, digests, forward, around = [], [], GPT.forward, script.look_around
+    seen, digests, forward = [], [], GPT.forward
 
     def spoilt(self, *args, **kwargs):
         loss = forward(self, *args, **kwargs)
@@ -28,17 +30,18 @@ def main(rank: int, calls: set[int], value: float, flags: list[str]) -> int:
         bad = launched().rank == rank and len(seen) - 1 in calls
         return loss * value if bad else loss
 
-    def look_around(t, row):
-        digest = hashlib.sha256()
-        for _, p in sorted(t.model.named_parameters()):
-            p = p.full_tensor() if hasattr(p, "full_tensor") else p
-            assert p.isfinite().all()
-            digest.update(p.detach().numpy().tobytes())
-        digests.append(digest.hexdigest())
-        return around(t, row)
+    def watched(setup, state, *args):
+        for result in steps(setup, state, *args):
+            digest = hashlib.sha256()
+            for _, p in sorted(setup.model.named_parameters()):
+                p = p.full_tensor() if hasattr(p, "full_tensor") else p
+                assert p.isfinite().all()
+                digest.update(p.detach().numpy().tobytes())
+            digests.append(digest.hexdigest())
+            yield result
 
-    GPT.forward, script.look_around = spoilt, look_around
-    code = program.run("train.py", script.main, flags)
+    GPT.forward = spoilt
+    code = program.run("train.py", partial(script.main, steps=watched), flags)
     print(json.dumps(digests), flush=True)
     return code
 

@@ -20,7 +20,7 @@ from minillm.model.gpt import GPT
 from minillm.ops import EAGER
 from minillm.optim.build import state_kinds
 from minillm.planning.estimate import Job, memory as planned
-from minillm.training import recurrence_metrics as ladder
+from minillm.training import recurrence_metrics
 from minillm.training.evaluate import evaluate
 from tests.support.generating import generated
 from tests.support.sharding_toy import (
@@ -205,7 +205,7 @@ def judge(model: GPT, ranks: Ranks, count: int) -> list[float]:
 
 def climb(model: GPT, ranks: Ranks) -> list[float]:
     """What the ladder says, of three windows."""
-    found = ladder.measure(model, windows(3), 2, ranks)
+    found = recurrence_metrics.measure(model, windows(3), 2, ranks)
     return [*found["val_loss_at_r"].values(), found["state_growth"], found["token_correlation"]]
 
 

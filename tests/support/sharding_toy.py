@@ -22,7 +22,7 @@ from minillm.model.recurrence import state_keys
 from minillm.ops import EAGER
 from minillm.optim.build import recipes, set_learning_rate
 from minillm.optim.clip import clip_factor
-from minillm.training.steps import accumulate
+from minillm.training.gradients import accumulate
 from tests.support.zero_toy import Record
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16

@@ -14,7 +14,7 @@ from minillm.distributed.ranks import Ranks
 from minillm.distributed.strategies import shard
 from minillm.model.gpt import GPT
 from minillm.ops import EAGER
-from minillm.training.steps import compiled
+from minillm.training.setup import compiled
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = "--n-head 2 --d-model 16 --seq-len 16 --mlp gelu --position learned --qk-norm".split()

@@ -3,17 +3,20 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from minillm.checkpoint.run_folder import RunFolder
+from minillm.model.recurrence import state_keys
 from minillm.optim.loss_scale import start_scale
 from minillm.runtime.files import read_json
-from minillm.scripts import train as script
-from minillm.training import divergence as guard
-from minillm.training.divergence import Guard
+from minillm.training import divergence
+from minillm.training.divergence import DivergenceGuard
+from minillm.training.gradients import accumulate
+from minillm.training.steps import draw_recurrences, steps
 
 BROKEN, STEPS = 14, 30
 FLAGS = [
@@ -75,44 +78,44 @@ def test_a_resumed_run_is_the_undisturbed_one(train, tmp_path, whole, kind):
     assert len({row[4] for row in rows}) > 2  # the recurrence was drawn
 
 
-def no_weights(t) -> None:
-    next(iter(t.model.parameters())).data.mul_(1.0001)
+def no_weights(setup, state) -> None:
+    next(iter(setup.model.parameters())).data.mul_(1.0001)
 
 
-def no_moments(t) -> None:
-    for optimizer in t.sharding.optimizers:
-        for state in optimizer.state.values():
-            for x in state.values():
+def no_moments(setup, state) -> None:
+    for optimizer in setup.sharding.optimizers:
+        for kept in optimizer.state.values():
+            for x in kept.values():
                 x.zero_() if torch.is_tensor(x) and x.dim() else None
 
 
-def no_step_counts(t) -> None:
-    for optimizer in t.sharding.optimizers:
-        for state in optimizer.state.values():
-            if "step" in state:
-                state["step"] = torch.zeros_like(state["step"])
+def no_step_counts(setup, state) -> None:
+    for optimizer in setup.sharding.optimizers:
+        for kept in optimizer.state.values():
+            if "step" in kept:
+                kept["step"] = torch.zeros_like(kept["step"])
 
 
-def no_average(t) -> None:
-    for name, p in t.model.named_parameters():
-        t.average.weights[name].copy_(p.detach())
+def no_average(setup, state) -> None:
+    for name, p in setup.model.named_parameters():
+        state.average.weights[name].copy_(p.detach())
 
 
-def no_position(t) -> None:
-    t.progress.skipped = 1  # the batch after the one whose turn it is
+def no_position(setup, state) -> None:
+    state.progress.skipped = 1  # the batch after the one whose turn it is
 
 
-def no_schedule(t) -> None:
-    t.plan = replace(t.plan, pace=((0, 0.0), (STEPS, 0.9)))
+def no_schedule(setup, state) -> None:
+    state.schedule = replace(state.schedule, pace=((0, 0.0), (STEPS, 0.9)))
 
 
-def no_tokens(t) -> None:
-    t.progress.tokens = 0
+def no_tokens(setup, state) -> None:
+    state.progress.tokens = 0
 
 
-def no_scale(t) -> None:
-    t.scale = start_scale(torch.float16)
-    t.scale.value /= 4
+def no_scale(setup, state) -> None:
+    state.loss_scale = start_scale(torch.float16)
+    state.loss_scale.value /= 4
 
 
 ITEMS = [
@@ -124,68 +127,68 @@ ITEMS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, forget", ITEMS, ids=lambda x: getattr(x, "__name__", x))
-def test_whatever_is_forgotten_shows(train, tmp_path, whole, monkeypatch, kind, forget):
-    replan = script.replan
+def test_whatever_is_forgotten_shows(train, tmp_path, whole, kind, forget):
+    def forgetful(setup, state, *args):  # when all is taken from the checkpoint
+        forget(setup, state)
+        return steps(setup, state, *args)
 
-    def forgetful(t, *args):  # the last that a resumed run takes from its checkpoint
-        replan(t, *args)
-        forget(t)
-
-    monkeypatch.setattr(script, "replan", forgetful)
     run = broken_off(whole(kind), tmp_path / "run")
-    assert train("--resume", run) == 0
+    assert train("--resume", run, steps=forgetful) == 0
     assert outcome(run) != outcome(whole(kind))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["manual_seed", "recurrences", "state_keys"])
+@pytest.mark.parametrize("name", ["dropout", "recurrences", "keys"])
 def test_whatever_is_drawn_is_of_the_step(train, tmp_path, whole, monkeypatch, name):
     """Dropout, recurrence and start states: a resumed run that draws as at its start is seen."""
-    run = broken_off(whole("muon"), tmp_path / "run")
-    if name == "manual_seed":
+    run, replaced = broken_off(whole("muon"), tmp_path / "run"), {}
+    if name == "dropout":
         monkeypatch.setattr(torch, "manual_seed", lambda seed: None)
-    elif name == "recurrences":
-        drawn = script.recurrences
-
-        def as_at_the_start(t):
-            t.progress.skipped -= BROKEN
-            found = drawn(t)
-            t.progress.skipped += BROKEN
-            return found
-
-        monkeypatch.setattr(script, "recurrences", as_at_the_start)
     else:
-        keys = script.state_keys
-        monkeypatch.setattr(script, "state_keys", lambda seed, n: keys(seed, n - BROKEN * 4))
-    assert train("--resume", run) == 0
+        replaced["steps"] = partial(drawing_as_at_the_start, name)
+    assert train("--resume", run, **replaced) == 0
     assert outcome(run) != outcome(whole("muon"))
+
+
+def drawing_as_at_the_start(name, setup, state, *args):
+    """The steps, with the recurrences or the keys of the batch BROKEN steps before each."""
+    config = setup.config
+
+    def wrong(sharding, tokens, targets, keys, micro_batch, recurrences, *rest):
+        at = state.progress.position - BROKEN
+        if name == "keys":
+            first = at * config.batch_size
+            keys = state_keys(config.seed, torch.arange(first, first + len(keys)))
+        else:
+            recurrences = draw_recurrences(config, setup.model.config, at, state.share_done)
+        return accumulate(sharding, tokens, targets, keys, micro_batch, recurrences, *rest)
+
+    return steps(setup, state, *args, accumulate=wrong)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("forgotten", [False, True])
 def test_the_history_of_norms_is_kept(train, tmp_path, monkeypatch, forgotten):
     """A spike after the break is a spike because of what was before it."""
-    monkeypatch.setattr(guard, "ENOUGH", 16)
-    whole, restore = script.accumulate, script.restore
+    monkeypatch.setattr(divergence, "ENOUGH", 16)
 
     def spiked(sharding, *args):
-        loss = whole(sharding, *args)
+        loss = accumulate(sharding, *args)
         if len(calls) == 20:
             for p in sharding.parameters.values():
                 p.grad = None if p.grad is None else p.grad * 1e4
         calls.append(1)
         return loss
 
-    def forgetful(t, *args):
-        restore(t, *args)
-        t.guard = Guard() if forgotten else t.guard
+    def spiking(setup, state, *args):
+        if forgotten:
+            state.divergence = DivergenceGuard()
+        return steps(setup, state, *args, accumulate=spiked)
 
-    monkeypatch.setattr(script, "accumulate", spiked)
-    monkeypatch.setattr(script, "restore", forgetful)
     calls = []
-    assert train("--out", tmp_path / "whole", *FLAGS, *KINDS["adamw"]) == 0
+    assert train("--out", tmp_path / "whole", *FLAGS, *KINDS["adamw"], steps=spiking) == 0
     assert len((tmp_path / "whole/bad-steps.jsonl").read_text().splitlines()) == 1
     run = broken_off(tmp_path / "whole", tmp_path / "run")
     calls = [1] * BROKEN
-    assert train("--resume", run) == 0
+    assert train("--resume", run, steps=spiking) == 0
     assert (outcome(run) == outcome(tmp_path / "whole")) != forgotten

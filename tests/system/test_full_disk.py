@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,6 @@ import pytest
 from minillm.checkpoint import write as saving
 from minillm.checkpoint.find import open_checkpoint
 from minillm.checkpoint.run_folder import RunFolder
-from minillm.training import recovery as mishaps, state as training
 
 ROOT = Path(__file__).resolve().parents[2]
 EACH = ["--save-every", "2", "--eval-every", "0", "--keep-last", "9"]
@@ -19,10 +19,12 @@ EACH = ["--save-every", "2", "--eval-every", "0", "--keep-last", "9"]
 
 @pytest.fixture
 def full_at(monkeypatch):
-    """full_at(*steps): at these the disk is full, in the middle of a checkpoint."""
+    """full_at(*steps) -> what writes checkpoints on a disk that is full at these steps, in the
+    middle of a checkpoint.
+    """
 
-    def set_full(*steps: int) -> None:
-        write, save = saving.write_whole, training.save
+    def set_full(*steps: int) -> Callable:
+        write = saving.write_whole
 
         def full(path, pieces):
             if "optimizer" in path.name and now[0] in steps:
@@ -30,20 +32,20 @@ def full_at(monkeypatch):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as a write does
             return write(path, pieces)
 
-        def noted(t):
-            now[0] = t.progress.step
-            save(t)
+        def noted(run, step, *rest):
+            now[0] = step
+            return saving.save(run, step, *rest)
 
         now = [0]
         monkeypatch.setattr(saving, "write_whole", full)
-        monkeypatch.setattr(mishaps, "save", noted)
+        return noted
 
     return set_full
 
 
 def test_training_goes_on_and_saves_when_it_can(train, tmp_path, full_at, capfd):
-    full_at(4, 6)
-    assert train("--out", tmp_path / "run", *EACH, "--steps", "10") == 0
+    flags = [*EACH, "--steps", "10"]
+    assert train("--out", tmp_path / "run", *flags, write=full_at(4, 6)) == 0
     assert sorted(RunFolder(tmp_path / "run").checkpoints()) == [2, 8, 10]
     assert open_checkpoint(tmp_path / "run").step == 10
     said = [line for line in capfd.readouterr().err.splitlines() if "not saved" in line]
@@ -55,17 +57,16 @@ def test_training_goes_on_and_saves_when_it_can(train, tmp_path, full_at, capfd)
 
 
 def test_three_times_in_a_row_are_enough(train, tmp_path, full_at, capfd):
-    full_at(4, 6, 8)
-    assert train("--out", tmp_path / "run", *EACH, "--steps", "20") == 5
+    flags, full = [*EACH, "--steps", "20"], full_at(4, 6, 8)
+    assert train("--out", tmp_path / "run", *flags, write=full) == 5
     last = capfd.readouterr().err.splitlines()[-1]
     assert last.startswith("train.py: error: ") and last.endswith(": No space left on device")
     assert sorted(RunFolder(tmp_path / "run").checkpoints()) == [2]
-    assert train("--resume", tmp_path / "run", "--steps", "3") == 0
+    assert train("--resume", tmp_path / "run", "--steps", "3", write=full) == 0
 
 
 def test_the_last_checkpoint_must_be_saved(train, tmp_path, full_at, capfd):
-    full_at(8)
-    assert train("--out", tmp_path / "run", *EACH) == 5
+    assert train("--out", tmp_path / "run", *EACH, write=full_at(8)) == 5
     assert capfd.readouterr().err.splitlines()[-1].endswith(": No space left on device")
     assert sorted(RunFolder(tmp_path / "run").checkpoints()) == [2, 4, 6]
     assert open_checkpoint(tmp_path / "run").step == 6
@@ -75,15 +76,17 @@ def test_the_last_checkpoint_must_be_saved(train, tmp_path, full_at, capfd):
 def test_a_step_that_never_ends(tmp_path, text_file):
     """A process of its own, which ends with 7 and the stacks, and whose run goes on."""
     script = (
-        "import sys, time\nfrom minillm.runtime import program\n"
+        "import sys, time\nfrom functools import partial\n"
+        "from minillm.runtime import program\n"
         "from minillm.scripts import train as script\n"
-        "whole, calls = script.accumulate, []\n"
+        "from minillm.training.steps import accumulate, steps\n"
+        "calls = []\n"
         "def hanging(*args):\n"
         "    calls.append(1)\n"
         "    if len(calls) == 6: time.sleep(600)\n"
-        "    return whole(*args)\n"
-        "script.accumulate = hanging\n"
-        "sys.exit(program.run('train.py', script.main, sys.argv[1:]))"
+        "    return accumulate(*args)\n"
+        "main = partial(script.main, steps=partial(steps, accumulate=hanging))\n"
+        "sys.exit(program.run('train.py', main, sys.argv[1:]))"
     )
     flags = [
         "--data", str(text_file), "--cache-dir", str(tmp_path / "cache"), "--tokenizer", "byte",

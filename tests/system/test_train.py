@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,9 +27,10 @@ from minillm.inference.generate import generate
 from minillm.model.gpt import GPT
 from minillm.ops import EAGER
 from minillm.runtime import files as storage
-from minillm.scripts import train as script
-from minillm.training import microbatch, setup as startup
+from minillm.training import begin, microbatch
 from minillm.training.evaluate import evaluate
+from minillm.training.gradients import accumulate
+from minillm.training.steps import steps
 from tests.conftest import SAMPLED
 from tests.support.broad import broad
 
@@ -139,7 +141,7 @@ def test_the_device_of_a_config_file_picks_the_preset(
 ):
     """The one that the command line names comes before it."""
     pick = {"auto": "cpu"}
-    monkeypatch.setattr(startup.world, "pick_device", lambda n: torch.device(pick.get(n, n)))
+    monkeypatch.setattr(begin.device, "pick_device", lambda n: torch.device(pick.get(n, n)))
     path = tmp_path / "a.json"
     path.write_text(json.dumps({"device": device, "steps": 3}))
     for flags, expected in (([], preset), (["--device", "cpu"], "nano")):
@@ -242,7 +244,7 @@ def test_micro_batches_give_the_gradient_of_the_batch():
     for micro in (4, 2, 1, 3):
         model.zero_grad()
         alone = shard(model, [], Ranks())
-        loss = script.accumulate(alone, tokens, targets, torch.zeros(4), micro, [None])
+        loss = accumulate(alone, tokens, targets, torch.zeros(4), micro, [None])
         found[micro] = [loss.double(), *(p.grad.clone() for p in model.parameters())]
     logp = model(tokens).log_softmax(-1)[targets != -100]
     direct = -logp.gather(-1, targets[targets != -100][:, None]).mean()
@@ -312,16 +314,15 @@ def test_early_stop(train, tmp_path, capfd):
     assert max(metrics(tmp_path / "run")) == 9
 
 
-def test_the_best_checkpoint_is_kept(train, tmp_path, monkeypatch):
-    def judged(t, batches, to_the_end=True):
-        return {"val_loss": 1.0 + abs(t.progress.step - 6), "val_bpb": 1.0}
+def test_the_best_checkpoint_is_kept(train, tmp_path):
+    def evaluate(setup, state, *args, **options):
+        return {"val_loss": 1.0 + abs(state.progress.step - 6), "val_bpb": 1.0}
 
-    monkeypatch.setattr(script, "judge", judged)
     flags = ["--steps", "12", "--eval-every", "2", "--keep-last", "1"]
-    assert train("--out", tmp_path / "run", *flags) == 0
+    assert train("--out", tmp_path / "run", *flags, evaluate=evaluate) == 0
     assert open_checkpoint(tmp_path / "run", "best").step == 6
     assert steps_kept(tmp_path / "run") == [6, 12]
-    assert train("--out", tmp_path / "none", *flags, "--no-keep-best") == 0
+    assert train("--out", tmp_path / "none", *flags, "--no-keep-best", evaluate=evaluate) == 0
     assert steps_kept(tmp_path / "none") == [12]
 
 
@@ -402,15 +403,15 @@ def test_a_config_file_decides_and_flags_overrule_it(train, tmp_path):
     assert config["model"]["d_ff"] == 24 and config["model"]["position"] == "none"
 
 
-def test_a_loss_that_is_not_finite_costs_one_step(train, tmp_path, monkeypatch, capfd):
-    whole, calls = script.accumulate, []
+def test_a_loss_that_is_not_finite_costs_one_step(train, tmp_path, capfd):
+    calls = []
 
     def spoilt(*args):
         calls.append(1)
-        return whole(*args) * (math.nan if len(calls) == 6 else 1)
+        return accumulate(*args) * (math.nan if len(calls) == 6 else 1)
 
-    monkeypatch.setattr(script, "accumulate", spoilt)
-    assert train("--out", tmp_path / "run", "--save-every", "5", "--no-keep-best") == 0
+    flags, spoiling = ["--save-every", "5", "--no-keep-best"], partial(steps, accumulate=spoilt)
+    assert train("--out", tmp_path / "run", *flags, steps=spoiling) == 0
     assert "warning   step 6 left out: loss nan" in capfd.readouterr().err
     weights = [
         load_file(f"{tmp_path}/run/checkpoints/step-{step:08d}/model-00001-of-00001.safetensors")

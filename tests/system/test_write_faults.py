@@ -20,7 +20,7 @@ from minillm.config.train import ModelConfig
 from minillm.data import prepare as corpus, shards
 from minillm.data.tokenizer import train_tokenizer
 from minillm.runtime.files import bytes_digest
-from minillm.training.metrics import Meter
+from minillm.training.reporter import Reporter
 from tests.support.faults import attempt, calls_of, points
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="each fault has its own process")
@@ -195,13 +195,13 @@ def test_the_log_is_cut_back_or_whole(tmp_path, capsys):
     def check(run: Path, outcome: str) -> None:
         text = (run / "metrics.jsonl").read_text()
         assert text in ("".join(rows[:4]), "".join(rows) + '{"step')
-        Meter(run / "metrics.jsonl", 4, 9, 1.0, 1.0).close()
+        Reporter(run / "metrics.jsonl", 4, 9, 1.0, 1.0).close()
         assert (run / "metrics.jsonl").read_text() == "".join(rows[:4])
         tidy(run)
         assert [path.name for path in run.iterdir()] == ["metrics.jsonl"]
 
     def cut(run: Path) -> None:
-        Meter(run / "metrics.jsonl", 4, 9, 1.0, 1.0).close()
+        Reporter(run / "metrics.jsonl", 4, 9, 1.0, 1.0).close()
 
     assert inject(tmp_path, before, cut, check, capsys) >= 45
 

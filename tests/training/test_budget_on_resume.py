@@ -4,10 +4,9 @@ import pytest
 
 from minillm.checkpoint.find import open_checkpoint
 from minillm.runtime.launch import World
-from minillm.scripts import train as script
 from tests.support.broad import broad
 from tests.system.test_train import metrics
-from tests.training.test_stopping import Killed, killed
+from tests.training.test_stopping import Killed, killed, stepping
 
 NO_EVALUATION = ["--eval-every", "0", "--val-fraction", "0"]
 
@@ -46,26 +45,22 @@ def test_however_little_time_is_asked_for_there_is_a_step(train, timed):
 
 
 @broad("again", [[], ["--time-limit", "0.6s"]])
-def test_more_time_outlives_a_kill_and_is_granted_once_by_a_launch(
-    train, timed, monkeypatch, again
-):
+def test_more_time_outlives_a_kill_and_is_granted_once_by_a_launch(train, timed, again):
     """Resumed by hand without the flag, or by torchrun, which repeats all flags."""
     before = state_of(timed)["progress"]["trained_s"]
     for attempt in (0, 1):
         world = World(attempt=attempt, launch="that one")
-        monkeypatch.setattr(script, "named", lambda world, found=world: found)
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(script, "accumulate", killed)
-            train("--resume", timed, *(again if attempt else ["--time-limit", "0.6s"]))
+        words = again if attempt else ["--time-limit", "0.6s"]
+        with pytest.raises(Killed):
+            train("--resume", timed, *words, world=world, steps=stepping(killed))
         assert state_of(timed)["timed_from"] == before
-    assert train("--resume", timed, *again) == 0
+    assert train("--resume", timed, *again, world=world) == 0
     state = state_of(timed)
     assert (state["timed_from"], state["settings"]["time_limit"]) == (before, 0.6)
     assert state["progress"]["trained_s"] > before + 0.4
     # Another launch is another wish.
-    monkeypatch.setattr(script, "named", lambda world: World(launch="another"))
-    now = state_of(timed)["progress"]["trained_s"]
-    assert train("--resume", timed, "--time-limit", "0.1s") == 0
+    now, another = state_of(timed)["progress"]["trained_s"], World(launch="another")
+    assert train("--resume", timed, "--time-limit", "0.1s", world=another) == 0
     assert state_of(timed)["timed_from"] == now
 
 

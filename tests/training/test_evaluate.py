@@ -12,7 +12,7 @@ from minillm.distributed.ranks import Ranks
 from minillm.model.gpt import GPT
 from minillm.model.recurrence import state_keys
 from minillm.ops import EAGER
-from minillm.training import recurrence_metrics as ladder
+from minillm.training import recurrence_metrics
 from minillm.training.evaluate import Evaluation, evaluate
 
 
@@ -80,7 +80,7 @@ def test_start_states_are_those_of_each_window(corpus):
     assert told[2] != pytest.approx(float(model(tokens, targets, 2, others)), abs=1e-4)
     for batch_size in (3, 7):
         assert evaluate(model, windows, batch_size).loss == pytest.approx(told[2], abs=2e-6)
-        found = ladder.measure(model, windows, batch_size)["val_loss_at_r"]
+        found = recurrence_metrics.measure(model, windows, batch_size)["val_loss_at_r"]
         assert found == pytest.approx({str(r): loss for r, loss in told.items()}, abs=2e-6)
 
 
@@ -92,4 +92,6 @@ def test_sums_need_no_fp64_on_mps(corpus):
     windows = evaluation_windows(corpus, "val", 16, 4)
     assert mac.minimum(3.0) == 3.0
     assert evaluate(model, windows, 2, mac) == evaluate(model, windows, 2)
-    assert ladder.measure(model, windows, 2, mac) == ladder.measure(model, windows, 2)
+    assert recurrence_metrics.measure(model, windows, 2, mac) == recurrence_metrics.measure(
+        model, windows, 2
+    )

@@ -5,14 +5,13 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import torch
 
 from minillm.checkpoint.find import load_run, open_checkpoint
 from minillm.checkpoint.run_folder import RunFolder
-from minillm.data.batches import Batches
-from minillm.scripts import train as script
-from minillm.training import recovery as mishaps, state as training
+from minillm.checkpoint.write import save
+from minillm.model.gpt import GPT
+from minillm.training.steps import accumulate, steps
 from tests.support.broad import broad
 
 LAYER = "blocks.0.mlp.down.weight"
@@ -30,43 +29,44 @@ def weights_of(model) -> dict[str, torch.Tensor]:
 
 
 class Injector:
-    """Spoils gradients where `when` says so, and keeps the weights after every step.
+    """Steps for `train(steps=...)` that spoil gradients where `when` says so.
 
     when(position) -> what gradients of LAYER are set to, or None.
+    after(state, model): called after each step.
+    positions, weights: the batches that were read, and the weights after each step.
     """
 
     def __init__(
-        self, monkeypatch: pytest.MonkeyPatch, when: Callable[[int], float | None]
+        self,
+        when: Callable[[int], float | None] = lambda position: None,
+        after: Callable = lambda state, model: None,
     ) -> None:
-        self.when, self.positions, self.weights = when, [], [{}]
-        self.whole, self.around = script.accumulate, script.look_around
-        self.read = Batches.batch
-        monkeypatch.setattr(script, "accumulate", self.accumulate)
-        monkeypatch.setattr(script, "look_around", self.look_around)
-        monkeypatch.setattr(Batches, "batch", lambda *args: self.batch(*args))
+        self.when, self.after, self.positions, self.weights = when, after, [], [{}]
 
-    def batch(self, batches, step, rank=0):
-        self.coming = step
-        return self.read(batches, step, rank)
+    def __call__(self, setup, state, *args):
+        def spoilt(sharding, *batch):
+            loss = accumulate(sharding, *batch)
+            self.positions.append(state.progress.position)
+            self.before_step(sharding)
+            value = self.when(state.progress.position)
+            if value is not None:
+                sharding.parameters[LAYER].grad.fill_(value)
+            return loss
 
-    def accumulate(self, sharding, *args):
-        loss = self.whole(sharding, *args)
-        self.positions.append(self.coming)
-        value = self.when(self.coming)
-        if value is not None:
-            sharding.parameters[LAYER].grad.fill_(value)
-        return loss
+        for result in steps(setup, state, *args, accumulate=spoilt):
+            self.weights.append(weights_of(setup.model))
+            self.after(state, setup.model)
+            yield result
 
-    def look_around(self, t, row):
-        self.weights.append(weights_of(t.model))
-        return self.around(t, row)
+    def before_step(self, sharding):
+        """Look at the gradients and the optimisers, which have not stepped yet."""
 
 
 @broad("value", [math.nan, math.inf, -math.inf, 1e30], quick=(0, 3))
 @broad("bad", [{0}, {5}, {3, 4}], quick=(2,))
-def test_a_bad_step_moves_nothing_and_is_told(train, tmp_path, monkeypatch, capfd, bad, value):
-    injected = Injector(monkeypatch, lambda position: value if position in bad else None)
-    assert train("--out", tmp_path / "run", *FLAGS) == 0
+def test_a_bad_step_moves_nothing_and_is_told(train, tmp_path, capfd, bad, value):
+    injected = Injector(lambda position: value if position in bad else None)
+    assert train("--out", tmp_path / "run", *FLAGS, steps=injected) == 0
     assert len(injected.weights) == 9
     for step in range(1, 8):
         moved = any(
@@ -92,9 +92,9 @@ def test_a_bad_step_moves_nothing_and_is_told(train, tmp_path, monkeypatch, capf
         assert all((row["grad_norm"] is None) == (row["step"] - 1 in bad) for row in rows)
 
 
-def test_the_sequences_of_a_bad_step_are_kept(train, tmp_path, monkeypatch, text_file):
-    Injector(monkeypatch, lambda position: math.nan if position == 2 else None)
-    assert train("--out", tmp_path / "run", *FLAGS) == 0
+def test_the_sequences_of_a_bad_step_are_kept(train, tmp_path, text_file):
+    injected = Injector(lambda position: math.nan if position == 2 else None)
+    assert train("--out", tmp_path / "run", *FLAGS, steps=injected) == 0
     (record,) = map(json.loads, (tmp_path / "run/bad-steps.jsonl").open())
     assert len(record["sequences"]) == 4 and record["position"] == 2 and record["grad_norm"] is None
     text = text_file.read_text()
@@ -102,7 +102,7 @@ def test_the_sequences_of_a_bad_step_are_kept(train, tmp_path, monkeypatch, text
 
 
 def test_nan_in_one_micro_batch_of_several(train, tmp_path, monkeypatch, capfd):
-    calls, whole = [], script.GPT.forward
+    calls, whole = [], GPT.forward
 
     def forward(self, *args, **kwargs):
         loss = whole(self, *args, **kwargs)
@@ -111,7 +111,7 @@ def test_nan_in_one_micro_batch_of_several(train, tmp_path, monkeypatch, capfd):
             return loss * (math.nan if len(calls) == 7 else 1)
         return loss
 
-    monkeypatch.setattr(script.GPT, "forward", forward)
+    monkeypatch.setattr(GPT, "forward", forward)
     assert train("--out", tmp_path / "run", *FLAGS, "--micro-batch-size", "2") == 0
     assert "left out: loss nan" in capfd.readouterr().err
     model = load_run(tmp_path / "run")[0]
@@ -121,9 +121,9 @@ def test_nan_in_one_micro_batch_of_several(train, tmp_path, monkeypatch, capfd):
 ROLLED = [*FLAGS, "--steps", "40", "--save-every", "4", "--keep-last", "3", "--schedule", "wsd"]
 
 
-def test_ten_in_a_row_go_back_and_skip_the_data(train, tmp_path, monkeypatch, capfd):
-    injected = Injector(monkeypatch, lambda n: math.nan if 12 <= n < 60 else None)
-    assert train("--out", tmp_path / "run", *ROLLED) == 0
+def test_ten_in_a_row_go_back_and_skip_the_data(train, tmp_path, capfd):
+    injected = Injector(lambda n: math.nan if 12 <= n < 60 else None)
+    assert train("--out", tmp_path / "run", *ROLLED, steps=injected) == 0
     err = capfd.readouterr().err
     assert err.count("left out: ") == 10
     assert (
@@ -145,32 +145,27 @@ def test_ten_in_a_row_go_back_and_skip_the_data(train, tmp_path, monkeypatch, ca
     )
 
 
-def test_a_roll_back_killed_before_it_saves_happens_again(train, tmp_path, monkeypatch):
-    def when(n):
-        return math.nan if 12 <= n < 60 else None
-
-    Injector(monkeypatch, when)
-    assert train("--out", tmp_path / "whole", *ROLLED) == 0
+def test_a_roll_back_killed_before_it_saves_happens_again(train, tmp_path):
+    injected = Injector(lambda n: math.nan if 12 <= n < 60 else None)
+    assert train("--out", tmp_path / "whole", *ROLLED, steps=injected) == 0
     saves = []
 
-    def save(t):
-        saves.append(t.progress.step)
-        if t.guard.rollbacks:
+    def killed(run, step, tensors, state, ranks):
+        saves.append(step)
+        if state["guard"]["rollbacks"]:
             raise KeyboardInterrupt  # the first after the roll-back
-        training.save(t)
+        return save(run, step, tensors, state, ranks)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(mishaps, "save", save)
-        assert train("--out", tmp_path / "run", *ROLLED) == 130
+    assert train("--out", tmp_path / "run", *ROLLED, steps=injected, write=killed) == 130
     assert saves[-1] == 16 and sorted(RunFolder(tmp_path / "run").checkpoints()) == [12]
-    assert train("--resume", tmp_path / "run") == 0
+    assert train("--resume", tmp_path / "run", steps=injected) == 0
     runs = [weights_of(load_run(tmp_path / name)[0]) for name in ("whole", "run")]
     assert all(torch.equal(x, runs[1][n]) for n, x in runs[0].items())
 
 
-def test_the_fourth_time_it_is_over(train, tmp_path, monkeypatch, capfd):
-    injected = Injector(monkeypatch, lambda n: math.inf if n >= 6 else None)
-    assert train("--out", tmp_path / "run", *ROLLED) == 6
+def test_the_fourth_time_it_is_over(train, tmp_path, capfd):
+    injected = Injector(lambda n: math.inf if n >= 6 else None)
+    assert train("--out", tmp_path / "run", *ROLLED, steps=injected) == 6
     last = capfd.readouterr().err.splitlines()[-1]
     assert last.startswith("train.py: error: step ") and "diverged again after 3 roll-backs" in last
     assert "--learning-rate" in last
@@ -180,25 +175,22 @@ def test_the_fourth_time_it_is_over(train, tmp_path, monkeypatch, capfd):
     assert load_run(tmp_path / "run")
 
 
-def test_without_a_checkpoint_the_weights_stay(train, tmp_path, monkeypatch, capfd):
-    injected = Injector(monkeypatch, lambda n: math.nan if 3 <= n < 30 else None)
-    assert train("--out", tmp_path / "run", *FLAGS, "--steps", "16") == 0
+def test_without_a_checkpoint_the_weights_stay(train, tmp_path, capfd):
+    injected = Injector(lambda n: math.nan if 3 <= n < 30 else None)
+    assert train("--out", tmp_path / "run", *FLAGS, "--steps", "16", steps=injected) == 0
     assert "going on from the weights as they are, with the text from batch 213" in (
         capfd.readouterr().err
     )
     assert injected.positions == [*range(13), 213, 214, 215]
 
 
-def test_weights_that_are_not_finite_are_never_saved(train, tmp_path, monkeypatch, capfd):
-    around = script.look_around
+def test_weights_that_are_not_finite_are_never_saved(train, tmp_path, capfd):
+    def spoil(state, model):
+        if state.progress.step == 8 and not state.divergence.rollbacks:
+            model.head.weight.data[0, 0] = math.inf
 
-    def spoil(t, row):
-        if t.progress.step == 8 and not t.guard.rollbacks:
-            t.model.head.weight.data[0, 0] = math.inf
-        return around(t, row)
-
-    monkeypatch.setattr(script, "look_around", spoil)
-    assert train("--out", tmp_path / "run", *FLAGS, "--steps", "12", "--save-every", "4") == 0
+    flags = [*FLAGS, "--steps", "12", "--save-every", "4"]
+    assert train("--out", tmp_path / "run", *flags, steps=Injector(after=spoil)) == 0
     err = capfd.readouterr().err
     assert "head.weight" in err and "going on from step 4" in err
     for step in RunFolder(tmp_path / "run").checkpoints():

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -19,8 +20,12 @@ from minillm.model.recurrence import draw, state_keys
 from minillm.model.size import flops_per_token
 from minillm.ops import EAGER
 from minillm.runtime import device as world, program
-from minillm.scripts import sample, train as script
-from minillm.training import recurrence_metrics as ladder, state as training, validation
+from minillm.scripts import sample
+from minillm.training import recurrence_metrics, steps as training_steps, validation
+from minillm.training.gradients import accumulate
+from minillm.training.reporter import Reporter
+from minillm.training.setup import compiled
+from minillm.training.steps import draw_recurrences, mean_flops, steps
 from tests.support.broad import broad
 
 FLAGS = ("--recurrent", "1,1,1", "--mean-recurrence", "3", "--recurrence-groups", "2")
@@ -40,7 +45,7 @@ def test_gradients_do_not_depend_on_the_micro_batch():
     keys, rounds, found = state_keys(3, torch.arange(6)), [1, 4, 2], []
     for micro in (6, 2, 1):
         model.zero_grad()
-        loss = script.accumulate(shard(model, [], Ranks()), tokens, targets, keys, micro, rounds)
+        loss = accumulate(shard(model, [], Ranks()), tokens, targets, keys, micro, rounds)
         found.append([loss.double(), *(p.grad.clone() for p in model.parameters())])
     model.zero_grad()
     total = 0.0
@@ -79,32 +84,28 @@ def test_draws_are_the_published_function_of_the_step(train, tmp_path):
     assert len(set(told)) > 2
 
 
-def test_start_states_are_a_function_of_seed_and_sample(train, tmp_path, monkeypatch):
+def test_start_states_are_a_function_of_seed_and_sample(train, tmp_path):
     """The samples are numbered over all steps, also where a run is resumed."""
-    seen, plain = [], script.accumulate
+    seen = []
 
-    def noted(forward, tokens, targets, keys, *rest):
+    def noted(sharding, tokens, targets, keys, *rest):
         seen.append(keys.tolist())
-        return plain(forward, tokens, targets, keys, *rest)
+        return accumulate(sharding, tokens, targets, keys, *rest)
 
-    monkeypatch.setattr(script, "accumulate", noted)
-    run = tmp_path / "run"
-    assert train("--out", run, "--steps", "3", "--seed", "5", *FLAGS, *QUIET) == 0
-    assert train("--resume", run, "--steps", "5") == 0
+    run, noting = tmp_path / "run", partial(steps, accumulate=noted)
+    assert train("--out", run, "--steps", "3", "--seed", "5", *FLAGS, *QUIET, steps=noting) == 0
+    assert train("--resume", run, "--steps", "5", steps=noting) == 0
     assert seen == [state_keys(5, torch.arange(4 * s, 4 * s + 4)).tolist() for s in range(5)]
 
 
 def test_the_curriculum_takes_a_quarter(monkeypatch):
     """From 1 to the mean, linearly in the share of the run; without it the mean all along."""
-    monkeypatch.setattr(training, "draw", lambda seed, step, groups, mean, most: mean)
+    monkeypatch.setattr(training_steps, "draw", lambda seed, step, groups, mean, most: mean)
     shape = ModelConfig(vocab_size=13, n_head=2, d_model=16, recurrent="1,1,1", mean_recurrence=9)
 
     def mean_at(step: int, curriculum: bool) -> float:
-        return training.recurrences(SimpleNamespace(
-            config=TrainConfig(recurrence_curriculum=curriculum),
-            model=SimpleNamespace(config=shape), progress=training.Progress(step),
-            plan=SimpleNamespace(progress=lambda step: step / 100),
-        ))  # fmt: skip
+        config = TrainConfig(recurrence_curriculum=curriculum)
+        return draw_recurrences(config, shape, step, step / 100)
 
     assert [mean_at(step, True) for step in (0, 5, 20, 25, 26, 99)] == pytest.approx(
         [1, 1 + 8 / 5, 1 + 8 * 4 / 5, 9, 9, 9]
@@ -113,7 +114,7 @@ def test_the_curriculum_takes_a_quarter(monkeypatch):
 
 
 def test_what_is_reported(train, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(ladder, "IGNORED", 99.0)
+    monkeypatch.setattr(recurrence_metrics, "LEAST_GAIN", 99.0)
     monkeypatch.setattr(validation, "GROWN", 0)
     assert train("--out", tmp_path / "run", *FLAGS) == 0
     err = capfd.readouterr().err
@@ -130,59 +131,60 @@ def test_flops_follow_the_draws():
     shape = ModelConfig(vocab_size=13, seq_len=8, n_head=2, d_model=16, recurrent="1,1,1",
                         mean_recurrence=4, backprop_depth=2)  # fmt: skip
     each = [flops_per_token(shape, r) for r in (1, 5)]
-    assert script.mean_flops(shape, [1, 5]) == sum(each) / 2 and each[1] > 1.5 * each[0]
+    assert mean_flops(shape, [1, 5]) == sum(each) / 2 and each[1] > 1.5 * each[0]
     plain = ModelConfig(vocab_size=13, seq_len=8, n_head=2, d_model=16, n_layer=2)
-    assert script.mean_flops(plain, [None]) == flops_per_token(plain)
+    assert mean_flops(plain, [None]) == flops_per_token(plain)
 
 
 # The alarms.
 
 
-def test_rungs():
-    assert ladder.rungs(1) == [1, 2, 4] and ladder.rungs(8) == [1, 2, 4, 8, 16, 32]
-    assert ladder.rungs(6) == [1, 2, 4, 6, 12, 24]
+def test_evaluated_recurrences():
+    found = [recurrence_metrics.evaluated_recurrences(mean) for mean in (1, 6, 8)]
+    assert found == [[1, 2, 4], [1, 2, 4, 6, 12, 24], [1, 2, 4, 8, 16, 32]]
 
 
 def test_correlation():
     numbers = torch.Generator().manual_seed(0)
     apart = torch.randn(3, 50, 400, generator=numbers)
-    assert abs(ladder.correlation(apart)) < 0.01
+    assert abs(recurrence_metrics.correlation(apart)) < 0.01
     alike = torch.randn(3, 1, 400, generator=numbers).expand(3, 50, 400)
-    assert ladder.correlation(alike) == pytest.approx(1, abs=1e-4)
-    assert 0.4 < ladder.correlation(alike + apart) < 0.6
+    assert recurrence_metrics.correlation(alike) == pytest.approx(1, abs=1e-4)
+    assert 0.4 < recurrence_metrics.correlation(alike + apart) < 0.6
 
 
 def test_alarms():
     sound = {"val_loss_at_r": {"1": 3.0, "4": 2.5}, "token_correlation": 0.3, "state_growth": 1.0}
-    assert ladder.alarms(sound, 4) == {}
+    assert recurrence_metrics.alarms(sound, 4) == {}
     for change, kind, words in (
         ({"token_correlation": 0.95}, "collapsed", "has collapsed"),
         ({"val_loss_at_r": {"1": 3.0, "4": 2.99}}, "ignored", "hardly used"),
         ({"state_growth": 40.0}, "growing", "grows 40.0 times from 4 to 16"),
     ):
-        alarms = ladder.alarms({**sound, **change}, 4)
+        alarms = recurrence_metrics.alarms({**sound, **change}, 4)
         assert list(alarms) == [kind] and words in alarms[kind]
 
 
 def test_losses_by_recurrence_are_of_the_windows_of_the_evaluation():
     """Their differences are measured on a part of it; the one at the mean is the evaluation's."""
     found = {"val_loss_at_r": {"1": 3.5, "4": 3.0, "8": 2.75}, "state_growth": 1.0}
-    moved = ladder.anchored(found, 4, 3.3)
+    moved = recurrence_metrics.anchored(found, 4, 3.3)
     assert moved["val_loss_at_r"]["4"] == 3.3 and moved["state_growth"] == 1.0
     assert moved["val_loss_at_r"] == pytest.approx({"1": 3.8, "4": 3.3, "8": 3.05})
-    assert ladder.anchored({}, 4, 3.3) == {}
-    line = ladder.line({"val_loss_at_r": {"1": 3.8, "4": 3.3, "8": 3.05}}, 4)
+    assert recurrence_metrics.anchored({}, 4, 3.3) == {}
+    line = recurrence_metrics.line({"val_loss_at_r": {"1": 3.8, "4": 3.3, "8": 3.05}}, 4)
     assert line == "loss at r 1: 3.800  4: 3.300 (mean)  8: 3.050"
 
 
-def told(step: int, row: dict, tokens: int = 0, warned: set | None = None) -> list[str]:
+def told(step: int, row: dict, tokens: int = 0, report: Reporter | None = None) -> list[str]:
     """The warnings after `step` of 100 steps of a model of ten parameters."""
-    model = SimpleNamespace(config=SimpleNamespace(mean_recurrence=4))
-    at, plan = SimpleNamespace(step=step, tokens=tokens), SimpleNamespace(steps=100)
-    warned = set() if warned is None else warned
-    t = SimpleNamespace(progress=at, plan=plan, model=model, warned=warned)
+    setup = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(mean_recurrence=4)))
+    progress, schedule = SimpleNamespace(step=step, tokens=tokens), SimpleNamespace(steps=100)
+    state = SimpleNamespace(progress=progress, schedule=schedule)
+    report, lines = report or Reporter(None, 0, 100, 1.0, 1.0), []
+    report.say = lines.append
     with mock.patch.object(validation, "n_parameters", lambda config: 10):
-        lines = validation.findings(t, row)
+        validation.report_row(setup, state, report, row)
     assert not lines or lines[0].startswith("loss at r 1: 3.000")
     return lines[1:]
 
@@ -190,11 +192,11 @@ def told(step: int, row: dict, tokens: int = 0, warned: set | None = None) -> li
 def test_alarms_are_silent_in_the_first_tenth():
     row = {"val_loss_at_r": {"1": 3.0, "4": 2.5}, "token_correlation": 0.95, "state_growth": 1.0}
     assert told(1, row) == told(9, row) == told(50, {"val_loss": 3.0}) == []
-    warned = set()
+    report = Reporter(None, 0, 100, 1.0, 1.0)
     for step in (10, 50, 100):
         (line,) = told(step, row)
         assert line.startswith("warning") and "has collapsed" in line
-        assert len(told(step, row, warned=warned)) == (step == 10)  # once in a run
+        assert len(told(step, row, report=report)) == (step == 10)  # once in a run
 
 
 def test_that_recurrence_is_hardly_used_is_said_of_grown_models_alone():
@@ -319,7 +321,7 @@ def test_a_core_is_compiled_once_however_often_it_runs(monkeypatch, depth, most)
     config = ModelConfig(**shape, recurrent="1,2,1", mean_recurrence=4)
     plain = GPT(config, EAGER, torch.float32, torch.Generator().manual_seed(0))
     model = GPT(config, EAGER, torch.float32, torch.Generator().manual_seed(0))
-    forward, tokens = script.compiled(model, True), torch.arange(16).reshape(2, 8)
+    forward, tokens = compiled(model, True), torch.arange(16).reshape(2, 8)
     counts = []
     for r in (3, 5, 9):
         loss = forward(tokens, tokens, r)

@@ -5,17 +5,21 @@ import pty
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from minillm.checkpoint.find import open_checkpoint
 from minillm.checkpoint.run_folder import RunFolder
+from minillm.checkpoint.write import save
 from minillm.data import encode as encoding
 from minillm.runtime import signals
 from minillm.runtime.files import read_json
 from minillm.scripts import train as script
-from minillm.training import state as training, validation
+from minillm.training.gradients import accumulate
+from minillm.training.steps import steps
+from minillm.training.validation import evaluate_split
 from tests.support.broad import broad
 from tests.system.test_resume import metrics
 
@@ -56,23 +60,25 @@ def killed(*args):
     raise Killed
 
 
+def stepping(accumulate):
+    """The steps of a training whose gradients `accumulate` computes."""
+    return partial(steps, accumulate=accumulate)
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @broad("where", ["a step", "an evaluation", "a save", "the last evaluation"], quick=(0, 2))
-def test_a_signal_ends_the_run_with_its_step_saved(
-    train, tmp_path, monkeypatch, capfd, number, code, where
-):
+def test_a_signal_ends_the_run_with_its_step_saved(train, tmp_path, capfd, number, code, where):
     assert train("--out", tmp_path / "whole", *FLAGS) == 0
     step = {"a step": 3, "the last evaluation": 8}.get(where, 4)
-    with monkeypatch.context() as patch:
-        if where == "a step":
-            patch.setattr(script, "accumulate", send(number, 3, script.accumulate))
-        elif where == "a save":
-            patch.setattr(training.write, "save", send(number, 1, training.write.save))
-        else:
-            at = 2 if where == "the last evaluation" else 1
-            patch.setattr(validation, "evaluate", send(number, at, validation.evaluate))
-        capfd.readouterr()
-        assert train("--out", tmp_path / "run", *FLAGS) == code
+    if where == "a step":
+        replaced = {"steps": stepping(send(number, 3, accumulate))}
+    elif where == "a save":
+        replaced = {"write": send(number, 1, save)}
+    else:
+        at = 2 if where == "the last evaluation" else 1
+        replaced = {"evaluate": send(number, at, evaluate_split)}
+    capfd.readouterr()
+    assert train("--out", tmp_path / "run", *FLAGS, **replaced) == code
     name = signal.Signals(number).name
     run = tmp_path / "run"
     assert capfd.readouterr().err.splitlines()[-1] == (
@@ -88,13 +94,11 @@ def test_a_signal_ends_the_run_with_its_step_saved(
 
 
 @pytest.mark.parametrize("number", NOTICES, ids=lambda number: number.name)
-def test_notices_of_a_terminal_or_a_scheduler_save_the_step(
-    train, tmp_path, monkeypatch, capfd, number
-):
+def test_notices_of_a_terminal_or_a_scheduler_save_the_step(train, tmp_path, capfd, number):
     run = tmp_path / "run"
-    monkeypatch.setattr(script, "accumulate", send(number, 3, script.accumulate))
+    sending = stepping(send(number, 3, accumulate))
     before = signal.getsignal(number)
-    assert train("--out", run, *FLAGS) == 128 + number
+    assert train("--out", run, *FLAGS, steps=sending) == 128 + number
     assert open_checkpoint(run).step == 3
     said = capfd.readouterr().err.splitlines()
     assert f"stopped by {number.name} at step 3, which is saved" in said[-1]
@@ -102,12 +106,12 @@ def test_notices_of_a_terminal_or_a_scheduler_save_the_step(
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM])
-def test_a_signal_that_was_ignored_stays_ignored(train, tmp_path, monkeypatch, number):
+def test_a_signal_that_was_ignored_stays_ignored(train, tmp_path, number):
     """As nohup wants it, and the shell for a job in the background."""
     before = signal.signal(number, signal.SIG_IGN)
     try:
-        monkeypatch.setattr(script, "accumulate", send(number, 3, script.accumulate))
-        assert train("--out", tmp_path / "run", *FLAGS) == 0
+        sending = stepping(send(number, 3, accumulate))
+        assert train("--out", tmp_path / "run", *FLAGS, steps=sending) == 0
         assert signal.getsignal(number) is signal.SIG_IGN
     finally:
         signal.signal(number, before)
@@ -117,18 +121,17 @@ def test_a_reader_that_went_away_costs_no_work(train, tmp_path, monkeypatch):
     """`train.py 2>&1 | tee log`, of which tee has ended: the step is saved, as after a signal."""
     run = tmp_path / "run"
     reader, writer = os.pipe()
-    whole, calls = script.accumulate, []
+    calls = []
 
     def leave(*args):
         calls.append(1)
         if len(calls) == 3:
             os.close(reader)
-        return whole(*args)
+        return accumulate(*args)
 
-    monkeypatch.setattr(script, "accumulate", leave)
     with os.fdopen(writer, "w") as pipe:
         monkeypatch.setattr(sys, "stderr", pipe)
-        assert train("--out", run, *FLAGS) == 141
+        assert train("--out", run, *FLAGS, steps=stepping(leave)) == 141
     assert open_checkpoint(run).step == 3
 
 
@@ -195,12 +198,12 @@ def test_a_signal_before_the_loop(
     assert train("--data", copy, "--cache-dir", cache, "--out", out) == 0
 
 
-def test_a_finished_run_that_is_made_longer_is_not_finished(train, tmp_path, monkeypatch):
+def test_a_finished_run_that_is_made_longer_is_not_finished(train, tmp_path):
     """What it was saved as at its first end must not make a second, broken one look complete."""
     assert train("--out", tmp_path / "run", *FLAGS) == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(validation, "evaluate", send(signal.SIGTERM, 2, validation.evaluate))
-        assert train("--resume", tmp_path / "run", "--steps", "12", "--eval-every", "10") == 143
+    longer = ["--steps", "12", "--eval-every", "10"]
+    stopped = send(signal.SIGTERM, 2, evaluate_split)
+    assert train("--resume", tmp_path / "run", *longer, evaluate=stopped) == 143
     assert not open_checkpoint(tmp_path / "run").state["progress"]["ended"]
     assert train("--resume", tmp_path / "run") == 0
     assert open_checkpoint(tmp_path / "run").state["progress"]["ended"]
@@ -208,13 +211,11 @@ def test_a_finished_run_that_is_made_longer_is_not_finished(train, tmp_path, mon
 
 
 @pytest.mark.parametrize("longer", [["--steps", "12"], ["--epochs", "0.2"]])
-def test_a_run_made_longer_and_killed_is_as_long(train, tmp_path, monkeypatch, longer):
+def test_a_run_made_longer_and_killed_is_as_long(train, tmp_path, longer):
     """Though it had come to no checkpoint yet; nobody has to say it twice."""
     run = tmp_path / "run"
     assert train("--out", run, *FLAGS) == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(script, "accumulate", killed)
-        with pytest.raises(Killed):
-            train("--resume", run, *longer)
+    with pytest.raises(Killed):
+        train("--resume", run, *longer, steps=stepping(killed))
     assert max(RunFolder(run).checkpoints()) == 8 and train("--resume", run) == 0
     assert open_checkpoint(run).step > 8 and open_checkpoint(run).state["progress"]["ended"]

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from minillm.distributed.ranks import Ranks
-from minillm.training.watchdog import EASY, LEAST_S, SIGNALS, START, TIMES, Watch
+from minillm.training.watchdog import BRIEF, LEAST_S, SIGNALS, START, TIMES, Watchdog
 
 pytestmark = [
     pytest.mark.skipif(os.name != "posix", reason="not on this system"),
@@ -17,8 +17,8 @@ pytestmark = [
 ]
 SLEEPER = """
 import hashlib, os, sys, time
-from minillm.training.watchdog import Watch
-with Watch({limit}) as watch:
+from minillm.training.watchdog import Watchdog
+with Watchdog({limit}) as watch:
     print("ready", flush=True)
     {body}
 """
@@ -45,10 +45,10 @@ def soon(truth) -> bool:
 @pytest.mark.parametrize("number", SIGNALS)
 def test_the_first_signal_is_noted_and_handlers_come_back(number):
     before = signal.getsignal(number)
-    with Watch() as watch:
-        assert watch.asked(Ranks()) == 0
+    with Watchdog() as watch:
+        assert watch.requested_signal(Ranks()) == 0
         os.kill(os.getpid(), number)  # no KeyboardInterrupt
-        assert soon(lambda: watch.signal == number) and watch.asked(Ranks()) == number
+        assert soon(lambda: watch.signal == number) and watch.requested_signal(Ranks()) == number
     assert signal.getsignal(number) is before
 
 
@@ -79,7 +79,7 @@ def test_silence_ends_the_process_with_the_stacks():
     out, err = one.communicate(timeout=30)
     assert one.returncode == 7
     assert err.startswith("train.py: error: no sign of life for ") and "--hang-timeout" in err
-    assert 'File "<string>", line 6' in err and "_look" in err  # all threads
+    assert 'File "<string>", line 6' in err and "_run" in err  # all threads
     deaf = process("sys.stderr.close(); os.close(2); time.sleep(60)", limit=0.5)
     assert deaf.wait(30) == 7  # though nobody hears of it
     busy = process("for _ in range(15): time.sleep(0.1); watch.alive()", limit=0.5)
@@ -99,8 +99,8 @@ def test_who_was_stopped_has_not_been_silent():
 def test_patience_grows_with_the_steps(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    watch = Watch()
-    assert watch.limit == EASY * LEAST_S  # nothing is known, and kernels are compiled
+    watch = Watchdog()
+    assert watch.limit == BRIEF * LEAST_S  # nothing is known, and kernels are compiled
 
     def steps(*seconds: float) -> None:
         for s in seconds:
@@ -121,5 +121,5 @@ def test_patience_grows_with_the_steps(monkeypatch):
         now[0] += 1000
     steps(5)
     assert watch.limit == TIMES * 25
-    assert Watch(step_s=100.0).limit == EASY * TIMES * 100
-    assert Watch(7.0).limit == 7.0
+    assert Watchdog(step_s=100.0).limit == BRIEF * TIMES * 100
+    assert Watchdog(7.0).limit == 7.0
