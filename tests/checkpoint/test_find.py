@@ -307,7 +307,7 @@ def test_another_tokenizer_is_refused(run):
 @pytest.mark.skipif(not README.is_file(), reason="the README is not here")
 def test_the_lines_of_python_in_the_readme(tiny_run, tmp_path, monkeypatch, capsys):
     lines = README.read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
-    assert "load_run" in lines and "generate(" in lines
+    assert "minillm.load" in lines and ".generate(" in lines
     shutil.copytree(tiny_run, tmp_path / "runs" / "nano-1")
     monkeypatch.chdir(tmp_path)
     Path("lines.py").write_text(lines, encoding="utf-8")
