@@ -4,6 +4,7 @@ import math
 
 from torch import Tensor
 
+from minillm.kernels._attention_blocks import padded
 from minillm.kernels._launch import DTYPES
 
 WIDEST = 128  # head width
@@ -14,12 +15,15 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor, over_cache: bool) -> None:
 
     q must be (B, T, H, D) with D up to WIDEST, k and v (B, S, G, D), and all of one dtype.
 
-    over_cache: S may be any number of keys; otherwise it must be T
+    over_cache: S may be any number of keys; otherwise it must be T, and q is limited in size
     """
     if q.dim() != 4 or not 1 <= q.shape[3] <= WIDEST or not q.shape[2]:
         wanted = f"(B, T, H, D) with H above 0 and D from 1 to {WIDEST}"
         raise ValueError(f"q: {tuple(q.shape)}, expected {wanted}")
     B, T, H, D = q.shape
+    rows = B * H * padded(T)  # lse and delta of attention have one number for each
+    if rows >= 1 << 31 and not over_cache:
+        raise ValueError(f"q: {tuple(q.shape)} is {rows} rows, expected fewer than 2^31")
     for name, x in {"q": q, "k": k, "v": v}.items():
         if x.dtype not in DTYPES or x.dtype != q.dtype:
             raise ValueError(f"{name}: {x.dtype}, expected one of {DTYPES}, the same for q, k, v")

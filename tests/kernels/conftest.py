@@ -1,4 +1,4 @@
-"""How a kernel is judged: by the reference in fp64, and by what breaking it does."""
+"""Judging a kernel: by the reference in fp64, and by broken copies that must fail."""
 
 import importlib.util
 from collections.abc import Callable
@@ -17,12 +17,12 @@ SERIAL = count()
 
 @pytest.fixture
 def device() -> torch.device:
-    """The GPU if there is one, else the CPU, where kernels are interpreted."""
+    """Return the GPU if there is one, else the CPU, where kernels are interpreted."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def results(op: Callable, inputs: dict[str, Tensor], others: dict, seed: int) -> list[Tensor]:
-    """The outputs of op, and the gradients of its floating inputs for random output gradients."""
+    """Return the outputs of op, and the gradients of its float inputs for random dy."""
     leaves = {n: x.detach().requires_grad_(x.is_floating_point()) for n, x in inputs.items()}
     y = op(**leaves, **others)
     y = list(y) if isinstance(y, tuple) else [y]
@@ -35,7 +35,7 @@ def results(op: Callable, inputs: dict[str, Tensor], others: dict, seed: int) ->
 
 
 def doubled(values: dict) -> dict:
-    """The floating tensors among the values, in fp64."""
+    """Return the values, with float tensors in fp64."""
     is_float = {n: isinstance(x, Tensor) and x.is_floating_point() for n, x in values.items()}
     return {n: x.detach().double() if is_float[n] else x for n, x in values.items()}
 
@@ -43,8 +43,10 @@ def doubled(values: dict) -> dict:
 def compare(ours: list[Tensor], plain: list[Tensor], truth: list[Tensor]) -> None:
     """Fail unless rms(ours - truth) <= 1.5 rms(plain - truth) + eps rms(truth), tensor by tensor.
 
-    plain: the reference's results in our dtypes.    truth: its results in fp64.    eps: the unit
-    in the last place of our dtype at 1. No other number is allowed here.
+    eps is the unit in the last place of our dtype at 1. There is no other tolerance.
+
+    plain: results of the reference in our dtypes
+    truth: results of the reference in fp64
     """
     for i, (y, p, t) in enumerate(zip(ours, plain, truth, strict=True)):
         assert y.shape == p.shape == t.shape and y.dtype == p.dtype, f"result {i}"
@@ -57,21 +59,24 @@ def compare(ours: list[Tensor], plain: list[Tensor], truth: list[Tensor]) -> Non
 
 @pytest.fixture(name="compare")
 def compare_fixture() -> Callable[..., None]:
-    """The rule alone, for results that are not an operation's values and gradients."""
+    """Return `compare`, for results that are not the values and gradients of an operation."""
     return compare
 
 
 def rms(x: Tensor) -> float:
-    """The root mean square of all numbers in x."""
+    """Return the root mean square of all numbers in x."""
     return x.square().mean().sqrt().item()
 
 
 @pytest.fixture
 def check() -> Callable[..., None]:
-    """check(op, inputs, **others): values and all gradients of a Triton op against the reference's.
+    """Return check(op, inputs, **others), which compares values and all gradients of a Triton op.
 
-    op: named as in reference.    inputs: tensors, in the dtypes and strides the op shall see.
-    others: further arguments. The same inputs, in fp64, give the truth.
+    The reference gives the results in our dtypes and, from the same inputs in fp64, the truth.
+
+    op: the function, named as in the reference
+    inputs: tensors, in the dtypes and strides for the op
+    others: further arguments
     """
 
     def run(op: Callable, inputs: dict[str, Tensor], **others) -> None:
@@ -87,11 +92,11 @@ def check() -> Callable[..., None]:
 
 @pytest.fixture
 def broken(tmp_path: Path) -> Callable[[ModuleType, str, str], ModuleType]:
-    """broken(module, old, new): a copy of a kernel's file with one piece of its text exchanged."""
+    """Return broken(module, old, new), which imports a copy of a file with one text replaced."""
 
     def make(module: ModuleType, old: str, new: str) -> ModuleType:
         text = Path(module.__file__).read_text(encoding="utf-8")
-        assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in {module.__file__}"
+        assert text.count(old) == 1, f"{old!r} occurs {text.count(old)} times in {module.__file__}"
         name = f"broken_{next(SERIAL)}"
         text = text.replace(old, new).replace('"minillm::', f'"{name}::')
         path = tmp_path / f"{name}.py"
