@@ -44,8 +44,8 @@ def begin(
     if train.out and world.rank == 0:
         sources = placing.sources(settings, args.config)
         placing.check_out(Path(train.out), train.overwrite, world.launch, sources)
-    for flag, place in (("--out", train.out or "runs"), ("--cache-dir", train.cache_dir)):
-        check_place(flag, Path(place))
+    for name, place in (("out", train.out or "runs"), ("cache_dir", train.cache_dir)):
+        check_place(name, Path(place))
     return settings, None
 
 

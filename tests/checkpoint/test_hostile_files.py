@@ -82,7 +82,7 @@ def test_large_json_is_not_read(tmp_path):
         storage.read_json(tmp_path / "x.json", "do this")
     if hasattr(os, "mkfifo"):  # reading one waits for a writer
         os.mkfifo(tmp_path / "y.json")
-        with pytest.raises(CorruptError, match="y.json: is missing, or no file"):
+        with pytest.raises(CorruptError, match="y.json: is missing, or not a file"):
             storage.read_json(tmp_path / "y.json")
 
 
@@ -99,15 +99,15 @@ def test_json_that_is_no_number_or_too_deep(tmp_path, raw):
 
 CONFIGS = {
     "giant": ({"model.d_model": 1 << 20, "model.n_layer": 10_000, "model.d_ff": 1 << 24}, "states"),
-    "beyond the flags": ({"model.n_layer": 10**15}, "--n-layer 1000000000000000 is out of range"),
+    "beyond the flags": ({"model.n_layer": 10**15}, "n_layer 1000000000000000 is out of range"),
     "a large context": ({"model.position": "learned", "model.seq_len": 1 << 24}, "parameters"),
     "text": ({"model.n_layer": "1"}, "expected int"),
-    "half a layer": ({"model.n_layer": 1.5}, "--n-layer 1.5 is a float, expected int"),
-    "true layers": ({"model.n_layer": True}, "--n-layer True is a bool"),
-    "no dropout": ({"model.dropout": None}, "--dropout None is a NoneType, expected float"),
+    "half a layer": ({"model.n_layer": 1.5}, "n_layer 1.5 is a float, expected int"),
+    "true layers": ({"model.n_layer": True}, "n_layer True is a bool"),
+    "no dropout": ({"model.dropout": None}, "dropout None is a NoneType, expected float"),
     "a list": ({"model": [1]}, "states no model"),
     "a number": ({"model": 1}, "states no model"),
-    "recurrent": ({"model.recurrent": 5}, "--recurrent 5 is a int, expected str"),
+    "recurrent": ({"model.recurrent": 5}, "recurrent 5 is a int, expected str"),
     "bos beyond": ({"model.bos_id": 257}, "bos_id is 257"),
     "bos of text": ({"model.bos_id": "256"}, "bos_id is '256'"),
     "no training": ({"train": None}, "states no settings of training"),
@@ -260,8 +260,8 @@ def test_a_foreign_model_is_tried_in_another_process(model, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     "script, kind, message",
     [
-        ("import os; os.kill(os.getpid(), 11)", CorruptError, r"crashes its loader \(SIGSEGV\)"),
-        ("import os; os.abort()", CorruptError, r"crashes its loader \(SIGABRT\)"),
+        ("import os; os.kill(os.getpid(), 11)", CorruptError, r"crashes SentencePiece \(SIGSEGV\)"),
+        ("import os; os.abort()", CorruptError, r"crashes SentencePiece \(SIGABRT\)"),
         ("import time; time.sleep(60)", CorruptError, "takes more than 0.5 s"),
         ("import nothing_of_this_name", UnavailableError, "No module named 'nothing_of"),
     ],

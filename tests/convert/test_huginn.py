@@ -259,7 +259,7 @@ def test_what_is_loaded_generates_and_learns(tmp_path):
         ({"rope_base": "high"}, "rope_base 'high'; expected a number above 0"),
         ({"norm_eps": math.nan}, "norm_eps nan; expected a number above 0"),
         ({"qk_bias": 1}, "qk_bias 1; expected true or false"),
-        ({"mean_recurrence": 5000}, "mean-recurrence 5000 is out of range"),
+        ({"mean_recurrence": 5000}, "mean_recurrence 5000 is out of range"),
     ],
     ids=str,
 )

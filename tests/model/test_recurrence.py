@@ -418,14 +418,14 @@ def test_a_slot_cache_does_not_grow_with_the_recurrence():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"recurrence": 0}, "--recurrence 0: expected 1 to"),
-        ({"recurrence": -1}, "--recurrence -1: expected 1 to"),
-        ({"recurrence": 10**9}, "--recurrence 1000000000: expected 1 to"),
-        ({"recurrent_cache": "half"}, "expected full or slot"),
+        ({"recurrence": 0}, "^recurrence 0 is out of range; expected between 1 and"),
+        ({"recurrence": -1}, "^recurrence -1 is out of range; expected between 1 and"),
+        ({"recurrence": 10**9}, "^recurrence 1000000000 is out of range"),
+        ({"recurrent_cache": "half"}, "recurrent_cache .half. is not one of full, slot"),
     ],
 )
 def test_wrong_recurrences_are_refused(options, message):
     with pytest.raises(UsageError, match=message):
         sampled(model_of(), [[1]], **options)
-    with pytest.raises(UsageError, match="--recurrence: this model has no core"):
+    with pytest.raises(UsageError, match="^recurrence: this model has no core"):
         sampled(model_of(recurrent=None, n_layer=1), [[1]], recurrence=2)

@@ -148,7 +148,9 @@ def without_encoding(tree: ast.AST) -> Iterator[str]:
             "read_text": not call.args,
             "write_text": len(call.args) < 2,
         }
-        if "encoding" not in names and (text.get(name) or {"text", "universal_newlines"} & names):
+        launches = name in ("run", "Popen", "check_output", "check_call")
+        as_text = launches and {"text", "universal_newlines"} & names
+        if "encoding" not in names and (text.get(name) or as_text):
             yield f"line {call.lineno}: {ast.unparse(call)[:80]}"
 
 

@@ -65,8 +65,8 @@ UNWRITABLE = {
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
     """The folder to stand in, with unpleasant names, on a machine that need not be timed."""
-    monkeypatch.setattr(plan.hardware.world, "measured_peak_flops", lambda device, dtype: 1e10)
-    monkeypatch.setattr(plan.hardware.machine, "ceilings", lambda *_, **__: {"memory_gbps": 10.0})
+    monkeypatch.setattr(plan.hardware.device, "measured_peak_flops", lambda device, dtype: 1e10)
+    monkeypatch.setattr(plan.hardware.ceilings, "ceilings", lambda *_, **__: {"memory_gbps": 10.0})
     monkeypatch.chdir(tmp_path)
     return with_unpleasant_names(tmp_path)
 

@@ -80,8 +80,8 @@ def place(tiny_run, tmp_path, monkeypatch) -> dict[str, str]:
     monkeypatch.setattr(profile.machine, "about", reach)
     check_names, gpu = profile.tune.check, torch.device("cuda")
     monkeypatch.setattr(profile.tune, "check", lambda names, device: check_names(names, gpu))
-    monkeypatch.setattr(plan.hardware.world, "set_threads", lambda wish: (1, ""))
-    monkeypatch.setattr(plan.hardware.world, "measured_peak_flops", lambda device, dtype: 1e10)
+    monkeypatch.setattr(plan.hardware.device, "set_threads", lambda wish: (1, ""))
+    monkeypatch.setattr(plan.hardware.device, "measured_peak_flops", lambda device, dtype: 1e10)
     monkeypatch.setattr(
         plan.hardware.ceilings, "ceilings", lambda *args, **more: {"memory_gbps": 10.0}
     )
