@@ -68,7 +68,7 @@ def run(
             continue
         for cell in chosen:
             try:
-                rows.append(_measured(name, cell, model.eval(), device, effort))
+                rows.append(measured(name, cell, model.eval(), device, effort))
             except Exception as e:  # out of memory: a row says so
                 rows.append(_row(name, cell, note=error_in_words(e)))
             if device.type == "cuda":
@@ -77,9 +77,16 @@ def run(
 
 
 @torch.inference_mode()
-def _measured(
+def measured(
     name: str, cell: tuple[int, int], model: GPT, device: torch.device, effort: Effort
 ) -> Row:
+    """Return the row of one batch and context.
+
+    name: of the table of kernels, for the row
+    cell: the batch and the context
+    model: with room for one more token than the context
+    effort: time for the row
+    """
     batch, context = cell
     cache = model.make_cache(batch, context + 1)
     for held in (cache.k, cache.v):

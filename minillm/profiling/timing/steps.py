@@ -109,7 +109,7 @@ def run(
         elif compiled and not effort.compiled:
             rows.append(_row(name, note="not with --quick"))
         else:
-            rows.append(_measured(name, chosen, ops, compiled, device, dtype, roofs, effort))
+            rows.append(measured(name, chosen, ops, compiled, device, dtype, roofs, effort))
     return rows
 
 
@@ -117,7 +117,14 @@ def _words(chosen: Size) -> str:
     return f"{chosen.batch} x {chosen.model.seq_len} tokens a step"
 
 
-def _measured(name, chosen, ops, compiled, device, dtype, roofs, effort) -> Row:
+def measured(name, chosen, ops, compiled, device, dtype, roofs, effort) -> Row:
+    """Return the row of one table of kernels, or one with the reason why there are no figures.
+
+    name: of the implementation, for the row
+    chosen, ops, dtype, device, compiled: see Step
+    roofs: see ceilings.ceilings
+    effort: time for the row
+    """
     try:
         torch.compiler.reset()
         if device.type == "cuda":
