@@ -1,4 +1,4 @@
-"""Deletion of checkpoints, and of what a killed process left of them, but of no other files.
+"""Delete checkpoints, and the parts of them that a killed process left, but no other files.
 
 The files of a checkpoint are those that its manifest names. Where the manifest cannot be read or is
 not written yet, they are the files whose names write.py gives. All other files stay.
@@ -47,8 +47,8 @@ def holds_only_others(folder: Path) -> bool:
 def delete(folder: Path) -> None:
     """Delete a checkpoint, if it exists. No reader sees it half deleted.
 
-    It is renamed first. If the folder also holds other files, it keeps its name, and its manifest
-    is renamed. What cannot be deleted now is left for `delete_leftovers`.
+    The folder is renamed first. If it also holds other files, it keeps its name, and the manifest
+    in it is renamed instead. Files that cannot be deleted now are left for `delete_leftovers`.
     """
     if folder.is_symlink() or not folder.is_dir():
         return
@@ -66,9 +66,12 @@ def delete(folder: Path) -> None:
 
 
 def move_other_files(old: Path, new: Path) -> None:
-    """Move files that are not of checkpoint `old` into `new`, the checkpoint that replaces it.
+    """Move files that do not belong to checkpoint `old` into the checkpoint that replaces it.
 
     Files that are named like those of a checkpoint stay, because `new` would look damaged.
+
+    old: folder of the checkpoint that is replaced
+    new: folder of the complete checkpoint that replaces it
     """
     for name in set(names_in(old)) - own_names(old):
         if not FILE.fullmatch(name) and not os.path.lexists(new / name):
@@ -76,7 +79,7 @@ def move_other_files(old: Path, new: Path) -> None:
 
 
 def delete_leftovers(checkpoints: Path) -> None:
-    """Delete what killed processes left in a folder of checkpoints."""
+    """Delete the temporary folders that killed processes left in a folder of checkpoints."""
     for folder in _folders(checkpoints, TEMPORARY):
         remove_files(folder, own_names(folder).__contains__)
     for folder in _folders(checkpoints, STEP):

@@ -1,4 +1,4 @@
-"""Finding the checkpoint to read: the last one, the best one or that of a step.
+"""Find and load the checkpoint to read: the last one, the best one or that of a given step.
 
     runs/NAME/checkpoints/step-00001000/{model,optimizer,ema}-00001-of-00001.safetensors,
                                         state.json, manifest.json
@@ -42,7 +42,9 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Return a checkpoint, after its files have been checked against their digests.
 
+    run: folder of the run
     which: "last", "best" or a step number
+    ranks: ranks that open it together
     say: prints a warning; None: one line on standard error
     weights: check and open only the weights to generate with; the optimiser's files may be missing
 
@@ -80,9 +82,9 @@ def _all_steps(run: RunFolder) -> list[list]:
 
 @dataclass(frozen=True)
 class _Search:
-    """A search among the checkpoints of a run as they are at one moment.
+    """A search among the checkpoints that a run has at one moment.
 
-    steps: of all checkpoints, the newest first
+    steps: steps of all checkpoints, the newest first
     weights: see open_checkpoint
     """
 
@@ -128,10 +130,12 @@ class _Search:
 def while_there(
     run: str | PathLike[str], which: str, use: Callable[[Checkpoint], T], ranks: Ranks = ALONE
 ) -> T:
-    """Return use(checkpoint), again with another checkpoint if a training deletes it meanwhile.
+    """Return use(checkpoint). Repeat it with another checkpoint if a training deletes the first.
 
+    run: folder of the run
     which: see open_checkpoint
     use: reads the weights of the checkpoint; its other files need not be there
+    ranks: ranks that open it together
 
     Every rank calls it. Raises, on all ranks, what open_checkpoint and `use` raise.
     """
@@ -173,8 +177,10 @@ def load_run(
 
     Only the weights are read: the averaged ones if there are any.
 
+    run: folder of the run
     checkpoint: "last", "best", a step number, or a checkpoint that is open already
-    dtype: of the weights and of the computation
+    device: device of the returned model
+    dtype: dtype of the weights and of the computation
     kernels: "auto", "eager" or "triton"
 
     Raises UsageError if there is no such run or checkpoint, CorruptError if a file is damaged.
@@ -207,6 +213,10 @@ def check_model(run: str | PathLike[str], config: ModelConfig, found: Checkpoint
 
     A checkpoint of another run may have tensors of the same names and shapes, and still be another
     model. This is found before any memory is allocated.
+
+    run: folder of the run, which the error names
+    config: configuration of the model in the run's config.json
+    found: the opened checkpoint
     """
     own, stored = asdict(config), found.n_elements(found.weights)
     for name, value in found.state.get("model", {}).items():

@@ -1,4 +1,4 @@
-"""The error for a path that was given for a run and is not a run: what it is, what to do."""
+"""Explain why a path that was given as a run is not one, and what to name instead."""
 
 import json
 import re

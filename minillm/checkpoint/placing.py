@@ -1,6 +1,6 @@
-"""The folder of a new run: which one it may be, and which process writes into it.
+"""Choose, check and lock the folder of a new run.
 
-Files are deleted only from a folder that is a run of minillm, and there only those it wrote.
+Files are deleted only from a folder that is a run of minillm, and only if minillm wrote them.
 """
 
 import glob
@@ -32,7 +32,8 @@ MARK = b"minillm writes a run in this folder; the process that does holds a lock
 def lock(run: Path) -> TextIO | None:
     """Lock a run for this process. Return the lock file, which keeps the lock until it is closed.
 
-    The system closes it when the process ends, however it ends. Windows has no such lock: None.
+    The system closes the file when the process ends or is killed. The result is None on Windows,
+    which has no such lock.
     Raises UsageError if another process holds the lock.
     """
     path = run / "lock"
@@ -77,12 +78,14 @@ def check_out(
 ) -> None:
     """Raise UsageError unless a new run may be made in `run`.
 
-    That is so if it does not exist, is empty, or is a run that may be overwritten.
+    A new run may be made there if the folder does not exist, is empty, or is a run that may be
+    overwritten.
 
+    run: folder of the new run, which need not exist
     overwrite: whether a run of minillm may be overwritten; one that `launch` began and that has no
         checkpoint always may
-    launch: the name of this torchrun launch
-    sources: (parameter, path) of what the same command reads, which must not be overwritten
+    launch: the name of this torchrun launch; None: without torchrun
+    sources: (parameter, path) of the files that the same command reads, which are not overwritten
     """
     if not run.exists() or (run.is_dir() and is_free(run)):
         return
@@ -141,6 +144,7 @@ def is_free(folder: Path) -> bool:
 def sources(settings: Settings, config_file: str | None = None) -> list[tuple[str, str]]:
     """Return (parameter, path) of everything that a command reads and must not overwrite.
 
+    settings: settings of the training
     config_file: the path given with --config
     """
     train = settings.train
@@ -179,8 +183,7 @@ def make_run(
     overwrite, launch, sources: see check_out
 
     A run that may be overwritten is emptied, but files that minillm did not write stay. Raises
-    UsageError as check_out does. Of two processes that ask for the same folder, one gets it, the
-    other raises UsageError.
+    UsageError as check_out does, and if another process has locked the folder.
     """
     if out is None:
         run = _make_next(Path("runs"), name)

@@ -1,4 +1,4 @@
-"""Reading one checkpoint: its files are verified first, and its tensors read when asked for.
+"""Verify the files of one checkpoint, and read its tensors when they are needed.
 
 Checkpoints are chosen in find.py and written in write.py.
 """
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint, whose tensors are read onto the CPU when asked for.
+    """A verified checkpoint, whose tensors are read onto the CPU when they are needed.
 
     folder: the folder of the checkpoint
     step: its step
@@ -76,7 +76,12 @@ class Checkpoint:
         return self._of(kind).keys()
 
     def read(self, kind: str, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Read elements [start, stop) of a flattened tensor, no others. Return (stop - start,)."""
+        """Return elements [start, stop) of a flattened tensor, (stop - start,), and read no others.
+
+        kind: "model", "optimizer" or "ema"
+        name: name of the tensor
+        start, stop: first element, and the one after the last; None: to the end
+        """
         files = self._of(kind)
         if name not in files.tensors:
             raise CorruptError(f"{self.folder}: lacks {name} of the {kind}")
@@ -86,6 +91,8 @@ class Checkpoint:
         """Return elements [start, stop) of the weights or of a state of parameter `name`.
 
         kind: "model", "ema" or a state of the optimiser, such as "exp_avg"
+        name: name of the parameter
+        start, stop: first element of the flattened parameter, and the one after the last
 
         A state that is one number for the whole parameter ("step") is returned as (). The result is
         None if the parameter has no such state.
@@ -108,7 +115,11 @@ class Checkpoint:
         return {name: files.whole(name) for name in files.tensors}
 
     def check_fit(self, kind: str, own: dict[str, Tensor]) -> None:
-        """Raise CorruptError unless "model" or "ema" has tensors of these names and shapes."""
+        """Raise CorruptError unless a kind has the names and shapes of the tensors in `own`.
+
+        kind: "model" or "ema"
+        own: the tensors to load into, by name
+        """
         refuse_misfit(self.folder, own, self._of(kind).tensors)
 
     def check_optimizer(self, kinds: dict[str, frozenset[str]]) -> None:
@@ -147,7 +158,12 @@ class Checkpoint:
 
 
 def shape_of(state: dict[str, Any], kind: str, name: str) -> list[int] | None:
-    """Return the shape of a tensor's parameter as state.json states it, or None."""
+    """Return the shape of a tensor's parameter as state.json states it, or None.
+
+    state: content of state.json
+    kind: "model", "optimizer" or "ema"
+    name: name of the tensor, in "optimizer" STATE.PARAMETER
+    """
     return state.get("shapes", {}).get(name.partition(".")[2] if kind == "optimizer" else name)
 
 
@@ -159,7 +175,7 @@ def weights_among(kinds: Collection[str]) -> str:
 def stamp_of(folder: Path) -> list[int] | None:
     """Return inode, time and size of the manifest; None if there is no manifest.
 
-    The stamp of a checkpoint differs from that of one that replaces it.
+    If a checkpoint is replaced, the stamp of its folder changes.
     """
     try:
         found = (folder / "manifest.json").stat()
@@ -173,10 +189,12 @@ def verified(folder: Path, step: int, ranks: Ranks, weights: bool = False) -> Ch
 
     Every rank calls it and checks its share of the files.
 
-    step: the step that the checkpoint must be of
+    folder: folder of the checkpoint
+    step: the step that the checkpoint must have
+    ranks: ranks that verify it together
     weights: check and open only the weights to generate with; the other files may be missing
 
-    Raises CorruptError, on all ranks, if a file is missing or damaged, or of another checkpoint.
+    Raises CorruptError, on all ranks, if a file is missing, damaged or from another checkpoint.
     """
     return agree(ranks, lambda: _checked(folder, step, ranks, weights))
 
@@ -252,9 +270,9 @@ def refuse_states(
     """Raise CorruptError unless the optimiser states are complete and have the right shapes.
 
     source: the file to name if a state is missing
-    found: the states in the files, named KIND.PARAMETER; none at all is right before the first step
+    found: the states in the files, named KIND.PARAMETER; before the first step there are none
     kinds: parameter -> the states that it must have
-    shapes: of the parameters; each state has that of its parameter, but "step" is one number
+    shapes: shapes of the parameters; a state has the shape of its parameter, but "step" is ()
     """
     expected = {f"{kind}.{name}" for name, own in kinds.items() for kind in own}
     missing, extra = sorted(expected - found.keys()), sorted(found.keys() - expected)

@@ -27,11 +27,11 @@ TRIES = 20  # a training may replace checkpoints while they are listed: the list
 
 
 class RunFolder:
-    """A run folder, of which nothing is read before it is asked for.
+    """A run folder, whose files are read when they are needed.
 
     config.json is read and checked once, at the first use of `config`. The list of checkpoints is
-    read at each call, because a training adds and deletes checkpoints meanwhile. A RunFolder can be
-    given wherever the path of a run is expected.
+    read at each call, because a training may add and delete checkpoints meanwhile. A RunFolder can
+    be given wherever the path of a run is expected.
 
     path: the folder, which need not exist yet
     """
@@ -58,11 +58,11 @@ class RunFolder:
                 f"{self} is not seen by all ranks; name a folder that all machines share"
             )
 
-    # What config.json says.
+    # The content of config.json.
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The content of config.json, of which only the digest has been checked.
+        """The content of config.json. Its digest has been checked, its fields have not.
 
         Raises UsageError if this is not a run folder, CorruptError if the file is damaged.
         """
@@ -87,7 +87,7 @@ class RunFolder:
 
     @cached_property
     def train(self) -> dict[str, Any]:
-        """The settings of the training that began the run; paths can be opened from here."""
+        """The settings of the training that began the run, with paths that can be opened from here."""
         return relative_paths.found(self.path, self._section("train"))
 
     @cached_property
@@ -124,16 +124,20 @@ class RunFolder:
         return self.config.get("launch") == launch
 
     def write_config(self, model: ModelConfig, train: dict, facts: dict) -> None:
-        """Write config.json: the resolved configuration and the facts of where the run was made.
+        """Write config.json: the resolved configuration, and the facts of the run's environment.
 
         Paths in it are relative to the run's folder, see relative_paths.py.
+
+        model: configuration of the model
+        train: settings of the training, by name
+        facts: facts of the run, such as commit, device and corpus, by name
         """
         if "corpus" in facts:
             facts = {**facts, "corpus": relative_paths.path_stated(self.path, facts["corpus"])}
         train = relative_paths.stated(self.path, train)
         write_json(self.path / "config.json", {"model": asdict(model), "train": train, **facts})
         for name in ("config", "model", "train", "facts"):
-            vars(self).pop(name, None)  # what an earlier config.json said
+            vars(self).pop(name, None)  # read from an earlier config.json
 
     def _section(self, name: str) -> dict[str, Any]:
         for each, missing in (("model", "no model"), ("train", "no settings of training")):
@@ -144,10 +148,10 @@ class RunFolder:
     # The text and the tokenizer.
 
     def corpus_places(self, cache: str | None = None) -> list[Path]:
-        """Return where the prepared text of the run may be, the likeliest place first.
+        """Return the folders in which the prepared text of the run may be, the likeliest first.
 
-        That is the place that config.json states, and the run's key below `cache` and below every
-        data/prepared of the current folder and of those that the run lies in.
+        They are the folder that config.json states, and the run's key below `cache` and below
+        data/prepared in the current folder and in each parent of the run folder.
         """
         stated = Path(relative_paths.path_found(self.path, self.facts["corpus"]))
         around = (Path(), *self.path.resolve().parents)
@@ -183,7 +187,7 @@ class RunFolder:
             )
         return tokenizer
 
-    # The checkpoints that there are now.
+    # The present checkpoints.
 
     def checkpoints(self) -> dict[int, Path]:
         """Return the folders of the complete checkpoints, by step."""
@@ -217,7 +221,7 @@ class RunFolder:
     def listing(self) -> list[tuple[int, list[int] | None]]:
         """Return (step, stamp) of all checkpoints; a stamp changes when a checkpoint is replaced.
 
-        What could not be read is damaged only if the listing has not changed meanwhile.
+        A checkpoint that could not be read is damaged only if the listing is still the same.
         """
         found = sorted(self.step_folders().items())
         return [(step, stamp_of(folder)) for step, folder in found]
@@ -241,7 +245,7 @@ class RunFolder:
         return {}  # opening the checkpoint reports the damage
 
     def last_change(self, begun: bool) -> int | None:
-        """Return when the newest checkpoint was made, in ns; None if there is none.
+        """Return the time at which the newest checkpoint was made, in ns; None if there is none.
 
         begun: a run without a checkpoint counts from the time at which it began
         """
@@ -257,6 +261,7 @@ class RunFolder:
 def newest_run(root: Path = Path("runs"), begun: bool = False) -> RunFolder:
     """Return the run in `root` whose newest checkpoint is the newest.
 
+    root: folder of run folders
     begun: include runs that have no checkpoint yet, from the time at which they began
 
     Raises UsageError if there is none.
@@ -273,6 +278,7 @@ def newest_run(root: Path = Path("runs"), begun: bool = False) -> RunFolder:
 def run_of_launch(launch: str | None, out: str | None) -> RunFolder | None:
     """Return the run with a checkpoint that torchrun's `launch` began, if there is one.
 
+    launch: name of the launch; None: without torchrun
     out: the only folder to look at; None: the folders in runs/
     """
     places = [Path(out)] if out else sorted(Path("runs").glob("*"))

@@ -70,8 +70,8 @@ def _saved(fits: Callable[[Any], bool], needed: bool = False, **default: Any) ->
 class Progress:
     """Progress of a run: step, tokens, best loss. Saved with every checkpoint.
 
-    step: steps that were done, skipped ones among them
-    tokens: tokens that were read, over all ranks
+    step: number of steps done, including skipped ones
+    tokens: number of tokens read by all ranks
     trained_s: seconds of training, over all processes of the run
     best_loss, best_step: lowest validation loss (nats per token), and the step that reached it
     evaluations_without_gain: evaluations since best_step

@@ -1,4 +1,4 @@
-"""Tensors whose parts lie in several safetensors files: any elements can be read, and no others.
+"""Read any elements of tensors whose parts lie in several safetensors files, and write such files.
 
 A safetensors file has 8 bytes of length, a JSON header of that length, and the data. A part of a
 tensor is stored 1-D under the key `NAME[start:stop]`: the elements from start to stop of the
@@ -59,7 +59,11 @@ class Stored:
 
 
 def key_of(name: str, start: int, stop: int) -> str:
-    """Return the key of elements [start, stop) of a tensor."""
+    """Return the key of elements [start, stop) of a tensor.
+
+    name: name of the tensor
+    start, stop: first element of the flattened tensor, and the one after the last
+    """
     return f"{name}[{start}:{stop}]"
 
 
@@ -70,14 +74,21 @@ def range_of(key: str) -> tuple[str, int, int] | None:
 
 
 def file_name(kind: str, rank: int, size: int) -> str:
-    """Return the name of the file in which rank `rank` of `size` saves its tensors of one kind."""
+    """Return the name of the file in which a rank saves its tensors of one kind.
+
+    kind: "model", "optimizer" or "ema"
+    rank, size: the rank, from 0, and the number of ranks
+    """
     return f"{kind}-{rank + 1:05d}-of-{size:05d}.safetensors"
 
 
 def files_by_kind(folder: Path, names: Iterable[str]) -> dict[str, list[Path]]:
     """Return the safetensors files among `names` by kind, in the order of ranks.
 
-    Raises CorruptError if the file of a rank is missing, or if file_name does not make such a name.
+    folder: folder of the checkpoint
+    names: names of its files, of any type
+
+    Raises CorruptError if the file of a rank is missing, or if a name is not one of file_name.
     """
     found: dict[str, list[str]] = {}
     for name in sorted(names):
@@ -138,16 +149,14 @@ class TensorFiles:
 
     def keys(self) -> list[str]:
         """Return the keys in all files, each once: names of whole tensors, key_of of parts."""
-        return sorted(
-            {
-                name if part.shape is not None else key_of(name, part.start, part.stop)
-                for name, stored in self.tensors.items()
-                for part in stored.parts
-            }
-        )
+        found = ((name, part) for name, stored in self.tensors.items() for part in stored.parts)
+        return sorted({key_of(n, p.start, p.stop) if p.shape is None else n for n, p in found})
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Return elements [start, stop) of a flattened tensor: (stop - start,), in its own dtype.
+
+        name: name of the tensor
+        start, stop: first element, and the one after the last; None: to the end
 
         Raises KeyError for a name that is not there, CorruptError if it has fewer elements.
         """
@@ -270,12 +279,10 @@ def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _is_shape(value: Any) -> bool:
-    """Return whether it is a list of whole numbers that can be the shape of a tensor."""
-    counts = (
-        isinstance(value, list)
-        and len(value) <= MAX_DIMS
-        and all(type(n) is int and n >= 0 for n in value)
-    )
+    """Return whether a value is a list of whole numbers that can be the shape of a tensor."""
+    if not isinstance(value, list) or len(value) > MAX_DIMS:
+        return False
+    counts = all(type(n) is int and n >= 0 for n in value)
     return counts and math.prod(max(1, n) for n in value) < 2**63
 
 

@@ -1,11 +1,11 @@
-"""Writing checkpoints: whole or not at all, and never at the cost of the last good one.
+"""Write checkpoints whole or not at all, without a risk to the last good one.
 
     checkpoints/step-00001000             complete; it gets this name when all of it is on the disk
     checkpoints/.step-00001000.tmp        being written, its manifest last
     checkpoints/.step-00001000.old.tmp    the former checkpoint of a step, while it is replaced
     checkpoints/.step-00001000.gone.tmp   being deleted
 
-`tidy` removes what a killed process left under a temporary name.
+`tidy` removes the folders that a killed process left under a temporary name.
 """
 
 import errno
@@ -56,10 +56,12 @@ def save(
     Afterwards the checkpoint is complete or does not exist.
 
     run: the folder, which must be the same one for all ranks
-    tensors: kind ("model", "optimizer", "ema") -> name -> tensor: those of this rank, the same
-        kinds on all ranks. A part of a tensor is 1-D and named by key_of(name, start, stop).
-    state: JSON, of which rank 0's is written; with parts, its "shapes" has the shape of every
-        parameter by name
+    step: number of the step, from 0
+    tensors: kind ("model", "optimizer", "ema") -> name -> tensor of this rank, with the same kinds
+        on all ranks. A part of a tensor is 1-D and named by key_of(name, start, stop).
+    state: content of state.json; that of rank 0 is written. If tensors are saved in parts, its
+        "shapes" has the shape of every parameter by name.
+    ranks: ranks that save together
 
     A rank that cannot write, or finds too little space on the disk, raises OSError, and the others
     raise UnavailableError. Raises DivergedError on all ranks, before anything is written, if a
@@ -110,7 +112,7 @@ def _remove(folder: Path) -> None:
 def _write_own(folder: Path, tensors: dict, state: dict, ranks: Ranks) -> dict[str, dict]:
     """Write this rank's files, wait until they are on the disk, return their manifest entries.
 
-    Raises ValueError if a part has another length than its name says.
+    Raises ValueError if the length of a part is not the one in its name.
     """
     written = {}
     for kind, named in tensors.items():
@@ -151,6 +153,7 @@ def _complete(temporary: Path, final: Path, parts: list[dict], state: dict) -> N
 def prune(run: str | PathLike[str], keep_last: int, best: int | None) -> None:
     """Delete all checkpoints but those to keep.
 
+    run: folder of the run
     keep_last: number of the newest checkpoints that are kept
     best: a step that is kept too; None: none
     """
@@ -161,7 +164,11 @@ def prune(run: str | PathLike[str], keep_last: int, best: int | None) -> None:
 
 
 def discard_after(run: str | PathLike[str], step: int) -> None:
-    """Delete the checkpoints of later steps, after a roll-back to `step`."""
+    """Delete the checkpoints of later steps, after a roll-back to `step`.
+
+    run: folder of the run
+    step: step to which the run was rolled back
+    """
     for later, folder in RunFolder(run).checkpoints().items():
         if later > step:
             delete(folder)
@@ -171,6 +178,9 @@ def set_aside(run: str | PathLike[str], step: int) -> list[Path]:
     """Rename the damaged checkpoints after `step`, from which the run is resumed.
 
     Otherwise one of them would be the last checkpoint again, and count among those that are kept.
+
+    run: folder of the run
+    step: step of the checkpoint that training resumes from
 
     Returns their new paths, such as checkpoints/damaged-step-00000200.
     """
@@ -251,7 +261,11 @@ def sharded_tensors(
 
 
 def require_finite(kind: str, named: dict[str, Tensor]) -> None:
-    """Raise DivergedError, naming the tensor, unless every value is finite."""
+    """Raise DivergedError, naming the tensor, unless every value is finite.
+
+    kind: kind of the tensors, for the message
+    named: tensors by name
+    """
     for name, t in named.items():
         # A finite sum means that all values are finite, and takes a ninth of the time. If it is not
         # finite, each value is looked at, because the sum itself may have overflowed.

@@ -1,6 +1,6 @@
 """Collectives for Python values, and a way to make an error on one rank an error on all ranks.
 
-Without it, a rank that met an error would leave the others waiting for it.
+Without the latter, the other ranks would wait for a rank that has raised an error.
 """
 
 import json
@@ -21,7 +21,8 @@ PATIENCE = timedelta(days=7)  # for work that one rank does while the others wai
 def gather(ranks: Ranks, value: Any) -> list[Any]:
     """Return the values of all ranks, in the order of ranks; every rank gets the same list.
 
-    value: this rank's, which must be JSON
+    ranks: ranks that all call this
+    value: value of this rank, which must be JSON
     """
     if ranks.size == 1:
         return [value]
@@ -42,9 +43,12 @@ def gather(ranks: Ranks, value: Any) -> list[Any]:
 def agree(ranks: Ranks, work: Callable[[], T]) -> T:
     """Return what work() returns on this rank, once it has succeeded on all ranks.
 
-    If work() raises a MinillmError on some rank, all ranks raise the one of the lowest such rank.
-    A rank on which it raises another error raises that error itself. Then the ranks without an
-    error raise UnavailableError, with its text.
+    If work() raises a MinillmError on some ranks, all ranks raise that of the lowest such rank. A
+    rank on which work() raises an error of another class raises that error, and the ranks without
+    an error raise UnavailableError with its text.
+
+    ranks: ranks that all call this
+    work: function to run on this rank
     """
     if ranks.size == 1:
         return work()
@@ -63,7 +67,9 @@ def agree(ranks: Ranks, work: Callable[[], T]) -> T:
 def in_turn(ranks: Ranks, name: str, work: Callable[[], T]) -> T:
     """Return what work() returns, after one rank of each machine has run it before the others.
 
-    name: of the work, which must not have been used before
+    ranks: ranks that all call this
+    name: name of the work, which must not have been used before
+    work: function to run on this rank
 
     It may take longer than the ranks otherwise wait for one another. Raises as `agree` does.
     """

@@ -1,7 +1,7 @@
-"""Buckets: flat buffers of parameters, of which this rank steps one chunk; see layout.py.
+"""Buckets: flat buffers of parameters, in each of which this rank steps one chunk; see layout.py.
 
-A parameter in a bucket is a view of its buffer, so that one collective moves all parameters of the
-bucket and no gradient or weight is copied for it. Collectives are started in zero.py.
+A parameter in a bucket is a view of its buffer. One collective therefore moves all parameters of
+the bucket, and no weight is copied for it. Collectives are started in zero.py and reductions.py.
 """
 
 from collections.abc import Collection, Iterator
@@ -35,7 +35,7 @@ class Part:
 
 
 class Bucket:
-    """One flat buffer of parameters, and what this rank keeps for its chunk of it.
+    """One flat buffer of parameters, with the masters and gradients of this rank's chunk.
 
     flat: (ranks * chunk,) the storage of the parameters
     own: (chunk,) this rank's part of `flat`
@@ -43,7 +43,7 @@ class Bucket:
     wire: the dtype in which gradients are summed
     full: (ranks * chunk,) the gradients of this rank's sequences, in dtype `wire`; None: none yet
     shard: (chunk,) the gradients summed over the ranks, in the dtype of `master`; None: none yet
-    missing: the names of parameters whose gradient has not come in this backward pass
+    missing: names of the parameters whose gradient has not arrived in this backward pass
     """
 
     def __init__(
@@ -96,7 +96,11 @@ class Bucket:
         return part
 
     def place(self, name: str, gradients: Tensor) -> Tensor:
-        """Return the elements of a parameter, 1-D, in `gradients`, a buffer like `flat`."""
+        """Return the elements of a parameter in a buffer of gradients, 1-D, as a view.
+
+        name: name of the parameter
+        gradients: buffer with the layout of `flat`, (ranks * chunk,)
+        """
         offset = self.offsets[name]
         return gradients[offset : offset + self.parameters[name].numel()]
 
@@ -119,8 +123,11 @@ def make_buckets(
 ) -> list[Bucket]:
     """Return the buckets of one group of parameters, filled from the last parameter to the first.
 
+    parameters: all parameters, by name
     names: the parameters of the group
-    dtype: of storage; None: that of each parameter
+    rank: this rank
+    ranks: number of ranks
+    dtype: dtype in which weights are stored; None: that of each parameter
     reduce_dtype, whole, offload: see zero.ZeroOptimizer
     bucket_mb: size of a bucket's gradients as they are reduced, in MiB
     """
@@ -141,7 +148,8 @@ def make_buckets(
 def pieces_of(buckets: list[Bucket], inner: Optimizer) -> Iterator[Piece]:
     """Yield the pieces of parameters in these buckets, with their states in the inner optimiser.
 
-    `state` is empty before the first step.
+    buckets: buckets of one group of parameters
+    inner: optimiser of the masters, whose states are empty before the first step
     """
     for part in (part for bucket in buckets for part in bucket.parts):
         state = inner.state.get(part.master, {})
@@ -154,6 +162,9 @@ def inner_group(group: dict[str, Any], buckets: list[Bucket]) -> dict[str, Any]:
 
     A list that is as long as the names has an entry for each name. Only the entries of parameters
     that this rank owns elements of are kept.
+
+    group: group of the outer optimiser, with names for "params"
+    buckets: buckets of the group
     """
     place = {name: i for i, name in enumerate(group["params"])}
     parts = [part for bucket in buckets for part in bucket.parts]
@@ -167,7 +178,9 @@ def inner_group(group: dict[str, Any], buckets: list[Bucket]) -> dict[str, Any]:
 def set_gradients(bucket: Bucket, gradients: Tensor, names: Collection[str]) -> None:
     """Give the masters of these parameters their gradients, for the inner optimiser.
 
-    gradients: (chunk,)
+    bucket: bucket of the parameters
+    gradients: (chunk,) gradients of this rank's chunk
+    names: parameters that get a gradient
     """
     for part in (part for part in bucket.parts if part.name in names):
         p = part.master
@@ -183,7 +196,11 @@ def drop_gradients(buckets: list[Bucket]) -> None:
 
 
 def make_state(buckets: list[Bucket], inner: Optimizer) -> None:
-    """Make the inner optimiser create its state, by a step with rate 0 on gradients of 0."""
+    """Make the inner optimiser create its state, by a step with rate 0 on gradients of 0.
+
+    buckets: all buckets of the optimiser
+    inner: optimiser of the masters
+    """
     rates = [group["lr"] for group in inner.param_groups]
     for group in inner.param_groups:
         group["lr"] = 0.0
@@ -199,9 +216,13 @@ def make_state(buckets: list[Bucket], inner: Optimizer) -> None:
 def fill_from(buckets: list[Bucket], inner: Optimizer, read: Read) -> None:
     """Fill the masters and the states of the inner optimiser from `read`.
 
-    Masters are read as kind "model", states as the kinds that the optimiser calls them, a state of
-    shape () as [0, 1). A master that `read` does not know stays as it is. A parameter none of whose
-    states it knows has no state afterwards, as before its first step.
+    Masters are read as kind "model". States are read as the kinds that the optimiser names, a state
+    of shape () as [0, 1). A master that `read` does not know does not change. If `read` knows no
+    state of a parameter, the parameter has no state afterwards, as before its first step.
+
+    buckets: all buckets of the optimiser
+    inner: optimiser of the masters
+    read: returns saved elements, see pieces.Read
     """
     make_state(buckets, inner)
     parts = [part for bucket in buckets for part in bucket.parts]

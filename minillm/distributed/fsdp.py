@@ -1,4 +1,4 @@
-"""Stage 3: weights cut by rows over the ranks and gathered where they are needed, by FSDP2.
+"""Stage 3: FSDP2 cuts the weights by rows over the ranks and gathers them where they are needed.
 
 Source: Zhao et al. 2023, arXiv:2304.11277; torch.distributed.fsdp.fully_shard.
 """
@@ -111,7 +111,7 @@ class FullySharded:
         return min(self.ranks.rank * rows, whole.shape[0]) * (whole.numel() // whole.shape[0])
 
     def bytes(self) -> dict[str, int]:
-        """Count this rank's rows, not what FSDP2 gathers."""
+        """Count this rank's rows, without the weights that FSDP2 gathers."""
         for name, p in self.parameters.items():
             self.locals[name].grad = None if p.grad is None else p.grad.to_local()
         return bytes_of(self.locals, self.optimizers)

@@ -1,9 +1,9 @@
-"""Where parameters lie in flat buffers that are cut into equal chunks, one chunk for each rank.
+"""Place parameters in flat buffers that are cut into equal chunks, one chunk for each rank.
 
     flat     [ a a a a . b b b b b b b . c c c | c c c c c c . d d . . . . . . . ]
               `-------- chunk of rank 0 -------' `-------- chunk of rank 1 -----'
 
-The dots are padding to a multiple of ALIGN elements. It is zero and stays zero.
+The dots are padding to a multiple of ALIGN elements. The padding is zero and stays zero.
 """
 
 from collections.abc import Iterator
@@ -28,7 +28,11 @@ class Layout:
 
 
 def in_a_row(sizes: Sizes, ranks: int) -> Layout:
-    """Return the layout of parameters one after another, which chunks may cut."""
+    """Return the layout of parameters one after another, which chunks may cut.
+
+    sizes: number of elements of each parameter, in order of their gradients
+    ranks: number of ranks, which is the number of chunks
+    """
     offsets, end = {}, 0
     for name, size in sizes.items():
         offsets[name] = end
@@ -41,6 +45,9 @@ def by_owner(sizes: Sizes, ranks: int) -> Layout:
 
     The largest parameter is placed first, each in the chunk that is filled least so far. All chunks
     are as long as the longest: with fewer parameters than ranks, the buffer is mostly padding.
+
+    sizes: number of elements of each parameter, in order of their gradients
+    ranks: number of ranks, which is the number of chunks
     """
     filled, places = [0] * ranks, {}
     for name in sorted(sizes, key=sizes.__getitem__, reverse=True):
@@ -59,6 +66,9 @@ def _aligned(size: int) -> int:
 def cut(sizes: Sizes, ranks: int, limit: int, whole: bool) -> Iterator[Layout]:
     """Yield the layouts of buckets of at most `limit` elements, or of one parameter that has more.
 
+    sizes: number of elements of each parameter, in order of their gradients
+    ranks: number of ranks, which is the number of chunks
+    limit: largest number of elements in a bucket
     whole: put every parameter into one chunk. Such a bucket grows past the limit until its chunks
         are filled about evenly, or no parameters are left.
     """

@@ -1,7 +1,7 @@
 """Copies between a device and host memory that overlap with the computation.
 
-On CUDA, host memory is pinned and copies run in a stream of their own, so that the computation
-waits only where it needs a result. On a CPU they are plain copies.
+On CUDA, host memory is pinned and copies run in a separate stream, so that the computation waits
+only where it needs a result. On a CPU they are plain copies.
 """
 
 import torch
@@ -26,7 +26,8 @@ class HostCopies:
     def up(self, host: Tensor, x: Tensor) -> None:
         """Copy `host` into x before any operation that is started from now on.
 
-        `host` must not change before wait().
+        host: tensor in host memory, any dtype; it must not change before wait()
+        x: tensor of the same shape on the device
         """
         if host.dtype != x.dtype:  # converted first: fewer bytes to copy
             host = self._pinned(host, x.dtype).copy_(host)

@@ -1,4 +1,4 @@
-"""Pieces: the elements of each parameter that a rank saves, and where it reads them from."""
+"""Pieces: the elements of each parameter that a rank saves, and the source it reads them from."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-# read(kind, name, start, stop) returns elements [start, stop) of parameter `name`: of its weights,
-# kind "model", or of one of its states. None: there are none.
+# read(kind, name, start, stop) returns elements [start, stop) of the weights of parameter `name`
+# (kind "model") or of one of its states, or None if they were not saved.
 Read = Callable[[str, str, int, int], Tensor | None]
 
 
 class TensorSource(Protocol):
     """A source of weights and optimiser states, such as a verified checkpoint.
 
-    folder: where it is, for errors
+    folder: its folder, which errors name
     piece: reads elements of one tensor
     """
 
@@ -31,15 +31,20 @@ class TensorSource(Protocol):
         """Return the names of the tensors of a kind."""
 
     def check_fit(self, kind: str, own: dict[str, Tensor]) -> None:
-        """Raise CorruptError unless a kind has the names and shapes of the tensors in `own`."""
+        """Raise CorruptError unless a kind has the names and shapes of the tensors in `own`.
+
+        kind: "model" or "ema"
+        own: tensors to load into, by name
+        """
 
 
 @dataclass(frozen=True)
 class Piece:
     """Elements [start, stop) of the flattened parameter `name`, which this rank saves and loads.
 
-    master: (stop - start,) their values in full precision
-    state: their states in the optimiser by kind, each (stop - start,), or () such as a step count
+    master: (stop - start,) values of the elements in full precision
+    state: states of the elements in the optimiser by kind, each (stop - start,), or () such as a
+        step count
 
     All tensors are views: writing to them changes the parameter and its state.
     """
@@ -52,7 +57,11 @@ class Piece:
 
 
 def whole_pieces(parameters: dict[str, Tensor], optimizers: list[Optimizer]) -> Iterator[Piece]:
-    """Yield a piece for each of the parameters, all of it, with its state in its optimiser."""
+    """Yield one piece for each parameter, which holds all of it and its state in its optimiser.
+
+    parameters: parameters by name
+    optimizers: optimisers of these parameters
+    """
     states = {p: state for optimizer in optimizers for p, state in optimizer.state.items()}
     for name, p in parameters.items():
         state = {
@@ -63,7 +72,11 @@ def whole_pieces(parameters: dict[str, Tensor], optimizers: list[Optimizer]) -> 
 
 
 def bytes_of(parameters: dict[str, Tensor], optimizers: list[Optimizer]) -> dict[str, int]:
-    """Return the bytes of whole parameters, gradients and optimiser states, by kind."""
+    """Return the bytes of whole parameters, gradients and optimiser states, by kind.
+
+    parameters: parameters by name
+    optimizers: optimisers of these parameters
+    """
     states = [state for optimizer in optimizers for state in optimizer.state.values()]
     return {
         "parameters": sum(p.nbytes for p in parameters.values()),

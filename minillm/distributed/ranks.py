@@ -21,13 +21,14 @@ from minillm.runtime.program import complain
 
 
 class Ranks:
-    """This process among those of its launch. A process alone sends nothing.
+    """The ranks of a launch, as this process sees them. A process alone sends nothing.
 
-    world: what the launcher has set; None: this process is alone
+    world: the launch, as the launcher has set it; None: this process is alone
     device: the device of the tensors that are sent
     store: the key-value store of this attempt; None if there is one rank
 
-    lost_reader is True once standard error was a pipe whose other end had been closed.
+    `lost_reader` is True once a line could not be written to standard error because it is a pipe
+    whose other end has been closed.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class Ranks:
     def broadcast(self, value: Any = None) -> Any:
         """Return rank 0's value on every rank.
 
-        value: must be JSON; the values of the other ranks do not count
+        value: value to send, which must be JSON; it is ignored on the other ranks
         """
         if self.size == 1:
             return value
@@ -82,8 +83,9 @@ class Ranks:
     def optimizer_group(self, number: int) -> dist.ProcessGroup | None:
         """Return the process group of optimiser `number` of a model; it is made at the first call.
 
-        Where different parameters are unused on different ranks, the ranks may differ in which of
-        two optimisers sends first. In a group of its own each optimiser keeps its order.
+        If different parameters are unused on different ranks, the ranks may differ in which of two
+        optimisers sends first. Therefore each optimiser sends in a separate group, in which its
+        collectives keep their order.
         """
         while len(self._groups) <= number:
             self._groups.append(self.new_group())
@@ -119,17 +121,20 @@ ALONE = Ranks()
 
 
 def connect(world: World, device: torch.device, timeout_s: float) -> Ranks:
-    """Connect the ranks of this launch. A process alone returns at once.
+    """Return the ranks of this launch, connected. A process alone returns at once.
 
-    timeout_s: how long the others wait for a rank before they take it for lost
+    world: the launch, as the launcher has set it
+    device: device of the tensors that are sent; "cuda" uses NCCL, any other gloo
+    timeout_s: seconds that the others wait for a rank before they take it for lost
 
-    The store is that of the launcher. Each attempt uses a prefix of its own in it, because a killed
-    attempt leaves its keys there. Raises UnavailableError if the other ranks cannot be reached.
+    The ranks meet at the launcher's store. Each attempt uses a separate prefix in it, because a
+    killed attempt leaves its keys there. Raises UnavailableError if the other ranks cannot be
+    reached.
     """
     if world.size == 1:
         return Ranks(world, device)
     limit, cuda = timedelta(seconds=timeout_s), device.type == "cuda"
-    if cuda:  # pinned memory is of the current device
+    if cuda:  # pinned memory belongs to the current device
         torch.cuda.set_device(device)
     try:
         store = dist.PrefixStore(f"attempt/{world.attempt}", open_store(world, limit))
@@ -151,16 +156,19 @@ def connect(world: World, device: torch.device, timeout_s: float) -> Ranks:
 
 @contextmanager
 def connected(world: World, device: torch.device, timeout_s: float) -> Iterator[Ranks]:
-    """Connect the ranks inside the `with`; see connect for the parameters and errors.
+    """Connect the ranks of this launch inside the `with`.
 
-    Raises PeerLostError if another rank is gone or does not answer.
+    world, device, timeout_s: see connect
+
+    Raises UnavailableError as connect does, and PeerLostError if another rank is gone or does not
+    answer.
     """
     ranks = connect(world, device, timeout_s)
     try:
         yield ranks
         ranks.close()
     except RuntimeError as error:
-        # NCCL's or gloo's error when another rank's connection closes, or stays silent.
+        # NCCL and gloo raise this when another rank's connection closes or does not answer.
         backend = isinstance(error, dist.DistError) or "/gloo/" in str(error)
         if world.size == 1 or not backend:
             raise
@@ -172,7 +180,11 @@ def connected(world: World, device: torch.device, timeout_s: float) -> Iterator[
 
 
 def open_store(world: World, limit: timedelta) -> dist.Store:
-    """Open the key-value store of a launch, which all of its attempts share."""
+    """Open the key-value store of a launch, which all of its attempts share.
+
+    world: the launch, as the launcher has set it
+    limit: how long an operation of the store waits
+    """
     own = world.rank == 0 and not world.has_store
     store = dist.TCPStore(
         world.address, world.port, None, is_master=own, timeout=limit, wait_for_workers=False
@@ -193,10 +205,10 @@ def with_launch_name(world: World) -> World:
 
 
 def first_to_say(text: str) -> bool:
-    """Return whether no other rank of this launch has said the same, and note that it is said now.
+    """Return whether no other rank of this launch has printed this text, and record that one has.
 
-    Without torchrun the store is rank 0's, and a question to a rank 0 that has ended would take ten
-    seconds. Then, once the ranks are connected, the answer is True on each of them.
+    Without torchrun rank 0 holds the store, and a request to a rank 0 that has ended would take ten
+    seconds. Therefore the result is True on every rank once such ranks are connected.
     """
     world = launched()
     if world.size == 1 or dist.is_initialized() and not world.has_store:
@@ -209,10 +221,11 @@ def first_to_say(text: str) -> bool:
 
 
 def leave(code: int) -> int:
-    """Return `code`, to exit with. One of several ranks exits in here, without Python's shutdown.
+    """Return the exit code `code`, or exit here with it if the process is one of several ranks.
 
-    A thread of gloo may still have to free a tensor. If Python is shutting down then, before
-    CPython 3.14 it ends that thread such that the process aborts, with code 134 after a good run.
+    The exit skips Python's shutdown, because a thread of gloo may still have to free a tensor.
+    During a shutdown, Python before 3.14 ends that thread in a way that aborts the process, with
+    code 134 after a good run.
     """
     if launched().size > 1:
         for stream in (sys.stdout, sys.stderr):

@@ -1,4 +1,4 @@
-"""The reduce-scatters that ZeroOptimizer has started, of which at most IN_FLIGHT run at a time."""
+"""Run the reduce-scatters of ZeroOptimizer, at most IN_FLIGHT at a time."""
 
 from collections import deque
 from typing import Any, NamedTuple
@@ -34,7 +34,7 @@ class Reduction(NamedTuple):
 class Reductions:
     """A queue of reduce-scatters; each, when complete, is added to the shard of its bucket.
 
-    stage: 1: `full` of a bucket is kept and set to 0; 2: it is freed
+    stage: 1 keeps `full` of a bucket and sets it to 0; 2 frees it
     group: the process group to send in
     host: copies shards to host memory at the end of a step; None: they stay on the device
     """
@@ -52,6 +52,7 @@ class Reductions:
     def start(self, bucket: Bucket, last: bool) -> None:
         """Start the reduce-scatter of a bucket's gradients.
 
+        bucket: bucket whose `full` is summed; zeros if it has none
         last: whether this is the last micro-batch of the step
         """
         while len(self._queue) >= IN_FLIGHT or any(r.bucket is bucket for r in self._queue):
@@ -76,7 +77,7 @@ class Reductions:
             self._host.wait()
 
     def nbytes(self) -> tuple[int, int]:
-        """Return the bytes of the results, and those of the gradients that are summed."""
+        """Return the bytes of the results and the bytes of the gradients that are summed."""
         return nbytes(r.out for r in self._queue), nbytes(r.full for r in self._queue)
 
     def _complete_oldest(self) -> None:

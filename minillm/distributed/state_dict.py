@@ -1,4 +1,4 @@
-"""Loading the tensors of a model and of its optimisers by name, and the checks before it."""
+"""Load the tensors of a model and of its optimisers by name, and check them first."""
 
 from pathlib import Path
 
@@ -14,10 +14,11 @@ def load_optimizer_tensors(
 ) -> None:
     """Put saved states into the optimisers of the parameters.
 
-    parameters: by name
+    optimizers: optimisers of the parameters
+    parameters: parameters by name
     tensors: the states, named KIND.PARAMETER, such as "exp_avg.head.weight"
 
-    Raises CorruptError if one is of another parameter or of another shape than its parameter.
+    Raises CorruptError if a state belongs to no parameter, or has another shape than its parameter.
     """
     owner = {
         p: optimizer for optimizer in optimizers for g in optimizer.param_groups
@@ -37,7 +38,14 @@ def load_optimizer_tensors(
 
 
 def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
-    """Copy `tensors` into the parameters of a model. Raise CorruptError as load_into does."""
+    """Copy tensors into the parameters of a model.
+
+    model: model whose parameters are filled
+    tensors: values by the name of the parameter
+    source: the file or folder that errors name
+
+    Raises CorruptError as load_into does.
+    """
     load_into(dict(model.named_parameters()), tensors, source)
 
 
@@ -45,6 +53,8 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> 
 def load_into(own: dict[str, Tensor], tensors: dict[str, Tensor], source: Path) -> None:
     """Copy `tensors` into the tensors of the same names in `own`.
 
+    own: tensors that are filled, by name
+    tensors: values by name
     source: the file or folder that errors name
 
     Raises CorruptError if names or shapes differ, or if a value is not finite.
@@ -56,7 +66,12 @@ def load_into(own: dict[str, Tensor], tensors: dict[str, Tensor], source: Path) 
 
 
 def refuse_misfit(source: Path, own: dict[str, Tensor], found: dict) -> None:
-    """Raise CorruptError unless `found` has the names and shapes of `own`, in floating point."""
+    """Raise CorruptError unless `found` has the names and shapes of `own`, in floating point.
+
+    source: the file or folder that the error names
+    own: tensors to load into, by name
+    found: what was found, by name; each has a shape and a dtype
+    """
     missing, extra = sorted(own.keys() - found), sorted(found.keys() - own.keys())
     if missing or extra:
         what = f"lacks {missing[0]}" if missing else f"has {extra[0]}, which is unknown"
@@ -70,6 +85,11 @@ def refuse_misfit(source: Path, own: dict[str, Tensor], found: dict) -> None:
 
 
 def refuse_values(source: Path, name: str, values: Tensor) -> None:
-    """Raise CorruptError unless all values are finite."""
+    """Raise CorruptError unless all values are finite.
+
+    source: the file or folder that the error names
+    name: name of the tensor
+    values: its elements, any shape, floating point
+    """
     if not torch.isfinite(values).all():
         raise CorruptError(f"{source}: {name} holds values that are not finite")

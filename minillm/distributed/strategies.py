@@ -1,11 +1,12 @@
-"""How a model is laid out over the ranks: what each rank holds of it.
+"""Strategies to lay out a model over the ranks, by the part of it that each rank holds.
 
-    stage 0   DataParallel: weights, gradients, optimiser state; DDP sums the gradients
-    stage 1   ZeroSharded: a shard of the optimiser state and of the fp32 masters (zero.py)
-    stage 2   ZeroSharded: a shard of the gradients too
-    stage 3   FullySharded: a shard of the weights too, by FSDP2 (fsdp.py)
+    stage 0   DataParallel   holds all weights, gradients and states; DDP sums the gradients
+    stage 1   ZeroSharded    shards the optimiser state and the fp32 masters (zero.py)
+    stage 2   ZeroSharded    also shards the gradients
+    stage 3   FullySharded   also shards the weights, by FSDP2 (fsdp.py)
 
-Sharding is what training sees of them. The model itself does not know that there are ranks.
+Training uses all of them through the protocol Sharding. The model does not know that there are
+ranks.
 
 Source: Rajbhandari et al. 2020, arXiv:1910.02054, section 5.
 """
@@ -32,14 +33,15 @@ BUFFERS = "broadcast_buffers"  # renamed in torch 2.13; the buffers of our model
 
 
 class Sharding(Protocol):
-    """A model on its ranks, as training works with it.
+    """Interface of a sharded model and its optimisers.
 
-    The classes that follow it have a docstring where they do a thing in their own way.
+    The docstrings of its methods say what every strategy does. Those of a strategy say only in
+    which way it does it.
 
     model: the decoder on this rank
-    forward: what a micro-batch is given to; before a backward pass only inside `synced`
-    weight: the factor of the loss with which the ranks' gradients add up to the gradient wanted
-    optimizers: each has param_groups, as a torch optimiser
+    forward: the callable that takes a micro-batch; before a backward pass it is called in `synced`
+    weight: factor of the loss that makes the sum of the ranks' gradients the gradient of the batch
+    optimizers: the optimisers; each has param_groups, as a torch optimiser has
     """
 
     model: GPT
@@ -59,7 +61,7 @@ class Sharding(Protocol):
         """Return the sum of the squares of all gradients, () fp64, the same on all ranks."""
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield (parameter, elements of its gradient): over the ranks, each element once."""
+        """Yield (parameter, elements of its gradient). Each element comes once over the ranks."""
 
     def step(self, grad_scale: Tensor | None) -> None:
         """Step all optimisers, and drop the gradients.
@@ -71,26 +73,26 @@ class Sharding(Protocol):
         """Drop the gradients of a step that is skipped."""
 
     def pieces(self) -> Iterator[Piece]:
-        """Yield the pieces that this rank saves: over the ranks, each element once."""
+        """Yield the pieces that this rank saves. Each element comes once over the ranks."""
 
     def load(self, past: TensorSource) -> None:
-        """Take all weights and optimiser states from a checkpoint. Every rank calls it.
+        """Load all weights and optimiser states from a checkpoint. Every rank calls it.
 
         Raises CorruptError, on all ranks, if they do not fit or are damaged.
         """
 
     def bytes(self) -> dict[str, int]:
-        """Return the bytes on this rank: parameters, gradients, masters, moments, buffers."""
+        """Return the bytes on this rank of parameters, gradients, masters, moments and buffers."""
 
     def gathered(self) -> AbstractContextManager[None]:
         """Return a context manager in which all methods of the model work, on all ranks at once.
 
-        At stage 3 only after a first forward and backward pass, in which FSDP2 finds its root.
+        Stage 3 needs a forward and a backward pass before it, in which FSDP2 finds its root.
         """
 
 
 class DataParallel:
-    """Stage 0, and one rank alone: each rank holds everything."""
+    """Stage 0, and a process that is the only rank: each rank holds everything."""
 
     def __init__(self, model: GPT, recipes: list[Recipe], ranks: Ranks, forward: Callable) -> None:
         self.model, self.ranks, self.forward = model, ranks, forward
@@ -105,7 +107,7 @@ class DataParallel:
             )
 
     def synced(self, last: bool) -> AbstractContextManager:
-        """Have DDP sum the gradients in the last micro-batch alone."""
+        """Let DDP sum the gradients in the last micro-batch only."""
         return nullcontext() if last or self.ranks.size == 1 else self.forward.no_sync()
 
     def squares(self) -> Tensor:
@@ -183,7 +185,7 @@ class ZeroSharded:
 
     @contextmanager
     def synced(self, last: bool) -> Iterator[None]:
-        """Have each optimiser take the gradients, and sum them as its stage says."""
+        """Let each optimiser collect the gradients and sum them as its stage says."""
         with ExitStack() as stack:
             for optimizer in self.optimizers:
                 stack.enter_context(optimizer.synced(last))
@@ -248,9 +250,11 @@ def shard(
 ) -> Sharding:
     """Return a model and its optimisers, sharded over the ranks. One rank alone keeps all weights.
 
-    recipes: of the optimisers
+    model: the model on this rank, whole
+    recipes: optimisers that have no parameters yet
+    ranks: ranks that it is sharded over
     stage: 0 to 3, see the head of this file
-    dtype: of the computation; at stages 1 and 2 weights are stored in it, next to fp32 masters
+    dtype: dtype of the computation, in which stages 1 and 2 store weights next to fp32 masters
     offload: keep the optimiser state of stages 1 and 2 in host memory
     forward: the compiled model; None: the model itself
 

@@ -1,4 +1,4 @@
-"""The parameters that a step moves: those that are not frozen and have a gradient.
+"""Keep track of the parameters that a step moves: those not frozen that have a gradient.
 
 Collectives are started in zero.py.
 """
@@ -16,7 +16,7 @@ from minillm.distributed.ranks import Ranks
 class Frozen(dict[str, nn.Parameter]):
     """The frozen parameters (requires_grad=False) by name, which an optimiser does not move.
 
-    Every rank holds them whole, in their own dtype.
+    Every rank holds them whole, in the dtype they had.
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
@@ -54,7 +54,7 @@ class Frozen(dict[str, nn.Parameter]):
 
     @torch.no_grad()
     def load(self, read: Read) -> None:
-        """Fill the frozen parameters from `read`; one that it does not know stays as it is."""
+        """Fill the frozen parameters from `read`; one that it does not know does not change."""
         for name, p in self.items():
             if (values := read("model", name, 0, p.numel())) is not None:
                 p.copy_(values.view(p.shape))
@@ -72,13 +72,13 @@ class Arrivals:
         self._work: Any = None
 
     def add(self, name: str) -> None:
-        """Note that this rank has a gradient of the parameter."""
+        """Record that this rank has a gradient of the parameter."""
         self._own[name] = True
 
     def share(self, device: torch.device, send: Callable[[Tensor], Any] | None) -> None:
         """Start to exchange the names between the ranks, after the last backward pass of a step.
 
-        device: of the tensor that is sent
+        device: device of the tensor that is sent
         send: replaces a tensor by its maximum over the ranks and returns a handle to wait for;
             None: there is one rank
         """

@@ -49,17 +49,18 @@ _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  #
 class ZeroOptimizer:
     """Any element-wise torch optimiser, or Muon by whole matrices, sharded over the ranks.
 
-    parameters: by name, in the order of the model; those that it moves become views of flat
-        buffers. A frozen one (requires_grad=False) stays whole on every rank and has no state.
-    groups: as those of an optimiser, but with names for "params"; a list as long as the names, such
+    parameters: parameters by name, in the order of the model; those that it moves become views of
+        flat buffers. A frozen one (requires_grad=False) stays whole on every rank, without a state.
+    groups: groups of an optimiser, but with names for "params"; a list as long as the names, such
         as "parts", has an entry for each name
     make: returns the inner optimiser of such groups over this rank's elements, which are 1-D, or
         whole matrices
     stage: 1 or 2
-    dtype: parameters are stored in it; None: in their own. Below fp32, masters are kept in fp32.
-    whole: do not cut parameters, as Muon needs it
+    dtype: dtype in which parameters are stored; None: each keeps its dtype. If it is narrower than
+        fp32, masters are kept in fp32.
+    whole: keep each parameter whole on one rank, which Muon needs
     bucket_mb: size of the gradients that travel in one collective, in MiB
-    reduce_dtype: gradients are summed in it, or in the parameters' dtype if that is wider
+    reduce_dtype: dtype in which gradients are summed, unless that of the parameters is wider
     offload: keep masters and the optimiser's state in host memory; `make` builds for the CPU
     group: the process group to send in, which no other optimiser of the same step may use; None: a
         new one
@@ -114,7 +115,7 @@ class ZeroOptimizer:
             self._take_gradients_of(bucket)
 
     def _take_gradients_of(self, bucket: Bucket) -> None:
-        """Have every gradient of a bucket's parameters moved into the bucket when it comes."""
+        """Add hooks that move each gradient of a bucket's parameters into the bucket."""
         if self.stage == 1:
             bucket.full = bucket.empty_gradients()
         for name, p in bucket.parameters.items():
@@ -187,7 +188,7 @@ class ZeroOptimizer:
     def squares(self) -> Tensor:
         """Return the sum of the squares of the gradients in this rank's shards, () fp64.
 
-        The sum of it over the ranks is that of all gradients.
+        Its sum over the ranks is the sum of the squares of all gradients.
         """
         self._settle()
         shards = [bucket.shard for bucket in self.buckets if bucket.shard is not None]
@@ -197,7 +198,7 @@ class ZeroOptimizer:
     def step(self, grad_scale: Tensor | None = None) -> None:
         """Move every parameter that has a gradient on some rank, and drop the gradients.
 
-        grad_scale: () a factor of all gradients; None: 1
+        grad_scale: () factor of all gradients; None: 1
 
         Raises RuntimeError if no micro-batch was run in synced(last=True), or if a frozen parameter
         has a gradient.
@@ -255,7 +256,7 @@ class ZeroOptimizer:
                 yield part.name, bucket.shard[part.at : part.at + part.master.numel()]
 
     def pieces(self) -> Iterator[Piece]:
-        """Yield this rank's pieces of the parameters; over the ranks, every element comes once."""
+        """Yield this rank's pieces of the parameters. Each element comes once over the ranks."""
         yield from pieces_of(self.buckets, self.inner)
         yield from self.frozen.pieces(self.ranks)
 
