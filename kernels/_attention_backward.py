@@ -256,7 +256,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk and dv, in the shapes and dtypes of q, k and v.
 
-    q, k, v, y, lse: arguments and results of `forward`
+    q, k, v, y, lse, rule: arguments and results of `forward`
     dy: gradient of y, (B, T, H, D)
     """
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))

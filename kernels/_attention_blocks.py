@@ -21,11 +21,17 @@ def load_block(
     x, b, h, row, x_stride_b, x_stride_t, x_stride_h, T,
     ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Return rows row to row + ROWS of head h, (ROWS, BLOCK_D).
+    """Return rows row to row + ROWS of head h of sequence b, (ROWS, BLOCK_D).
 
-    x is a (B, H, T, D) descriptor (TMA) or a pointer. Rows from T on are zero by descriptor and
-    repeat the last row by pointer. Both are finite numbers, so they need no mask, and no query sees
-    them. Columns from D on are zero.
+    x: descriptor of (B, H, T, D) if TMA, else pointer to (B, T, H, D)
+    b, h, row: indices of sequence, head and first row
+    x_stride_b, x_stride_t, x_stride_h: strides in elements, which only a pointer needs
+    T: number of rows
+    ROWS, D, BLOCK_D: rows of the block, head width, and its next power of two
+    TMA: whether x is a descriptor
+
+    Rows from T on are zero by descriptor and repeat the last row by pointer. Both are finite
+    numbers, so they need no mask, and no query sees them. Columns from D on are zero.
     """
     if TMA:
         block = x.load([b, h, row, 0]).reshape(ROWS, BLOCK_D)
@@ -45,7 +51,14 @@ def load_block(
 def store_block(
     x_ptr, x, b, h, row, T, H, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """Store x, (ROWS, BLOCK_D), in rows row to row + ROWS of head h of (B, T, H, D), contiguous."""
+    """Store a block in rows row to row + ROWS of head h of sequence b.
+
+    x_ptr: pointer to (B, T, H, D), contiguous, any float dtype
+    x: the block, (ROWS, BLOCK_D), rounded to the dtype of x_ptr
+    b, h, row: indices of sequence, head and first row
+    T, H: number of rows and of heads
+    ROWS, D, BLOCK_D: rows of the block, head width, and its next power of two
+    """
     x_ptr += ((b.to(tl.int64) * T + row) * H + h) * D
     rows = tl.arange(0, ROWS)[:, None]
     columns = tl.arange(0, BLOCK_D)[None, :]
@@ -60,7 +73,15 @@ def first_keys(
     starts_ptr, b, row, T, window,
     ROWS: tl.constexpr, DOCUMENTS: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """Return the first key that each of the queries row to row + ROWS sees, the first, the last."""
+    """Return the first key that each of the queries row to row + ROWS sees, the first, the last.
+
+    starts_ptr: pointer to the start of each position's document, (B, T), int32; for DOCUMENTS
+    b, row: indices of sequence and first query
+    T: number of positions
+    window: number of keys that a query sees at most; for WINDOW
+    ROWS: number of queries
+    DOCUMENTS, WINDOW: whether there are documents, and a window
+    """
     queries = row + tl.arange(0, ROWS)
     keys = tl.zeros([ROWS], tl.int32)
     lowest = 0
@@ -79,7 +100,14 @@ def first_keys(
 
 @triton.jit
 def hide(x, i, j, a, b, fill, BOUNDED: tl.constexpr):
-    """Return x where i >= j and, if BOUNDED, a >= b, else fill; all are rows or columns of x."""
+    """Return x where i >= j and, if BOUNDED, a >= b; fill elsewhere.
+
+    x: scores or probabilities of a block
+    i, j: positions of its queries and keys, as a row and a column or the reverse
+    a, b: more positions, likewise; for BOUNDED
+    fill: number in place of what is hidden
+    BOUNDED: whether a and b are compared too
+    """
     seen = i >= j
     if BOUNDED:
         seen = seen & (a >= b)
@@ -88,7 +116,12 @@ def hide(x, i, j, a, b, fill, BOUNDED: tl.constexpr):
 
 @triton.jit
 def bias(scores, slope, queries, keys):
-    """Return scores - slope (i - j); positions are exact in fp32 up to 2^24."""
+    """Return scores - slope (i - j), the bias of ALiBi; positions are exact in fp32 up to 2^24.
+
+    scores: scores of a block, fp32
+    slope: slope in the unit of the scores, a number or one for each row
+    queries, keys: positions i and j, as a row and a column or the reverse
+    """
     return scores + slope * (keys.to(tl.float32) - queries.to(tl.float32))
 
 
@@ -115,7 +148,11 @@ class Rule:
         return factor, self.softcap / self.scale, 1 / self.scale, self.window
 
     def switches(self, q: Tensor, k: Tensor) -> dict[str, int]:
-        """Return the constexpr arguments that every kernel takes."""
+        """Return the constexpr arguments that every kernel takes.
+
+        q: queries, (B, T, H, D)
+        k: keys, (B, T, G, D)
+        """
         return {
             "SHARE": q.shape[2] // k.shape[2],
             "D": q.shape[3],
@@ -130,6 +167,10 @@ class Rule:
 
 def options(kernel: str, q: Tensor, rule: Rule) -> dict[str, int]:
     """Return the tile of a kernel for q's head width and dtype, smaller if there is a soft-cap.
+
+    kernel: name of the kernel in the table of tiles
+    q: queries, (B, T, H, D)
+    rule: masks and biases
 
     Raises ValueError on blocks that do not divide ROWS, to which lse and delta are padded.
     """
@@ -177,7 +218,11 @@ def _strides(x: Tensor) -> list[int]:
 
 
 def descriptor(x: Tensor, rows: int, BLOCK_D: int) -> TensorDescriptor:
-    """Return a (B, H, T, D) descriptor of x, (B, T, H, D); it loads (rows, BLOCK_D) of one head."""
+    """Return a (B, H, T, D) descriptor that loads (rows, BLOCK_D) of one head.
+
+    x: tensor, (B, T, H, D), heads contiguous
+    rows, BLOCK_D: shape of the block that it loads
+    """
     B, T, H, D = x.shape
     b, t, h, _ = _strides(x)
     return TensorDescriptor(x, [B, H, T, D], [b, h, t, 1], [1, 1, rows, BLOCK_D])

@@ -13,8 +13,8 @@ WIDEST = 128  # head width
 def check_heads(q: Tensor, k: Tensor, v: Tensor, over_cache: bool) -> None:
     """Raise ValueError, naming the argument, unless the kernels can take q, k and v.
 
-    q must be (B, T, H, D) with D up to WIDEST, k and v (B, S, G, D), and all of one dtype.
-
+    q: queries, which must be (B, T, H, D) with D up to WIDEST
+    k, v: keys and values, which must be (B, S, G, D) with G a divisor of H, in q's dtype
     over_cache: S may be any number of keys; otherwise it must be T, and q is limited in size
     """
     if q.dim() != 4 or not 1 <= q.shape[3] <= WIDEST or not q.shape[2]:
@@ -38,7 +38,11 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor, over_cache: bool) -> None:
 def check_scores(
     q: Tensor, scale: float | None, window: int, softcap: float, alibi_slopes: Tensor | None
 ) -> float:
-    """Return the scale; raise ValueError, naming the argument, on a number out of range."""
+    """Return the scale; raise ValueError, naming the argument, on a number out of range.
+
+    q: queries, (B, T, H, D)
+    scale, window, softcap, alibi_slopes: see `attention`
+    """
     H, D = q.shape[2:]
     if scale is not None and not 0 < scale < math.inf:
         raise ValueError(f"scale: {scale}, expected a number above 0")

@@ -86,6 +86,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor
 
     q: (B, T, H, D)
     k, v: (B, T, G, D)
+    rule: masks and biases
     """
     B, T, H, D = q.shape
     y = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)

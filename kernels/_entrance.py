@@ -62,7 +62,11 @@ def entrance(
 
 
 def refuse_forward_mode(name: str, tensors: Iterable[Tensor]) -> None:
-    """Raise RuntimeError, naming the operation, if a tensor has a forward-mode tangent."""
+    """Raise RuntimeError, naming the operation, if a tensor has a forward-mode tangent.
+
+    name: name of the operation
+    tensors: its arguments
+    """
     if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise RuntimeError(
             f"{name}: no forward-mode derivative (torch.func.jvp); use a backward pass or "
@@ -84,6 +88,7 @@ def wants_gradient(x: Tensor) -> bool:
 def differentiable(operator: Callable, save: Callable, backward: Callable) -> Callable:
     """Give an operator of torch.library its backward pass, inside torch.func too.
 
+    operator: operator of torch.library
     save, backward: as for register_autograd; `backward` must call operators through `last`
 
     Returns a function to call instead of the operator.

@@ -26,6 +26,11 @@ def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
 
     An empty grid launches nothing. Under TRITON_INTERPRET=1 the repaired interpreter runs the
     kernel on the CPU.
+
+    kernel: compiled or interpreted Triton function
+    grid: number of programs in each dimension
+    *args: arguments by position, the first a tensor or a descriptor of one
+    **options: constexpr arguments and launch options, such as num_warps
     """
     if 0 in grid:
         return

@@ -31,7 +31,14 @@ def kept_dtype(dtype: torch.dtype) -> torch.dtype:
 def scaled(
     dx: Tensor, dw: Tensor, count: Tensor, dy: Tensor, x_dtype: torch.dtype, w_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Return dx and dw of the mean over `count` rows, times dy, in the dtypes of x and w."""
+    """Return dx and dw of the mean over `count` rows, times dy, in the dtypes of x and w.
+
+    dx: gradient of x for the sum over rows, (N, C), times gain_of(x_dtype)
+    dw: the same for w, (V, C)
+    count: number of rows that count, ()
+    dy: gradient of the loss, ()
+    x_dtype, w_dtype: dtypes of x and w
+    """
     # Where no row counts, the gradients are zeros, as in the reference, and the loss is nan.
     # A factor of shape () would be rounded to the dtype of dx first; one of shape (1,) is not.
     scale = (dy / (count.clamp(min=1) * gain_of(x_dtype))).view(1)
@@ -51,6 +58,7 @@ _gradients = last(scaled)
 def save(ctx, inputs, output) -> None:
     """Save for `backward`.
 
+    ctx: context of the autograd function
     inputs: x, w, targets, softcap, z_loss, ignore_index, and whether x and w need a gradient
     output: the loss, dx, dw and the number of rows that count
     """
@@ -62,7 +70,12 @@ def save(ctx, inputs, output) -> None:
 
 
 def backward(ctx, dy, *_):
-    """Return the gradients of all inputs; all are None if the loss has none."""
+    """Return the gradients of all inputs; all are None if the loss has none.
+
+    ctx: context that `save` filled
+    dy: gradient of the loss, (), or None
+    _: gradients of the other outputs, which are not differentiable
+    """
     if dy is None:
         return (None,) * 8
     dx, dw = _gradients(*ctx.saved_tensors, dy, *ctx.dtypes)

@@ -156,7 +156,11 @@ def _rope_bwd_kernel(
 
 
 def grid_of(kernel: str, q: Tensor, k: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
-    """Return the grid, (blocks of tokens, groups of heads of q, then of k), and the tile."""
+    """Return the grid, (blocks of tokens, groups of heads of q, then of k), and the tile.
+
+    kernel: name of the kernel in the table of tiles
+    q, k: queries, (B, T, H, D), and keys, (B, T, G, D)
+    """
     options = tile("rope", kernel, q.shape[3])
     N = q.shape[0] * q.shape[1]
     groups = [triton.cdiv(x.shape[2], options["HEADS"]) for x in (q, k)]
@@ -176,14 +180,20 @@ def contiguous(*weights: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def angles(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, int, int]:
-    """Return cos and sin, of equal strides, and their strides by row of the batch and position."""
+    """Return cos and sin, of equal strides, and their strides by row of the batch and position.
+
+    cos, sin: tables of the angles, (P, D/2), or (B, T, D/2)
+    """
     if cos.stride(-1) != 1 or sin.stride() != cos.stride():
         cos, sin = cos.contiguous(), sin.contiguous()
     return cos, sin, (cos.stride(0) if cos.dim() == 3 else 0), cos.stride(-2)
 
 
 def check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_weight, k_weight) -> None:
-    """Raise ValueError, naming the argument, unless the kernels can take these."""
+    """Raise ValueError, naming the argument, unless the kernels can take these.
+
+    q, k, cos, sin, q_weight, k_weight: see `rope`
+    """
     if q.dim() != 4 or q.shape[3] % 2 or not 2 <= q.shape[3] <= WIDEST:
         raise ValueError(f"q: {tuple(q.shape)}, expected (B, T, H, D), D even and at most {WIDEST}")
     B, T, _, D = q.shape

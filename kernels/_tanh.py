@@ -10,6 +10,9 @@ def tanh(x, EXACT: tl.constexpr):
 
     Near zero, where the other formula loses digits, EXACT takes the polynomial of tanhf in Cephes
     (S. Moshier, 1989).
+
+    x: block of numbers, fp32
+    EXACT: whether the result is exact to two units in the last place
     """
     if EXACT:
         y = x * x

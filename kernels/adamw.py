@@ -207,7 +207,7 @@ def adamw(
         g <- grad_scale g;   m <- b1 m + (1 - b1) g;   v <- b2 v + (1 - b2) g^2
         p <- (1 - lr wd) p - lr (m / (1 - b1^step)) / (sqrt(v / (1 - b2^step)) + eps)
 
-    params, exp_avgs (m), exp_avg_sqs (v): fp32, contiguous, of equal shapes, on one device
+    params, exp_avgs, exp_avg_sqs: p, m and v, fp32, contiguous, of equal shapes, on one device
     grads: g of each parameter, fp32, fp16 or bf16, any strides
     step: number of the step, from 1
     lr, weight_decay: learning rate and weight decay of each parameter

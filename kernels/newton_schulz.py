@@ -141,6 +141,7 @@ def symmetric_square(s: Tensor, b: float, c: float) -> Tensor:
     """Return P = b S + c S S, (batch, M, M), in s's dtype.
 
     s: symmetric matrices, (batch, M, M), fp32, fp16 or bf16
+    b, c: coefficients of the formula
     """
     return _symmetric_product(s.contiguous(), b, c, square=True)
 
@@ -160,12 +161,12 @@ def _(s, b, c):
 def newton_schulz(g: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
     """Push the singular values of each matrix towards 1 (about 0.7 to 1.2 after five steps).
 
-        X <- G / (|G|_F + 1e-7);   repeat: S = X X^T;  P = b S + c S S;  X <- a X + P X
+        X <- G / (|G|_F + 1e-7), then in each step S = X X^T;  P = b S + c S S;  X <- a X + P X
 
     g: matrices, (..., M, N), fp32, fp16 or bf16, any strides
     steps: number of iterations
-    dtype: of the products and the result, fp32, fp16 or bf16 (None: g's); the norm, and the
-        division by it, are fp32
+    dtype: dtype of the products and the result, fp32, fp16 or bf16 (None: g's); the norm, and
+        the division by it, are fp32
 
     Returns X, (..., M, N), in that dtype, contiguous. Every product is summed in fp32 and rounded
     to that dtype. There is no gradient.

@@ -2,9 +2,10 @@
 
     python benchmarks/recurrence/decode.py RUN [RUN ...] [--recurrence R ...]
 
-Of 32 windows of a run's validation split the first half is read at once, and the second half token
-by token from the cache. Loss, in nats per token, and the share of tokens whose most likely
-prediction is right, are those of the second half. Writes decode.md into this folder.
+The model reads the first half of 32 windows of a run's validation split at once, and the second
+half token by token from the cache. For the second half the script reports the loss in nats per
+token, and the share of tokens whose most likely prediction is right. Writes decode.md into this
+folder.
 """
 
 import argparse

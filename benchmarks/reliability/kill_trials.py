@@ -1,7 +1,7 @@
-"""Trials for kill.py: a training that is killed or asked to end, resumed, and compared.
+"""Trials for kill.py: kill a training or ask it to end, resume it, and compare the run.
 
-This file decides when to kill which process, and what must be the same afterwards. killing.py has
-the processes.
+This file decides when to kill which process, and which results must be the same afterwards.
+killing.py starts the processes.
 """
 
 import random
@@ -26,8 +26,8 @@ TIMES = 4  # that a run is killed at most
 EVERY = 2  # steps from save to save
 SURVIVES_S, HANGS_S = 40.0, 120.0  # a rank without the other, met or not; any process
 STEPS = 12
-# How one process after the other is killed, where it begins a run and where it resumes one: by the
-# clock (""), or at a call of one of the counters.
+# The way in which each process is killed, for a new run and for a resumed one: by the clock (""),
+# or at a call of one of the counters.
 AIMS = {
     False: ["saving", "opening", "saving", "", "saving"],
     True: ["saving", "", "saving", "pruning", "saving", "", "saving", "opening", "saving", ""],

@@ -1,7 +1,8 @@
-"""Processes of train.py that are killed on the way, and what the runs that they leave hold.
+"""Start processes of train.py that are killed, and read the runs that they leave.
 
-A process that has imported everything, and computes nothing itself, forks each of them: one lives a
-second or two, where a cold start takes ten. What it is doing it writes on a board that outlives it.
+A process that has imported everything, and computes nothing itself, forks each of them. A child
+takes a second or two, where a cold start takes ten. It writes its phase to a board that outlives
+it.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-import torch._dynamo  # noqa: F401 - each child would import it anew
+import torch._dynamo  # noqa: F401 - otherwise each child would import it
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -43,19 +44,22 @@ PHASES = ("starting", "preparing", "beginning", "resuming", "training", "saving"
           "ending", "leaving")  # fmt: skip
 COUNTERS = ("opening", "saving", "pruning")
 SLOTS = ("begun", "phase", "met", "first", "step", *COUNTERS)
-# Of the system, when files are written or read. A kill can come before and after each.
+# System calls that write or read files. A kill can come before and after each.
 CALLS = {"open", "write", "fsync", "close", "mkdir", "rename", "replace", "unlink", "rmdir",
          "scandir"}  # fmt: skip
 VOLATILE = {"step_ms", "tokens_per_s", "mfu", "peak_memory_mib", "trained_s", "cache_dir"}
 
 
 class Board:
-    """What a child is doing, in memory that it shares with its parent.
+    """State of a child, in memory that it shares with its parent.
 
-    begun: it has; before that, in a fork, signals are lost.    phase: a number of PHASES.
-    met: it is one of its ranks.    first: the step that its loop began after; -1: it has not.
-    step: the last one done.    opening, saving, pruning: CALLS that it has entered or left, before
-    the loop and in saving and pruning.
+    begun: 1 once it has begun; before that, in a fork, signals are lost
+    phase: index in PHASES
+    met: 1 once it is connected to its launch
+    first: step after which its loop began; -1: it has not begun
+    step: last step that it has done
+    opening, saving, pruning: number of CALLS that it has entered or left, before the loop, in
+        saving and in pruning
     """
 
     def __init__(self) -> None:
@@ -78,11 +82,13 @@ class Board:
 
 
 class Child:
-    """A process of train.py, begun when it is made.
+    """A process of train.py, which starts when the object is made.
 
-    log: where its standard output and error go.    die_at: it kills itself as soon as one of the
-    board's numbers is so high: ("saving", 7).    place: the launcher's environment.
-    slow_save_s: how long a save waits before it writes.
+    argv: arguments of train.py
+    log: file of its standard output and error
+    die_at: counter of the board, and the value at which the process kills itself: ("saving", 7)
+    place: environment variables of the launcher
+    slow_save_s: seconds that a save waits before it writes
     """
 
     def __init__(
@@ -112,47 +118,45 @@ class Child:
 
     @property
     def code(self) -> int | None:
-        """How it ended, -9 if it was killed; None: it lives."""
+        """The exit code of the process, -9 if it was killed; None: it is still running."""
         if self._code is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             self._code = os.waitstatus_to_exitcode(status) if pid else None
         return self._code
 
     def wait(self, until: float) -> int | None:
-        """Until it has ended, or the clock shows `until`."""
+        """Wait until the process has ended or the monotonic clock shows `until`; return its code."""
         while self.code is None and time.monotonic() < until:
             time.sleep(0.002)
         return self.code
 
     def send(self, number: int) -> None:
-        """A signal, if it lives."""
+        """Send a signal to the process if it is still running."""
         if self.code is None:
             os.kill(self.pid, number)
 
     def end(self) -> None:
-        """Make sure that it does not outlive its trial."""
+        """Kill the process, so that it does not outlive its trial."""
         self.send(signal.SIGKILL)
         self.wait(time.monotonic() + 10)
 
     @property
     def said(self) -> str:
-        """All that it has printed."""
+        """The text that the process has printed so far."""
         return self.log.read_text("utf-8", "replace") if self.log.exists() else ""
 
 
 def _watch(
     board: Board, resumes: bool, die_at: tuple[str, int], slow_save_s: float
 ) -> dict[str, Callable]:
-    """Have what this process does written on the board; return the parts of train.train that
-    do so.
-    """
+    """Make this process write its phase to the board; return replaced arguments of train.main."""
     first = "resuming" if resumes else "starting"
 
     def marked(
         real: Callable, phase: str, counter: str = "", before: Callable[..., None] = id,
         then: str = "",
     ) -> Callable:  # fmt: skip
-        """Return `real` with its phase on the board, and afterwards `then` or the phase before."""
+        """Return `real` such that it sets its phase, and afterwards `then` or the phase before."""
 
         def count(frame: FrameType, event: str, about: Any) -> None:
             if event in ("c_call", "c_return") and about.__name__ in CALLS:
@@ -175,11 +179,11 @@ def _watch(
         return work
 
     def mark(module: Any, name: str, *args: Any, **options: Any) -> None:
-        """Put the marked function in the place of module.name."""
+        """Replace module.name by the marked function."""
         setattr(module, name, marked(getattr(module, name), *args, **options))
 
     def counted(setup: Any, state: Any, *args: Any) -> Iterator[Any]:
-        """Yield the steps, and write each one on the board when it is done."""
+        """Yield the steps, and write each one to the board when it is done."""
         board.first = board.step = state.progress.step
         board.phase = PHASES.index("training")
         for result in steps(setup, state, *args):
@@ -204,7 +208,11 @@ def _watch(
 
 
 def place_of(rank: int, size: int, port: int) -> dict[str, str]:
-    """What a launcher tells a rank."""
+    """Return the environment variables that a launcher sets for a rank.
+
+    rank, size: the rank and the number of ranks
+    port: port of the launcher on this machine
+    """
     return {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
@@ -212,7 +220,7 @@ def place_of(rank: int, size: int, port: int) -> dict[str, str]:
 
 
 def last_step(run: Path) -> int:
-    """The last step that metrics.jsonl has a whole row of; 0: none."""
+    """Return the last step with a whole row in metrics.jsonl; 0: there is none."""
     path, last = run / "metrics.jsonl", 0
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
@@ -223,8 +231,10 @@ def last_step(run: Path) -> int:
 
 
 def traces(run: Path) -> dict[str, Any]:
-    """All that two runs must have in common: the rows as they are written but for the times, and of
-    every checkpoint the bits of all tensors and the state.
+    """Return everything that two runs must have in common.
+
+    This is the rows of metrics.jsonl without times and, for every checkpoint, the state and a
+    digest of the bits of all tensors.
     """
     rows = []
     for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():

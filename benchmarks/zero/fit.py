@@ -36,8 +36,8 @@ from minillm.runtime.launch import launched
 KIB = 1024
 BUCKET = 25600 * KIB  # 25 MiB, the largest that training sends
 SIZES = [n * KIB for n in (4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 25600)]
-# From here on each buffer is new pages of the system's (glibc's largest mmap threshold is 32 MiB):
-# twice the time, and with MALLOC_MMAP_THRESHOLD_ raised not.
+# From this size on the system maps new pages for each buffer (glibc's largest mmap threshold is
+# 32 MiB), which takes twice the time unless MALLOC_MMAP_THRESHOLD_ is raised.
 BEYOND = [n * KIB for n in (32768, 49152, 65536)]
 HELD_OUT = SIZES[1:-1:3]
 SMALL = 256 * KIB  # below this several are timed together

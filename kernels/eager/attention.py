@@ -29,14 +29,15 @@ def attention(
     alibi_slopes: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Return the causal attention of q, (B, T, H, D), over k and v, (B, T, G, D).
+    """Return the causal attention of q over k and v, (B, T, H, D), in q's dtype.
 
     It runs through scaled_dot_product_attention. Two cases do not: a soft-cap takes the reference,
     and training in bf16 on a CPU takes `_bf16_attention`, which is faster there.
 
-    window: each query sees this many last keys (0: all)
+    q: queries, (B, T, H, D)
+    k, v: keys and values, (B, T, G, D)
     documents: number of the document of each position, (B, T)
-    alibi_slopes: (H,)
+    scale, window, softcap, alibi_slopes, dropout: see the reference
     """
     T = q.shape[1]
     if softcap:
@@ -78,10 +79,12 @@ def decode_attention(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
 ) -> Tensor:
-    """Return the causal attention of the last T positions, q, (B, T, H, D), over a cache.
+    """Return the causal attention of the last T positions over a cache, (B, T, H, D), in q's dtype.
 
+    q: queries, (B, T, H, D)
     k, v: the cache, (B, S, G, D)
     lengths: entries of each row of the cache, (B,) (None: S)
+    scale, window, softcap, alibi_slopes: see the reference
     """
     T, S, dtype = q.shape[1], k.shape[1], q.dtype
     if softcap or (lengths is not None and alibi_slopes is not None):

@@ -29,7 +29,10 @@ def linear_cross_entropy(
 
     x: hidden states, (N, C)
     w: weight of the output layer, (V, C)
-    targets: right token of each row, (N,), int64; ignore_index: the row does not count
+    targets: right token of each row, (N,), int64
+    softcap: bound of the logits (0: none)
+    z_loss: weight of the squared log-sum-exp
+    ignore_index: target of rows that do not count
 
     Returns (), in at least fp32.
     Source: Wijmans et al. 2024, arXiv:2411.09009, for the aim; Hsu et al. 2024, arXiv:2410.10989,

@@ -9,10 +9,14 @@ from minillm.kernels._entrance import entrance
 
 @entrance(forward_mode=True)
 def newton_schulz(g: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
-    """Push the singular values of each matrix of g, (..., M, N), towards 1.
+    """Push the singular values of each matrix towards 1.
 
-    Every product is in `dtype` (None: g's), which may be bf16. The norm is computed, and g divided
-    by it, in at least fp32: fp16 holds neither the norm of large gradients nor small gradients.
+    The norm is computed, and g divided by it, in at least fp32, because fp16 holds neither the norm
+    of large gradients nor small gradients.
+
+    g: matrices, (..., M, N)
+    steps: number of iterations
+    dtype: dtype of every product, which may be bf16 (None: g's)
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     wide = torch.promote_types(g.dtype, torch.float32)
@@ -40,7 +44,16 @@ def adamw(
     grad_scale: Tensor | None = None,
     copies: list[Tensor] | None = None,
 ) -> None:
-    """Take one step of AdamW in place: PyTorch's fused kernel, once per pair of rate and decay."""
+    """Take one step of AdamW in place, by PyTorch's fused kernel, once per pair of rate and decay.
+
+    params, exp_avgs, exp_avg_sqs: parameters and their two moments, of equal shapes and dtypes
+    grads: gradient of each parameter, any float dtype
+    step: number of the step, from 1
+    lr, weight_decay: learning rate and weight decay of each parameter
+    betas, eps: decay rates of the moments, and the number added to the denominator
+    grad_scale: factor of all gradients, () (None: 1)
+    copies: tensors that receive the new values, any float dtype
+    """
     grads = [g.to(p.dtype) for g, p in zip(grads, params, strict=True)]
     if grad_scale is not None:
         grads = torch._foreach_mul(grads, grad_scale)

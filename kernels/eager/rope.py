@@ -15,9 +15,12 @@ def rope(
     k_weight: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """Rotate q, (B, T, H, D), and k, (B, T, G, D), by cos, sin, (T, D/2) or (B, T, D/2).
+    """Return q and k with each head rotated by the angles of its position.
 
+    q, k: queries, (B, T, H, D), and keys, (B, T, G, D)
+    cos, sin: tables of the angles, (T, D/2) or (B, T, D/2)
     q_weight, k_weight: weights of the QK-norm, (D,); both or neither
+    eps: added to the mean square in the QK-norm
     """
     if q_weight is not None:
         q, k = rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps)
@@ -44,13 +47,16 @@ def rope_cache(
     k_weight: Tensor | None = None,
     eps: float = 1e-6,
 ) -> Tensor:
-    """Return the rotated q, (B, T, H, D), and write k and v, (B, T, G, D), into the cache.
+    """Return the rotated q, (B, T, H, D), and write the rotated k, and v, into the cache.
 
     One position for all rows becomes a slice, which is faster than an index.
 
+    q: queries, (B, T, H, D)
+    k, v: keys and values, (B, T, G, D)
     cos, sin: one row for each absolute position, (P, D/2)
     cache_k, cache_v: (B, S, G, D), written in place
     positions: position of the first new token of each row, (B,), or one int for all
+    q_weight, k_weight, eps: QK-norm, see `rope`
     """
     B, T = q.shape[:2]
     if isinstance(positions, int):

@@ -1,7 +1,4 @@
-"""Random numbers, made on the host, and the reference's sampler, which is fast enough.
-
-kernels/reference/sampling.py says what they mean.
-"""
+"""Make random numbers on the host; the sampler is that of the reference, which is fast enough."""
 
 import torch
 from torch import Tensor
@@ -17,6 +14,10 @@ def uniform(seed: int, samples: Tensor, positions: Tensor) -> Tensor:
     """Return one number in [0, 1) for each row, (B,), fp32, a function of (seed, sample, position).
 
     Python's integers are faster than thirty tensor operations where there are few rows.
+
+    seed: seed of the run
+    samples: number of each row's sample, (B,), integers
+    positions: position of each row's token, (B,), integers
     """
     draws = []
     for row, position in zip(samples.tolist(), positions.tolist(), strict=True):

@@ -83,7 +83,11 @@ def decode_attention(
 
 
 def cap(scores: Tensor, softcap: float) -> Tensor:
-    """Return softcap tanh(scores / softcap), or the scores unchanged where softcap is 0."""
+    """Return softcap tanh(scores / softcap), or the scores unchanged where softcap is 0.
+
+    scores: scores or logits, any shape
+    softcap: bound of the result (0: none)
+    """
     return softcap * torch.tanh(scores / softcap) if softcap else scores
 
 

@@ -9,11 +9,12 @@ from minillm.kernels.reference._wide import wide
 def newton_schulz(g: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
     """Push the singular values of each matrix towards 1 (about 0.7 to 1.2 after five steps).
 
-        X <- G / (|G|_F + 1e-7);   repeat: A = X X^T;  X <- a X + (b A + c A A) X
+        X <- G / (|G|_F + 1e-7), then in each step A = X X^T;   X <- a X + (b A + c A A) X
 
     g: matrices, (..., M, N), any float dtype
     steps: number of iterations
-    dtype: of the result (None: g's). A fast implementation may round X to it once X is normalised
+    dtype: dtype of the result (None: g's). A fast implementation may round X to it once X is
+        normalised
 
     Returns X, (..., M, N), in that dtype.
     Source: Jordan et al. 2024, "Muon", coefficients (3.4445, -4.7750, 2.0315).
@@ -48,7 +49,7 @@ def adamw(
         g <- grad_scale g;   m <- b1 m + (1 - b1) g;   v <- b2 v + (1 - b2) g^2
         p <- (1 - lr wd) p - lr (m / (1 - b1^step)) / (sqrt(v / (1 - b2^step)) + eps)
 
-    params, exp_avgs (m), exp_avg_sqs (v): tensors of equal shapes, fp32 (or fp64)
+    params, exp_avgs, exp_avg_sqs: p, m and v, of equal shapes, fp32 (or fp64)
     grads: g of each parameter, any float dtype
     step: number of the step, from 1
     lr, weight_decay: learning rate and weight decay of each parameter

@@ -87,7 +87,7 @@ class RunFolder:
 
     @cached_property
     def train(self) -> dict[str, Any]:
-        """The settings of the training that began the run, with paths that can be opened from here."""
+        """The settings of the training that began the run; its paths can be opened from here."""
         return relative_paths.found(self.path, self._section("train"))
 
     @cached_property

@@ -70,7 +70,11 @@ class Output:
         self._found: dict[str, list[dict]] = {}
 
     def save(self, name: str, rows: list[dict]) -> None:
-        """Write the rows that a suite has so far, next to those of the other suites."""
+        """Write the rows that a suite has so far, next to those of the other suites.
+
+        name: name of the suite
+        rows: all rows of the suite so far
+        """
         self._found[name] = rows
         self.written.update(dict.fromkeys(report.write(self.folder, self.about, self._found)))
 

@@ -66,7 +66,7 @@ class Sharding(Protocol):
     def step(self, grad_scale: Tensor | None) -> None:
         """Step all optimisers, and drop the gradients.
 
-        grad_scale: () a factor of all gradients; None: 1
+        grad_scale: () factor of all gradients; None: 1
         """
 
     def drop(self) -> None:

@@ -33,7 +33,8 @@ class AdamW(torch.optim.AdamW):
     def step(self, closure=None, grad_scale: Tensor | None = None) -> None:
         """Move every parameter that has a gradient.
 
-        grad_scale: () a factor of all gradients; None: 1
+        closure: not used; torch passes it
+        grad_scale: () factor of all gradients; None: 1
         """
         # Parameters with the same count of steps and the same constants share a call: usually all.
         calls: dict[tuple, list[tuple[Tensor, float, float]]] = {}
@@ -66,7 +67,11 @@ class AdamW(torch.optim.AdamW):
 
 
 def adamw_recipe(parameters: Parameters, groups: list[dict]) -> Recipe:
-    """Return the recipe of AdamW for these groups of the parameters."""
+    """Return the recipe of AdamW for these groups of the parameters.
+
+    parameters: parameters of the model, and the settings of the optimiser
+    groups: groups of their names, as in Recipe
+    """
 
     def make(built: list[dict]) -> Optimizer:
         return AdamW(built, parameters.ops, lr=0.0, betas=parameters.betas)

@@ -34,7 +34,8 @@ def recipes(
 ) -> list[Recipe]:
     """Return the optimisers of a model, which have no parameters yet.
 
-    name: a key of OPTIMIZERS; the other arguments are those of recipe.Parameters
+    name: a key of OPTIMIZERS
+    parameters, matrices, ops, betas, weight_decay, dtype, undecayed: see recipe.Parameters
     """
     wanted = Parameters(parameters, matrices, ops, betas, weight_decay, dtype, undecayed)
     return OPTIMIZERS[name].recipes(wanted)
@@ -43,7 +44,12 @@ def recipes(
 def state_kinds(
     name: str, parameters: Iterable[str], matrices: Collection[str]
 ) -> dict[str, frozenset[str]]:
-    """Return which states the optimisers of `recipes` keep of each parameter after a step."""
+    """Return the states that the optimisers of `recipes` keep for each parameter after a step.
+
+    name: a key of OPTIMIZERS
+    parameters: names of all parameters
+    matrices: names of the matrices in blocks
+    """
     kind = OPTIMIZERS[name]
     return {n: kind.matrix_states if n in matrices else kind.other_states for n in parameters}
 
@@ -51,12 +57,21 @@ def state_kinds(
 def make_optimizers(
     name: str, parameters: dict[str, nn.Parameter], *args: Any, **options: Any
 ) -> list[Optimizer]:
-    """Return the optimisers of `recipes`, built for these parameters."""
+    """Return the optimisers of `recipes`, built for these parameters.
+
+    name: a key of OPTIMIZERS
+    parameters: all parameters, by name
+    *args, **options: further arguments of `recipes`
+    """
     return [r.build(parameters) for r in recipes(name, parameters, *args, **options)]
 
 
 def set_learning_rate(optimizers: Iterable[Optimizer], learning_rate: float) -> None:
-    """Set the rate of each group to `learning_rate` times its factor `rate`."""
+    """Set the rate of each group to `learning_rate` times its factor `rate`.
+
+    optimizers: optimisers whose groups have a "rate"
+    learning_rate: learning rate of the step
+    """
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * group["rate"]

@@ -18,9 +18,9 @@ LEAST, MOST = 1.0, 2.0**24  # at LEAST an overflow has another cause than the sc
 
 @dataclass
 class LossScale:
-    """The factor of the loss, and when it changes.
+    """Factor of the loss, which is halved after an overflow and doubled after good steps.
 
-    value: what the loss is multiplied by
+    value: the factor
     good: number of steps since the last overflow or growth
     """
 
@@ -28,9 +28,10 @@ class LossScale:
     good: int = 0
 
     def is_to_blame(self, loss: float, norm: float) -> bool:
-        """Return whether the scale may have caused an overflow of the gradients, and halve it then.
+        """Return whether the scale may have made the gradients overflow. If so, halve it.
 
-        norm: the total norm of the gradients
+        loss: loss of the step, without the scale
+        norm: total norm of the gradients
         """
         blamed = math.isfinite(loss) and not math.isfinite(norm) and self.value > LEAST
         if blamed:

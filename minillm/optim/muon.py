@@ -49,7 +49,8 @@ class Muon(Optimizer):
     def step(self, closure=None, grad_scale: Tensor | None = None) -> None:
         """Move every parameter that has a gradient.
 
-        grad_scale: () a factor of all gradients; None: 1
+        closure: not used; torch passes it
+        grad_scale: () factor of all gradients; None: 1
         """
         for group in self.param_groups:
             updates: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}

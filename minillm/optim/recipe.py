@@ -45,8 +45,8 @@ class Parameters:
         that are stacked in it (queries, keys, values)
     ops: the table of operations
     betas: AdamW's decay rates
-    weight_decay: of the parameters that decay
-    dtype: of the computation
+    weight_decay: weight decay of the parameters that decay
+    dtype: dtype of the computation
     undecayed: the names of matrices that do not decay
     """
 

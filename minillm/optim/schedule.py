@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step, without a look at any clock.
+"""Learning-rate schedules: the learning rate as a pure function of the step.
 
 A run with a time limit learns only on the way how many steps it has. Each time that number changes,
 the pace (how far along the schedule each step stands) gets another knot. The knots are saved, so
@@ -69,7 +69,11 @@ class Schedule:
         return self.peak
 
     def repaced(self, step: int, steps: int) -> "Schedule":
-        """Return the schedule that is the same up to `step` and ends after `steps`."""
+        """Return the schedule that is the same up to `step` and ends after `steps`.
+
+        step: number of steps done
+        steps: new number of steps in the whole run
+        """
         past = [knot for knot in self.pace if knot[0] < step]
         here = [(step, self.progress(step))] if step > 0 else [(0, 0.0)]
         return replace(self, pace=(*past, *here, (max(steps, step + 1), 1.0)))
@@ -78,5 +82,9 @@ class Schedule:
 def plain(
     kind: str, peak: float, minimum: float, warmup: int, decay_fraction: float, steps: int
 ) -> Schedule:
-    """Return the schedule of a run whose number of steps is known from the start."""
+    """Return the schedule of a run whose number of steps is known from the start.
+
+    kind, peak, minimum, warmup, decay_fraction: see Schedule
+    steps: number of steps in the run
+    """
     return Schedule(kind, peak, minimum, warmup, decay_fraction, ((0, 0.0), (steps, 1.0)))

@@ -38,7 +38,7 @@ def audit(cases: Sequence[Case], workers: int = 2, say: Say | None = None) -> li
         num_warps, num_stages, serialised, loads_128, loads_narrow, loads_tma, atomics
         wants_tensor_core, wants_exact (fp32 products must stay fp32), wants_loads_128
         plain_products: number of products that no tensor core computes
-        streams: its data come from memory and not from L2
+        streams: whether its data come from memory and not from L2
         compile_s: seconds
         error: "" if it compiled; otherwise the reason, and most other values are None
 

@@ -38,10 +38,10 @@ SPEED = {"f32": 0.5, "f8E4M3FN": 2.0, "f8E5M2": 2.0, "i8": 2.0}
 class Bound:
     """Costs of one pass of a CTA through the hot loop, and the resulting speeds of the whole GPU.
 
-    clocks: of each unit
-    flops: useful FLOPs of the pass
-    moved: bytes of global memory of the pass
-    unit: the slowest one
+    clocks: clocks that each unit needs
+    flops: useful FLOPs in the pass
+    moved: bytes of global memory that the pass moves
+    unit: the slowest unit
     tflops_max, tflops_split, tflops_sum: TFLOP/s, see the head of this file
     gbps: GB/s under `max`
     per_flop: thread instructions of a unit for one useful FLOP. Under "tensor" it is FLOPs
@@ -60,7 +60,11 @@ class Bound:
 
 
 def thread_instructions(loop: Stretch, unit: str) -> int:
-    """Return how many instructions of one thread the unit executes in a pass; packed ones are 2."""
+    """Return the number of instructions of a thread for a unit in one pass; a packed one counts 2.
+
+    loop: the hot loop in machine code
+    unit: a key of UNITS
+    """
     pattern = re.compile(UNITS[unit])
     return sum(
         n * (2 if name in PACKED else 1)
@@ -90,10 +94,11 @@ def clocks(
 ) -> dict[str, float]:
     """Return the clocks that each unit of a multiprocessor needs for one pass of one CTA.
 
+    arch: architecture of the GPU
     loop: the hot loop in machine code
     source, layout: the hot loop in TTIR and in TTGIR
-    warps: of the CTA
-    streams: its data come from memory, and not from L2, where other CTAs have left them
+    warps: number of warps of the CTA
+    streams: whether its data come from memory, and not from L2, where other CTAs have left them
     """
     speed = SPEED.get(source.dots[0].dtype, 1.0) if source.dots else 1.0
     needed = {

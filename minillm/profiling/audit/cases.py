@@ -1,4 +1,4 @@
-"""Cases of the audit: each public operation, forward and backward, in its configurations.
+"""List the cases of the audit: each public operation, forward and backward, in configurations.
 
 A case runs on a dry GPU, which computes nothing. Tensors are as small as possible while the same
 kernels are compiled. Sizes are multiples of 16, as in a model, so that Triton may use wide loads.
@@ -53,7 +53,11 @@ class Case:
             RUN[self.op](self)
 
     def tensor(self, *shape: int, dtype: str = "") -> Tensor:
-        """Return a tensor of the case's dtype that needs a gradient, without values."""
+        """Return a tensor without values that needs a gradient.
+
+        shape: shape of the tensor
+        dtype: name of its dtype; "": the case's
+        """
         return torch.empty(shape, dtype=DTYPES[dtype or self.dtype]).requires_grad_()
 
 
@@ -208,7 +212,11 @@ RUN: dict[str, Callable[[Case], None]] = {
 
 
 def table_sizes(operation: str, top: int) -> list[int]:
-    """Return the sizes in the tables of an operation's tiles, 16 to `top`; [] if it has none."""
+    """Return the sizes in the tables of an operation's tiles; [] if it has none.
+
+    operation: name of the file of tables
+    top: largest size; larger ones become it, and those below 16 are left out
+    """
     from minillm.kernels._launch import TILES
 
     path = TILES / f"{operation}.json"

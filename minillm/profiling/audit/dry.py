@@ -1,7 +1,7 @@
 """A GPU that does not exist: Triton compiles launches for an architecture and does not run them.
 
-So the audit sees exactly what would run: the same launcher, the same tile, the same specialisation
-of arguments. Results of the operations are undefined.
+The audit therefore sees exactly the code that would run, because the launcher, the tile and the
+specialisation of arguments are the same. Results of the operations are undefined.
 """
 
 import time
@@ -35,7 +35,7 @@ class Build:
 
 
 class _Utils:
-    """Part of Triton's CUDA driver that loads binaries: every one fits, and none is loaded."""
+    """Part of Triton's CUDA driver that loads binaries; it accepts each one and loads none."""
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {"max_shared_mem": 1 << 30, "multiprocessor_count": 132}

@@ -99,15 +99,16 @@ def _up(n: int, unit: int) -> int:
 def ctas_per_sm(
     arch: Arch, registers: int, warps: int, shared_bytes: int, tensor_columns: int = 0
 ) -> int:
-    """Return how many CTAs of a kernel a multiprocessor holds at once; 0 if none fits.
+    """Return the number of CTAs of a kernel that a multiprocessor holds at once; 0 if none fits.
 
     Registers are allocated in units of 256 for each warp, from four parts that share the warps.
     Shared memory is allocated in units of 128 bytes, after 1 KiB that the system takes for each
     CTA. A launch is checked as if each part gave as much as the one that gives most.
 
-    registers: of a thread
-    warps: of a CTA, with those that the compiler adds
-    shared_bytes: of a CTA
+    arch: architecture of the GPU
+    registers: registers of a thread
+    warps: warps of a CTA, including those that the compiler adds
+    shared_bytes: bytes of shared memory of a CTA
     tensor_columns: columns of tensor memory of a CTA
     """
     a_warp = _up(registers * 32, 256)
@@ -124,5 +125,10 @@ def ctas_per_sm(
 
 
 def occupancy(arch: Arch, ctas: int, warps: int) -> float:
-    """Return the share of the warps that a multiprocessor can hold that it does hold, 0 to 1."""
+    """Return the warps of the resident CTAs as a share of those that fit, 0 to 1.
+
+    arch: architecture of the GPU
+    ctas: number of CTAs that a multiprocessor holds
+    warps: warps of a CTA
+    """
     return ctas * warps / arch.warps

@@ -1,4 +1,4 @@
-"""Machine code (SASS) of a kernel: its resources, its loops, and the content of the hot one.
+"""Read the machine code (SASS) of a kernel: its resources, its loops, and its hot loop.
 
 The disassembler and the resource reader come with Triton. Neither needs a GPU.
 """
@@ -80,7 +80,7 @@ def disassemble(cubin: bytes) -> str:
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
-    """Return registers of a thread, and bytes of stack, which hold what the registers cannot."""
+    """Return the registers of a thread, and its bytes of stack, which hold spilled registers."""
     m = re.search(r"REG:(\d+) STACK:(\d+)", _tool("cuobjdump", cubin, "-res-usage"))
     return int(m[1]), int(m[2])
 
@@ -210,8 +210,9 @@ def tensor_core(code: Code) -> str:
 
 
 def serialised(code: Code, waits: int = 0) -> bool:
-    """Return whether the assembler made wgmma synchronous, so that each waits for the one before.
+    """Return whether the assembler made wgmma synchronous, so that each product waits for the last.
 
+    code: instructions of the kernel
     waits: number of waits in the source. Products of one instruction each may need that many
     """
     products = sum(x.name == "HGMMA" for x in code.instructions)

@@ -1,7 +1,8 @@
-"""Products and bytes that a kernel asks for, loop by loop, read from Triton's own code.
+"""Read the products and bytes that a kernel asks for, loop by loop, from Triton's code.
 
 Machine code does not show everything: the size of a tcgen05 product, for example, is in a register.
-And its counts are per thread. Triton's code says what a whole program does in one pass of a loop.
+Also, its counts are per thread. Triton's code shows the work of a whole program in one pass of a
+loop.
 """
 
 import re
@@ -21,7 +22,7 @@ _TILE = re.compile(rf"tensordesc<tensor{_SHAPE}")
 
 @dataclass(frozen=True)
 class Dot:
-    """One product of (m, k) by (k, n) of a program, and the bytes of it in shared memory."""
+    """One product of (m, k) by (k, n) of a program, and its bytes in shared memory."""
 
     m: int
     n: int
@@ -133,9 +134,12 @@ def plain_products(text: str) -> int:
 
 
 def wide_loads(text: str, threads: int) -> int:
-    """Count the 16-byte loads that a thread needs for tiles that give each thread that many bytes.
+    """Return the number of 16-byte loads of one thread for the tiles that have 16 bytes a thread.
 
-    Of the branches of a condition, the one with most loads counts.
+    If a condition has branches, the branch with the most loads counts.
+
+    text: code of the kernel in TTIR
+    threads: number of threads in a CTA
     """
     blocks = [[0]]  # for each open block, the count of each of its branches
     for line in text.splitlines():
@@ -154,6 +158,10 @@ def wide_loads(text: str, threads: int) -> int:
 
 
 def warps(text: str, asked: int) -> int:
-    """Return the warps of a program in TTGIR: those asked for, and those that Triton adds."""
+    """Return the number of warps of a program, including those that Triton adds.
+
+    text: code of the kernel in TTGIR
+    asked: number of warps in the launch, returned if the code states none
+    """
     m = _WARPS.search(text)
     return int(m[1]) if m else asked

@@ -1,4 +1,4 @@
-"""Catalogue: what the profiler measures of each operation, one entry for one operation.
+"""Catalogue of the operations that the profiler measures, with one entry for each operation.
 
 An entry has the sizes, the random data, the useful FLOPs and bytes, and the sizes at which tiles
 are tuned. Read entry.py first, then mlp.py, the shortest of the files of entries. They are named

@@ -22,7 +22,11 @@ from minillm.profiling.catalogue.entry import (
 
 
 def document_lengths(T: int, n: int) -> list[int]:
-    """Return the lengths of n documents that fill a row of T tokens, as 1 to 2 to 3 ... to n."""
+    """Return the lengths of n documents that fill a row of T tokens, as 1 to 2 to 3 ... to n.
+
+    T: number of tokens in the row
+    n: number of documents
+    """
     ends = [T * i * (i + 1) // (n * (n + 1)) for i in range(n + 1)]
     return [end - start for start, end in pairwise(ends)]
 

@@ -36,19 +36,20 @@ class Data:
 
 @dataclass(frozen=True)
 class Entry:
-    """What the profiler knows of one operation.
+    """Sizes, data and costs of one operation, by which the profiler measures it.
 
-    gpu, cpu: sizes that are measured there
+    gpu, cpu: sizes that are measured on a GPU and on a CPU
     small: sizes for Triton's interpreter. They are odd on purpose: nothing is timed there, and
         wrong masks show only where tiles do not fit
     data: data(sizes, draw, device) makes the arguments
     cost: cost(sizes, itemsize, direction) returns useful FLOPs and bytes that must move. FLOPs are
         those that the maths needs. Bytes are those of reading each large input and writing each
-        large output once; what an implementation does beyond that is its own loss
-    directions: what is timed, each by itself
+        large output once; an implementation that moves more is less efficient
+    directions: directions that are timed separately
     dtype: dtype of the data, for an operation that is always called with the same one
     tile_sizes: tile_sizes(size, words) returns the sizes by which the entry `size` of a table of
-        tiles is measured, or None if that entry is not tuned. words: of the kernel's name there
+        tiles is measured, or None if that entry is not tuned; `words` are those of the kernel's
+        name in the table
     """
 
     gpu: list[Sizes]

@@ -39,7 +39,7 @@ class Problem:
 
     @property
     def directions(self) -> tuple[str, ...]:
-        """What is timed, each by itself."""
+        """The directions that are timed, each by itself."""
         return CATALOGUE[self.op].directions
 
     def cost(self, direction: str) -> tuple[float, float]:
@@ -47,7 +47,11 @@ class Problem:
         return CATALOGUE[self.op].cost(self.sizes, DTYPES[self.dtype].itemsize, direction)
 
     def data(self, device: torch.device, seed: int = 0) -> Data:
-        """Return random data, the same for each seed on one kind of device."""
+        """Return random data, the same for each seed on one kind of device.
+
+        device: device of the data
+        seed: seed of the random numbers
+        """
         numbers = torch.Generator(device).manual_seed(seed)
 
         def draw(*shape: int, dtype: str = "", scale: float = 1.0, shift: float = 0.0) -> Tensor:
@@ -58,16 +62,22 @@ class Problem:
 
 
 def problem_at(op: str, sizes: Sizes, dtype: str) -> Problem:
-    """Return the problem in `dtype`, or in the only dtype that the operation is called with."""
+    """Return a problem with the given sizes.
+
+    op: name of the operation
+    sizes: number for each letter of its shapes
+    dtype: dtype of the data; ignored if the operation is always called with another one
+    """
     return Problem(op, sizes, CATALOGUE[op].dtype or dtype)
 
 
 def problems_of(ops: tuple[str, ...], kind: str, dtype: str, quick: bool = False) -> list[Problem]:
     """Return the problems of some operations.
 
+    ops: names of the operations
     kind: "cuda" or "cpu"
-    dtype: of the data, where the operation leaves a choice
-    quick: one problem for each operation, on a CPU an eighth as large
+    dtype: dtype of the data, for operations that leave a choice
+    quick: return one problem for each operation, on a CPU one an eighth as large
     """
     found = []
     for op in ops:
@@ -79,7 +89,11 @@ def problems_of(ops: tuple[str, ...], kind: str, dtype: str, quick: bool = False
 
 
 def small_problem(op: str, dtype: str) -> Problem:
-    """Return a problem that the interpreter solves in about a second."""
+    """Return a problem that the interpreter solves in about a second.
+
+    op: name of the operation
+    dtype: dtype of the data, if the operation leaves a choice
+    """
     return problem_at(op, CATALOGUE[op].small, dtype)
 
 

@@ -1,4 +1,4 @@
-"""The calls of `minillm profile` whose results one folder holds, and what each of them measured."""
+"""List the calls of `minillm profile` whose results are in one folder, with their suites."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -18,12 +18,23 @@ Suites = Mapping[str, Sequence[Row]]
 
 
 def of_row(suite: str, op: str, about: dict, earlier: Mapping[str, dict]) -> dict:
-    """Return the facts about the call that measured an operation's rows."""
+    """Return the facts about the call that measured an operation's rows.
+
+    suite: name of the suite
+    op: name of the operation
+    about: facts about the last call
+    earlier: facts about earlier calls, by "SUITE" or "SUITE OP"
+    """
     return earlier.get(f"{suite} {op}", earlier.get(suite, about))
 
 
 def measured(about: dict, suites: Suites, earlier: Mapping[str, dict]) -> list[tuple[dict, str]]:
-    """Return each call, the last one first, with the suites and operations it measured."""
+    """Return each call, the last one first, with the suites and operations it measured.
+
+    about: facts about the last call
+    suites: rows by suite
+    earlier: facts about earlier calls, by "SUITE" or "SUITE OP"
+    """
     calls: list[tuple[dict, dict[str, list[str]]]] = [(about, {})]
     for suite, rows in suites.items():
         for op in dict.fromkeys(text(row.get("op")) for row in rows):
@@ -66,6 +77,10 @@ def section(about: dict, suites: Suites, earlier: Mapping[str, dict]) -> str:
     """Return the facts about the machine, and about each call that the results come from.
 
     The common facts come first. Facts that are not known are left out.
+
+    about: facts about the last call
+    suites: rows by suite
+    earlier: facts about earlier calls, by "SUITE" or "SUITE OP"
     """
     calls = measured(about, suites, earlier)
     first = [*MACHINE, "date", "command", "ceilings"]

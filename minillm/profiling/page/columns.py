@@ -1,6 +1,13 @@
 """Columns that tables show, for the suites that are not pivoted."""
 
-from minillm.profiling.page.pivot import brief, exact, per_cent, share, short, size, spread, text
+from minillm.profiling.page.pivot import brief, number, per_cent, share, short, size, spread, text
+
+
+def exact(value: object) -> str:
+    """Return a number with four digits after the point, for comparing losses."""
+    x = number(value)
+    return "-" if x is None else f"{x:.4f}"
+
 
 # {suite: {key: (title, writer)}}
 SHOWN = {

@@ -1,4 +1,4 @@
-"""The profile as one HTML page that loads nothing from the network: figures, tables, remarks."""
+"""Render a profile as one HTML page that loads nothing from the network."""
 
 import re
 from collections import Counter

@@ -1,6 +1,6 @@
-"""Measurements side by side: a line for each case, a column for each implementation.
+"""Put measurements side by side, a line for each case, and format their numbers.
 
-It also formats numbers for a reader. A value that is None, or not finite, was not measured.
+A value that is None, or not finite, was not measured; as text it is "-".
 """
 
 import math
@@ -44,7 +44,10 @@ def text(value: object) -> str:
 
 
 def short(value: object, missing: str = "-") -> str:
-    """Return a number in three figures or more, with an exponent only if it is tiny."""
+    """Return a number in three figures or more, with an exponent only if it is tiny.
+
+    value, missing: the number, and the text in its place if there is none
+    """
     x = number(value)
     if x is None:
         return missing
@@ -55,11 +58,11 @@ def short(value: object, missing: str = "-") -> str:
     return f"{x:.2f}" if abs(x) >= 0.9995 else f"{x:#.3g}"
 
 
-def size(value: object, missing: str = "-") -> str:
+def size(value: object) -> str:
     """Return bytes as B, KiB, MiB or GiB."""
     x = number(value)
     if x is None:
-        return missing
+        return "-"
     for unit in ("B", "KiB", "MiB"):
         if abs(x) < 1024:
             return f"{short(x)} {unit}"
@@ -68,7 +71,10 @@ def size(value: object, missing: str = "-") -> str:
 
 
 def duration(us: object, missing: str = "-") -> str:
-    """Return microseconds as us, ms or s."""
+    """Return microseconds as us, ms or s.
+
+    us, missing: the microseconds, and the text in their place if there are none
+    """
     x = number(us)
     if x is None:
         return missing
@@ -102,12 +108,6 @@ def accuracy(row: Row) -> str:
     return "-" if x is None else f"{x:.1e}" if x else "0"
 
 
-def exact(value: object) -> str:
-    """Return a number with four digits after the point, for comparing losses."""
-    x = number(value)
-    return "-" if x is None else f"{x:.4f}"
-
-
 def brief(direction: object) -> str:
     """Return a direction as fwd, bwd or fwd+bwd."""
     return text(direction).replace("forward", "fwd").replace("backward", "bwd")
@@ -115,9 +115,7 @@ def brief(direction: object) -> str:
 
 def spread(value: object) -> str:
     """Return a spread as text: one number, or a pair as low..high."""
-    if isinstance(value, list | tuple):
-        return "..".join(short(v) for v in value)
-    return short(value)
+    return "..".join(map(short, value)) if isinstance(value, list | tuple) else short(value)
 
 
 def is_ours(implementation: str) -> bool:
@@ -134,19 +132,27 @@ def implementations(rows: Iterable[Row]) -> list[str]:
 
 
 def measured(row: Row, value: str) -> float | None:
-    """Return the value under a key if it is a positive number, else None."""
+    """Return the value under a key if it is a positive number, else None.
+
+    row, value: the row, and the key of the value
+    """
     x = number(row.get(value))
     return x if x is not None and x > 0 else None
 
 
 def present(rows: Iterable[Row], value: str = "median_us") -> list[str]:
-    """Return, in order, the implementations that were measured, failed or were wrong."""
-    known = [row for row in rows if measured(row, value) or missing(row) != "-"]
-    return implementations(known)
+    """Return, in order, the implementations that were measured, failed or were wrong.
+
+    rows, value: rows of any cases, and the key of the value
+    """
+    return implementations(row for row in rows if measured(row, value) or missing(row) != "-")
 
 
 def worth_a_line(suite: str, rows: Iterable[Row]) -> list[Row]:
-    """Return the rows with a measurement or a failure; of an unknown suite all rows."""
+    """Return the rows with a measurement or a failure. Of an unknown suite, return all rows.
+
+    suite, rows: name of the suite, and its rows
+    """
     if suite not in VALUE:
         return list(rows)
     return [row for row in rows if number(row.get(VALUE[suite])) is not None or failure(row)]
@@ -154,11 +160,7 @@ def worth_a_line(suite: str, rows: Iterable[Row]) -> list[Row]:
 
 @dataclass(frozen=True)
 class Line:
-    """One case: its names, and its row for each implementation.
-
-    value: the key that is compared
-    higher: larger values are better
-    """
+    """One case: its names, and its row for each implementation; value and higher: see `lines`."""
 
     case: tuple[str, ...]
     by: dict[str, Row]
@@ -172,8 +174,7 @@ class Line:
     def best(self, ours: bool) -> str | None:
         """Return the fastest measured implementation, of ours or of the others."""
         names = [n for n in self.by if is_ours(n) == ours and self.measured(n) is not None]
-        pick = max if self.higher else min
-        return pick(names, key=lambda n: self.measured(n) or 0.0, default=None)
+        return self._fastest_of(names)
 
     @property
     def ours(self) -> Row:
@@ -184,7 +185,9 @@ class Line:
     @property
     def fastest(self) -> str | None:
         """Return the fastest measured implementation of all."""
-        names = [name for ours in (True, False) if (name := self.best(ours))]
+        return self._fastest_of([name for ours in (True, False) if (name := self.best(ours))])
+
+    def _fastest_of(self, names: list[str]) -> str | None:
         pick = max if self.higher else min
         return pick(names, key=lambda n: self.measured(n) or 0.0, default=None)
 
@@ -214,9 +217,11 @@ def lines(
     value: str = "median_us",
     higher: bool = False,
 ) -> list[Line]:
-    """Return a line for each case, in order of first appearance; of two equal rows the last counts.
+    """Return a line for each case in order of first appearance, without speeds of wrong results.
 
-    A line does not have the speed of wrong results.
+    rows: rows of a suite; of two for the same case and implementation the last counts
+    keys: keys that name a case
+    value, higher: key of the value that is compared, and whether larger values are better
     """
     found: dict[tuple[str, ...], Line] = {}
     for row in rows:
@@ -229,7 +234,10 @@ def lines(
 
 
 def grouped(rows: Iterable[Row], key: str) -> dict[str, list[Row]]:
-    """Return the rows by the text of one key, in order of first appearance."""
+    """Return the rows by the text of one key, in order of first appearance.
+
+    rows, key: the rows, and the key
+    """
     found: dict[str, list[Row]] = {}
     for row in rows:
         found.setdefault(text(row.get(key)), []).append(row)
@@ -263,7 +271,10 @@ def times(value: object) -> str:
 
 
 def remarks(suite: str, rows: Iterable[Row]) -> list[str]:
-    """Return what was not measured and why, and the notes of measurements, each once."""
+    """Return the notes of all rows, each once; a row that was not measured says why.
+
+    suite, rows: name of the suite, and its rows
+    """
     first: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         said = "; ".join(s for s in (failure(row), text(row.get("note")).strip()) if s)
@@ -281,9 +292,9 @@ def remarks(suite: str, rows: Iterable[Row]) -> list[str]:
         if suite == "decode":
             where = f"batch {text(row.get('batch'))}, context {text(row.get('context'))}"
         first.setdefault((subject, said), []).append(where)
-    found = []
-    for (subject, said), where in first.items():
-        more = f" and {len(where) - 1} more" if len(where) > 1 else ""
-        at = f" ({where[0]}{more})" if where[0] else ""
-        found.append(f"{subject}{at}: {said}")
-    return found
+    return [f"{subject}{_cases(where)}: {said}" for (subject, said), where in first.items()]
+
+
+def _cases(where: list[str]) -> str:
+    more = f" and {len(where) - 1} more" if len(where) > 1 else ""
+    return f" ({where[0]}{more})" if where[0] else ""

@@ -31,7 +31,7 @@ SHAPES = {
 
 
 def kind(implementation: str) -> str:
-    """Return the CSS class of an implementation: its own, or "other"."""
+    """Return the CSS class of an implementation, "other" if it has none."""
     name = "triton" if is_ours(implementation) else implementation
     return name if name in SHAPES else "other"
 
@@ -52,7 +52,11 @@ def legend(names: Iterable[str]) -> str:
 
 
 def figure(words: str, svg: str) -> str:
-    """Return a figure under its title."""
+    """Return a figure under its title.
+
+    words: the title
+    svg: the drawing
+    """
     return f"<figure><figcaption>{escape(words)}</figcaption>{svg}</figure>"
 
 
@@ -70,6 +74,7 @@ def _text(x: float, y: float, words: str, css: str = "", more: str = "") -> str:
 def bars(label: str, items: Sequence[tuple[str, float | None, str, str]]) -> str:
     """Return horizontal bars from zero, each between its name and its value.
 
+    label: text for screen readers
     items: implementation, value (None if it was not measured), the value as text, and the text that
         shows when the pointer is on the bar
     """
@@ -142,6 +147,9 @@ def roofline(rows: Iterable[Row], ceilings: dict[str, object]) -> str:
     for each working set of a row. Each NAME_tflops of the ceilings is a compute roof. A dot above
     its roof is drawn where it was measured.
     Source: Williams, Waterman & Patterson 2009, figure 1.
+
+    rows: rows of the suite
+    ceilings: measured ceilings of the machine, see ceilings.ceilings
     """
     dots = _dots(rows)
     if not dots:

@@ -42,7 +42,8 @@ def write(folder: Path, about: dict, suites: dict[str, list[dict]]) -> list[Path
     suite, or by "SUITE OP" for rows of one operation. Older rows come before new ones. Numbers that
     are not finite become null.
 
-    about: device, driver, torch, triton, python, commit, date, command, ceilings
+    folder: folder of the results, which is made if it does not exist
+    about: facts about this call: device, driver, versions, commit, date, command, ceilings
     suites: rows by suite; the page shows unknown suites as plain tables
 
     Raises ValueError if the name of a suite is not a plain word, because a file is named after it,
@@ -67,7 +68,7 @@ def write(folder: Path, about: dict, suites: dict[str, list[dict]]) -> list[Path
 
 
 def _plain(value: object) -> Any:
-    """Return the value as JSON can hold it."""
+    """Return the value in types that JSON has."""
     if value is None or isinstance(value, str | bool):
         return value
     if isinstance(value, numbers.Integral):
@@ -82,11 +83,9 @@ def _plain(value: object) -> Any:
 
 
 def read(path: Path) -> dict | None:
-    """Return results as they were written; None if there are none, or the file is not minillm's.
+    """Return the results {"about": ..., "suites": ..., "earlier": ...} in a file, see `write`.
 
-    about: of the last run
-    suites: rows by suite
-    earlier: may be missing, see `write`
+    The result is None if there is no file, or if it is not minillm's.
     """
     if not path.exists():
         return None
@@ -106,7 +105,8 @@ def refuse_foreign(folder: Path, suites: Iterable[str]) -> None:
 
     A file is only overwritten if the results of the earlier run list it.
 
-    suites: names of those whose files will be written
+    folder: folder of the results
+    suites: names of the suites whose files will be written
     """
     if not folder.is_dir() or not any(folder.iterdir()):
         return
@@ -178,13 +178,13 @@ def _csv(suite: str, rows: Sequence[Row]) -> str:
 def table(suite: str, rows: Sequence[dict]) -> str:
     """Return a suite as aligned text for a terminal, without a newline at its end.
 
-    suite kernels: for each op a line for every shape, dtype and direction, a column for each
-    implementation with its median in microseconds, then the widest spread, the speed of ours
+    Suite kernels has for each op a line for every shape, dtype and direction, and a column for each
+    implementation with its median in microseconds. Then come the widest spread, the speed of ours
     divided by that of the best other one, our TFLOP/s or GB/s and its per cent of the ceiling, and
-    the errors of ours and of eager. Attention also compares ours with each vendor's. Below is what
-    was not measured, and why.
+    the errors of ours and of eager. Attention also compares ours with each vendor's.
+    Suite tune has the tiles tried, and the rank correlation with their static bounds.
 
-    suite tune: the tiles tried, and the rank correlation with their static bounds.
+    suite, rows: name of the suite, and its rows; the remarks follow the table
     """
     if not rows:
         return f"{suite}: nothing was measured"

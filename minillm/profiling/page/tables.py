@@ -11,7 +11,12 @@ NOTHING = "–"
 
 
 def cell(shown: str, by: object = None, css: str = "") -> Cell:
-    """Return a cell; "-", for what was not measured, becomes a dash."""
+    """Return a cell of a table.
+
+    shown: text that is shown; "-", for a value that was not measured, becomes a dash
+    by: value that the column is sorted by; None: the text
+    css: CSS class
+    """
     return (NOTHING if shown == "-" else shown, by, css)
 
 
@@ -19,6 +24,10 @@ def table(header: Sequence[str], body: Iterable[Sequence[Cell]], css: str = "") 
     """Return a table that the page's script can sort, or "" if it would be empty.
 
     Empty columns are left out. The table scrolls where the page is narrow.
+
+    header: titles of the columns
+    body: lines of cells
+    css: CSS class of the table
     """
     lines = [list(line) for line in body]
     kept = [i for i in range(len(header)) if any(line[i][0] not in (NOTHING, "") for line in lines)]

@@ -1,4 +1,4 @@
-"""Suite `decode`: new tokens a second of all rows of a batch, at several lengths of context.
+"""Suite `decode`: speed of decoding in new tokens a second, by batch and length of context.
 
 A row has implementation, batch, context, tokens_per_s, spread (of tokens_per_s) and note. The time
 is wall-clock time, launches included, from one drawn token to the next, each at the same context.
@@ -22,7 +22,11 @@ NOT_COMPILED = "`generate` meets keys of another length, for the compiler a shap
 
 
 def cells(kind: str, quick: bool) -> list[tuple[int, int]]:
-    """Return the batches and contexts that are measured."""
+    """Return the pairs (batch, context) that are measured.
+
+    kind: "cuda" or "cpu"
+    quick: return one or two pairs
+    """
     if kind == "cuda":
         return [(1, 1024), (16, 4096)] if quick else [
             (batch, context) for batch in (1, 16, 64) for context in (1024, 4096, 16384)
@@ -31,7 +35,11 @@ def cells(kind: str, quick: bool) -> list[tuple[int, int]]:
 
 
 def shape(kind: str, longest: int) -> ModelConfig:
-    """Return the model: 152M parameters on a GPU, four queries to a key; on a CPU a small one."""
+    """Return the model: 152M parameters with four queries to a key on a GPU, a small one on a CPU.
+
+    kind: "cuda" or "cpu"
+    longest: longest context in tokens
+    """
     if kind == "cuda":
         return ModelConfig(
             vocab_size=50304, seq_len=longest, n_layer=12, n_head=12, n_kv_head=3, d_model=768,
@@ -48,7 +56,7 @@ def run(
 ) -> list[Row]:
     """Return a row for each table of kernels, batch and context.
 
-    device, dtype: of the model
+    device, dtype: device and dtype of the model
     effort: time for each row
     quick: few and small cells
     say: called with each line of progress

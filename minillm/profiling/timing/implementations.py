@@ -3,8 +3,8 @@
 eager       the table EAGER, which the model calls without Triton
 compile     torch.compile of it, or of plain PyTorch where eager code avoids the compiler
 flash, cudnn, efficient    the back ends of scaled_dot_product_attention, by name
-vendor      PyTorch's own kernels, called directly, where eager does not do exactly that, as it does
-            for rms_norm: the fused AdamW, and a matrix product with a cross-entropy
+vendor      PyTorch's kernels called directly, where eager code does something else: the fused
+            AdamW, and a matrix product with a cross-entropy
 triton      our kernels
 """
 
@@ -37,6 +37,8 @@ def implementations(
 ) -> dict[str, Callable | Absent]:
     """Return each implementation of the problem's operation, or the reason why there is none.
 
+    problem: operation, sizes and dtype
+    device: device of the data
     compiled: try torch.compile
     triton: our table, or why there is none
     """

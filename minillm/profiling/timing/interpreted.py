@@ -1,7 +1,7 @@
-"""Errors of our kernels without a GPU: Triton's interpreter runs each once, at a small size.
+"""Compute the errors of our kernels without a GPU, by running each in Triton's interpreter.
 
-Whether it interprets is decided when Triton is imported, so it runs in a process of its own, whose
-program is `main`. Times in the interpreter mean nothing, and none are measured.
+Triton decides when it is imported whether it interprets. The kernels therefore run in a separate
+process, whose program is `main`. No times are measured, because they would mean nothing.
 """
 
 import json

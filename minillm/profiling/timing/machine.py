@@ -1,4 +1,4 @@
-"""Facts about a measurement: the device, the versions and the command."""
+"""Collect the facts about a measurement: the device, the versions and the command."""
 
 import datetime
 import re
@@ -13,7 +13,11 @@ from minillm.runtime.versions import commit, versions
 
 
 def about(device: torch.device, argv: Sequence[str]) -> dict:
-    """Return the facts that give a figure its meaning: device, versions, commit, date, command."""
+    """Return the facts by which a figure can be judged: device, versions, commit, date and command.
+
+    device: device that is measured
+    argv: arguments of the command
+    """
     return {
         "device": ceilings.name(device),
         "driver": _driver(device),

@@ -4,7 +4,7 @@ A row has these keys. A value that is not known is None, and then the note has t
 implementation with wrong results is not timed.
     suite, op, shape, dtype, direction, implementation
     median_us, spread_us
-    tflops, gbps: useful ones
+    tflops, gbps: by useful FLOPs and bytes
     percent_of_ceiling, ceiling ("compute" or "memory", whichever takes longer)
     peak_bytes: memory beyond the inputs, on a GPU
     error: relative error against fp64
@@ -40,8 +40,8 @@ MOST = 0.5  # largest relative error; above it results are wrong in any dtype
 class Effort:
     """Time for each measurement.
 
-    seconds: of the runs of one row
-    compiled: try torch.compile
+    seconds: time for the runs of one row
+    compiled: whether torch.compile is tried
     """
 
     seconds: float = 0.2
@@ -58,7 +58,10 @@ def run(
 ) -> list[Row]:
     """Return the rows of all problems.
 
-    roofs: see ceilings.ceilings
+    problems: problems to measure
+    device: device to measure on
+    roofs: measured ceilings of the device, see ceilings.ceilings
+    effort: time for each row
     say: called with each line of progress
     save: called with all rows so far after each problem
     """
@@ -125,7 +128,12 @@ def _solve(problem, device, roofs, effort, triton) -> list[Row]:
 
 
 def trial_of(function: Callable, data: Data, direction: str) -> Trial:
-    """Return a trial of one direction; before a backward pass alone the forward is not timed."""
+    """Return a trial of one direction. Before a backward pass alone the forward pass is not timed.
+
+    function: implementation of the operation
+    data: its arguments
+    direction: "forward", "backward" or both, as in entry.py
+    """
     train = direction != "forward" or "targets" not in data.others
     leaves = {n: x.detach().requires_grad_(train) for n, x in data.leaves.items()}
     wanted = list(leaves.values())
@@ -176,7 +184,11 @@ def _failure(trial: Trial) -> str:
 
 
 def peak_bytes(trial: Trial, device: torch.device) -> int:
-    """Return the most memory that a trial holds beyond what was allocated before it."""
+    """Return the most bytes that a trial holds beyond those that were allocated before it.
+
+    trial: the trial, which runs once
+    device: a CUDA device
+    """
     given = trial.prepare()
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)

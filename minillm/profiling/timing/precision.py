@@ -1,4 +1,4 @@
-"""Errors of results against the truth, which is the reference in fp64."""
+"""Compute the errors of results against the truth, which is the reference in fp64."""
 
 import math
 from collections.abc import Callable
@@ -23,7 +23,9 @@ def results(function: Callable, data: Data, convert: Callable = lambda x: x) -> 
     For an operation that works in place, the results are its tensors afterwards. `data` does not
     change.
 
-    convert: applied to each floating tensor first
+    function: implementation of the operation
+    data: its arguments
+    convert: function that is applied to each floating tensor first
     """
     leaves = {n: convert(x).detach().clone().requires_grad_() for n, x in data.leaves.items()}
     others = {n: _copied(x, convert) for n, x in data.others.items()}
@@ -42,7 +44,9 @@ def results(function: Callable, data: Data, convert: Callable = lambda x: x) -> 
 def truth(problem: Problem, data: Data, function: Callable | None = None) -> Results:
     """Return the reference's results in fp64, for the part of the data that is compared.
 
-    function: what to call instead of the reference, for example with more arguments
+    problem: operation, sizes and dtype
+    data: arguments of the operation
+    function: function to call instead of the reference, for example with more arguments
     """
     if problem.op == "linear_cross_entropy":
         function = _in_chunks
@@ -57,6 +61,10 @@ def errors(function: Callable, data: Data, true: Results) -> dict[str, float]:
     """Return for each direction the largest error of a result: rms(y - truth) / rms(truth).
 
     For integers the error is the share that differs. It is nan where there is no result.
+
+    function: implementation of the operation
+    data: its arguments
+    true: the truth by direction, see `truth`
     """
     found = results(function, data)
     return {

@@ -23,6 +23,7 @@ def bandwidth(roofs: Mapping[str, Any], n_bytes: float) -> tuple[float, str]:
     that the roof is rather too high than too low.
 
     roofs: see ceilings.ceilings. Without "cached_gbps" there is one bandwidth, that of the memory
+    n_bytes: bytes of the working set
     """
     levels = {int(n): gbps for n, gbps in (roofs.get("cached_gbps") or {}).items()}
     if not levels or n_bytes > 4 * max(levels):

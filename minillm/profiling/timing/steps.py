@@ -36,7 +36,11 @@ class Size:
 
 
 def size(kind: str, quick: bool) -> Size:
-    """Return 162M parameters, GPT-2 small's width and depth, on a GPU; a small model on a CPU."""
+    """Return 162M parameters, GPT-2 small's width and depth, on a GPU; a small model on a CPU.
+
+    kind: "cuda" or "cpu"
+    quick: return a model of two layers on a GPU, shorter sequences on a CPU
+    """
     if kind == "cuda":
         layers = 2 if quick else 12
         shape = ModelConfig(
@@ -88,11 +92,13 @@ def run(
     quick: bool,
     say: Callable[[str], None],
 ) -> list[Row]:
-    """Return a row each for eager, compiled, our kernels, and our kernels in a compiled model.
+    """Return four rows: eager, compiled, our kernels, and our kernels in a compiled model.
 
-    roofs: see ceilings.ceilings
+    device: device to measure on
+    dtype: dtype of the computation, such as "bf16"
+    roofs: measured ceilings of the device, see ceilings.ceilings
     effort: time for each row
-    quick: a small model
+    quick: measure a small model
     say: called with each line of progress
     """
     ours, chosen = triton_table(device), size(device.type, quick)

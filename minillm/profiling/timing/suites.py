@@ -1,4 +1,4 @@
-"""The suites of `minillm profile` by name, and what they share, which is measured once."""
+"""Run the suites of `minillm profile` by name, and measure once what several of them need."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,13 +26,13 @@ COVERED = {  # audited operations by the name in CATALOGUE
 
 @dataclass
 class Job:
-    """What to measure, and on which device.
+    """A request for measurements on one device.
 
-    device: where
+    device: device to measure on
     ops: operations, for the suites that measure single ones
-    dtype: of the data
-    quick: measure in seconds
-    about: facts of the machine; the ceilings are added to it
+    dtype: dtype of the data
+    quick: whether each suite takes seconds only
+    about: facts about the machine; the ceilings are added to it
     say: called with each line of progress
     save: called with the name of a suite and its rows so far, which an interrupt then cannot lose
     """
@@ -73,7 +73,9 @@ class Job:
 def measure(job: Job, name: str, full: bool) -> tuple[list[Row], list[str]]:
     """Return the rows of the suite called `name` and, for the audit, the faults that it found.
 
-    full: audit everything
+    job: the request
+    name: name of the suite
+    full: audit all builds, not only those that every commit must pass
 
     Raises UnavailableError if the suite cannot run here.
     """
@@ -92,6 +94,7 @@ def measure(job: Job, name: str, full: bool) -> tuple[list[Row], list[str]]:
 def write_audit(folder: Path, rows: list[Row]) -> Path:
     """Write audit.md: a line for each kernel and architecture, then a line for each build.
 
+    folder: folder of the results
     rows: all rows of the audit in the folder, also those of earlier runs
     """
     from minillm.profiling.audit import audit

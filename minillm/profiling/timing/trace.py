@@ -1,4 +1,4 @@
-"""Trace of training steps, kernel by kernel, for ui.perfetto.dev or chrome://tracing."""
+"""Trace training steps kernel by kernel, for ui.perfetto.dev or chrome://tracing."""
 
 from pathlib import Path
 
@@ -18,7 +18,12 @@ def write(path: Path, device: torch.device, dtype: str, quick: bool) -> str:
     It runs our kernels on a GPU that can, and eager code elsewhere. A path that ends with ".gz" is
     compressed.
 
-    Returns what was traced, in words.
+    path: file of the trace, which must not exist
+    device: device to run on
+    dtype: dtype of the computation, such as "bf16"
+    quick: trace a small model
+
+    Returns a description of the traced steps.
     Raises OSError if the file exists or cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)

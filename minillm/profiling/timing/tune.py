@@ -93,6 +93,9 @@ def neighbours(options: Options) -> list[Options]:
 def check(operations: Sequence[str], device: torch.device) -> list[str]:
     """Return the operations to tune: those named, or all that have a table if none is named.
 
+    operations: names of operations
+    device: device to measure on
+
     Raises UsageError on one that has no table, and UnavailableError without a GPU.
     """
     known = sorted(path.stem for path in TILES.glob("*.json"))
@@ -114,7 +117,9 @@ def run(
 ) -> list[Row]:
     """Tune the tables of some operations in place and on disk; return a row for each tile tried.
 
-    quick: one round, and only bf16 without features
+    operations: names of operations that have a table
+    device: a CUDA device
+    quick: run one round, and only bf16 without features
     say: called with each line of progress
     save: called with all rows so far after each entry, when its table is on disk
     """
@@ -150,7 +155,7 @@ class TunedEntry:
     """One entry of a table while it is tuned.
 
     entries, size: the table, and the key of the entry in it
-    job, function: what to measure, and the operation
+    job, function: the job that measures it, and the operation
     bound: returns the static bound of launches and a tile, see correlation.bound_of
     verdict: the result, in words
     """
@@ -222,7 +227,11 @@ class TunedEntry:
 
 
 def worst(errors: dict[str, float], directions: Sequence[str]) -> float:
-    """Return the largest error; infinity if one is nan or a direction is missing."""
+    """Return the largest error; infinity if one is nan or a direction is missing.
+
+    errors: error by direction
+    directions: directions that count
+    """
     found = [errors.get(direction, math.nan) for direction in directions]
     return math.inf if any(map(math.isnan, found)) else max(found)
 
@@ -232,7 +241,7 @@ def _words(options: Options) -> str:
 
 
 def text(tables: dict) -> str:
-    """Return tables of tiles as text, as their files have them: one line for each entry."""
+    """Return tables of tiles as text in the form of their files, with one line for each entry."""
     kernels = []
     for kernel, arches in tables.items():
         blocks = []
