@@ -1,4 +1,4 @@
-"""Attention backward in three launches, without atomics, so equal bit for bit from run to run.
+"""Backward pass of attention in three launches. Without atomics, results repeat bit for bit.
 
     delta_i = sum(y_i dy_i)                    a constant of each row in the softmax's derivative
     dv_j = sum_i p_ij dy_i                     one program for each block of keys and key head

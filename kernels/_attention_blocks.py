@@ -73,7 +73,7 @@ def first_keys(
     starts_ptr, b, row, T, window,
     ROWS: tl.constexpr, DOCUMENTS: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """Return the first key that each of the queries row to row + ROWS sees, the first, the last.
+    """Return the first key that each query of a block sees, and the lowest and highest of them.
 
     starts_ptr: pointer to the start of each position's document, (B, T), int32; for DOCUMENTS
     b, row: indices of sequence and first query
@@ -132,7 +132,7 @@ class Rule:
         p_ij = exp2(factor (cap tanh(s_ij / cap) - slope / scale (i - j)) - lse_i)
 
     scale, window, softcap: see `attention`
-    starts: where the document of each position starts, (B, T), int32, or None
+    starts: start of the document of each position, (B, T), int32, or None
     slopes: ALiBi slope of each query head, (H,), fp32, or None
     """
 

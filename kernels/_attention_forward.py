@@ -1,7 +1,7 @@
-"""Attention forward: one program for each block of queries and head loops over blocks of keys.
+"""Forward pass of attention. A program takes a block of queries of a head and loops over keys.
 
-It does not visit blocks of keys that no query of its block sees. Where all its queries see all keys
-of a block, one branch skips the mask.
+A program does not visit blocks of keys that none of its queries sees. Where all its queries see all
+keys of a block, one branch skips the mask.
 """
 
 import torch

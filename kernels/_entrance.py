@@ -1,4 +1,4 @@
-"""Automatic casts and the transforms of torch.func, for operations with operators of their own.
+"""Make operations that call operators of torch.library work under autocast and torch.func.
 
 Autocast knows only PyTorch's functions. So `entrance` casts what autocast would cast, and turns it
 off inside. Transforms of torch.func that need gradients work with an autograd.Function, but not

@@ -1,4 +1,4 @@
-"""Repairs of Triton's interpreter, so that kernels can be tested without a GPU.
+"""Repair Triton's interpreter, so that kernels can be tested without a GPU.
 
 In triton 3.6 to 3.9 the interpreter keeps bf16 as uint16 and computes on the bits: products are
 silently wrong by nine orders of magnitude, fp32 -> bf16 truncates where the hardware rounds, and

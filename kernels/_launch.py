@@ -1,4 +1,4 @@
-"""Launching a kernel, and choosing its tile. Every launch goes through this file.
+"""Launch kernels and choose their tiles. Every launch goes through this file.
 
 The tiles are in tiles/*.json, one file for each operation, one table for each architecture. `python
 -m minillm profile --tune` measures candidates on a GPU and rewrites the table of its architecture.

@@ -1,4 +1,4 @@
-"""Backward pass of linear_cross_entropy, eager and Triton: it scales gradients made before.
+"""Backward pass of linear_cross_entropy, eager and Triton: scale the gradients made before.
 
 The forward pass computes the gradients. The order of factors matters in fp16, which holds nothing
 above 65504 and little below 6e-5. The forward pass keeps the gradients of the sum over rows in

@@ -1,4 +1,4 @@
-"""Kernels of rope.py and rope_cache.py: normalise and rotate queries and keys, and backward.
+"""Kernels of rope.py and rope_cache.py, which normalise and rotate queries and keys.
 
 A program takes a block of tokens and some heads of q or of k, so that it reads angles once for
 several heads. While decoding, the same kernel writes keys and values into the cache.

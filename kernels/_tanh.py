@@ -1,4 +1,4 @@
-"""Hyperbolic tangent for soft-caps: Triton has none."""
+"""Hyperbolic tangent for soft-caps, which Triton does not have."""
 
 import triton
 import triton.language as tl

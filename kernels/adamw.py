@@ -96,7 +96,7 @@ def _table(
 
     tensors: p, g, m, v and, if there are copies, the copy of each of R parameters
     rates: learning rate and decay of each parameter, (R, 2), fp32
-    run: how many numbers a program takes
+    run: number of elements that a program takes
     """
     rows = np.zeros((len(tensors), COLUMNS), np.int64)
     for row, members in zip(rows, tensors, strict=True):

@@ -84,7 +84,7 @@ def attention(
     scale: factor of the scores, above 0 (None: 1/sqrt(D))
     window: each query sees only keys with i - j < window (0: all)
     documents: number of the document of each position, (B, T), integers that never fall along T;
-        a query sees only keys of its own document
+        a query sees only keys of the same document
     softcap: bound of the scores (0: none); in fp16 and bf16 a capped score is off by up to
         2e-7 softcap
     alibi_slopes: slope of each query head, (H,), any float dtype; they get no gradient

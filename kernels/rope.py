@@ -116,9 +116,9 @@ def rope(
 
     q: queries, (B, T, H, D), fp32, fp16 or bf16, any strides, D even and up to 256
     k: keys, (B, T, G, D), in q's dtype, any strides
-    cos, sin: of the angles, (T, D/2), or (B, T, D/2) where rows differ
+    cos, sin: tables of the angles, (T, D/2), or (B, T, D/2) where rows differ
     q_weight, k_weight: weights of the QK-norm, an RMSNorm of each head, (D,); both or neither
-    eps: of the QK-norm
+    eps: added to the mean square in the QK-norm
 
     Returns q and k, rotated, contiguous, in their dtypes. Nothing is rounded between norm and
     rotation. Gradients dq and dk have the dtypes of q and k; those of the weights are summed in

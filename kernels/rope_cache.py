@@ -63,7 +63,7 @@ def rope_cache(
 
     q: queries, (B, T, H, D), fp32, fp16 or bf16, any strides, D even and up to 256
     k, v: keys and values, (B, T, G, D), k in q's dtype, any strides
-    cos, sin: of the angles, (P, D/2), one row for each absolute position
+    cos, sin: tables of the angles, (P, D/2), one row for each absolute position
     cache_k, cache_v: (B, S, G, D), S <= P, heads contiguous; written in place
     positions: p_b, the position of the first new token of row b: (B,), int32 or int64, or one int
         for all. A tensor is not checked, because that would wait for the device: a token beyond

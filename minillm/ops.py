@@ -103,7 +103,8 @@ def select(
     name: "eager"; "triton"; or "auto", which is Triton on a GPU that can run the model with it, and
         eager otherwise
     device: device of the model
-    d_model, d_head, vocab_size, dropout: of the model that will use the table (0: not known)
+    d_model, d_head, vocab_size, dropout: settings of the model that will use the table (0: not
+        known)
 
     Raises UsageError on another name, and UnavailableError with the reason if "triton" cannot run.
     """

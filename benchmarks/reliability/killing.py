@@ -111,7 +111,7 @@ class Child:
             replaced = _watch(self.board, "--resume" in argv, die_at, slow_save_s)
             main = partial(train.main, **replaced)
             code = leave(program.run("train.py", main, argv, first_to_say))
-        except KeyboardInterrupt:  # at the very end; Python itself ends so
+        except KeyboardInterrupt:  # raised at the very end; Python ends with this code too
             code = 130
         finally:
             os._exit(code)
@@ -125,7 +125,7 @@ class Child:
         return self._code
 
     def wait(self, until: float) -> int | None:
-        """Wait until the process has ended or the monotonic clock shows `until`; return its code."""
+        """Wait until the process has ended or the clock shows `until`; return its exit code."""
         while self.code is None and time.monotonic() < until:
             time.sleep(0.002)
         return self.code

@@ -30,7 +30,7 @@ def attention(
     scale: factor of the scores (None: 1/sqrt(D))
     window: each query sees only keys with i - j < window (0: all)
     documents: number of the document of each position, (B, T), integers that never fall along T;
-        a query sees only keys of its own document
+        a query sees only keys of the same document
     softcap: bound of the scores (0: none)
     alibi_slopes: slope of each query head, (H,), Press et al. 2021, arXiv:2108.12409
     dropout: probability of dropping each attention weight

@@ -22,9 +22,9 @@ def rope(
 
     q: queries, (B, T, H, D), any float dtype
     k: keys, (B, T, G, D), any float dtype
-    cos, sin: of the angles, (T, D/2), or (B, T, D/2) where rows differ
+    cos, sin: tables of the angles, (T, D/2), or (B, T, D/2) where rows differ
     q_weight, k_weight: weights of the QK-norm, an RMSNorm of each head, (D,); both or neither
-    eps: of the QK-norm
+    eps: added to the mean square in the QK-norm
 
     Returns q and k, rotated, in their shapes and dtypes.
     Source: Su et al. 2021, arXiv:2104.09864, eq. 34; QK-norm: Henry et al. 2020, arXiv:2010.04245.
@@ -59,7 +59,7 @@ def rope_cache(
 
     q: queries, (B, T, H, D), any float dtype
     k, v: keys and values, (B, T, G, D), any float dtype
-    cos, sin: of the angles, (P, D/2), one row for each absolute position
+    cos, sin: tables of the angles, (P, D/2), one row for each absolute position
     cache_k, cache_v: (B, S, G, D), S <= P, any float dtype; written in place
     positions: p_b, the position of the first new token of row b: (B,) integers, or one int for all
     q_weight, k_weight, eps: QK-norm, see `rope`

@@ -127,7 +127,7 @@ class CheckpointKeeper:
     def rolled_back(self, step: int | None, progress: Progress) -> None:
         """Note that the run was rolled back, and delete the checkpoints that it will write again.
 
-        step: that of the checkpoint it was rolled back to; None if there was none
+        step: step of the checkpoint that it was rolled back to; None if there was none
         progress: progress of the run there
         """
         self._saved, self.weights_are_bad = None, False

@@ -129,7 +129,7 @@ def _other_tokenizer(run: Path) -> Path | None:
 
 
 def is_free(folder: Path) -> bool:
-    """Return whether a folder is empty, or holds only what a run has before its config.json."""
+    """Return whether a folder is empty, or holds only the files of a run without config.json."""
     names = {path.name for path in folder.iterdir()}
     if not names:
         return True

@@ -130,7 +130,7 @@ class RunFolder:
 
         model: configuration of the model
         train: settings of the training, by name
-        facts: facts of the run, such as commit, device and corpus, by name
+        facts: facts of the run by name, such as versions, commit and corpus
         """
         if "corpus" in facts:
             facts = {**facts, "corpus": relative_paths.path_stated(self.path, facts["corpus"])}
@@ -160,7 +160,7 @@ class RunFolder:
         return [stated, *(folder / self.facts["corpus_key"][:16] for folder in caches)]
 
     def corpus(self) -> Path:
-        """Return the prepared text of the run. Raise UsageError if it is at none of its places."""
+        """Return the prepared text of the run. Raise UsageError if it is in none of them."""
         for folder in self.corpus_places():
             if claims(folder, CORPUS):
                 return folder

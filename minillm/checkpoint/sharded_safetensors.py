@@ -38,7 +38,7 @@ class Part:
     """Elements [start, stop) of a flattened tensor in a file.
 
     offset: the byte of the file at which they begin
-    shape: of the tensor, if the file holds all of it; None for a part
+    shape: shape of the tensor if the file holds all of it; None for a part
     """
 
     path: Path
@@ -102,7 +102,7 @@ def files_by_kind(folder: Path, names: Iterable[str]) -> dict[str, list[Path]]:
 
 
 def file_bytes(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """Yield the bytes of a file of these tensors, of which one at a time is copied to the CPU."""
+    """Yield the bytes of a file of these tensors, which are copied to the CPU one at a time."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     # Wide elements first: each tensor then begins at a multiple of its element's size.
     order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
@@ -122,7 +122,7 @@ def file_bytes(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
 
 
 class TensorFiles:
-    """The tensors in several files, of which only the headers are read at first.
+    """The tensors in several files. Only the headers of the files are read at first.
 
     paths: the files
     shape_of: name -> the shape that the tensor must have, or None if it is not known. A tensor in
@@ -153,7 +153,7 @@ class TensorFiles:
         return sorted({key_of(n, p.start, p.stop) if p.shape is None else n for n, p in found})
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Return elements [start, stop) of a flattened tensor: (stop - start,), in its own dtype.
+        """Return elements [start, stop) of a flattened tensor: (stop - start,), in its dtype.
 
         name: name of the tensor
         start, stop: first element, and the one after the last; None: to the end

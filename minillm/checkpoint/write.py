@@ -56,7 +56,7 @@ def save(
     Afterwards the checkpoint is complete or does not exist.
 
     run: the folder, which must be the same one for all ranks
-    step: number of the step, from 0
+    step: number of steps that are done
     tensors: kind ("model", "optimizer", "ema") -> name -> tensor of this rank, with the same kinds
         on all ranks. A part of a tensor is 1-D and named by key_of(name, start, stop).
     state: content of state.json; that of rank 0 is written. If tensors are saved in parts, its
@@ -244,8 +244,8 @@ def sharded_tensors(
 ) -> dict[str, dict[str, Tensor]]:
     """Return the tensors that `save` takes, from this rank's pieces of the parameters.
 
-    pieces: see distributed.pieces.Piece
-    shapes: of the whole parameters, by name
+    pieces: pieces of the parameters on this rank, see distributed.pieces.Piece
+    shapes: shapes of the whole parameters, by name
     """
     model, optimizer = {}, {}
     for p in pieces:

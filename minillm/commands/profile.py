@@ -89,7 +89,8 @@ def _run_suite(
 ) -> list[str]:
     """Run one suite, print and save its rows, and return the faults that it found.
 
-    tables: of tiles, for the suite "tune"
+    tables: operations whose tables of tiles are tuned, for the suite "tune"
+    full: audit all builds, not only those that every commit must pass
     only: raise UnavailableError if it cannot run here, instead of going to the next suite
     """
     say(f"== {name}")

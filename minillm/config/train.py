@@ -92,8 +92,8 @@ class TrainConfig:
         prepares=True,
     )
     errors: str = setting(
-        "strict", "what to do with bytes that are not of the encoding: refuse the file, or replace "
-        "them by U+FFFD",
+        "strict", "treatment of bytes that are invalid in the encoding: refuse the file, or "
+        "replace them by U+FFFD",
         choices=("strict", "replace"), prepares=True,
     )  # fmt: skip
     cache_dir: str = setting(
@@ -146,7 +146,7 @@ class TrainConfig:
     )
     time_limit: float | None = setting(
         None, "longest training time, such as 90s, 10m or 2h; the schedule ends with it; with "
-        "--resume, the time to train on for",
+        "--resume, the further training time",
         parse=cli.duration, resumable=True,
     )  # fmt: skip
     ema: float = setting(
@@ -179,9 +179,9 @@ class TrainConfig:
     )
 
     zero: int = setting(
-        0, "what each rank of torchrun holds only a share of: 1: optimiser state; 2: gradients "
-        "too; 3: weights too (0: nothing). Stage 2 sends with every micro-batch, stage 1 once a "
-        "step",
+        0, "ZeRO stage, which sets what is sharded over the ranks of torchrun (0: nothing; 1: "
+        "optimiser state; 2: gradients too; 3: weights too). Stage 2 sends in every micro-batch, "
+        "stage 1 once a step",
         low=0, high=3, group="distributed", metavar="{0,1,2,3}", resumable=True,
     )  # fmt: skip
     offload: bool = setting(

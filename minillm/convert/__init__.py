@@ -1,1 +1,1 @@
-"""Models in the formats of other projects. huginn.py reads Huginn-0125."""
+"""Readers of models in the formats of other projects. huginn.py reads Huginn-0125."""

@@ -1,4 +1,4 @@
-"""Checkpoints in the published layout of huginn-0125, read into our model with the same logits.
+"""Read checkpoints in the published layout of huginn-0125 into our model, with the same logits.
 
 The models differ in names and in three arrangements:
 
@@ -272,7 +272,7 @@ def _is_shard(name: Any) -> bool:
 
 def _read_file(path: Path) -> dict[str, Tensor]:
     try:
-        # Read, not mapped: a mapped file that is cut off takes the process along.
+        # Read, not mapped: a mapped file that is cut off kills the process.
         return parse(path.read_bytes())
     except FileNotFoundError:
         raise CorruptError(f"{path}: is missing") from None

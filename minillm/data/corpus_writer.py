@@ -23,7 +23,7 @@ def train_on(text: Text, plan: Split, kind: str, vocab_size: int | None, say: Sa
     """Return a tokenizer trained on text.
 
     text: the text
-    plan: its split; bpe is trained on the training side only
+    plan: split of the text; bpe is trained on the training side only
     kind: "bpe" or "char"
     vocab_size: number of tokens of bpe
     say: receives each line to show
@@ -67,7 +67,7 @@ def write_corpus(
     """Write the tokenizer and the shards of a corpus; return their entries in the index.
 
     text: the text
-    plan: its split
+    plan: split of the text
     made: the tokenizer
     folder: folder to write to
     workers: number of processes that encode

@@ -95,8 +95,8 @@ class Source:
     ) -> Iterator[Document]:
         """Stream the documents.
 
-        errors: "strict" raises UsageError, which names file and byte offset, on bytes that are not
-            of the encoding; "replace" puts U+FFFD in their place
+        errors: "strict" raises UsageError, which names file and byte offset, on bytes that
+            are invalid in the encoding; "replace" puts U+FFFD in their place
         skipped: counter to which documents that are BLANK or NOT_UTF8 are added
         """
         if errors not in ERRORS:

@@ -35,7 +35,7 @@ def text_of(path: Path, ending: str, errors: str, encoding: str) -> str:
 
     path: the file
     ending: its ending, one of READERS
-    errors: "strict" or "replace", for bytes that are not of the encoding
+    errors: "strict" or "replace", for bytes that are invalid in the encoding
     encoding: encoding of the text, if the file does not state its own
     """
     text = READERS[ending](path, errors, encoding).replace("\0", "")

@@ -27,7 +27,7 @@ def html_text(data: bytes, where: str, errors: str, encoding: str) -> str:
 
     data: the page
     where: its name for messages
-    errors: "strict" or "replace", for bytes that are not of the encoding
+    errors: "strict" or "replace", for bytes that are invalid in the encoding
     encoding: encoding of the page. If it is UTF-8, the encoding that the page states is preferred.
     """
     page = _Page()

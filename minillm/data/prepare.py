@@ -43,7 +43,7 @@ class Preparation:
     tokenizer: bpe, char, byte or a tokenizer's file
     vocab_size: number of tokens of bpe; None chooses it from the amount of text
     val: paths of the validation text
-    errors: "strict" or "replace", for bytes that are not of the encoding
+    errors: "strict" or "replace", for bytes that are invalid in the encoding
     encoding: encoding of the text
     text_column: column with the text of .jsonl, .json and .parquet files
     whole_documents: never hold out the ends of documents, see `split`
@@ -75,7 +75,7 @@ def prepare(
 
     paths: files, folders and patterns; None for the default corpus. A single path that is a
         prepared folder is opened as it is.
-    how: how the text becomes tokens
+    how: settings of the preparation
     out: folder to write; None for cache_dir/<hash of text and settings>
     cache_dir: folder of prepared corpora
     say: receives each line to show

@@ -43,7 +43,7 @@ def json_lines(
 
     path: the file
     column: column with the text
-    errors: "strict" or "replace", for bytes that are not of the encoding
+    errors: "strict" or "replace", for bytes that are invalid in the encoding
     encoding: encoding of the file
     """
     with opened(path) as file:
@@ -65,7 +65,7 @@ def json_rows(
 
     path: the file
     column: column with the text
-    errors: "strict" or "replace", for bytes that are not of the encoding
+    errors: "strict" or "replace", for bytes that are invalid in the encoding
     encoding: encoding of the file
     """
     text = decode(read_bytes(path), shown(path), errors, encoding)

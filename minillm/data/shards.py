@@ -88,7 +88,7 @@ class Corpus:
 class ShardWriter:
     """Writer of the tokens, or the targets, of one split to numbered files.
 
-    folder: where to write them
+    folder: folder of the files
     split: "train" or "val"
     vocab_size: ids must be below it
     shard_tokens: number of tokens in each file but the last

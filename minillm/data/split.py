@@ -91,7 +91,7 @@ def parts(text: Text, plan: Split) -> Iterator[Part]:
     """Stream the text of both sides in reading order.
 
     text: the text
-    plan: its split
+    plan: split of the text
     Raises UsageError if a document has changed since the survey.
     """
     hashes = text.survey.hashes
@@ -118,7 +118,7 @@ def held_out_names(text: Text, plan: Split, limit: int) -> tuple[str, ...]:
     It reads the documents up to these.
 
     text: the text
-    plan: its split
+    plan: split of the text
     limit: largest number of names
     """
     if text.validation is not None:

@@ -47,7 +47,7 @@ class Text:
     """Documents, with the survey by which a later change of them is noticed.
 
     source: the text to train on, or to split
-    errors: "strict" or "replace", for bytes that are not of the encoding
+    errors: "strict" or "replace", for bytes that are invalid in the encoding
     survey: facts about the documents
     validation: validation text, if it is given separately
     """
@@ -69,7 +69,7 @@ def survey(
     """Read all documents once, with one document in memory and 24 bytes for each.
 
     source: the text to train on, or to split
-    errors: "strict" or "replace", for bytes that are not of the encoding
+    errors: "strict" or "replace", for bytes that are invalid in the encoding
     want_characters: whether to collect the different characters
     validation: validation text, if it is given separately
     Raises UsageError if there is no text.

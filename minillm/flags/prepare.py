@@ -69,8 +69,8 @@ def parser() -> Parser:
     add("--encoding", metavar="NAME",
         help="encoding of the text, such as cp1252 or utf-16 (default: utf-8)")  # fmt: skip
     add("--errors", choices=("strict", "replace"),
-        help="what to do with bytes that are not of the encoding: refuse the file, or replace them "
-        "by U+FFFD (default: strict)")  # fmt: skip
+        help="treatment of bytes that are invalid in the encoding: refuse the file, or replace "
+        "them by U+FFFD (default: strict)")  # fmt: skip
     add("--workers", type=whole(1, 1024), metavar="N",
         help="number of processes that encode (default: one for each processor, for texts above "
         "4 MB)")  # fmt: skip

@@ -14,7 +14,7 @@ class CoreOptions:
 
     recurrence: iterations; None for a model without a core
     kept_iterations: iterations whose keys and values the cache keeps; None for the last one only
-    exit_rule: when a token may leave the core early; None for no early exit
+    exit_rule: rule by which a token may leave the core early; None for no early exit
     warm_start: whether each token starts from the last state of the token before it
     """
 
@@ -25,7 +25,7 @@ class CoreOptions:
 
 
 def core_options(model: GPT, params: SamplingParams, use_cache: bool = True) -> CoreOptions:
-    """Return the options of the core of a model that these parameters come to.
+    """Return the options of the model's core that result from these parameters.
 
     model: the decoder
     params: sampling parameters

@@ -1,4 +1,4 @@
-"""Continue prompts of text: from text to text, with stop texts and token healing.
+"""Continue prompts of text, with stop texts and token healing.
 
 `stream_text` yields pieces of text as they become certain; `complete` returns them when all is
 done. sample.py, the samples of a training and minillm.load(...).generate use them.
@@ -44,11 +44,11 @@ class Completion:
 
 @dataclass(frozen=True)
 class Piece:
-    """A piece of text of one row; it may be empty, as while a character is incomplete.
+    """A piece of text of one row; it may be empty, for example while a character is incomplete.
 
     row: number of the prompt
     text: the piece
-    completion: all of the row so far
+    completion: the whole continuation of the row so far
     """
 
     row: int
@@ -84,7 +84,7 @@ def complete(
     model: the decoder
     tokenizer: the tokenizer that it was trained with
     prompts: texts, which may be empty
-    params: how to sample; default: SamplingParams()
+    params: sampling parameters; default: SamplingParams()
     mask: which tokens may come next, see generate()
     say: called with a note if only the end of a prompt is read
 
@@ -112,7 +112,7 @@ def stream_text(
     model: the decoder
     tokenizer: the tokenizer that it was trained with
     prompts: texts, which may be empty
-    params: how to sample; default: SamplingParams()
+    params: sampling parameters; default: SamplingParams()
     mask: which tokens may come next, see generate()
     say: called with a note if only the end of a prompt is read
 
@@ -212,7 +212,7 @@ def require_memory(model: GPT, rows: int, core: CoreOptions) -> None:
 
     model: the decoder
     rows: number of samples that are generated as one batch
-    core: how the core of a recurrent model runs, which decides what the cache holds
+    core: options of the core of a recurrent model, which decide the size of the cache
     """
     c, iterations = model.config, core.kept_iterations or 1
     copies = 2 if core.exit_rule else 1  # rows that stay in the core are copied

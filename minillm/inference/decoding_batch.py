@@ -1,4 +1,4 @@
-"""The rows that are decoded together, and what the model has read of each.
+"""Keep the rows that are decoded together, and the part of each that the model has read.
 
 Past seq_len the context of a row is cut to its last half, see `DecodingBatch`.
 """

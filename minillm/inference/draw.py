@@ -94,8 +94,8 @@ def require_finite(
     """Raise DivergedError if the logits that a token was drawn from are no distribution.
 
     model: the decoder, for advice
-    logprob: of the token that was drawn. It is NaN if any logit of the row is NaN or plus infinity,
-        or if all are minus infinity, so that no other test of the logits is needed.
+    logprob: log-probability of the drawn token. It is NaN if any logit of the row is NaN or plus
+        infinity, or if all are minus infinity, so that no other test of the logits is needed.
     logits: (V,), which the message describes
     row: number of the prompt
     made: new tokens of the row before this one

@@ -75,7 +75,7 @@ def read(
 
     model: a decoder with a core
     tokens: (B, T) int64
-    rule: when a token may leave
+    rule: rule by which a token may leave
     most: iterations after which all tokens leave
     keys: (B,) int64 keys of the start states; default: zeros
 
@@ -127,7 +127,7 @@ def read_next(
     model: a decoder with a core
     tokens: (B, 1) int64
     cache: keys and values of the tokens before
-    rule: when a row may leave
+    rule: rule by which a row may leave
     most: iterations after which all rows leave
     keys: (B,) int64 keys of the start states
 

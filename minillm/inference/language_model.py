@@ -65,7 +65,7 @@ class LanguageModel:
     def score(self, text: str, *, recurrence: int | None = None) -> Score:
         """Return the score of a text.
 
-        text: of any length
+        text: a text of any length
         recurrence: iterations of the core
         """
 

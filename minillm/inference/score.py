@@ -53,9 +53,9 @@ def score(
 ) -> list[Score]:
     """Return the score of each text, each from its first token to its last.
 
-    The first token is predicted from what an empty prompt is to generate(). Beyond seq_len the
-    context is cut to its last half, also as in generate(): every token has at least half of seq_len
-    before it, and the log-probabilities are those that generate() reports for the same tokens.
+    The first token is predicted from the tokens that generate() reads for an empty prompt. Beyond
+    seq_len the context is cut to its last half, as in generate(). Therefore every token has at
+    least half of seq_len before it, and the log-probabilities are those that generate() reports.
 
     model: the decoder
     tokenizer: the tokenizer that it was trained with
@@ -89,7 +89,7 @@ def windows_of(
 ) -> Iterator[Window]:
     """Yield the windows of a text, so that each of its tokens is the target of one.
 
-    number: of the text
+    number: number of the text
     before: tokens that the first one of the text is predicted from
     tokens: ids of the text
     longest: tokens of a window, at most

@@ -65,7 +65,7 @@ def speculate(
 ) -> Iterator[Token]:
     """Yield the tokens of plain decoding, which are drafted first; rows may be some tokens apart.
 
-    params: how to sample; its draft_recurrence must be given
+    params: sampling parameters; draft_recurrence must be given
     lookahead: number of tokens that are drafted before they are verified
     tally: counts the drafted and the accepted tokens
     model, prompts, samples, mask, stop: see minillm.inference.generate.generate

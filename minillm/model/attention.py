@@ -117,7 +117,8 @@ def attention_vectors(c: ModelConfig) -> int:
 def attention_flops(c: ModelConfig) -> float:
     """Return FLOPs per token of the forward and backward pass.
 
-    Of the scores and the sum of values, 12 H D T, all T positions of the context or window count.
+    The scores and the sum of values take 12 H D T, where T counts all positions of the context or
+    window.
     Source: Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
     """
     span = min(c.seq_len, c.window or c.seq_len)

@@ -1,4 +1,4 @@
-"""Initial weights: three ways to draw them."""
+"""Draw the initial weights of a model, in one of three ways."""
 
 import math
 
@@ -13,7 +13,7 @@ from minillm.model.size import matrices
 def draw_weights(
     model: nn.Module, config: ModelConfig, generator: torch.Generator | None = None
 ) -> None:
-    """Draw the weights of a model in place, as `config.init` names it.
+    """Draw the weights of a model in place, in the way that `config.init` names.
 
     Vectors keep the values of their constructors, and biases become 0. L is the number of blocks
     that a token passes at the mean recurrence.

@@ -109,7 +109,7 @@ def documents_of(
 ) -> Tensor | None:
     """Return the number of each token's document, (B, T) int64, or None if nothing is masked.
 
-    Attention stays within a document. Padding counts as a document of its own.
+    Attention stays within a document. Padding counts as a separate document.
 
     config: shape of the model
     tokens: tokens, (B, T) int64

@@ -22,7 +22,7 @@ def draw(seed: int, step: int, groups: int, mean: float, cap: int) -> list[int]:
 
         r = min(cap, 1 + Poisson(lambda)),   ln lambda ~ N(ln(mean - 1) - SIGMA^2 / 2, SIGMA)
 
-    Each draw has a counter-based generator of its own, keyed (seed, step, group), so that ranks,
+    Each draw has a separate counter-based generator, keyed (seed, step, group), so that ranks,
     micro-batches and resumed runs draw the same numbers.
 
     seed: seed of the run

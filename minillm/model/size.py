@@ -1,4 +1,4 @@
-"""Numbers of parameters and FLOPs of a model, from its configuration alone.
+"""Count the parameters and FLOPs of a model from its configuration alone.
 
 Each part counts itself, next to its implementation; here the counts are added up.
 """

@@ -1,4 +1,4 @@
-"""AdamW, with all parameters of a step moved by one call of the table of operations."""
+"""AdamW, which moves all parameters of a step by one call of the table of operations."""
 
 from collections.abc import Iterable
 

@@ -1,4 +1,4 @@
-"""The registry of optimisers, and how those of a model are built.
+"""Build the optimisers of a model from the registry of optimisers.
 
 To add one, write its file as adamw.py is written, add its line to OPTIMIZERS, and its name to the
 choices of `optimizer` in config/train.py.

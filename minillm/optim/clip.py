@@ -27,8 +27,8 @@ def clip_factor(norm: Tensor, limit: float, scale: float = 1.0) -> Tensor | None
     """Return the factor that gives gradients a total norm of at most `limit`, and unscales them.
 
     norm: () the total norm of the gradients before they were multiplied by `scale`
-    limit: 0: no limit
-    scale: what the gradients have been multiplied by, see loss_scale.py
+    limit: largest total norm; 0: no limit
+    scale: factor by which the gradients have been multiplied, see loss_scale.py
 
     The result is () on the device of `norm`, so that no device is waited for. None stands for 1.
     """

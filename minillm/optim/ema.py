@@ -22,14 +22,14 @@ class Average:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Move the average towards the weights as they are after `step`."""
+        """Move the average towards the weights after `step`."""
         decay = min(self.decay, (1 + step) / (10 + step))
         for name, p in self.parameters.items():
             self.weights[name].lerp_(p.float(), 1 - decay)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Put the average into the model inside the `with`, and its own weights back at its end."""
+        """Put the average into the model inside the `with`, and restore its weights at the end."""
         own = {n: p.detach().clone() for n, p in self.parameters.items()}
         with torch.no_grad():
             for name, p in self.parameters.items():

@@ -24,8 +24,8 @@ class Muon(Optimizer):
     params: groups of matrices (rows, columns); group["parts"] lists for each matrix the row counts
         of the independent maps that are stacked in it (queries, keys, values), each of which is
         orthogonalised by itself
-    dtype: of the products in Newton-Schulz, for which bf16 is enough; updates are normalised
-        before they are rounded to it
+    dtype: dtype of the products in Newton-Schulz, for which bf16 is enough; updates are
+        normalised before they are rounded to it
 
     Matrices of equal shape go through Newton-Schulz in one batch.
 

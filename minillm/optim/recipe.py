@@ -1,4 +1,4 @@
-"""The description of an optimiser that has no parameters yet: a recipe, and a registry entry.
+"""Describe an optimiser before it has parameters: its recipe, and its entry in the registry.
 
 The registry itself is in build.py.
 """
@@ -21,8 +21,8 @@ class Recipe:
     """An optimiser that has no parameters yet.
 
     make: returns the optimiser of groups of tensors
-    groups: as torch's, but with names for "params"; the `rate` of each is its factor of the
-        learning rate
+    groups: groups of a torch optimiser, but with names for "params"; the `rate` of each is its
+        factor of the learning rate
     whole: whether matrices must not be cut into shards
     """
 

@@ -1,6 +1,6 @@
-"""Bytes that a forward pass keeps for its backward pass, counted on tensors that have only a shape.
+"""Count the bytes that a forward pass keeps for its backward pass, on tensors without data.
 
-This counts as training/microbatch.py does, but computes and allocates nothing, so that a model
+The method is that of training/microbatch.py, but nothing is computed or allocated, so that a model
 larger than this machine can be counted too.
 """
 

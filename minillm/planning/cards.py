@@ -2,7 +2,7 @@
 
 Rates are the dense ones of the makers' data sheets, without structured sparsity, and for the tensor
 cores those with fp32 accumulation, which is what training uses. They are upper limits and none of
-them was measured here. What share of them training reaches is an assumption, which stands below.
+them was measured here. The share of them that training reaches is an assumption, see below.
 """
 
 import re

@@ -23,7 +23,7 @@ class Capacity:
 
     total: bytes that it has; None where that is unknown
     share: share of it that tensors may take
-    reason: what the rest is for, or how `share` came about
+    reason: use of the rest, or the source of `share`
     """
 
     total: float | None
@@ -128,10 +128,10 @@ class Budget:
 class Verdict:
     """Verdict on a job at its stage. Sizes are in bytes of one rank.
 
-    fits: None where the memory, or what is needed of it, is unknown
+    fits: whether the job fits; None where the memory or the need is unknown
     largest: the largest micro-batch that fits; 0: none
-    most: how many sequences would fit at a time if the batch were larger
-    advice: flags each of which would make it fit
+    most: number of sequences that would fit at a time if the batch were larger
+    advice: flags; each of them alone would make it fit
     """
 
     fits: bool | None

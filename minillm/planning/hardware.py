@@ -1,7 +1,7 @@
-"""Machine of a planned rank: a card of the table, this machine as measured, or given figures.
+"""Find the machine of a planned rank: a card of the table, this machine, or given figures.
 
-Each figure comes with a sentence that says where it is from, so that figures of two machines are
-never mixed without a word.
+Each figure comes with a sentence on its source, so that figures of two machines are never mixed
+unnoticed.
 """
 
 from argparse import Namespace
@@ -46,11 +46,11 @@ class Speeds:
 class Hardware:
     """The machine that a job is planned for.
 
-    name: of one rank's processor
+    name: name of one rank's processor
     kind: "GPU" or "CPU"
     card: its row in the table, if it has one
     measured: whether the speed of the arithmetic was measured here
-    notes: where each figure is from, a sentence each
+    notes: one sentence on the source of each figure
     """
 
     name: str

@@ -15,7 +15,7 @@ class Job:
     model: shape of the model
     ranks: number of ranks W
     batch_size: sequences per step over all ranks
-    micro_batch: sequences that a rank computes at a time; None: all of its own
+    micro_batch: sequences that a rank computes at a time; None: all sequences of the rank
     width: bytes of the compute dtype
     optimizer: name of the optimizer, "adamw" or "muon"
     average: whether an average of the weights is kept (ema)

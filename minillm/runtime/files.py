@@ -85,7 +85,7 @@ def read_json(path: Path, hint: str = "") -> dict[str, Any]:
     """Return the content that write_json wrote, converted from an older version if need be.
 
     path: the file
-    hint: what to do about damage, for the end of the message
+    hint: advice about damage, for the end of the message
     Raises CorruptError, which names the file, if a single byte differs, white space included, or
     if a newer version wrote the file.
     """

@@ -65,7 +65,7 @@ def visible(text: str, stream: TextIO) -> str:
     the cursor, ring, set the title or hide text. Line breaks and tabs are kept.
 
     text: the text
-    stream: where it will be written
+    stream: stream that it will be written to
     """
     if not stream.isatty():
         return text

@@ -27,7 +27,7 @@ def begin(
 
     args: flags as flags.train parses them; None where a flag was not given
     world: place of this process in the launch. If torchrun has restarted a launch that has saved a
-        checkpoint, its own run is resumed, regardless of the flags.
+        checkpoint, the run of that launch is resumed, regardless of the flags.
     preset: preset to use if none is named; None: the one that fits the device of this machine
 
     Raises UsageError if the flags do not fit together, or --out is in use.
@@ -69,7 +69,7 @@ def _restarted(settings: Settings, run: RunFolder) -> Settings:
 def _inherit(settings: Settings, source: RunFolder, flags: set[str]) -> Settings:
     """Return `settings` with the model's shape and the tokenizer of the run `source`.
 
-    The recurrence may be set: with a new mean, the settings that follow from it follow the new one.
+    The recurrence may be set. If its mean is set, the settings derived from it follow the new mean.
 
     flags: settings that the command line names; the others in `settings.given` are from a file
 

@@ -1,4 +1,4 @@
-"""Build a run in memory: its text, its model, its state, its length; new, or from a checkpoint."""
+"""Build a run in memory, new or from a checkpoint: its text, model, state and length."""
 
 from math import gcd
 

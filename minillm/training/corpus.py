@@ -23,7 +23,7 @@ from minillm.runtime.launch import shell_command
 
 
 def find_corpus(settings: Settings, run: RunFolder | None, say: Callable[[str], None]) -> Corpus:
-    """Return the prepared text: of a run to resume the very same one, else that of --data.
+    """Return the prepared text: for a resumed run the same text as before, else that of --data.
 
     settings: settings of the run
     run: folder of the run to resume; None for a new run
@@ -68,7 +68,7 @@ def _corpus_of(run: RunFolder, settings: Settings, say: Callable[[str], None]) -
 
 
 def _prepare_again(settings: Settings, run: RunFolder, say: Callable[[str], None]) -> Corpus:
-    """Prepare the text as for the run's first step: same vocabulary size, its own tokenizer."""
+    """Prepare the text again with the vocabulary size and the tokenizer of the run."""
     facts, train = run.facts, settings.train
     asked, stated = facts["asked_vocab_size"], facts.get("corpus_settings") or {}
     if train.tokenizer not in KINDS:

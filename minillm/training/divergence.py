@@ -1,4 +1,4 @@
-"""Decide which steps are skipped: their gradient is not finite, or far above its own history.
+"""Decide which steps are skipped because their gradient is not finite or unusually large.
 
     skipped     the loss or the norm is not finite; the norm is above LARGEST; or it is a spike:
                 above FACTOR times the median of the last WINDOW steps' norms, and above the mean of
@@ -42,7 +42,7 @@ class DivergenceGuard(DivergenceHistory):
         self.left_out = [n for n in self.left_out if n > self.seen - RECENT]
         if why:
             self.left_out.append(self.seen)
-        # Spikes are remembered, too: what stays large is soon no spike any more.
+        # Spikes are remembered, too, so that a norm that stays large soon counts as usual.
         if math.isfinite(loss) and norm <= LARGEST:
             self.norms = [*self.norms, norm][-WINDOW:]
         return why

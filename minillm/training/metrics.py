@@ -83,7 +83,7 @@ def append(path: Path, text: str) -> None:
     """Append `text` to a file. Raises OSError, having added nothing, if it does not fit.
 
     path: the file
-    text: what is added to its end
+    text: text that is added at its end
     """
     rest = text.encode("utf-8")
     with path.open("ab", buffering=0) as file:

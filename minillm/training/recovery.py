@@ -80,7 +80,7 @@ def _append(path: Path, record: dict, setup: Setup) -> None:
 class RollBack(NamedTuple):
     """Result of a roll-back.
 
-    step: that of the checkpoint; None if there was none and the weights stayed as they were
+    step: step of the checkpoint; None if there was none and the weights did not change
     line: text that says so
     """
 
@@ -91,8 +91,8 @@ class RollBack(NamedTuple):
 def roll_back(setup: Setup, state: TrainState, keeper: CheckpointKeeper) -> RollBack:
     """Roll back to an earlier checkpoint and skip the data in between. Every rank calls it.
 
-    The schedule stays as it is. If there is no good checkpoint the weights stay as well: no skipped
-    step has changed them.
+    The schedule does not change. Without a good checkpoint the weights do not change either,
+    because no skipped step has changed them.
 
     setup: everything that is decided before the first step
     state: state of the run

@@ -63,8 +63,8 @@ class Reporter:
 
         tokens: tokens of the step, over all ranks
         steps: steps of the whole run
-        flops_per_token: of this step, if they differ from step to step
-        loss: of this step, for the bar
+        flops_per_token: FLOPs per token of this step, if they differ from step to step
+        loss: loss of this step, for the bar
         """
         each = self.flops_per_token if flops_per_token is None else flops_per_token
         self.throughput.step(tokens, each)

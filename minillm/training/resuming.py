@@ -33,7 +33,7 @@ def resumed(args: Namespace) -> tuple[Settings, RunFolder]:
     ):
         raise UsageError(ELSEWHERE)
     flags = {**vars(args), "out": None, "init_from": None}
-    # The checkpoint states what an earlier --resume has changed.
+    # The checkpoint states the changes of an earlier --resume.
     config = as_train_config(run.path, train | run.newest_settings())
     wishes = resolve(flags, args.config, None, asdict(model) | asdict(config))
     wishes = replace(wishes, given=wishes.given - {"out", "overwrite", "init_from"})

@@ -40,7 +40,7 @@ class Screen:
         """Note that one more step of a run of `steps` is done.
 
         steps: steps of the whole run
-        tokens, loss: of this step, for the bar
+        tokens, loss: tokens and loss of this step, for the bar
         """
         now = time.perf_counter()
         if self.stepped is not None:  # the first step of a process includes what happens only once
@@ -59,7 +59,7 @@ class Screen:
         """Show in the bar what is done instead of training, and note how long it took.
 
         what: name of the activity
-        total: how often `tick` will be called
+        total: number of calls of `tick` that will follow
         of: key of Outlook.every under which its time is noted; None: `what`
         """
         start, before = time.perf_counter(), self.activity

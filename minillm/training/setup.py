@@ -123,7 +123,7 @@ def set_threads(
 
     config: settings of the training
     ranks: ranks that train together
-    saved: what the run that is resumed has decided; empty for a new run
+    saved: decisions of the run that is resumed; empty for a new run
     given: whether the command line names a number
     """
     keep = saved.get("ranks", 1) == ranks.size and not given

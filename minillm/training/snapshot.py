@@ -57,7 +57,7 @@ def keeper_of(
     state: state of the run
     report: reporter of the run
     run: folder of the run
-    write: write.save, or what takes its place in a test
+    write: write.save, or a function that replaces it in a test
     """
     return CheckpointKeeper(
         run, setup.ranks, partial(snapshot, setup, state, run), state.progress,

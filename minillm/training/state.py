@@ -1,4 +1,4 @@
-"""State of a training run: what a checkpoint holds besides weights and optimizer state."""
+"""State of a training run, which a checkpoint holds besides weights and optimizer state."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace

@@ -172,8 +172,8 @@ def _apply_or_skip(
 ) -> None:
     """Step the optimizers, unless the gradients would spoil the weights; then drop the gradients.
 
-    In fp16, gradients that overflow because of the loss scale are dropped without a word, and the
-    scale is halved.
+    In fp16, gradients that overflow because of the loss scale are dropped without a message, and
+    the scale is halved.
 
     run: folder of the run, which has the log of skipped steps
     say: prints a line

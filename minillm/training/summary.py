@@ -1,4 +1,4 @@
-"""Say what a run is before its first step, and what came out after its last."""
+"""Describe a run before its first step, and its result after the last one."""
 
 from math import ceil
 from pathlib import Path
@@ -184,7 +184,7 @@ def reporter_of(setup: Setup, state: TrainState, budget: StepBudget, run: Path) 
 
 
 def _outlook_of(setup: Setup, budget: StepBudget) -> Outlook:
-    """Return the estimate of the run's remaining time, as it is before the first step."""
+    """Return the estimate of the run's remaining time before its first step."""
     config, rows = setup.config, setup.micro_batch * setup.ranks.size
     tokens, seq_len = setup.corpus.tokens["val"], setup.model.config.seq_len
     windows = ceil((tokens - 1) / seq_len) if tokens > 1 else 0

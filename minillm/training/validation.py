@@ -105,8 +105,9 @@ def report_row(setup: Setup, state: TrainState, report: Reporter, row: dict[str,
 def _recurrence_warnings(setup: Setup, state: TrainState, row: dict[str, Any]) -> dict[str, str]:
     """Return the warnings about a failing recurrence in a row of metrics, by kind.
 
-    The first tenth of a run has no warnings. That the core is hardly used is true of every young
-    model. It is a warning only in the second half of the run and after GROWN tokens per parameter.
+    The first tenth of a run has no warnings. Every young model hardly uses its core. Therefore an
+    ignored core is a warning only in the second half of the run and after GROWN tokens per
+    parameter.
     """
     shape, progress, steps = setup.model.config, state.progress, state.schedule.steps
     is_early = progress.step < steps / 10

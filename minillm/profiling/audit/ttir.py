@@ -134,7 +134,7 @@ def plain_products(text: str) -> int:
 
 
 def wide_loads(text: str, threads: int) -> int:
-    """Return the number of 16-byte loads of one thread for the tiles that have 16 bytes a thread.
+    """Return the number of 16-byte loads of one thread for tiles of 16 bytes a thread or more.
 
     If a condition has branches, the branch with the most loads counts.
 
