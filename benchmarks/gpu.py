@@ -107,7 +107,11 @@ def main(
 
 
 def parse(argv: Sequence[str] | None, names: Sequence[str]) -> Namespace:
-    """Return the flags, checked: parts is a list of names, total a number, out a path."""
+    """Return the checked flags: parts is a list of names, total a number, out a path.
+
+    argv: the command line (None: that of this process)
+    names: names of the known parts
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -148,14 +152,22 @@ def default_folder(dry: bool) -> Path | None:
 
 
 def part_command(part: Part, limit: float, scratch: Path, args: Namespace) -> list[str]:
-    """Return the words that start a part of device_parts/."""
+    """Return the words that start a part of device_parts/.
+
+    part, limit: the part, and its time limit in seconds
+    scratch, args: folder for files that are not kept, and the flags
+    """
     words = [sys.executable, "-m", "benchmarks.device_parts", part.name]
     words += ["--rows", str(args.out / ROWS), "--limit", f"{limit:.0f}", "--scratch", str(scratch)]
     return words + ["--dry"] * args.dry
 
 
 def run_part(part: Part, limit: float, args: Namespace, command: Command) -> Result:
-    """Run a part in a session of its own, and return its rows however it ended."""
+    """Run a part in a separate session, and return its rows even if it crashed or was stopped.
+
+    part, limit: the part, and its time limit in seconds
+    args, command: the flags, and the command, see `main`
+    """
     rows, log = args.out / ROWS, args.out / LOG
     for path in (rows, log):
         path.touch()
@@ -181,8 +193,10 @@ def run_part(part: Part, limit: float, args: Namespace, command: Command) -> Res
 def result(
     state: str, seconds: float = 0.0, rows: Sequence[dict] = (), tail: Sequence[str] = ()
 ) -> Result:
-    """Return what results.json has of a part.
+    """Return the entry of a part in results.json.
 
+    state, seconds: "done" or the reason why it did not finish, and the time that it took
+    rows: its rows
     tail: the last lines of its output, if it did not finish
     """
     date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
@@ -206,19 +220,25 @@ def stop(process: subprocess.Popen) -> None:
 
 
 def text_after(path: Path, start: int) -> str:
-    """Return the text of a file from byte `start` on."""
+    """Return the text of a file from byte `start` on.
+
+    path, start: the file, and the number of bytes to leave out
+    """
     with path.open("rb") as file:
         file.seek(start)
         return file.read().decode(errors="replace")
 
 
 def rows_after(path: Path, start: int) -> list[dict]:
-    """Return the rows of a file from byte `start` on, without a last line that was cut short."""
+    """Return the rows of a file from byte `start` on, without a last line that was cut short.
+
+    path, start: the file, and the number of bytes to leave out
+    """
     found = []
     for line in text_after(path, start).splitlines():
         with suppress(ValueError):
             row = json.loads(line)
-            row.pop("part", None)  # it is the name under which the rows stand
+            row.pop("part", None)  # results.json has the rows under this name
             found.append(row)
     return found
 
@@ -232,7 +252,10 @@ def earlier_results(out: Path) -> dict[str, Result]:
 
 
 def write(out: Path, results: dict[str, Result]) -> None:
-    """Write results.json and report.txt."""
+    """Write results.json and report.txt.
+
+    out, results: folder of the results, and the results of all parts by name
+    """
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (out / "report.txt").write_text(report(results))
 
@@ -256,7 +279,7 @@ def faults(results: dict[str, Result]) -> list[str]:
 
 
 def report(results: dict[str, Result]) -> str:
-    """Return the report: faults, then each part's tables, and what it printed last."""
+    """Return the report: faults, then each part's tables, and the last lines of its output."""
     bad = faults(results)
     lines = ["FAULTS", *bad] if bad else ["No faults."]
     for name, part in results.items():

@@ -1,6 +1,6 @@
-"""The cases of the part `correctness`: every operation, at several shapes, dtypes and options.
+"""List the cases of the part `correctness`: every operation at several shapes and options.
 
-The data come from the profiler's catalogue. CHANGES makes of them the data of options that are
+The data come from the profiler's catalogue. CHANGES turns them into the data of options that are
 tensors, and of the operations that have no entry there.
 """
 

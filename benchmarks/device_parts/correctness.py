@@ -1,4 +1,4 @@
-"""Part `correctness`: every operation of ours against the reference in fp64, compiled as it is.
+"""Part `correctness`: compare every operation of ours with the reference in fp64.
 
 Most of the time is the compiler's, so several processes share the cases. Later parts find the
 compiled kernels in Triton's cache.
@@ -44,7 +44,12 @@ def run(session: Session) -> None:
 
 
 def solve(session: Session, case, where: dict[str, str]) -> None:
-    """Write the row of one case. An operation that fails counts as wrong."""
+    """Write the row of one case. An operation that fails counts as wrong.
+
+    session: session of the worker
+    case: the case
+    where: columns that name it, for the row
+    """
     from minillm.ops import EAGER
     from minillm.profiling.timing.implementations import error_in_words
 
@@ -67,7 +72,11 @@ def solve(session: Session, case, where: dict[str, str]) -> None:
 
 
 def truth(case, data) -> dict:
-    """Return the results of the reference in fp64."""
+    """Return the results of the reference in fp64.
+
+    case: the case
+    data: its data
+    """
     import torch
 
     from minillm.ops import REFERENCE
@@ -80,7 +89,13 @@ def truth(case, data) -> dict:
 
 
 def errors(function, case, data, true) -> tuple[dict[str, float], bool]:
-    """Return the error of each direction, and whether a second call gives the same bits."""
+    """Return the error of each direction, and whether a second call gives the same bits.
+
+    function: implementation of the operation
+    case: the case
+    data: its data
+    true: results of the reference, see `truth`
+    """
     from minillm.profiling.timing import precision
 
     function = with_caches(case.op, function)
@@ -91,7 +106,13 @@ def errors(function, case, data, true) -> tuple[dict[str, float], bool]:
 
 
 def judged(case, directions, ours, eager, repeated: bool) -> str:
-    """Return "right", or "WRONG" with the reason."""
+    """Return "right", or "WRONG" with the reason.
+
+    case: the case
+    directions: directions that are compared
+    ours, eager: errors by direction
+    repeated: whether a second call gave the same bits
+    """
     allowed = ALLOWED[case.problem.dtype] + TOKENS * (case.op == "sample")
     bad = [d for d in directions if not ours[d] <= 2 * eager[d] + allowed]
     if bad:
@@ -100,7 +121,11 @@ def judged(case, directions, ours, eager, repeated: bool) -> str:
 
 
 def with_caches(op: str, function):
-    """Return a function that also returns the caches in which rope_cache writes."""
+    """Return a function that also returns the caches in which rope_cache writes.
+
+    op: name of the operation
+    function: its implementation
+    """
     return partial(_and_caches, function) if op == "rope_cache" else function
 
 

@@ -49,7 +49,7 @@ def _describe_gpu(session: Session) -> None:
 def _check_fp32_sums(session: Session) -> None:
     """Check that a product of bf16 matrices can be added to an fp32 matrix with a row stride.
 
-    linear_cross_entropy sums its weight gradient so, chunk by chunk.
+    linear_cross_entropy sums its weight gradient in this way, chunk by chunk.
     """
     a, b = (torch.randn(256, 128, device=session.device).bfloat16() for _ in range(2))
     out = torch.zeros(256, 272, device=session.device)[:, :256]

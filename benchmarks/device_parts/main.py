@@ -1,4 +1,4 @@
-"""Part `main`: train.py and sample.py as a user types them. Their output is in the log."""
+"""Part `main`: run train.py and sample.py as a user does. Their output is in the log."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""Rows of the profiler's suite `kernels`, one line for each problem and direction.
+"""Write rows of the profiler's suite `kernels`, one line for each problem and direction.
 
 The parts `attention` and `operations` measure with it.
 """
@@ -10,14 +10,16 @@ from minillm.profiling.catalogue.problem import Problem
 from minillm.profiling.timing import operations
 from minillm.profiling.timing.operations import Effort, Row
 
-SECONDS = 0.05  # of the runs of each figure
+SECONDS = 0.05  # time for the runs of each figure
 
 
 def measure(session: Session, problems: Sequence[Problem], names: Sequence[str], unit: str) -> None:
     """Measure each problem, and write its rows as soon as they are known.
 
-    names: of the implementations, for the columns
-    unit: the figure in them, "tflops" or "median_us"
+    session: session of the part
+    problems: problems to measure
+    names: names of the implementations, which become columns
+    unit: figure in these columns, "tflops" or "median_us"
     """
     effort = Effort(0.0 if session.dry else SECONDS, compiled=False)
     for problem in problems:
@@ -36,7 +38,10 @@ def line(
 ) -> Row:
     """Return one row with a column for each implementation.
 
-    rows: of the suite, one for each implementation and direction
+    problem: the problem
+    direction: the direction
+    rows: rows of the suite, one for each implementation and direction
+    names, unit: see `measure`
     """
     found = {row["implementation"]: row for row in rows if row["direction"] == direction}
     ours = found.get("triton", found["eager"])  # only eager has a row where the truth failed

@@ -1,4 +1,4 @@
-"""What a part is given: where its rows go, how much time it has, and on which device it works.
+"""The session of a part: the file of its rows, its time limit and its device.
 
 torch is imported at the first use of the device, because a part that only starts other processes
 needs none.
@@ -22,9 +22,9 @@ SPARE_S = 4  # before a part's limit: the last measurement begins before then
 
 @dataclass(frozen=True)
 class Session:
-    """The circumstances of a part.
+    """The file, the time and the device of a part.
 
-    part: its name
+    part: name of the part
     rows: file to which each row is appended
     end: time.monotonic() after which nothing new is begun
     dry: work on a CPU at tiny sizes
@@ -44,7 +44,7 @@ class Session:
     first: int = 0
 
     def emit(self, **row: Any) -> None:
-        """Append one row to the file of rows, in one write, so that no two processes mix theirs."""
+        """Append a row to the file of rows in one write, so that rows of processes do not mix."""
         line = json.dumps({"part": self.part, **row}, default=str) + "\n"
         with self.rows.open("ab", buffering=0) as file:
             file.write(line.encode())
@@ -55,9 +55,9 @@ class Session:
         return time.monotonic() > self.end
 
     def late(self, **where: Any) -> bool:
-        """Return whether the time is over; if so, write a row that says it.
+        """Return whether the time is over. If so, write a row that says so.
 
-        where: names what is left out, for the row
+        where: columns that name the work that is left out
         """
         if not self.over:
             return False
@@ -68,7 +68,7 @@ class Session:
     def noted(self, **where: Any) -> Iterator[None]:
         """Turn an exception into a row.
 
-        where: names what was attempted, for the row
+        where: columns that name the work that was attempted
         """
         from minillm.profiling.timing.implementations import error_in_words
 
@@ -108,7 +108,11 @@ class Session:
         return ceilings(self.device, ("bf16", "fp32"))
 
     def seconds(self, trial: Any, seconds: float = 0.05) -> float:
-        """Return the median time of a trial, measured for about `seconds`, in seconds."""
+        """Return the median time of a trial in seconds.
+
+        trial: the trial
+        seconds: time to measure it for
+        """
         from minillm.runtime.stopwatch import on_cpu, on_gpu
 
         if self.dry:
@@ -123,6 +127,7 @@ class Session:
     def spread(self, workers: int, share: float = 1.0) -> list[int]:
         """Run this part in some worker processes, and return their exit codes.
 
+        workers: number of processes
         share: part of the time left that they may take
         """
         seconds = share * (self.end - time.monotonic())
@@ -153,7 +158,7 @@ class Session:
         return True
 
     def _words(self, seconds: float, worker: int | None, workers: int, first: int = 0) -> list[str]:
-        """Return the words that start this part in a process with so many seconds."""
+        """Return the words that start this part in a process with a time limit in seconds."""
         words = [sys.executable, "-m", "benchmarks.device_parts", self.part]
         words += ["--rows", str(self.rows), "--scratch", str(self.scratch)]
         words += ["--limit", f"{seconds + SPARE_S:.1f}", *["--dry"] * self.dry]

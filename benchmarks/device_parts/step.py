@@ -30,7 +30,14 @@ def compiled(session: Session) -> None:
 
 
 def measure(session: Session, name: str, size, ops, compiled: bool = False) -> None:
-    """Write the row of one table of kernels."""
+    """Write the row of one table of kernels.
+
+    session: session of the part
+    name: name of the row
+    size: model and batch, steps.Size
+    ops: table of operations
+    compiled: whether torch.compile compiles the model
+    """
     if session.late(implementation=name):
         return
     print(name, flush=True)

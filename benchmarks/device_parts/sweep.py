@@ -25,7 +25,7 @@ KERNELS = {"fwd": "forward", "dkdv": "backward", "dq": "backward"}
 
 
 def run(session: Session) -> None:
-    """Compile as a worker; as the part's own process, start the workers, then measure."""
+    """Compile as a worker; as the process of the part, start the workers, then measure."""
     if session.worker is not None:
         for _, job in session.mine(jobs(session)):
             if not session.over:
@@ -54,7 +54,12 @@ def jobs(session: Session) -> list[tuple[str, int, dict]]:
 
 @contextmanager
 def tile_in_table(kernel: str, width: int, tile: dict) -> Iterator[None]:
-    """Let launches inside take this tile; they read the dictionary that is changed here."""
+    """Let launches inside the `with` take a tile, by a change of the dictionary that they read.
+
+    kernel: name of the kernel in the table of tiles
+    width: head width
+    tile: the tile
+    """
     entries = _launch._tables("attention")[kernel][f"sm_{_launch.arch()}"]
     before, entries[str(width)] = entries[str(width)], tile
     try:

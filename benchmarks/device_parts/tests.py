@@ -38,6 +38,9 @@ def run(session: Session) -> None:
 def follow(lines: Iterable[str], session: Session) -> tuple[Counter, str]:
     """Print pytest's lines, and write a row for each test that fails, as soon as it does.
 
+    lines: output of pytest
+    session: session of the part
+
     Returns the number of tests by outcome, and the last line.
     """
     counts: Counter = Counter()

@@ -90,9 +90,10 @@ def measured(
 ) -> Row:
     """Return the row of one batch and context.
 
-    name: of the table of kernels, for the row
+    name: name of the table of kernels, for the row
     cell: the batch and the context
-    model: with room for one more token than the context
+    model: model whose context has at least one token more
+    device: device of the model
     effort: time for the row
     """
     batch, context = cell
