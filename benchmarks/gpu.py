@@ -96,9 +96,9 @@ def main(
         limit = min(DRY_LIMIT_S if args.dry else part.limit, left)
         print(f"{part.name}: {part.about} (at most {max(limit, 0):.0f} s)", flush=True)
         if left < LEAST_S:
-            results[part.name] = result("not started: no time left")
+            results[part.name] = _result("not started: no time left")
         else:
-            results[part.name] = run_part(part, limit, args, command or part_command)
+            results[part.name] = run_part(part, limit, args, command or _part_command)
         found = results[part.name]
         print(f"  {found['state']}, {found['seconds']:.0f} s, {len(found['rows'])} rows")
         write(args.out, results)
@@ -151,12 +151,8 @@ def default_folder(dry: bool) -> Path | None:
     return ROOT / "benchmarks" / f"{slug}-{datetime.date.today().isoformat()}" if slug else None
 
 
-def part_command(part: Part, limit: float, scratch: Path, args: Namespace) -> list[str]:
-    """Return the words that start a part of device_parts/.
-
-    part, limit: the part, and its time limit in seconds
-    scratch, args: folder for files that are not kept, and the flags
-    """
+def _part_command(part: Part, limit: float, scratch: Path, args: Namespace) -> list[str]:
+    """Return the words that start a part of device_parts/, with a limit in seconds."""
     words = [sys.executable, "-m", "benchmarks.device_parts", part.name]
     words += ["--rows", str(args.out / ROWS), "--limit", f"{limit:.0f}", "--scratch", str(scratch)]
     return words + ["--dry"] * args.dry
@@ -185,20 +181,15 @@ def run_part(part: Part, limit: float, args: Namespace, command: Command) -> Res
             state = f"stopped at its limit of {limit:.0f} s"
         finally:
             stop(process)
-    lines = text_after(log, log_start).splitlines()
+    lines = _text_after(log, log_start).splitlines()
     tail = [] if state == "done" else lines[-TAIL_LINES:]
-    return result(state, time.monotonic() - start, rows_after(rows, rows_start), tail)
+    return _result(state, time.monotonic() - start, _rows_after(rows, rows_start), tail)
 
 
-def result(
+def _result(
     state: str, seconds: float = 0.0, rows: Sequence[dict] = (), tail: Sequence[str] = ()
 ) -> Result:
-    """Return the entry of a part in results.json.
-
-    state, seconds: "done" or the reason why it did not finish, and the time that it took
-    rows: its rows
-    tail: the last lines of its output, if it did not finish
-    """
+    """Return a part's entry in results.json; tail: the end of its log if it did not finish."""
     date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     return {
         "state": state, "seconds": round(seconds, 1), "date": date, "rows": list(rows),
@@ -219,23 +210,17 @@ def stop(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def text_after(path: Path, start: int) -> str:
-    """Return the text of a file from byte `start` on.
-
-    path, start: the file, and the number of bytes to leave out
-    """
+def _text_after(path: Path, start: int) -> str:
+    """Return the text of a file from byte `start` on."""
     with path.open("rb") as file:
         file.seek(start)
         return file.read().decode(errors="replace")
 
 
-def rows_after(path: Path, start: int) -> list[dict]:
-    """Return the rows of a file from byte `start` on, without a last line that was cut short.
-
-    path, start: the file, and the number of bytes to leave out
-    """
+def _rows_after(path: Path, start: int) -> list[dict]:
+    """Return the rows of a file from byte `start` on, without a last line that was cut short."""
     found = []
-    for line in text_after(path, start).splitlines():
+    for line in _text_after(path, start).splitlines():
         with suppress(ValueError):
             row = json.loads(line)
             row.pop("part", None)  # results.json has the rows under this name

@@ -1,4 +1,4 @@
-"""Drawing tokens in Triton: filters without a sort, then inverse transform sampling.
+"""Draw tokens in Triton: filter without a sort, then sample by inverse transform.
 
 There is one program for each row. A filter keeps all tokens that reach a border. The border is
 found as an integer that orders like the numbers do, from its highest bits down: each pass over the
@@ -217,7 +217,7 @@ def sample(
     top_p: float = 1.0,
     min_p: float = 0.0,
 ) -> Tensor:
-    """Draw one token for each row by inverse transform, filters in the order of the arguments.
+    """Draw one token for each row by inverse transform, after the filters in argument order.
 
         p = softmax(logits / temperature) -> keep the top_k largest -> keep the smallest set of
         largest with mass >= top_p -> keep p >= min_p max(p);   token = min {t: cdf(t) > u cdf(V)}
@@ -256,7 +256,7 @@ def sample(
 
 
 def uniform(seed: int, samples: Tensor, positions: Tensor) -> Tensor:
-    """Return numbers in [0, 1), functions of (seed, sample, position) alone, as the reference's.
+    """Return numbers in [0, 1) that depend on (seed, sample, position) alone, as in the reference.
 
         z <- 0;   for each of the three words w:  z <- mix(mix(z + w + 0x9E3779B97F4A7C15))
         u = floor(z / 2^40) / 2^24,   mix the finaliser of splitmix64, all modulo 2^64

@@ -1,4 +1,4 @@
-"""Two RMSNorms in a row after the addition of a branch, as between halves of a sandwich block.
+"""Two RMSNorms in a row after the addition of a branch, for the halves of a sandwich block.
 
 As in rms_norm.py, statistics are fp32, and gradients of weights are summed over the rows of a
 program and then over programs, without atomics. The backward pass does not read the result of the
