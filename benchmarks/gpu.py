@@ -37,9 +37,9 @@ from itertools import groupby
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-DRY_LIMIT_S = 300  # of each part of a dry run; interpreted kernels are slow
+DRY_LIMIT_S = 300  # limit of each part of a dry run; interpreted kernels are slow
 LEAST_S = 8  # a part is not started with less time left
-TAIL_LINES = 25  # of the log, kept of a part that did not finish
+TAIL_LINES = 25  # lines of the log that are kept of a part that did not finish
 ROWS, LOG = "rows.jsonl", "log.txt"
 
 
@@ -71,7 +71,7 @@ SETS = {  # names of parts, and the seconds that they share
     "all": (" ".join(part.name for part in PARTS), 720),
 }
 
-Result = dict  # of a part: state, seconds, date, rows, tail
+Result = dict  # keys: state, seconds, date, rows, tail
 Command = Callable[[Part, float, Path, Namespace], list[str]]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from minillm.kernels._launch import launch, tile
 
 TRITON = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-COLUMNS = 8  # of the table: addresses of p, g, m, v, copy; length; first program; two fp32 rates
+COLUMNS = 8  # addresses of p, g, m, v, copy; length; first program; two fp32 rates
 
 
 @triton.jit

@@ -67,7 +67,7 @@ def _linear_cross_entropy_kernel(
         lse = peak + tl.log(mass)
         # Not lse - picked: the small loss of a confident row would lose its digits.
         loss = (peak - _cap(picked, softcap, CAPPED)) + tl.log(mass)
-        if Z_LOSS:  # not without one: lse^2 is infinite for lse above 1.8e19, and 0 inf is nan
+        if Z_LOSS:  # else 0 lse^2 would be nan for lse above 1.8e19, whose square is infinite
             loss += z_loss * lse * lse
         tl.store(losses_ptr + row, loss)
         if TRAIN:

@@ -1,4 +1,4 @@
-"""Rotary position embedding while decoding, in Triton: it writes keys and values into the cache."""
+"""Rotary position embedding for decoding, in Triton. Keys and values go into the cache."""
 
 import torch
 from torch import Tensor

@@ -1,7 +1,7 @@
 """The tables of operations that the model calls, and the choice between them.
 
 EAGER and Triton's table differ in speed only. select() chooses one for a whole run and says why.
-REFERENCE says what the operations mean; tests and the profiler compare the other two with it.
+REFERENCE defines the operations; tests and the profiler compare the other two with it.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The bridge to train.py and sample.py: in a checkout above minillm/, in a wheel inside it."""
+"""Bridge to train.py and sample.py: above minillm/ in a checkout, inside it in a wheel."""
 
 from pathlib import Path
 

@@ -15,7 +15,7 @@ from minillm.profiling.catalogue.problem import Problem, problem_at, small_probl
 
 # Operations without an entry, and those whose data they are given.
 RELATIVES = {"geglu": "swiglu", "relu2": "swiglu", "rope_cache": "rope", "uniform": "sample"}
-NEW_TOKENS = 2  # that rope_cache writes in each row
+NEW_TOKENS = 2  # tokens that rope_cache writes in each row
 LOGITS_OF_A_CHUNK = 1 << 27  # linear_cross_entropy takes rows in chunks of that many logits
 
 

@@ -1,4 +1,4 @@
-"""Experiment 2 of recurrent depth: several registers, where depth and distance differ.
+"""Experiment 2 of recurrent depth: several registers, so that depth and distance differ.
 
     python benchmarks/recurrence/registers.py [--work runs/registers] [--threads 1]
 

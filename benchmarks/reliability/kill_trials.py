@@ -22,7 +22,7 @@ from killing import COUNTERS, Child, last_step, place_of, traces
 from minillm.checkpoint.run_folder import RunFolder
 from tests.support.processes import free_port
 
-TIMES = 4  # that a run is killed at most
+TIMES = 4  # largest number of kills of a run
 EVERY = 2  # steps from save to save
 SURVIVES_S, HANGS_S = 40.0, 120.0  # a rank without the other, met or not; any process
 STEPS = 12
@@ -130,7 +130,7 @@ class Course:
         calm(children, run)
         left = [p for p in run.parent.rglob("*") if p.name.endswith(".tmp")]
         expect(not left, f"left: {left}", run)
-        found = traces(run)  # of more checkpoints, if a deletion was what was killed
+        found = traces(run)  # it has more checkpoints if a deletion was killed
         for what, other in self.traces.items():
             one = found.get(what, other if also and not what.endswith(f" {STEPS}") else None)
             expect(one == other, f"{what} is {one}, undisturbed {other}", run)

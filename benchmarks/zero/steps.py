@@ -1,4 +1,4 @@
-"""Time a step on several ranks: stages 0 to 3, compared with torch's own ways and with the plan.
+"""Time a step on several ranks at stages 0 to 3, and compare it with torch and with the plan.
 
     torchrun --nproc-per-node 2 benchmarks/zero/steps.py [--rounds 15] [--d-model 256]
 

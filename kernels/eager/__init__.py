@@ -1,6 +1,6 @@
 """Eager: every operation as PyTorch runs it fastest, without a kernel of ours.
 
-The functions have the names and signatures of kernels/reference/, which says what they mean. The
+The functions have the names and signatures of kernels/reference/, which defines them. The
 files have the same names too, so that a reader can lay the two side by side. minillm.ops.EAGER
 holds all of them as one table.
 

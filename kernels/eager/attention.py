@@ -1,4 +1,4 @@
-"""Attention as PyTorch runs it fastest; kernels/reference/attention.py says what it means.
+"""Attention in the fastest form that PyTorch has; kernels/reference/attention.py defines it.
 
 Scores and their softmax are fp32 on every path. Probabilities may be rounded to the dtype of q
 before they are multiplied by the values, as in PyTorch's own kernels.

@@ -1,4 +1,4 @@
-"""Output layer and cross-entropy in chunks; kernels/reference/loss.py says what they mean."""
+"""Output layer and cross-entropy in chunks of rows; kernels/reference/loss.py defines them."""
 
 import torch
 import torch.nn.functional as F

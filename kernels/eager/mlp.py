@@ -1,4 +1,4 @@
-"""The activations of the MLP; kernels/reference/mlp.py says what they mean."""
+"""Activations of the MLP in PyTorch; kernels/reference/mlp.py defines them."""
 
 import torch.nn.functional as F
 from torch import Tensor

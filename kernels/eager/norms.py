@@ -1,4 +1,4 @@
-"""The norms through PyTorch's own RMSNorm; kernels/reference/norms.py says what they mean."""
+"""Norms through PyTorch's RMSNorm; kernels/reference/norms.py defines them."""
 
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""The operations of optimizers; kernels/reference/optim.py says what they mean."""
+"""AdamW and Newton-Schulz in PyTorch; kernels/reference/optim.py defines them."""
 
 import torch
 from torch import Tensor

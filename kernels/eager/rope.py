@@ -1,4 +1,4 @@
-"""The rotary position embedding in the dtype of q; kernels/reference/rope.py says what it means."""
+"""Rotary position embedding in the dtype of q; kernels/reference/rope.py defines it."""
 
 import torch
 from torch import Tensor

@@ -56,7 +56,7 @@ class CheckpointKeeper:
         self.weights_are_bad = False
         self._failures = 0
         self._saved: tuple[int, bool] | None = None  # step and `ended` of the newest checkpoint
-        self._best = progress.best_loss, progress.best_step  # of a checkpoint on the disk
+        self._best = progress.best_loss, progress.best_step  # best checkpoint on the disk
 
     def save(self, progress: Progress, final: bool = False) -> bool:
         """Save a checkpoint unless this state is saved already; return whether it is on the disk.

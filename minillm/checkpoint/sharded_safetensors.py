@@ -24,7 +24,7 @@ from minillm.runtime.pickles import HEAD, is_pickle, is_safetensors
 MAX_HEADER = 10_000_000  # bytes; the format allows 100,000,000
 MAX_TENSORS = 100_000  # in one file
 MAX_DIMS = 8
-FILE = re.compile(r"([a-z_]+)-\d{5}-of-\d{5}\.safetensors")  # as file_name makes it
+FILE = re.compile(r"([a-z_]+)-\d{5}-of-\d{5}\.safetensors")  # the form of file_name
 KEY = re.compile(r"(.*)\[(0|[1-9]\d*):(0|[1-9]\d*)\]", re.DOTALL)
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
     on = hardware.describe(args, train, card, model.d_model)
     job = replace(asked, width=on.dtype.itemsize)
     budget = Budget(on.dtype, on.kind == "GPU", on.capacity)
-    if train.micro_batch_size == "auto":  # as training does, which takes the largest that fits
+    if train.micro_batch_size == "auto":  # training also takes the largest that fits
         rows = budget.largest(job, train.zero)
         job = replace(job, micro_batch=job.share if rows is None else max(rows, 1))
     verdict = plan_fit.judge(budget, job, train.zero, card.name if card else None)

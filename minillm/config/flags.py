@@ -1,4 +1,4 @@
-"""Settings, the two configurations of a run, and the flags that are made from their fields.
+"""Settings: the two configurations of a run, and the flags that are made from their fields.
 
 There is no second list of flags. resolve.py merges presets, files and flags.
 """

@@ -13,7 +13,7 @@ from minillm.errors import UsageError, parameter
 from minillm.runtime.cli import nearest
 from minillm.runtime.terminal import decoded
 
-MOST_ITERATIONS = 4096  # of the core
+MOST_ITERATIONS = 4096  # largest number of iterations of the core
 EXIT_DEFAULTS = {
     "confidence": (0.9, 3),
     "kl": (5e-4, 1),

@@ -1,4 +1,4 @@
-"""Report what a prepared corpus holds out for validation, and warn if that is little."""
+"""Report the held-out text of a prepared corpus, and warn if it is little."""
 
 from minillm.data.shards import Corpus
 from minillm.errors import UsageError, parameter

@@ -1,4 +1,4 @@
-"""The processes of one launch, how they are connected, and their collectives for small values."""
+"""Connect the processes of one launch, and exchange small values between them."""
 
 import json
 import os

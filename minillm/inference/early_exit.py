@@ -1,4 +1,4 @@
-"""Early exit: each token runs through the core only as often as a rule asks for.
+"""Early exit: let each token leave the core of a recurrent model as soon as a rule allows it.
 
     confidence   the most likely token has a probability above the threshold
     kl           the distribution hardly changes: KL(before || now) is below the threshold
@@ -138,7 +138,7 @@ def read_next(
     if tokens.shape[1] != 1:
         raise ValueError(f"tokens are {tuple(tokens.shape)}; expected (B, 1), one of each row")
     core = model.begin(tokens, cache, keys)
-    rows = list(range(len(tokens)))  # of the batch, those still in the core
+    rows = list(range(len(tokens)))  # rows of the batch that are still in the core
     logits = torch.empty(len(rows), model.config.vocab_size, device=tokens.device)
     steps, tracker, work = [most] * len(rows), ExitTracker(rule), cache
     last_states = torch.empty_like(core.state[:, 0])

@@ -1,4 +1,4 @@
-"""Injections: how the embedded text e enters the state s of the core before each iteration.
+"""Injections, which combine the embedded text e with the state s before each core iteration.
 
 To add one, write a subclass of Injection, give it a row in INJECTIONS, and add its name to
 INJECTIONS in config/model.py; a test compares the two.

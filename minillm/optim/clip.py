@@ -1,4 +1,4 @@
-"""Gradient clipping: the norm of all gradients, and the factor that limits it."""
+"""Clip gradients: compute the norm of all gradients and the factor that limits it."""
 
 import torch
 from torch import Tensor

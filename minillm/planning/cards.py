@@ -15,7 +15,7 @@ GIB = 2**30
 # Assumed where neither a card's sheet nor a flag of `minillm plan` says otherwise.
 MFU = 0.4  # share of the peak rate that training reaches
 OVERLAP = 0.7  # share of the communication that runs during the computation
-LATENCY_US = 5.0  # of a message between GPUs
+LATENCY_US = 5.0  # latency of a message between GPUs
 NODE_GPUS = 8
 HOST_GBS = 25.0  # between a GPU and the memory of its host
 TRITON_CAPABILITY = (8, 0)  # the oldest compute capability that the Triton kernels support

@@ -1,4 +1,4 @@
-"""Estimate of a training run: parameters by part, FLOPs, bytes of a rank, seconds per step.
+"""Estimate a training run: parameters by part, FLOPs, bytes of a rank, seconds per step.
 
 This is arithmetic alone: nothing is measured, run or sent. hardware.py knows how fast a machine
 is, and network.py how long collectives take.

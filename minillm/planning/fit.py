@@ -1,4 +1,4 @@
-"""Verdict on a planned job: whether it fits, the largest micro-batch that fits, and advice.
+"""Judge a planned job: whether it fits, the largest micro-batch that fits, and advice.
 
 This is arithmetic alone, as in estimate.py and activations.py; nothing is allocated. hardware.py
 finds out how much memory there is.

@@ -20,8 +20,8 @@ from minillm.runtime.units import digits, si, size
 
 # For GPUs that are not in the table: one direction, GB/s.
 PCIE_GBS, NETWORK_GBS = 32.0, 1.5625
-USABLE_GPU = 0.9  # of a GPU's memory: what CUDA, NCCL and fragmentation take is not counted
-USABLE_CPU = 0.5  # of a CPU's free memory, as training takes it (microbatch.SHARE)
+USABLE_GPU = 0.9  # share of a GPU's memory; CUDA, NCCL and fragmentation take the rest
+USABLE_CPU = 0.5  # share of a CPU's free memory, the same as microbatch.SHARE
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Training run that a plan is made for."""
+"""Describe the training run that a plan is made for."""
 
 from dataclasses import dataclass
 

@@ -1,6 +1,7 @@
-"""Time that collectives take: rings over links of a latency and a bandwidth, and a fit of both.
+"""Estimate the time of collectives from the latency and bandwidth of links, and fit these two.
 
-Nothing is sent here. benchmarks/zero/fit.py measures, and estimate.py asks.
+The collectives are rings. Nothing is sent here: benchmarks/zero/fit.py measures, and estimate.py
+uses the estimates.
 """
 
 import json

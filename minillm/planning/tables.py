@@ -1,4 +1,4 @@
-"""Text of a plan: what commands/plan.py found, in lines and tables of at most 80 columns."""
+"""Format a plan as lines and tables of at most 80 columns."""
 
 import textwrap
 from collections.abc import Mapping, Sequence

@@ -21,7 +21,7 @@ USUAL_COLUMNS = 80  # for a terminal of unknown width
 SHORTEST_BAR = 8  # columns; facts next to the bar are left out before it gets shorter
 REDRAW_S = 0.1
 # Erases to the end of the line, then of the screen; the second alone fills tmux's history.
-ERASE = "\x1b[K\x1b[J"  # not every Windows console knows it
+ERASE = "\x1b[K\x1b[J"  # some Windows consoles do not know it
 INDENT = 10  # columns before further lines of a message, which align with the text of the first
 
 

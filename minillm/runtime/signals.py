@@ -1,4 +1,4 @@
-"""Signals that ask this process to end: catch them, and restore their handlers."""
+"""Catch signals that ask this process to end, and restore their handlers."""
 
 import signal
 import threading

@@ -1,4 +1,4 @@
-"""Versions of minillm, Python, torch and triton, for the records of runs and measurements."""
+"""Report the versions of minillm, Python, torch and triton, for records of runs."""
 
 import platform
 import subprocess

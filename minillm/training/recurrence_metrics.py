@@ -90,7 +90,7 @@ def correlation(s: Tensor) -> float:
     s = s - s.mean(-1, keepdim=True)
     s = s / s.norm(dim=-1, keepdim=True).clamp(min=1e-12)
     T = s.shape[1]
-    total = s.sum(1).square().sum(-1)  # of all entries; those of the diagonal are 1
+    total = s.sum(1).square().sum(-1)  # sum of all entries; those of the diagonal are 1
     return float(((total - T) / max(1, T * (T - 1))).mean())
 
 

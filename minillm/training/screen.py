@@ -29,8 +29,8 @@ class Screen:
         self.shown, self.at, self.steps, self.outlook = shown, step, steps, outlook
         self.lost_reader = False
         self.table = Table()
-        self.loss: float | None = None  # of the last step
-        self.tokens = 0  # of the last step
+        self.loss: float | None = None  # loss of the last step
+        self.tokens = 0  # tokens of the last step
         self.activity: _Activity | None = None
         self.stepped: float | None = None  # time at which the last step was done
         has_bar = shown and console.width(sys.stderr) and launch.can_redraw_lines()

@@ -1,4 +1,4 @@
-"""Build what a run trains with: device, dtype, model, micro-batch, optimizers, ranks."""
+"""Build the parts that a run trains with: device, dtype, model, micro-batch, optimizers, ranks."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

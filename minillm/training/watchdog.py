@@ -1,4 +1,4 @@
-"""Watchdog: notes the signals that ask a run to stop, and ends the process if it hangs.
+"""Watchdog: record signals that ask a run to stop, and end the process if it hangs.
 
     signal to stop     The first one is noted; the loop saves and ends. The second one ends the
                        process at once, even inside a call of C, with code 128 + signal. The signals
@@ -77,7 +77,7 @@ class Watchdog:
             signal.set_wakeup_fd(self._fd)
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        self._sender.send(b"\0")  # not a signal: it ends the thread
+        self._sender.send(b"\0")  # 0 is no signal: it ends the thread
         self._thread.join()
         self._receiver.close()
         self._sender.close()

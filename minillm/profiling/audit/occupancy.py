@@ -21,14 +21,14 @@ class Arch:
     multiprocessors: int
     clock_hz: float  # boost
     memory_bytes_per_s: float
-    shared_bytes: int  # of a multiprocessor
+    shared_bytes: int  # bytes of a multiprocessor
     shared_bytes_cta: int  # the most that one CTA may have
     tensor_flops: int  # dense, bf16 or fp16 into fp32
     fp32: int  # additions, multiplications, fused
     mufu: int = 16  # exp2, log2, reciprocal, root
     alu: int = 64  # compare, select, minimum, logic, shift, integer add, conversion
     imad: int = 64  # 32-bit integer multiply-add
-    lanes: int = 32  # of loads, stores and shuffles
+    lanes: int = 32  # loads, stores and shuffles
     shared_rate: int = 128  # bytes
     l2_rate: float = 0.0  # bytes, of reads
     issue: int = 4  # instructions of warps

@@ -65,7 +65,7 @@ def _cost(s, item, direction):
     Forward and backward together move the sum of both, as the backward pass reads again what the
     forward pass has read.
     """
-    pairs = 0.0  # of a query and a key that it sees; a query and its own key are half a pair
+    pairs = 0.0  # pairs of a query and a key that it sees; on the diagonal half a pair
     for n in document_lengths(s["T"], s.get("docs", 1)):
         window = min(n, s.get("W", n))
         pairs += n * (window - 0.5) - window * (window - 1) / 2

@@ -1,4 +1,4 @@
-"""The form of an entry of the catalogue."""
+"""Define the entry of the catalogue: sizes, data and costs of one operation."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -2,7 +2,7 @@
 
 from minillm.profiling.catalogue.entry import Data, Entry
 
-STEPS = 5  # of Newton-Schulz
+STEPS = 5  # iterations of Newton-Schulz
 
 
 def _adamw_data(s, draw, device) -> Data:

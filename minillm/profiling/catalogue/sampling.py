@@ -24,6 +24,6 @@ SAMPLE = Entry(
     small={"B": 3, "V": 301},
     data=_data,
     cost=_cost,
-    dtype="fp32",  # as every caller has its logits
+    dtype="fp32",  # every caller has fp32 logits
     tile_sizes=_tile_sizes,
 )

@@ -1,4 +1,4 @@
-"""Figures as inline SVG: bars, a roofline, lines. CSS classes of the page give the colours."""
+"""Draw bars, a roofline and lines as inline SVG. CSS classes of the page give the colours."""
 
 import math
 from collections.abc import Iterable, Sequence

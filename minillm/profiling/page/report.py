@@ -1,4 +1,4 @@
-"""Files of a profile (results.json, a CSV for each suite, index.html), and its text tables."""
+"""Write the files of a profile (results.json, a CSV for each suite, index.html) and its tables."""
 
 import csv
 import io

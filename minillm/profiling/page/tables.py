@@ -1,4 +1,4 @@
-"""HTML tables of the profile's page: cells, and tables without empty columns."""
+"""Make the HTML tables of the profile's page: cells, and tables without empty columns."""
 
 from collections.abc import Iterable, Sequence
 from html import escape

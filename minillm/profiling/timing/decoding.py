@@ -108,7 +108,7 @@ def measured(
         logits = model.logits(model.trunk(tokens, cache)[:, -1]).float()
         u = model.ops.uniform(0, samples, torch.full_like(samples, made))
         tokens[:, 0] = model.ops.sample(logits, u, temperature=0.8, top_p=0.95)
-        tokens.cpu()  # as `generate` does for each token
+        tokens.cpu()  # `generate` does this for each token
 
     for made in range(3):
         token(made)

@@ -1,4 +1,4 @@
-"""Suite `kernels`: one row for each problem, implementation and direction.
+"""Suite `kernels`: time and error of each implementation, one row for each problem and direction.
 
 A row has these keys. A value that is not known is None, and then the note has the reason. An
 implementation with wrong results is not timed.

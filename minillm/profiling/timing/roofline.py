@@ -1,4 +1,4 @@
-"""Suite `roofline`: how close each operation comes to the limit of its arithmetic intensity.
+"""Suite `roofline`: speed of each operation against the limit by its arithmetic intensity.
 
     attainable = min(compute roof, intensity x bandwidth),   intensity = useful FLOPs / bytes
 

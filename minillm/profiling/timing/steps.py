@@ -1,4 +1,4 @@
-"""Suite `model`: a whole training step (forward, backward, clip, AdamW) by each table of kernels.
+"""Suite `model`: time of a training step (forward, backward, clip, AdamW) by table of kernels.
 
 A row has implementation, step_ms, spread_ms, tokens_per_s, mfu (a share of the speed of the
 measured matrix product), peak_bytes (of a GPU, with weights and moments), loss (of the last of
