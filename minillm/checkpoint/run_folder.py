@@ -92,7 +92,7 @@ class RunFolder:
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """The content of config.json, the facts that a resumed training needs checked.
+        """The content of config.json, whose facts that a resumed training needs have been checked.
 
         Raises CorruptError if one of them is missing or not of its type.
         """

@@ -208,7 +208,7 @@ def take_up(run: str | PathLike[str]) -> TextIO | None:
 
 
 def tidy(run: Path) -> None:
-    """Remove what a killed process left under temporary names. The caller holds the run's lock.
+    """Remove files that a killed process left under temporary names; the caller has locked the run.
 
     A checkpoint that was being replaced gets its name back. One that was written completely, but
     not renamed, gets its name if there is no other checkpoint.
@@ -216,9 +216,7 @@ def tidy(run: Path) -> None:
     for path in run.glob("*.tmp"):
         if is_temporary(path):
             path.unlink()
-    delete_all(
-        run / "checkpoints.tmp"
-    )  # an earlier release renamed folders so before it deleted them
+    delete_all(run / "checkpoints.tmp")  # an earlier release used this name before a deletion
     for step, folder in RunFolder(run).checkpoints().items():
         folder.rename(folder.with_name(f"step-{step:08d}"))
     for folder in sorted(run.glob("checkpoints/.step-*.tmp"), reverse=True):

@@ -87,7 +87,7 @@ class Bucket:
         part, at = None, offset + start - begin
         if own:
             master = self.master[at : at + stop - start]
-            # Copied from the parameter as it was: the buffer's dtype may be narrower.
+            # Copied from the original parameter, because the dtype of the buffer may be narrower.
             master.copy_(values[start:stop])
             master = nn.Parameter(master.view(p.shape) if whole else master)
             part = Part(name, start, stop, at, master)

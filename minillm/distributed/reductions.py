@@ -12,7 +12,7 @@ from minillm.distributed.offload import HostCopies
 from minillm.distributed.pieces import nbytes
 from minillm.distributed.ranks import Ranks
 
-_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # torch 2.13's
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # torch 2.13
 IN_FLIGHT = 2  # one is sent, and one waits so that the next can be sent at once
 
 

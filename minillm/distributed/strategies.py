@@ -228,7 +228,7 @@ class ZeroSharded:
             past.piece("model", piece.name, piece.start, piece.stop)
 
     def bytes(self) -> dict[str, int]:
-        """Add up what the optimisers hold."""
+        """Add up the bytes of the optimisers."""
         found = [optimizer.bytes() for optimizer in self.optimizers]
         return {kind: sum(each[kind] for each in found) for kind in found[0]}
 

@@ -43,7 +43,7 @@ from minillm.distributed.reductions import Reductions
 from minillm.distributed.trained import Arrivals, Frozen
 from minillm.optim.clip import sum_of_squares
 
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13's
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13
 
 
 class ZeroOptimizer:
