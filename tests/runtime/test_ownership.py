@@ -135,7 +135,7 @@ def test_overwrite_keeps_files_that_it_did_not_make(tiny_run, train, tmp_path, c
     (run / "link").symlink_to(elsewhere)
     kept = {name: content for name, content in tree(run).items()
             if run / name in users or name in ("link", "checkpoints/step-00000002")}  # fmt: skip
-    (run / "metrics.jsonl").write_text('{"step": 99}\n')
+    (run / "metrics.jsonl").write_text('{"step": 99, "tokens": 1}\n')
     assert train("--out", run) == 2
     assert "or replace it with --overwrite" in capsys.readouterr().err
     assert train("--out", run, "--overwrite", "--no-keep-best") == 0
