@@ -29,13 +29,14 @@ from minillm.runtime import console, device
 from minillm.training.begin import begin, config_text
 from minillm.training.budget import is_due
 from minillm.training.build import build
+from minillm.training.metrics import StepResult
 from minillm.training.new_run import begin_run
 from minillm.training.reporter import Reporter
 from minillm.training.samples import show_sample, take_sample
 from minillm.training.setup import Setup
 from minillm.training.snapshot import keeper_of
 from minillm.training.state import TrainState
-from minillm.training.steps import StepResult, steps
+from minillm.training.steps import steps
 from minillm.training.summary import announce, farewell, nothing_left, reporter_of
 from minillm.training.validation import evaluate_split, note_best, report_row
 from minillm.training.watchdog import Stopped

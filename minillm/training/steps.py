@@ -5,9 +5,8 @@ done between the steps (evaluations, checkpoints) is up to the caller.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,47 +20,11 @@ from minillm.optim.clip import clip_factor
 from minillm.runtime import device
 from minillm.training.budget import StepBudget
 from minillm.training.gradients import Loss, accumulate, next_token_loss
+from minillm.training.metrics import StepResult
 from minillm.training.recovery import log_skipped_step, roll_back
 from minillm.training.reporter import Reporter
 from minillm.training.setup import Setup
 from minillm.training.state import TrainState, shared_schedule
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepResult:
-    """Measurements of one step, whether it was taken or skipped.
-
-    step: number of the step, the first is 1
-    tokens: tokens of all steps so far, over all ranks
-    batch_tokens: tokens of this step, over all ranks
-    loss: mean loss, nats per token
-    learning_rate: learning rate of the step
-    grad_norm: norm of the gradient, before clipping
-    peak_memory_mib: peak memory of this process; None if the system does not say
-    flops_per_token: forward and backward pass
-    loss_scale: scale of the loss; None unless the dtype is fp16
-    recurrence: mean recurrence of the sequences; None without recurrent depth
-    """
-
-    step: int
-    tokens: int
-    batch_tokens: int
-    loss: float
-    learning_rate: float
-    grad_norm: float
-    peak_memory_mib: float | None
-    flops_per_token: float
-    loss_scale: float | None = None
-    recurrence: float | None = None
-
-    def row(self) -> dict[str, Any]:
-        """Return the row of metrics.jsonl."""
-        row = {
-            "step": self.step, "tokens": self.tokens, "loss": self.loss, "lr": self.learning_rate,
-            "grad_norm": self.grad_norm, "peak_memory_mib": self.peak_memory_mib,
-        }  # fmt: skip
-        optional = {"loss_scale": self.loss_scale, "recurrence": self.recurrence}
-        return row | {name: value for name, value in optional.items() if value is not None}
 
 
 class Gradients(NamedTuple):
