@@ -11,22 +11,18 @@ from pathlib import Path
 from typing import TextIO
 
 from minillm.checkpoint.deletion import delete_all
+from minillm.checkpoint.own_files import FILES, MARK, TOKENIZERS, is_temporary, other_file
 from minillm.checkpoint.run_folder import RunFolder
 from minillm.config.fields import as_tuple
 from minillm.config.flags import Settings
 from minillm.data.tokenizer import KINDS
 from minillm.errors import UsageError, parameter
-from minillm.runtime.files import file_digest, read_json, sync_folder
+from minillm.runtime.files import sync_folder
 from minillm.runtime.launch import shell_command
 from minillm.runtime.ownership import RUN, claims, is_plain_file, is_run
 
-# The files that a run writes into its folder, each by way of NAME.tmp. It also has checkpoints/.
-TOKENIZERS = ("tokenizer.model", "tokenizer.json")
-FILES = ("config.json", *TOKENIZERS, "metrics.jsonl", "samples.txt", "bad-steps.jsonl")
 # Everything that a run without config.json may hold. It was killed before its first step.
 BEGUN = {"lock", "config.json.tmp", *(name + end for name in TOKENIZERS for end in ("", ".tmp"))}
-# The content of `lock`. It marks a folder without config.json as a run that has begun.
-MARK = b"minillm writes a run in this folder; the process that does holds a lock on this file.\n"
 
 
 def lock(run: Path) -> TextIO | None:
@@ -103,11 +99,6 @@ def check_out(
             f"{out} exists; continue it with {shell_command('train', '--resume', run)}, or "
             f"replace it with {parameter('overwrite')}"
         )
-    if other := _other_tokenizer(run):
-        raise UsageError(
-            f"{out}: {other.name} in it is not the tokenizer that the run was trained with; "
-            "move it elsewhere, or name another folder"
-        )
     for name in (*FILES, "lock", "checkpoints"):
         path = run / name
         fits = path.is_dir() if name == "checkpoints" else path.is_file()
@@ -116,16 +107,12 @@ def check_out(
                 f"{out}: {name} in it is not what minillm wrote there, but a link or something "
                 "of another kind; remove it, or name another folder"
             )
+    if name := other_file(run):
+        what = "is not one that minillm wrote there"
+        if name in TOKENIZERS:
+            what = "is not the tokenizer that the run was trained with"
+        raise UsageError(f"{out}: {name} in it {what}; move it elsewhere, or name another folder")
     _refuse_sources(run, sources)
-
-
-def _other_tokenizer(run: Path) -> Path | None:
-    """Return the second tokenizer in a run's folder, which is not the run's, if there is one."""
-    there = [path for name in TOKENIZERS if (path := run / name).is_file()]
-    if len(there) < 2:
-        return None
-    stated = read_json(run / "config.json")["tokenizer_sha256"]
-    return next((path for path in there if file_digest(path) != stated), None)
 
 
 def is_free(folder: Path) -> bool:
@@ -219,12 +206,6 @@ def _empty(run: Path) -> None:
             path.unlink()
     if {path.name for path in run.iterdir()} == {"lock", "config.json"}:
         (run / "config.json").unlink()
-
-
-def is_temporary(path: Path) -> bool:
-    """Return whether a file in a run's folder is a file of the run under its temporary name."""
-    name = path.name.removesuffix(".tmp")
-    return name != path.name and name in FILES and is_plain_file(path)
 
 
 def _make_next(root: Path, name: str) -> Path:

@@ -10,6 +10,7 @@
 
 import errno
 import math
+import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -29,7 +30,8 @@ from minillm.checkpoint.deletion import (
     move_other_files,
     own_names,
 )
-from minillm.checkpoint.placing import is_temporary, lock
+from minillm.checkpoint.own_files import is_temporary, looks_ours
+from minillm.checkpoint.placing import lock
 from minillm.checkpoint.run_folder import RunFolder
 from minillm.checkpoint.sharded_safetensors import (
     file_bytes,
@@ -40,7 +42,7 @@ from minillm.checkpoint.sharded_safetensors import (
 )
 from minillm.distributed.agreement import agree, gather
 from minillm.distributed.ranks import ALONE, Ranks
-from minillm.errors import CorruptError, DivergedError
+from minillm.errors import CorruptError, DivergedError, UsageError
 from minillm.runtime.files import file_digest, read_json, sync_folder, write_json, write_whole
 from minillm.runtime.ownership import remove_files
 
@@ -200,8 +202,14 @@ def set_aside(run: str | PathLike[str], step: int) -> list[Path]:
 
 
 def take_up(run: str | PathLike[str]) -> TextIO | None:
-    """Lock a run to write into it, and remove what a killed process left. Return the lock file."""
+    """Lock a run to write into it, and remove what a killed process left. Return the lock file.
+
+    Raises UsageError if a file that the run would write is not one of minillm.
+    """
     path = RunFolder(run).require().path
+    for name in ("metrics.jsonl", "metrics.jsonl.tmp", "samples.txt", "bad-steps.jsonl"):
+        if os.path.lexists(path / name) and not looks_ours(path / name):
+            raise UsageError(f"{path / name} is not one that minillm wrote; move it elsewhere")
     held = lock(path)
     tidy(path)
     return held
