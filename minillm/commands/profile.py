@@ -11,7 +11,7 @@ import torch
 from minillm.errors import UnavailableError
 from minillm.flags import profile as flags
 from minillm.profiling.catalogue.problem import CATALOGUE
-from minillm.profiling.page import report
+from minillm.profiling.page import earlier, report
 from minillm.profiling.timing import machine, suites, trace, tune
 from minillm.runtime import terminal
 from minillm.runtime.device import pick_device, set_threads
@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> None:
     names = flags.suites(args)
     folder = args.out or default_folder(device)
     if names:
-        report.refuse_foreign(folder, names)
+        earlier.refuse_foreign(folder, names)
     if device.type == "cpu":
         set_threads(args.threads)
         say("no GPU in use: eager and compiled code is timed on the CPU; our kernels are compiled "
@@ -80,7 +80,7 @@ class Output:
 
     def save_audit(self) -> None:
         """Write audit.md from all rows of the audit in the folder."""
-        kept = report.read(self.folder / report.RESULTS)["suites"]["audit"]
+        kept = earlier.read(self.folder / earlier.RESULTS)["suites"]["audit"]
         self.written[suites.write_audit(self.folder, kept)] = None
 
 

@@ -1,4 +1,4 @@
-"""Columns that tables show, for the suites that are not pivoted."""
+"""Columns of the CSV files, and those that the tables of suites that are not pivoted show."""
 
 from minillm.profiling.page.pivot import brief, number, per_cent, share, short, size, spread, text
 
@@ -8,6 +8,21 @@ def exact(value: object) -> str:
     x = number(value)
     return "-" if x is None else f"{x:.4f}"
 
+
+# The first columns of each suite's CSV, in this order; other keys follow in alphabetical order.
+COLUMNS = {
+    "kernels": "suite op shape dtype direction implementation median_us spread_us tflops gbps "
+    "percent_of_ceiling ceiling peak_bytes error interpreted_error note",
+    "model": "implementation step_ms spread_ms tokens_per_s mfu peak_bytes loss note",
+    "decode": "implementation batch context tokens_per_s spread note",
+    "roofline": "op shape dtype direction implementation intensity tflops attainable_tflops "
+    "percent roof",
+    "audit": "kernel op config arch registers spill_bytes shared_bytes tensor_core occupancy "
+    "ctas_per_sm bound_tflops bound_split_tflops bound_sum_tflops bound_gbps limit num_warps "
+    "num_stages serialised loads_128 loads_narrow atomics error",
+    "tune": "op kernel size arch options median_us spread_us error bound_tflops bound_gbps kept "
+    "note",
+}
 
 # {suite: {key: (title, writer)}}
 SHOWN = {

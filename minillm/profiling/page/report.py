@@ -5,33 +5,17 @@ import io
 import json
 import numbers
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minillm.errors import UsageError, parameter
 from minillm.profiling.page import correlation, page, pivot
-from minillm.profiling.page.columns import SHOWN
+from minillm.profiling.page.columns import COLUMNS, SHOWN
+from minillm.profiling.page.earlier import RESULTS, read, refuse_foreign
 from minillm.profiling.page.pivot import RIVALS, Line, Row, number, per_cent, short, text, times
 from minillm.runtime.files import write_durably
 
-RESULTS = "results.json"
 CASE = ("shape", "dtype", "pass")  # titles of the first columns
-
-# The first columns of each suite's CSV, in this order; other keys follow in alphabetical order.
-COLUMNS = {
-    "kernels": "suite op shape dtype direction implementation median_us spread_us tflops gbps "
-    "percent_of_ceiling ceiling peak_bytes error interpreted_error note",
-    "model": "implementation step_ms spread_ms tokens_per_s mfu peak_bytes loss note",
-    "decode": "implementation batch context tokens_per_s spread note",
-    "roofline": "op shape dtype direction implementation intensity tflops attainable_tflops "
-    "percent roof",
-    "audit": "kernel op config arch registers spill_bytes shared_bytes tensor_core occupancy "
-    "ctas_per_sm bound_tflops bound_split_tflops bound_sum_tflops bound_gbps limit num_warps "
-    "num_stages serialised loads_128 loads_narrow atomics error",
-    "tune": "op kernel size arch options median_us spread_us error bound_tflops bound_gbps kept "
-    "note",
-}
 
 
 def write(folder: Path, about: dict, suites: dict[str, list[dict]]) -> list[Path]:
@@ -80,55 +64,6 @@ def _plain(value: object) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     return str(value)
-
-
-def read(path: Path) -> dict | None:
-    """Return the results {"about": ..., "suites": ..., "earlier": ...} in a file, see `write`.
-
-    The result is None if there is no file, or if it is not minillm's.
-    """
-    if not path.exists():
-        return None
-    try:
-        found = json.loads(path.read_bytes())
-        about, suites, earlier = found["about"], found["suites"], found.get("earlier", {})
-        rows = [row for suite in suites.values() for row in suite]
-        if all(isinstance(x, dict) for x in (about, earlier, *earlier.values(), *rows)):
-            return found
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
-        pass
-    return None
-
-
-def refuse_foreign(folder: Path, suites: Iterable[str]) -> None:
-    """Raise UsageError unless a folder is free for a profile, or has one of an earlier run.
-
-    A file is only overwritten if the results of the earlier run list it.
-
-    folder: folder of the results
-    suites: names of the suites whose files will be written
-    """
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return
-    found, out = read(folder / RESULTS), parameter("out")
-    if found is None:
-        raise UsageError(f"{out} {folder}: holds other things than a profile; name another folder")
-    for name in (RESULTS, *sorted(_files(suites))):
-        path = folder / name
-        if path.is_symlink() or (path.exists() and name not in {RESULTS, *_files(found["suites"])}):
-            raise UsageError(
-                f"{out} {folder}: holds a {name} that minillm did not write; name another folder"
-            )
-
-
-def _files(suites: Iterable[str]) -> set[str]:
-    """Return the names of the files that are written for these suites, without RESULTS."""
-    suites = set(suites)
-    return {
-        "index.html",
-        *(f"{name}.csv" for name in suites),
-        *(["audit.md"] if "audit" in suites else []),
-    }
 
 
 def _merged(new: dict, old: dict | None) -> dict:
