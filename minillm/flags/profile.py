@@ -66,7 +66,7 @@ def parser() -> Parser:
         examples=(
             (start("--quick"), "measure each operation roughly, in seconds"),
             (start("--suite", "model"), "measure training steps"),
-            (start("--op", "attention", "--trace", "trace.json"),
+            (start("--suite", "kernels", "--op", "attention", "--trace", "trace.json"),
              "measure one operation, and record training steps for ui.perfetto.dev"),
         ),
     )  # fmt: skip

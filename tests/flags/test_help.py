@@ -6,7 +6,7 @@ from importlib import import_module
 
 import pytest
 
-from minillm.__main__ import VERBS
+from minillm.__main__ import EXAMPLES, VERBS
 from minillm.config.resolve import resolve
 from minillm.config.train import PRESETS
 from minillm.runtime import program
@@ -75,13 +75,23 @@ def test_help_fits_a_terminal_and_begins_with_the_common_flags(shown, monkeypatc
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_examples_of_help_can_be_pasted(verb):
+def test_examples_of_help_can_be_pasted(verb, tmp_path, monkeypatch):
+    """Each is parsed and checked, where the files that it names exist."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("my.txt", "texts/a.txt", "rows.jsonl", "runs/nano-1/config.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("text")
     examples = FLAGS[verb].parser().examples
     assert len(examples) == 3
     for command, _ in examples:
         words = shlex.split(command)
         at = words.index(verb if verb in words else f"{verb}.py")
-        FLAGS[verb].parser().parse(words[at + 1 :])
+        FLAGS[verb].parse(words[at + 1 :])
+
+
+def test_examples_of_the_verbs_can_be_pasted():
+    for verb, *words in EXAMPLES:
+        FLAGS[verb].parse(words)
 
 
 def test_help_comes_in_spite_of_other_words(shown):
