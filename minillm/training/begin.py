@@ -39,8 +39,7 @@ def begin(
     if world.attempt and (run := run_of_launch(world.launch, train.out)) is not None:
         return _restarted(settings, run), run
     if train.init_from:
-        flags = {name for name, value in vars(args).items() if value is not None}
-        settings = _inherit(settings, RunFolder(train.init_from), flags)
+        settings = _inherit(settings, RunFolder(train.init_from))
     if train.out and world.rank == 0:
         sources = placing.sources(settings, args.config)
         placing.check_out(Path(train.out), train.overwrite, world.launch, sources)
@@ -66,25 +65,23 @@ def _restarted(settings: Settings, run: RunFolder) -> Settings:
     return Settings(run.model, as_train_config(run.path, past), frozenset())
 
 
-def _inherit(settings: Settings, source: RunFolder, flags: set[str]) -> Settings:
+def _inherit(settings: Settings, source: RunFolder) -> Settings:
     """Return `settings` with the model's shape and the tokenizer of the run `source`.
 
     The recurrence may be set. If its mean is set, the settings derived from it follow the new mean.
 
-    flags: settings that the command line names; the others in `settings.given` are from a file
-
-    Raises UsageError on settings that `source` fixes, and on recurrence settings if it has no core.
+    Raises UsageError on settings that differ from those that `source` fixes, and on recurrence
+    settings if it has no core.
     """
     model = source.model
     fixed = (asdict(model).keys() | {"tokenizer"}) - DEPTHS - {"dropout"}
     tokenizer = str(source.tokenizer_file)
-    own = asdict(model) | {"tokenizer": tokenizer}
-    asked = source.facts["asked_vocab_size"]
+    own = {name: [value] for name, value in asdict(model).items()}
+    own["vocab_size"].append(source.facts["asked_vocab_size"])
+    own["tokenizer"] = [tokenizer, source.train.get("tokenizer")]
     given = {name: value for name, value in settings.flat().items() if name in settings.given}
     for name in sorted(fixed & given.keys()):
-        # A file states everything that its run had, and the vocabulary size that was asked for.
-        same = given[name] == own[name] or (name == "vocab_size" and given[name] == asked)
-        if name in flags or not same:
+        if not any(relative_paths.equal(name, given[name], value) for value in own[name]):
             raise UsageError(
                 f"{parameter(name)} cannot be set with {parameter('init_from')}: {source} fixes it"
             )

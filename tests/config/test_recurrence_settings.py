@@ -147,10 +147,11 @@ def test_it_trains_so(train, recurrent_run, tmp_path):
 def test_what_another_run_fixes_is_refused_without_a_circle(recurrent_run, tiny_run):
     """No refusal asks for a flag that the next one refuses."""
     for run in (recurrent_run, tiny_run):
-        for flags in (("--injection", "add"), ("--recurrent", "1,1,1"), ("--n-layer", "3")):
+        for flags in (("--injection", "add"), ("--recurrent", "1,2,1"), ("--n-layer", "4")):
             name = flags[0].removeprefix("--").replace("-", "_")
             with pytest.raises(UsageError, match=f"{name} cannot be set with init_from"):
                 inherited(run, *flags)
+    assert inherited(recurrent_run, "--recurrent", "1,1,1").model.recurrent == "1,1,1"
     for flags in (("--mean-recurrence", "5"), ("--recurrence-groups", "2"),
                   ("--recurrence-curriculum",)):  # fmt: skip
         name = flags[0].removeprefix("--").replace("-", "_")

@@ -346,6 +346,15 @@ def test_init_from(train, tmp_path, tiny_run):
     assert train("--resume", tmp_path / "second", "--steps", "2") == 0
 
 
+def test_init_from_accepts_what_the_other_run_is(train, tmp_path, tiny_run, text_file):
+    flags = ["--init-from", tiny_run, "--d-model", "16", "--n-layer", "1", "--tokenizer", "byte"]
+    assert train("--out", tmp_path / "run", *flags, "--steps", "1") == 0
+    file = tiny_run / "tokenizer.json"
+    assert train("--init-from", tiny_run, "--tokenizer", file, "--print-config") == 0
+    for wrong in (["--d-model", "32"], ["--tokenizer", "char"]):
+        assert train("--init-from", tiny_run, *wrong, "--print-config") == 2
+
+
 def test_epochs(train, tmp_path, text_file):
     assert train("--out", tmp_path / "run", "--epochs", "0.5") == 0
     corpus = RunFolder(tmp_path / "run").corpus()
