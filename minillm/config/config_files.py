@@ -30,17 +30,18 @@ def read_config(path: Path) -> dict[str, Any]:
     if isinstance(raw.get("model"), dict) and isinstance(raw.get("train"), dict):
         raw = _settings_of_run(path.parent, raw)
     settings: dict[str, Any] = {}
+    known = setting_fields()
     for key, value in raw.items():
         flag = "--" + key.replace("_", "-")
         name = ALIASES.get(flag, flag)[2:].replace("-", "_")
-        if name not in setting_fields():
-            near = nearest(name, setting_fields())
+        if name not in known:
+            near = nearest(name, known)
             hint = f"did you mean {near}?" if near else "train.py --print-config prints all of them"
             raise UsageError(f"{path}: unknown setting {key!r}; {hint}")
         if name in settings:
             raise UsageError(f"{path}: {name} is given twice")
         if value is not None:
-            settings[name] = _typed(path, key, value, setting_fields()[name])
+            settings[name] = _typed(path, key, value, known[name])
     return settings
 
 

@@ -50,11 +50,8 @@ def resolve(
     base: values in place of the defaults, such as the settings of a run to resume
     Raises UsageError on an unknown key, a wrong type or settings that do not fit together.
     """
-    given = {
-        name: value
-        for name, value in flags.items()
-        if name in setting_fields() and value is not None
-    }
+    known = setting_fields()
+    given = {n: value for n, value in flags.items() if n in known and value is not None}
     from_file = read_config(Path(config_file)) if config_file is not None else {}
     if is_complete(from_file):
         names = REPLACED.keys() & given.keys()
@@ -170,8 +167,8 @@ def _check_recurrence(
 
 def recurrence_settings(user: dict[str, Any]) -> list[str]:
     """Return the names of settings that need a recurrent model and are not at their defaults."""
-    named = sorted(user.keys() & RECURRENCE)
-    return [name for name in named if user[name] != setting_fields()[name].default]
+    known = setting_fields()
+    return [n for n in sorted(user.keys() & RECURRENCE) if user[n] != known[n].default]
 
 
 def resumed_settings(

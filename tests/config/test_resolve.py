@@ -7,6 +7,7 @@ from functools import cache
 import pytest
 from hypothesis import strategies as st
 
+from minillm.config import config_files, resolve as resolving
 from minillm.config.flags import ALIASES, Settings, add_flags
 from minillm.config.presets import PRESETS
 from minillm.config.resolve import read_config, resolve, resumed_settings
@@ -289,3 +290,17 @@ def test_a_resumed_run_cannot_become_another():
         with pytest.raises(UsageError, match="cannot change on resume") as refusal:
             resumed(*argv)
         assert refusal.value.with_flags().startswith(argv[0])
+
+
+def test_the_fields_of_settings_are_listed_once_and_not_for_every_flag(monkeypatch, tmp_path):
+    calls = []
+    for module in (resolving, config_files):
+        fields = module.setting_fields
+        monkeypatch.setattr(module, "setting_fields", lambda f=fields: calls.append(1) or f())
+    flags = parse()
+    resolve(flags, None, "nano")
+    file = tmp_path / "all.json"
+    file.write_text(json.dumps(resolve(flags, None, "nano").flat()))
+    calls.clear()
+    resolve(flags, str(file), "nano")
+    assert len(calls) < 10
