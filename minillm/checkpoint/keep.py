@@ -13,7 +13,7 @@ from minillm.checkpoint.schema import Progress
 from minillm.checkpoint.write import discard_after, prune, save
 from minillm.distributed.agreement import agree
 from minillm.distributed.ranks import Ranks
-from minillm.errors import CorruptError, DivergedError, UnavailableError
+from minillm.errors import CorruptError, DivergedError, MinillmError, UnavailableError
 
 TRIES = 3  # failed attempts in a row, of which the last one ends the run
 BACK = 100  # steps from a roll-back's source to the first bad step, if there is such a checkpoint
@@ -90,7 +90,7 @@ class CheckpointKeeper:
         except DivergedError as error:
             if final:
                 raise
-            self.say(f"warning   {error}")
+            self.say(f"warning   {in_words(error)}")
             self.weights_are_bad = True
             return False
         self._saved, self._failures = now, 0
@@ -115,7 +115,7 @@ class CheckpointKeeper:
             try:
                 return verified(RunFolder(self.run).step_folder(step), step, self.ranks)
             except CorruptError as error:
-                self.say(f"warning   {error}")
+                self.say(f"warning   {in_words(error)}")
         return None
 
     def _candidates(self, first_bad: int) -> Iterator[int]:
@@ -137,5 +137,10 @@ class CheckpointKeeper:
 
 
 def in_words(error: Exception) -> str:
-    """Return the file and the reason of an error of the system, or the text of another error."""
-    return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+    """Return the file and the reason of an error of the system, or the text of another error.
+
+    The text is for the command line, so it names flags.
+    """
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}"
+    return error.with_flags() if isinstance(error, MinillmError) else str(error)

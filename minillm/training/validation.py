@@ -50,7 +50,7 @@ def evaluate_split(
             try:
                 result = evaluate(setup.model, windows, setup.micro_batch, ranks, counted)
             except DivergedError as error:  # the row says null
-                report.say(f"warning   step {state.progress.step}: {error}")
+                report.say(f"warning   step {state.progress.step}: {error.with_flags()}")
                 result = Evaluation(nan, 0)
         recurrent = setup.model.config.recurrent
         found = _evaluate_recurrence(setup, report, result.loss) if recurrent else {}
