@@ -25,6 +25,16 @@ from pathlib import Path
 
 from minillm.data import formats, rows
 from minillm.data.plain_text import ERRORS, decode, shown
+from minillm.data.skipped import (
+    BLANK,
+    FOLDER,
+    HIDDEN,
+    LINK,
+    NOT_UTF8,
+    OURS,
+    about_no_match,
+    about_skipped,
+)
 from minillm.errors import UsageError, parameter
 from minillm.runtime.encodings import check_encoding, is_utf8
 from minillm.runtime.files import naming
@@ -44,16 +54,6 @@ PACKED = (*TEXT_ENDINGS, ".jsonl", ".json", ".html", ".htm", ".xhtml", ".ipynb")
 SKIPPED_FOLDERS = frozenset(
     ("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__")
 )
-# Keys of `skipped` besides the endings of files.
-HIDDEN, LINK, FOLDER, OURS, BLANK, NOT_UTF8 = (
-    "hidden",
-    "links to folders",
-    "folders",
-    "folders that minillm made (runs, prepared corpora)",
-    "blank",
-    "not UTF-8",
-)
-SHOWN_KINDS = 6
 
 
 @dataclass(frozen=True)
@@ -165,26 +165,6 @@ def ending_of(name: str) -> str:
     return Path(name.lower().removesuffix(".gz")).suffix
 
 
-def about_skipped(skipped: Counter[str]) -> str:
-    """Return a line about the files that are not read, by kind; "" if there are none."""
-    others = (HIDDEN, LINK, FOLDER, OURS, BLANK, NOT_UTF8)
-    kinds = [(n, kind) for kind, n in skipped.items() if kind not in others and n]
-    kinds.sort(key=lambda kind: (-kind[0], kind[1]))
-    said = [f"{n} {kind}" for n, kind in kinds[:SHOWN_KINDS]]
-    if rest := sum(n for n, _ in kinds[SHOWN_KINDS:]):
-        said.append(f"{rest} of other kinds")
-    files = sum(n for n, _ in kinds)
-    line = f"{files} file{'s' * (files != 1)} ({', '.join(said)})" if files else ""
-    counted = (HIDDEN, LINK, FOLDER, OURS, NOT_UTF8)
-    more = [f"{skipped[kind]} {kind}" for kind in counted if skipped[kind]]
-    if skipped[BLANK]:
-        more.append(f"{skipped[BLANK]} blank document{'s' * (skipped[BLANK] != 1)}")
-    line = "; ".join([line, *more] if line else more)
-    if skipped[".pdf"]:
-        line += f"; {formats.NO_PDF}"
-    return f"text      skipped {line}" if line else ""
-
-
 def _standard_library() -> Source:
     folder = Path(sysconfig.get_path("stdlib"))
     is_python, found = (lambda path: path.suffix.lower() == ".py"), Counter()
@@ -225,7 +205,7 @@ def _expand(word: str, wanted: Callable[[Path], bool], skipped: Counter[str]) ->
             skipped[OURS] += len({path.parent for path in files} - {path.parent for path in texts})
             files = texts
         if not files:
-            raise UsageError(f"{shown(word)}: no file matches this pattern")
+            raise UsageError(about_no_match(word, matches))
         skipped[FOLDER] += sum(path.is_dir() for path in matches) * ("**" not in word)
         return files
     path = Path(word)

@@ -20,6 +20,7 @@ from minillm.data.corpus_writer import NAMES, Say, building_corpus, train_on, wr
 from minillm.data.encode import choose_workers
 from minillm.data.held_out import about
 from minillm.data.shards import Corpus, open_corpus
+from minillm.data.skipped import about_skipped
 from minillm.data.split import NEITHER, Split, held_out_names, split
 from minillm.data.survey import Text, survey
 from minillm.data.tokenizer import (
@@ -167,7 +168,7 @@ def _read(paths: Sequence[str] | None, how: Preparation, say: Say) -> Text:
         how.tokenizer == "char",
         documents.find(how.val, how.encoding, how.text_column) if how.val else None,
     )
-    if line := documents.about_skipped(text.survey.skipped):
+    if line := about_skipped(text.survey.skipped):
         say(line)
     return text
 

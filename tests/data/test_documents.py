@@ -192,6 +192,10 @@ def test_a_folder_is_read_without_what_minillm_made(tiny_run, tmp_path, train, m
     assert documents.find([str(text / "**" / "*.txt")]).files == (text / "deep" / "a.txt",)
     for words in ([text / "run" / "samples.txt"], [text / "r*" / "samples.txt"]):
         assert documents.find([*map(str, words)]).files == (text / "run" / "samples.txt",)
+    with pytest.raises(
+        UsageError, match="the 2 files that match are minillm's own, in a run; name"
+    ):
+        documents.find([str(text / "run" / "**" / "*.txt"), str(text / "deep")])
     for ours, what in (("run", "a run"), ("deep/profile", "a profile")):
         with pytest.raises(UsageError, match=f"{what} of minillm, not text; name the files"):
             documents.find([str(text / ours)])

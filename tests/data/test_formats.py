@@ -9,7 +9,7 @@ import zipfile
 import pytest
 
 from minillm.data import documents, formats
-from minillm.data.documents import about_skipped
+from minillm.data.skipped import about_skipped
 from minillm.errors import UnavailableError, UsageError
 
 WORD = "http://schemas.openxmlformats.org/wordprocessingml/2006/main"
