@@ -20,7 +20,7 @@ from minillm.data.corpus_writer import NAMES, Say, building_corpus, train_on, wr
 from minillm.data.encode import choose_workers
 from minillm.data.held_out import about
 from minillm.data.shards import Corpus, open_corpus
-from minillm.data.skipped import about_skipped
+from minillm.data.skipped import about_skipped, about_tables
 from minillm.data.split import NEITHER, Split, held_out_names, split
 from minillm.data.survey import Text, survey
 from minillm.data.tokenizer import (
@@ -161,7 +161,7 @@ def _already_prepared(folder: Path, out: Path | None, vocab_size: int | None, sa
 
 
 def _read(paths: Sequence[str] | None, how: Preparation, say: Say) -> Text:
-    """Read all text once, to know its content, and report the files that are skipped."""
+    """Read all text once, to know its content, and report skipped files and tables."""
     text = survey(
         documents.find(paths, how.encoding, how.text_column),
         how.errors,
@@ -169,6 +169,9 @@ def _read(paths: Sequence[str] | None, how: Preparation, say: Say) -> Text:
         documents.find(how.val, how.encoding, how.text_column) if how.val else None,
     )
     if line := about_skipped(text.survey.skipped):
+        say(line)
+    sources = [text.source, *([text.validation] if text.validation else [])]
+    if line := about_tables(path for source in sources for path in source.files):
         say(line)
     return text
 

@@ -1,6 +1,7 @@
-"""Lines for the user about files that are not read as text."""
+"""Lines for the user about files that are not read as text, and about tables that are."""
 
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from minillm.data import formats
@@ -17,6 +18,7 @@ HIDDEN, LINK, FOLDER, OURS, BLANK, NOT_UTF8 = (
     "not UTF-8",
 )
 SHOWN_KINDS = 6
+TABLES = (".csv", ".tsv")  # plain text to minillm
 
 
 def about_skipped(skipped: Counter[str]) -> str:
@@ -40,6 +42,18 @@ def about_skipped(skipped: Counter[str]) -> str:
     if skipped[".pdf"]:
         line += f"; {formats.NO_PDF}"
     return f"text      skipped {line}" if line else ""
+
+
+def about_tables(files: Iterable[Path]) -> str:
+    """Return a line about tables that are read as plain text; "" if there are none.
+
+    files: the files that are read
+    """
+    tables = [path for path in files if path.name.lower().removesuffix(".gz").endswith(TABLES)]
+    if not tables:
+        return ""
+    what = f"{shown(tables[0])} is" if len(tables) == 1 else f"{len(tables):,} tables are"
+    return f"text      {what} read as plain text; rows are read from .jsonl, .json and .parquet"
 
 
 def about_no_match(word: str, matches: list[Path]) -> str:

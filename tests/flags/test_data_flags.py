@@ -133,3 +133,14 @@ def test_what_a_folder_passes_over_is_said_at_the_start(place, train, capfd):
     flags = ["--cache-dir", "p", "--steps", "1"]
     assert train("--data", ".", *flags, "--out", "r") == 0
     assert "text      skipped 2 files (1 .csv, 1 .json)\n" in capfd.readouterr().err
+
+
+def test_a_table_is_said_to_be_read_as_plain_text(place, train, capfd):
+    Path("table.csv").write_text("1,2\n" * 200)
+    Path("other.tsv").write_text("3\t4\n" * 200)
+    flags = ["--cache-dir", "p", "--steps", "1", "--data"]
+    assert train(*flags, "table.csv") == train(*flags, "table.csv", "--val", "other.tsv") == 0
+    said = [line for line in capfd.readouterr().err.splitlines() if "plain text" in line]
+    rest = "read as plain text; rows are read from .jsonl, .json and .parquet"
+    assert said == [f"text      table.csv is {rest}", f"text      2 tables are {rest}"]
+    assert train(*flags, "a.txt") == 0 and "plain text" not in capfd.readouterr().err
