@@ -76,12 +76,13 @@ def values(args: Namespace | None) -> tuple[str, dict[str, str]]:
 
     args: the other flags on the command line; None if there are none, or they are refused
     """
+    refusal = ""
     try:
         preset = default_presets(args)[-1] if args else "nano"
         settings = resolve(vars(args) if args else {}, args and args.config, preset)
-    except UsageError:
-        preset = "nano"
-        settings = resolve({}, None, preset)
+    except UsageError as error:
+        args, refusal = None, f" The other flags have no effect here: {error.with_flags()}."
+        settings = resolve({}, None, "nano")
     taken = settings.train.preset
     whose = f"The defaults shown are those of --preset {taken}"
     if "preset" not in settings.given:
@@ -91,7 +92,7 @@ def values(args: Namespace | None) -> tuple[str, dict[str, str]]:
         whose += f", and the settings of {args.config}"
     if args and args.resume is not None:
         whose += "; a resumed run keeps its own settings"
-    return whose + ".", notes(settings)
+    return f"{whose}.{refusal}", notes(settings)
 
 
 def check(args: Namespace) -> None:

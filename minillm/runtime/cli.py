@@ -131,12 +131,13 @@ class Parser(argparse.ArgumentParser):
             how, rest = "all", words[:at] + words[at + 2 :]
         if how not in ("", "all"):
             raise UsageError(f"--help {how!r}: expected --help, or --help all")
+        refusal = ""
         try:
             namespace, _ = self.parse_known_args(rest)
-        except UsageError:
-            namespace = None
+        except UsageError as error:
+            namespace, refusal = None, error.with_flags().removesuffix("; see --help")
         show = help_text.whole if how or not self.common else help_text.short
-        print(show(self, namespace), end="")
+        print(show(self, namespace, refusal), end="")
         raise SystemExit(0)
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:

@@ -39,16 +39,19 @@ class Formatter(argparse.HelpFormatter):
         return "\n".join(indent + line for line in lines)
 
 
-def short(parser: argparse.ArgumentParser, namespace: argparse.Namespace | None) -> str:
+def short(
+    parser: argparse.ArgumentParser, namespace: argparse.Namespace | None, refusal: str = ""
+) -> str:
     """Return the help on the parser's common flags, with examples.
 
     parser: the parser
     namespace: the other flags on the command line, or None
+    refusal: what is wrong with them
     """
     known = {action.dest: action for action in parser._actions}
     common = [known[name] for name in parser.common]
     shown = [action for action in parser._actions if action.help is not argparse.SUPPRESS]
-    f = _begun(parser, namespace)
+    f = _begun(parser, namespace, refusal)
     positional = [action for action in common if not action.option_strings]
     _section(f, "arguments", positional)
     _section(f, "common flags", [action for action in common if action.option_strings])
@@ -59,13 +62,16 @@ def short(parser: argparse.ArgumentParser, namespace: argparse.Namespace | None)
     return f.format_help()
 
 
-def whole(parser: argparse.ArgumentParser, namespace: argparse.Namespace | None) -> str:
+def whole(
+    parser: argparse.ArgumentParser, namespace: argparse.Namespace | None, refusal: str = ""
+) -> str:
     """Return the help on all flags of the parser, by group.
 
     parser: the parser
     namespace: the other flags on the command line, or None
+    refusal: what is wrong with them
     """
-    f = _begun(parser, namespace)
+    f = _begun(parser, namespace, refusal)
     for group in parser._action_groups:
         title = {"positional arguments": "arguments", "options": "flags"}.get(group.title)
         # The flags that every verb has are last in their group.
@@ -80,8 +86,10 @@ def whole(parser: argparse.ArgumentParser, namespace: argparse.Namespace | None)
     return f.format_help()
 
 
-def _begun(parser: argparse.ArgumentParser, namespace: argparse.Namespace | None) -> Formatter:
-    """Return a formatter with the usage, the description and a sentence on the defaults."""
+def _begun(
+    parser: argparse.ArgumentParser, namespace: argparse.Namespace | None, refusal: str
+) -> Formatter:
+    """Return a formatter with the usage, the description and sentences on the defaults."""
     said, notes = parser.values(namespace)
     f = Formatter(parser.prog, notes)
     words = []
@@ -92,6 +100,8 @@ def _begun(parser: argparse.ArgumentParser, namespace: argparse.Namespace | None
     f.add_usage(" ".join([parser.prog, *words, "[flags]"]).replace("%", "%%"), [], [], "usage: ")
     f.add_text(parser.description)
     f.add_text(said)
+    if refusal:
+        f.add_text(f"The other flags have no effect here: {refusal}.".replace("?.", "?"))
     return f
 
 

@@ -98,3 +98,13 @@ def test_help_comes_in_spite_of_other_words(shown):
     for words in (["--wibble", "--help"], ["--help", "--n-layer", "x"], ["--n-layer", "x", "-h"],
                   ["--help", "--config", "none.json"]):  # fmt: skip
         assert "common flags:" in shown("train", *words)
+
+
+def test_help_says_that_the_other_flags_are_refused(shown):
+    text = " ".join(shown("train", "--preset", "smal", "--help").split())
+    assert "no effect here: argument --preset: 'smal' is not one of" in text
+    assert "did you mean small?" in text and "those of --preset nano" in text
+    text = " ".join(shown("plan", "--help", "--config", "none.json", "--preset", "small").split())
+    assert "those of --preset nano" in text and "no effect here: --config none.json: " in text
+    for words in ([], ["--preset", "small"]):
+        assert "no effect here" not in shown("train", *words, "--help")
