@@ -14,11 +14,9 @@ BEGINNING = 2048  # bytes that are read of a file
 
 
 def read(path: Path) -> dict | None:
-    """Return results as they were written; None if there are none, or the file is not minillm's.
+    """Return the results {"about": ..., "suites": ..., "earlier": ...} in a file, see report.write.
 
-    about: of the last run
-    suites: rows by suite
-    earlier: may be missing, see `write`
+    The result is None if there is no file, or if it is not minillm's.
     """
     if not path.exists():
         return None
@@ -40,7 +38,7 @@ def refuse_foreign(folder: Path, suites: Iterable[str]) -> None:
     file of a profile does.
 
     folder: the folder, which need not exist
-    suites: names of those whose files will be written
+    suites: names of the suites whose files will be written
     """
     if not folder.is_dir() or not any(folder.iterdir()):
         return
