@@ -139,7 +139,8 @@ class ModelConfig:
             object.__setattr__(self, "d_ff", wide)
         if self.position == "rope" and self.d_head % 2:
             raise UsageError(
-                f"{parameter('position')} rope needs an even d_head; got {self.d_head}"
+                f"{parameter('position')} rope needs an even {parameter('d_head')}; "
+                f"got {self.d_head}"
             )
         if self.position == "sinusoidal" and self.d_model % 2:
             raise UsageError(

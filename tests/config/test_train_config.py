@@ -40,7 +40,7 @@ REFUSED = [
     ({"n_head": 7, "d_model": 128}, "--n-head 7 does not divide --d-model 128; nearest: 8"),
     ({"n_head": 6, "n_kv_head": 4}, "--n-kv-head 4 does not divide --n-head 6; nearest: 3"),
     ({"n_head": 6, "n_kv_head": 12}, "--n-kv-head 12 does not divide --n-head 6; nearest: 6"),
-    ({"d_model": 9, "n_head": 3}, "--position rope needs an even d_head; got 3"),
+    ({"d_model": 9, "n_head": 3}, "--position rope needs an even --d-head; got 3"),
     (
         {"d_model": 9, "n_head": 3, "position": "sinusoidal"},
         "--position sinusoidal needs an even --d-model; got 9",
