@@ -143,7 +143,7 @@ def default_folder(dry: bool) -> Path | None:
         return Path(tempfile.mkdtemp(prefix="minillm-dry-"))
     words = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     try:
-        names = subprocess.run(words, capture_output=True, text=True, timeout=20).stdout
+        names = subprocess.run(words, capture_output=True, timeout=20).stdout.decode()
     except (OSError, subprocess.TimeoutExpired):
         names = ""
     device = (names.splitlines() or [""])[0]
@@ -231,7 +231,7 @@ def _rows_after(path: Path, start: int) -> list[dict]:
 def earlier_results(out: Path) -> dict[str, Result]:
     """Return the parts of an earlier command with the same folder."""
     try:
-        return json.loads((out / "results.json").read_text())
+        return json.loads((out / "results.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
 
@@ -241,8 +241,8 @@ def write(out: Path, results: dict[str, Result]) -> None:
 
     out, results: folder of the results, and the results of all parts by name
     """
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    (out / "report.txt").write_text(report(results))
+    (out / "results.json").write_bytes(f"{json.dumps(results, indent=1)}\n".encode())
+    (out / "report.txt").write_bytes(report(results).encode())
 
 
 def faults(results: dict[str, Result]) -> list[str]:

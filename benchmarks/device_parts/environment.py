@@ -42,7 +42,9 @@ def _describe_gpu(session: Session) -> None:
     session.emit(fact="level-2 cache, MiB", value=facts.L2_cache_size / 2**20)
     words = ["nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader"]
     with session.noted(fact=CLOCKS):
-        done = subprocess.run(words, capture_output=True, text=True, timeout=20)
+        done = subprocess.run(
+            words, capture_output=True, encoding="utf-8", errors="replace", timeout=20
+        )
         session.emit(fact=CLOCKS, value=done.stdout.strip())
 
 

@@ -35,7 +35,7 @@ def run(session: Session) -> None:
 def _text(session: Session):
     """Write a small text for the dry run, so that it need not prepare the default one."""
     path = session.scratch / "text.txt"
-    path.write_text("the cat sat on a mat and the dogs ran far\n" * 200)
+    path.write_text("the cat sat on a mat and the dogs ran far\n" * 200, encoding="utf-8")
     return path
 
 
@@ -44,8 +44,8 @@ def _program(session: Session, words: list[str]) -> None:
     start = time.monotonic()
     print(f"$ python {' '.join(words)}", flush=True)
     process = subprocess.Popen(
-        [sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        errors="replace",
+        [sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        encoding="utf-8", errors="replace",
     )  # fmt: skip
     assert process.stdout is not None
     lines = []

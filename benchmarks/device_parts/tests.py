@@ -26,7 +26,7 @@ def run(session: Session) -> None:
     start = time.monotonic()
     process = subprocess.Popen(
         words + (DRY if session.dry else _flags_on_gpu()), stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, errors="replace",
+        stderr=subprocess.STDOUT, encoding="utf-8", errors="replace",
     )  # fmt: skip
     assert process.stdout is not None
     counts, summary = follow(process.stdout, session)
