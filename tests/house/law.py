@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+BUILTINS = ("eval", "exec", "compile")  # `full_name` gives them as builtins.eval and so on
 
 
 def files_of(root: Path) -> dict[str, Path]:
@@ -40,6 +41,58 @@ def imported(tree: ast.AST) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             module = "." * node.level + (node.module or "")
             yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def names_of(tree: ast.Module) -> dict[str, str]:
+    """Map each imported name of a file to its full name: {"t": "torch", "load": "torch.load"}."""
+    names = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                first = alias.name.split(".")[0]
+                names[alias.asname or first] = alias.name if alias.asname else first
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            for alias in node.names:
+                names[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+    return names
+
+
+def _text_of(node: ast.expr | None) -> str | None:
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
+
+
+def full_name(node: ast.expr, names: dict[str, str]) -> str | None:
+    """Return the full name of what an expression takes by name; None for other expressions.
+
+    It is `torch.load` for t.load, getattr(t, "load"), vars(t)["load"] and
+    import_module("torch").load.
+
+    node: the expression
+    names: imported names of the file, see `names_of`
+    """
+    if isinstance(node, ast.Name):
+        return names.get(node.id, f"builtins.{node.id}" if node.id in BUILTINS else node.id)
+    if isinstance(node, ast.Attribute):
+        owner = full_name(node.value, names)
+        return owner and f"{owner}.{node.attr}"
+    if isinstance(node, ast.Call) and node.args:
+        called, last = full_name(node.func, names), _text_of(node.args[-1])
+        if called == "getattr" and len(node.args) > 1:
+            owner, last = full_name(node.args[0], names), _text_of(node.args[1])
+            return owner and last and f"{owner}.{last}"
+        if called in ("__import__", "importlib.import_module", "importlib.__import__"):
+            return _text_of(node.args[0])
+    if isinstance(node, ast.Subscript) and (key := _text_of(node.slice)):
+        holder = node.value
+        if isinstance(holder, ast.Call) and full_name(holder.func, names) == "vars" and holder.args:
+            owner = full_name(holder.args[0], names)
+            return owner and f"{owner}.{key}"
+        if isinstance(holder, ast.Attribute) and holder.attr == "__dict__":
+            owner = full_name(holder.value, names)
+            return owner and f"{owner}.{key}"
+        if full_name(holder, names) == "sys.modules":
+            return key
+    return None
 
 
 def file_named(dotted: str, modules: frozenset[str]) -> str | None:

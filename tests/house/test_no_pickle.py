@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.house.law import ROOT, full_name, names_of
+
 SKIPPED = ("build", "dist", "__pycache__", "runs")
 pytestmark = pytest.mark.skipif(
     not (ROOT / "setup.py").is_file(), reason="the source tree is not here"
@@ -31,7 +32,6 @@ FORBIDDEN_ATTRIBUTES = frozenset(
 )
 # Arguments that open a door, unless they are the constant False.
 FORBIDDEN_ARGUMENTS = frozenset(("allow_pickle", "trust_remote_code", "weights_only"))
-BUILTINS = ("eval", "exec", "compile")
 
 
 def python_files() -> list[Path]:
@@ -42,55 +42,6 @@ def python_files() -> list[Path]:
         if not any(part.startswith(".") or part in SKIPPED for part in parts):
             found.append(path)
     return found
-
-
-def names_of(tree: ast.Module) -> dict[str, str]:
-    """What each imported name stands for: {"t": "torch", "load": "torch.load"}."""
-    names = {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                first = alias.name.split(".")[0]
-                names[alias.asname or first] = alias.name if alias.asname else first
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            for alias in node.names:
-                names[alias.asname or alias.name] = f"{node.module}.{alias.name}"
-    return names
-
-
-def text_of(node: ast.expr | None) -> str | None:
-    """The text of a string constant."""
-    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
-
-
-def full_name(node: ast.expr, names: dict[str, str]) -> str | None:
-    """`torch.load` for t.load, getattr(t, "load"), vars(t)["load"] and import_module("torch").load.
-
-    None if the expression is none of that.
-    """
-    if isinstance(node, ast.Name):
-        return names.get(node.id, f"builtins.{node.id}" if node.id in BUILTINS else node.id)
-    if isinstance(node, ast.Attribute):
-        owner = full_name(node.value, names)
-        return owner and f"{owner}.{node.attr}"
-    if isinstance(node, ast.Call) and node.args:
-        called, last = full_name(node.func, names), text_of(node.args[-1])
-        if called == "getattr" and len(node.args) > 1:
-            owner, last = full_name(node.args[0], names), text_of(node.args[1])
-            return owner and last and f"{owner}.{last}"
-        if called in ("__import__", "importlib.import_module", "importlib.__import__"):
-            return text_of(node.args[0])
-    if isinstance(node, ast.Subscript) and (key := text_of(node.slice)):
-        holder = node.value
-        if isinstance(holder, ast.Call) and full_name(holder.func, names) == "vars" and holder.args:
-            owner = full_name(holder.args[0], names)
-            return owner and f"{owner}.{key}"
-        if isinstance(holder, ast.Attribute) and holder.attr == "__dict__":
-            owner = full_name(holder.value, names)
-            return owner and f"{owner}.{key}"
-        if full_name(holder, names) == "sys.modules":
-            return key
-    return None
 
 
 def is_forbidden(name: str) -> bool:
