@@ -28,7 +28,8 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE)]
 
-from kill_trials import KINDS, Course, Kill, impatient_trial, kill_trial, stop_trial
+from courses import KINDS, Course
+from kill_trials import Kill, impatient_trial, kill_trial, stop_trial
 from killing import PHASES
 
 

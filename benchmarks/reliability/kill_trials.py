@@ -1,51 +1,26 @@
 """Trials for kill.py: kill a training or ask it to end, resume it, and compare the run.
 
 This file decides when to kill which process, and which results must be the same afterwards.
-killing.py starts the processes.
+courses.py has the kinds of training, and killing.py starts the processes.
 """
 
 import random
 import signal
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
-from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
-from killing import COUNTERS, Child, last_step, place_of, traces
+from courses import EVERY, HANGS_S, STEPS, Course, calm, expect
+from killing import Child, last_step
 
 from minillm.checkpoint.run_folder import RunFolder
-from tests.support.processes import free_port
 
 TIMES = 4  # largest number of kills of a run
-EVERY = 2  # steps from save to save
-SURVIVES_S, HANGS_S = 40.0, 120.0  # a rank without the other, met or not; any process
-STEPS = 12
-# The way in which each process is killed, for a new run and for a resumed one: by the clock (""),
-# or at a call of one of the counters.
-AIMS = {
-    False: ["saving", "opening", "saving", "", "saving"],
-    True: ["saving", "", "saving", "pruning", "saving", "", "saving", "opening", "saving", ""],
-}
-VICTIMS = {1: [[0]], 2: [[0], [1], [0, 1]]}
-COMMON = (
-    "--val-fraction 0.1 --n-head 2 --d-model 64 --seq-len 32 --batch-size 8 --micro-batch-size 4 "
-    f"--steps {STEPS} --threads 1 --dtype fp32 --device cpu --log-every 1 --save-every {EVERY} "
-    "--keep-last 2 --eval-every 5 --eval-batches 2 --final-eval-batches 2 --dropout 0.1 "
-    "--learning-rate 0.01 "
-)
-KINDS = {
-    1: ["--tokenizer byte --recurrent 1,1,1 --mean-recurrence 2 --ema 0.9 --optimizer adamw",
-        "--tokenizer char --n-layer 2 --optimizer muon"],
-    2: ["--tokenizer byte --recurrent 1,1,1 --mean-recurrence 2 --optimizer adamw --zero 1 "
-        "--rank-timeout 10",
-        "--tokenizer char --n-layer 2 --optimizer muon --zero 2 --rank-timeout 10"],
-}  # fmt: skip
+SURVIVES_S = 40.0  # longest life of a rank without the other, met or not
 
 
 @dataclass
@@ -65,117 +40,6 @@ class Kill:
     survived_s: float = 0.0
 
 
-class Course:
-    """One kind of training: how to start it, and its result without disturbance."""
-
-    def __init__(self, place: Path, kind: str, size: int) -> None:
-        self.place, self.kind, self.size = place, kind, size
-        self.text = place / "words.txt"
-        if not self.text.exists():
-            draw = random.Random(0)
-            words = "the cat sat on a mat and dogs ran far".split()
-            lines = (" ".join(draw.choices(words, k=8)) + ".\n" for _ in range(300))
-            self.text.write_text("".join(lines), encoding="utf-8", newline="")
-        run = self.new_run()
-        whole = self.launch(run)
-        self.life_s = ended(whole, run)
-        self.traces = traces(run)
-        run = self.new_run()
-        broken = self.launch(run)
-        while broken[0].board.step < STEPS // 2 and broken[0].code is None:
-            time.sleep(0.002)
-        for child in broken:
-            child.end()
-        resumed = self.go_on(run)
-        # How many calls there are to be killed at: [launch is a resumption][rank][counter].
-        self.calls = [
-            [{name: getattr(child.board, name) for name in COUNTERS} for child in each]
-            for each in (whole, resumed)
-        ]
-        self.aims = {resumes: cycle(aims) for resumes, aims in AIMS.items()}
-        self.victims = cycle(VICTIMS[size])
-
-    def new_run(self) -> Path:
-        """Return the folder of the next run, next to the text that it prepares for itself."""
-        return Path(tempfile.mkdtemp(dir=self.place)) / "run"
-
-    def launch(self, run: Path, die_at: dict[int, tuple] | None = None, **more: Any) -> list[Child]:
-        """Start the processes of a launch: the first command, or --resume alone if there is a run.
-
-        run: folder of the run
-        die_at: number of the board at which a process kills itself, see Child
-        more: further options of Child
-        """
-        argv = ["--resume", str(run)]
-        if not (run / "config.json").is_file():
-            argv = ["--data", str(self.text), "--out", str(run), "--cache-dir",
-                    str(run.parent / "prepared"), *COMMON.split(), *self.kind.split()]  # fmt: skip
-        port = free_port() if self.size > 1 else 0
-        places = [place_of(r, self.size, port) if port else None for r in range(self.size)]
-        log = run.parent / f"log-{len(list(run.parent.glob('log-*')))}"
-        return [
-            Child(argv, log.with_name(f"{log.name}.{r}"), at, where, **more)
-            for r, where in enumerate(places)
-            for at in [(die_at or {}).get(r, ("", 0))]
-        ]
-
-    def go_on(self, run: Path, also: int = 0) -> list[Child]:
-        """Resume a run to its end, undisturbed, and check that it equals an undisturbed run.
-
-        run: folder of the run
-        also: step that was saved although it was not due, so that another one is no longer kept
-        """
-        children = self.launch(run)
-        ended(children, run)
-        calm(children, run)
-        left = [p for p in run.parent.rglob("*") if p.name.endswith(".tmp")]
-        expect(not left, f"left: {left}", run)
-        found = traces(run)  # it has more checkpoints if a deletion was killed
-        for what, other in self.traces.items():
-            one = found.get(what, other if also and not what.endswith(f" {STEPS}") else None)
-            expect(one == other, f"{what} is {one}, undisturbed {other}", run)
-        return children
-
-
-def ended(children: list[Child], run: Path) -> float:
-    """Wait until all processes have ended with code 0; return the seconds.
-
-    children: the processes
-    run: folder of the run, for messages
-    """
-    try:
-        codes = [child.wait(child.start + HANGS_S) for child in children]
-    finally:
-        for child in children:
-            child.end()
-    expect(set(codes) == {0}, f"undisturbed, it ended with {codes}", run)
-    return time.monotonic() - children[0].start
-
-
-def expect(good: bool, why: str, run: Path) -> None:
-    """Raise AssertionError with the last lines that every process of the run printed.
-
-    good: the condition that must hold
-    why: the message
-    run: folder of the run
-    """
-    if not good:
-        logs = sorted(run.parent.glob("log-*"))
-        said = "\n".join(f"{log.name}: {log.read_text(encoding='utf-8')[-400:]}" for log in logs)
-        raise AssertionError(f"{run}: {why}\n{said}")
-
-
-def calm(children: list[Child], run: Path) -> None:
-    """Raise AssertionError if the output looks like a bug, or like an incomplete checkpoint.
-
-    children: the processes
-    run: folder of the run
-    """
-    for child in children:
-        for sign in ("Traceback", "bug in minillm", "Exception ignored", "going on from step"):
-            expect(sign not in child.said, f"said {sign!r}", run)
-
-
 def kill_trial(course: Course, draw: random.Random) -> list[Kill]:
     """Kill a run up to TIMES times and resume it; return the kills that hit.
 
@@ -185,25 +49,8 @@ def kill_trial(course: Course, draw: random.Random) -> list[Kill]:
     run, kills, logged = course.new_run(), [], 0
     for _ in range(TIMES):
         resumed = (run / "config.json").is_file()
-        victims, counter = next(course.victims), next(course.aims[resumed])
-        calls = course.calls[resumed][victims[0]].get(counter, 0)
-        calls //= 1 if counter == "opening" else 2  # rather a save that comes soon
-        die_at = (counter, draw.randint(1, calls)) if calls else ("", 0)
-        children = course.launch(run, {victims[0]: die_at})
-        delay_s = draw.uniform(0, course.life_s)
-        try:
-            begin = children[0].start
-            children[victims[0]].wait(begin + (HANGS_S if calls else delay_s))
-            for rank in victims:
-                children[rank].send(signal.SIGKILL)
-            hit = time.monotonic()
-            for child in children:
-                child.wait(hit + SURVIVES_S)
-            survived_s = time.monotonic() - hit
-        finally:
-            codes = codes_of(children)
-            for child in children:
-                child.end()
+        victims = next(course.victims)
+        children, codes, survived_s = _launch_and_kill(course, run, draw, resumed, victims)
         calm(children, run)
         redone = steps_redone(children, logged, run)
         if kills:
@@ -229,6 +76,36 @@ def kill_trial(course: Course, draw: random.Random) -> list[Kill]:
     if kills:
         kills[-1].redone = max(kills[-1].redone, redone)
     return kills
+
+
+def _launch_and_kill(
+    course: Course, run: Path, draw: random.Random, resumed: bool, victims: list[int]
+) -> tuple[list[Child], list[int | None], float]:
+    """Launch a run, kill the victims among its ranks, and wait until the others have ended.
+
+    Returns the processes, the exit code of each (None if it had to be killed because it did not
+    end), and the seconds from the kill until the last one ended.
+    """
+    counter = next(course.aims[resumed])
+    calls = course.calls[resumed][victims[0]].get(counter, 0)
+    calls //= 1 if counter == "opening" else 2  # rather a save that comes soon
+    die_at = (counter, draw.randint(1, calls)) if calls else ("", 0)
+    children = course.launch(run, {victims[0]: die_at})
+    delay_s = draw.uniform(0, course.life_s)
+    try:
+        begin = children[0].start
+        children[victims[0]].wait(begin + (HANGS_S if calls else delay_s))
+        for rank in victims:
+            children[rank].send(signal.SIGKILL)
+        hit = time.monotonic()
+        for child in children:
+            child.wait(hit + SURVIVES_S)
+        survived_s = time.monotonic() - hit
+    finally:
+        codes = codes_of(children)
+        for child in children:
+            child.end()
+    return children, codes, survived_s
 
 
 def codes_of(children: list[Child]) -> list[int | None]:
@@ -262,15 +139,7 @@ def stop_trial(course: Course, draw: random.Random) -> list[str]:
     children = course.launch(run)
     asked, twice = draw.choice(children), draw.random() < 0.3
     try:
-        if course.size > 1:
-            goal = draw.randrange(STEPS)
-            while (asked.board.first < 0 or asked.board.step < goal) and asked.code is None:
-                time.sleep(0.002)
-            asked.wait(time.monotonic() + draw.uniform(0, course.life_s / STEPS))
-        else:
-            asked.wait(asked.start + draw.uniform(0, 0.9 * course.life_s))
-            while not asked.board.begun and asked.code is None:
-                time.sleep(0.001)
+        _wait_for_a_moment(course, asked, draw)
         if asked.code is not None:
             return []
         doing, step, looped = asked.board.doing, asked.board.step, asked.board.first >= 0
@@ -301,6 +170,19 @@ def stop_trial(course: Course, draw: random.Random) -> list[str]:
         expect(mine in (0, -number) or told in children[0].said, "it does not say so", run)
     course.go_on(run, also=max(RunFolder(run).checkpoints(), default=0))
     return [doing + (", twice" if twice else "")]
+
+
+def _wait_for_a_moment(course: Course, asked: Child, draw: random.Random) -> None:
+    """Wait until a random moment: of the loop if there are several ranks, or of the whole life."""
+    if course.size > 1:
+        goal = draw.randrange(STEPS)
+        while (asked.board.first < 0 or asked.board.step < goal) and asked.code is None:
+            time.sleep(0.002)
+        asked.wait(time.monotonic() + draw.uniform(0, course.life_s / STEPS))
+    else:
+        asked.wait(asked.start + draw.uniform(0, 0.9 * course.life_s))
+        while not asked.board.begun and asked.code is None:
+            time.sleep(0.001)
 
 
 def impatient_trial(course: Course, number: signal.Signals) -> float:

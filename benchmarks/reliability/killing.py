@@ -151,32 +151,7 @@ def _watch(
 ) -> dict[str, Callable]:
     """Make this process write its phase to the board; return replaced arguments of train.main."""
     first = "resuming" if resumes else "starting"
-
-    def marked(
-        real: Callable, phase: str, counter: str = "", before: Callable[..., None] = id,
-        then: str = "",
-    ) -> Callable:  # fmt: skip
-        """Return `real` such that it sets its phase, and afterwards `then` or the phase before."""
-
-        def count(frame: FrameType, event: str, about: Any) -> None:
-            if event in ("c_call", "c_return") and about.__name__ in CALLS:
-                now = getattr(board, counter) + 1
-                setattr(board, counter, now)
-                if (counter, now) == die_at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        def work(*args: Any, **options: Any) -> Any:
-            past, counting = board.phase, sys.getprofile()
-            board.phase = PHASES.index(phase)
-            before(args[0])
-            sys.setprofile(count if counter else None)
-            try:
-                return real(*args, **options)
-            finally:
-                sys.setprofile(counting)
-                board.phase = PHASES.index(then) if then else past
-
-        return work
+    marked = partial(_marked, board, die_at)
 
     def mark(module: Any, name: str, *args: Any, **options: Any) -> None:
         """Replace module.name by the marked function."""
@@ -205,6 +180,36 @@ def _watch(
     write = marked(save, "saving", "saving", lambda run: time.sleep(slow_save_s))
     board.begun = 1
     return {"steps": counted, "write": write}
+
+
+def _marked(
+    board: Board, die_at: tuple[str, int], real: Callable, phase: str, counter: str = "",
+    before: Callable[..., None] = id, then: str = "",
+) -> Callable:  # fmt: skip
+    """Return `real` such that it sets its phase, and afterwards `then` or the phase before.
+
+    With a counter it counts its CALLS, and kills the process at the one that `die_at` names.
+    """
+
+    def count(frame: FrameType, event: str, about: Any) -> None:
+        if event in ("c_call", "c_return") and about.__name__ in CALLS:
+            now = getattr(board, counter) + 1
+            setattr(board, counter, now)
+            if (counter, now) == die_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def work(*args: Any, **options: Any) -> Any:
+        past, counting = board.phase, sys.getprofile()
+        board.phase = PHASES.index(phase)
+        before(args[0])
+        sys.setprofile(count if counter else None)
+        try:
+            return real(*args, **options)
+        finally:
+            sys.setprofile(counting)
+            board.phase = PHASES.index(then) if then else past
+
+    return work
 
 
 def place_of(rank: int, size: int, port: int) -> dict[str, str]:

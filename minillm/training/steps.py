@@ -65,15 +65,6 @@ def steps(
     Raises Stopped, after a step, if any rank was asked to stop, and DivergedError if roll-backs do
     not help.
     """
-
-    def recover() -> None:
-        budget.restart_clock()
-        with report.saving_patience():
-            back = roll_back(setup, state, keeper)
-            if back.step is not None:
-                report.back_to(back.step)
-        report.say(back.line)
-
     while state.progress.step < state.schedule.steps:
         gradients = _compute_gradients(setup, state, loss, accumulate)
         _apply_or_skip(setup, state, gradients, keeper.run, report.say)
@@ -81,7 +72,7 @@ def steps(
         state.progress.step, state.progress.tokens = result.step, result.tokens
         state.progress.trained_s = budget.trained_s
         if state.divergence.has_diverged:
-            recover()
+            _recover(setup, state, budget, keeper, report)
             continue
         state.schedule = budget.adjusted(state.schedule, result.step)
         if setup.config.time_limit is not None:
@@ -89,8 +80,20 @@ def steps(
         report.step(result.batch_tokens, state.schedule.steps, result.flops_per_token, result.loss)
         yield result
         if keeper.weights_are_bad:
-            recover()
+            _recover(setup, state, budget, keeper, report)
         report.raise_if_stopped(setup.ranks)
+
+
+def _recover(
+    setup: Setup, state: TrainState, budget: StepBudget, keeper: CheckpointKeeper, report: Reporter
+) -> None:
+    """Roll the run back, and report it; the time that this takes is no time of a step."""
+    budget.restart_clock()
+    with report.saving_patience():
+        back = roll_back(setup, state, keeper)
+        if back.step is not None:
+            report.back_to(back.step)
+    report.say(back.line)
 
 
 def _compute_gradients(
