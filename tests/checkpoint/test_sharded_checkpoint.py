@@ -232,7 +232,7 @@ def test_what_is_not_there_is_refused_alike(saved, tmp_path):
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path, monkeypatch):
-    """Read, that is; written they are not (test_saving.py)."""
+    """Read, that is; written they are not (test_write.py)."""
     monkeypatch.setattr(saving, "require_finite", lambda kind, named: None)
     (tmp_path / "config.json").touch()
     for step, bad in enumerate((torch.nan, torch.inf)):

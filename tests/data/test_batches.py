@@ -1,4 +1,4 @@
-"""data.py: batches as pure functions, checked reads, evaluation over every token once."""
+"""batches.py: batches as pure functions, checked reads, evaluation over every token once."""
 
 import os
 import tracemalloc

@@ -1,4 +1,4 @@
-"""formats.py, htmltext.py and rows.py: documents that are not plain text, whole and damaged."""
+"""formats.py, html_text.py and rows.py: documents that are not plain text, whole and damaged."""
 
 import gzip
 import json

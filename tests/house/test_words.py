@@ -18,8 +18,11 @@ PYTHON = sorted(
     for pattern in ("minillm/**/*.py", "kernels/**/*.py", "benchmarks/**/*.py", "data/*.py", "*.py")
     for path in ROOT.glob(pattern)
 )
-MARKDOWN = [n for n in ("README.md", "kernels/README.md", "CHANGELOG.md", "CONTRIBUTING.md")
-            if (ROOT / n).exists()]  # fmt: skip
+MARKDOWN = sorted(
+    path.relative_to(ROOT).as_posix()
+    for pattern in ("*.md", "kernels/*.md", "benchmarks/**/*.md")
+    for path in ROOT.glob(pattern)
+)
 
 pytestmark = pytest.mark.skipif(
     not (ROOT / "setup.py").is_file(), reason="the source tree is not here"

@@ -1,4 +1,4 @@
-"""One rank of test_mishap_ranks.py: train.py, in which this rank's loss is spoilt at some calls.
+"""One rank of test_recovery_on_ranks.py: train.py, with a loss that is spoilt at some calls.
 
     mishap_ranks.py RANK CALLS VALUE train.py's flags...
 

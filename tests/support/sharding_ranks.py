@@ -1,4 +1,4 @@
-"""What runs inside the ranks of test_sharding.py: checks(ranks, folder), each alike on all ranks.
+"""What runs inside the ranks of test_strategies.py: checks(ranks, folder), each alike on all ranks.
 
 As a script: every check in turn, and a JSON object of what each complains about ("": nothing).
 """

@@ -1,5 +1,5 @@
 """Tiny decoders of every kind, their batches, and the truth about them: what one process computes
-by plain autograd. For the ranks of test_sharding.py.
+by plain autograd. For the ranks of test_strategies.py.
 """
 
 from collections.abc import Iterator
