@@ -17,6 +17,7 @@ def setting(default: Any, help: str, **rules: Any) -> Any:
         choices: the words that are allowed
         many: True if it takes one text or more, see `one_or_tuple`
         is_path: True if its text is a path; a ~ at its start is the home folder
+        counts: True if its text may be a whole number, which Python code may give as a number
         parse: function from the flag's text to the value, in place of the type's own
         metavar: name of the value in --help
         group: title of its group in --help, and of the fields after it

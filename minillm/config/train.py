@@ -62,7 +62,7 @@ class TrainConfig:
     )  # fmt: skip
     threads: str = setting(
         "auto", "number of processor threads (auto: one or all, whichever is faster now)",
-        metavar="N", resumable=True,
+        metavar="N", counts=True, resumable=True,
     )  # fmt: skip
 
     tokenizer: str = setting(
@@ -131,7 +131,7 @@ class TrainConfig:
     )
     micro_batch_size: str = setting(
         "auto", "sequences computed at once on a rank (auto: as many as fit in memory)",
-        metavar="N",
+        metavar="N", counts=True,
     )  # fmt: skip
     steps: int | None = setting(
         None, "number of optimiser steps in the whole run, also with --resume", low=1, high=10**9,

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 import minillm
-from minillm.config.flags import setting_fields
+from minillm.config.flags import ALIASES, setting_fields
+from minillm.config.resolve import RECURRENCE
 from minillm.errors import CorruptError, UsageError
-from minillm.flags import sample as sample_flags
+from minillm.flags import sample as sample_flags, train as train_flags
 from minillm.flags.keywords import train_arguments
 from minillm.ops import select
 
@@ -213,6 +214,23 @@ def test_training_gives_a_run_that_can_be_loaded(tmp_path):
         ({"n_layer": "4"}, "n_layer '4' is a str, expected int"),
         ({"n_layer": 0}, "n_layer 0 is out of range"),
         ({"time_limit": "soon"}, "time_limit: 'soon' is not a duration"),
+        ({"time_limit": -5}, "time_limit: '-5' is not a duration"),
+        ({"time_limit": True}, "time_limit True is a bool, expected float"),
+        ({"recurrent": (1, 2)}, "recurrent: '1,2' is not PRELUDE,CORE,CODA"),
+        ({"recurrent": 3}, "recurrent: '3' is not PRELUDE,CORE,CODA"),
+        ({"threads": 0}, "threads: 0 is out of range"),
+        ({"threads": 2.5}, "threads 2.5 is a float, expected str"),
+        ({"micro_batch_size": True}, "micro_batch_size True is a bool, expected str"),
+        ({"sample_prompt": 3}, "sample_prompt 3 is a int, expected str"),
+        ({"device": 3}, "device 3 is a int, expected str"),
+        ({"data": 3}, "data: expected a path, got int"),
+        ({"data": ["a", 3]}, "data: expected a path, got int"),
+        ({"out": 3}, "out: expected a path, got int"),
+        ({"resume": 3}, "resume: expected a path, got int"),
+        ({"config": ["a"]}, "config: expected a path, got list"),
+        ({"lr": "1"}, "learning_rate '1' is a str, expected float"),
+        ({"lr": 1e-3, "learning_rate": 1e-3}, "lr and learning_rate are one setting; give one"),
+        ({"max_itres": 3}, "max_itres: no such setting; did you mean max_iters?"),
         ({"preset": "huge"}, "huge"),
         ({"data": "no.txt"}, "no.txt: no such file"),
         ({"resume": "no-run"}, "no-run: no such run"),
@@ -222,6 +240,66 @@ def test_settings_that_cannot_be_are_refused(settings, words):
     with pytest.raises(UsageError, match=words) as refused:
         minillm.train(**settings)
     assert "\n" not in str(refused.value)
+
+
+HERE = Path(__file__)
+TYPED = {  # setting -> a value with the type that Python code would give it
+    "activation_checkpointing": True, "backprop_depth": 2, "batch_size": 8, "beta1": 0.9,
+    "beta2": 0.99, "bias": True, "cache_dir": Path("cache"), "compile": False,
+    "config": HERE.with_name("none.toml"), "d_ff": 64, "d_head": 8, "d_model": 64,
+    "data": [HERE, HERE.parent], "decay_fraction": 0.1, "device": "cpu", "document_mask": True,
+    "dropout": 0.1, "dtype": "fp32", "early_stop": 2, "ema": 0.99, "encoding": "cp1252",
+    "epochs": 2, "errors": "replace", "eval_batches": 3, "eval_every": 10,
+    "final_eval_batches": 3, "grad_clip": 1, "hang_timeout": 60, "init": "gpt2",
+    "init_from": HERE, "injection": "add", "keep_best": False, "keep_last": 1, "kernels": "eager",
+    "learning_rate": 1e-3, "log_every": 1, "logit_softcap": 30, "max_recurrence": 16,
+    "mean_recurrence": 4, "micro_batch_size": 4, "min_learning_rate": 1e-5, "mlp": "gelu",
+    "n_head": 2, "n_kv_head": 1, "n_layer": 2, "norm": "layernorm", "norm_eps": 1e-5,
+    "offload": True, "optimizer": "muon", "out": Path("~/run"), "overwrite": True,
+    "position": "alibi", "preset": "nano", "qk_bias": True, "qk_norm": True, "rank_timeout": 60,
+    "recurrence_curriculum": True, "recurrence_groups": 2, "recurrence_style": "parcae",
+    "recurrent": (1, 2, 1), "resume": HERE, "rope_base": 500, "sample_every": 5,
+    "sample_prompt": "the", "save_every": 5, "schedule": "wsd", "seed": 3, "seq_len": 32,
+    "start_state": "zero", "steps": 5, "text_column": "body", "threads": 2,
+    "tie_embeddings": True, "time_limit": 60, "tokenizer": HERE, "val": (HERE,),
+    "val_fraction": 0.1, "vocab_size": 300, "warmup": 2, "weight_decay": 0, "window": 16,
+    "zero": 1,
+}  # fmt: skip
+PARTNERS = {
+    "offload": {"zero": 1}, "min_learning_rate": {"learning_rate": 1e-3},
+    **dict.fromkeys(RECURRENCE, {"recurrent": [1, 1, 1]}),
+}  # fmt: skip
+
+
+def words_of(name: str, value: object) -> list[str]:
+    """The setting as words of a command line."""
+    flag = "--" + name.replace("_", "-")
+    if isinstance(value, bool):
+        return [flag, str(value).lower()]
+    if isinstance(value, list | tuple) and isinstance(value[0], int):
+        return [flag, ",".join(map(str, value))]
+    return [flag, *map(str, value if isinstance(value, list | tuple) else [value])]
+
+
+@pytest.mark.parametrize("name", [*setting_fields(), "config", "resume"])
+def test_a_typed_value_is_what_its_text_is_on_the_command_line(name, tmp_path):
+    value = TYPED[name]
+    if name == "config":
+        (value := tmp_path / "a.toml").write_text("steps = 3\n")
+    settings = {name: value, **PARTNERS.get(name, {})}
+    args = vars(train_flags.parse([w for pair in settings.items() for w in words_of(*pair)]))
+    assert vars(train_arguments(settings)) == {
+        n: args[n] for n in (*setting_fields(), "config", "resume")
+    }
+    assert args[name] is not None
+
+
+def test_the_aliases_of_flags_are_keywords():
+    for alias, flag in ALIASES.items():
+        name, meant = (word[2:].replace("-", "_") for word in (alias, flag))
+        settings = {"learning_rate": 1e-3} if name == "min_lr" else {}
+        found = train_arguments({name: TYPED[meant], **settings})
+        assert found == train_arguments({meant: TYPED[meant], **settings}), alias
 
 
 def test_every_flag_of_training_is_a_keyword(tmp_path):
