@@ -21,16 +21,15 @@ from minillm.runtime.launch import answer
 if __name__ == "__main__":  # help and refusals need no torch, whose import takes seconds
     answer("sample.py", flags.parse, sys.argv[1:])
 
+import torch
+
 from minillm.checkpoint.run_folder import newest_run
 from minillm.inference.complete import Completion, stream_text
 from minillm.inference.language_model import LanguageModel, load
-from minillm.model.size import n_parameters
-from minillm.runtime.device import set_threads
 from minillm.runtime.json_text import json_text
 from minillm.runtime.terminal import say, visible
 
 SEPARATOR = "-" * 20 + "\n"
-ONE_THREAD_BELOW = 20_000_000  # parameters: smaller matrices are not worth sharing out
 
 
 def main(argv: Sequence[str]) -> None:
@@ -38,10 +37,8 @@ def main(argv: Sequence[str]) -> None:
     args = flags.parse(argv)
     run = newest_run().path if args.run is None else Path(args.run)
     lm = load(run, device=args.device, dtype=args.dtype, checkpoint=args.checkpoint,
-              kernels=args.kernels)  # fmt: skip
-    small = n_parameters(lm.config) < ONE_THREAD_BELOW
-    threads, _ = set_threads(1 if args.threads == "auto" and small else args.threads)
-    ops, device = lm.model.ops, lm.model.head.weight.device
+              kernels=args.kernels, threads=args.threads)  # fmt: skip
+    ops, device, threads = lm.model.ops, lm.model.head.weight.device, torch.get_num_threads()
     say(f"{run}, step {lm.step}, {device}, {ops.name} kernels ({ops.why}), "
         f"{threads} thread{'s' * (threads > 1)}, seed {args.seed}")  # fmt: skip
     for prompt in prompts(args):

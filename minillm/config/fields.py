@@ -1,9 +1,11 @@
 """Fields of a configuration that are also flags: default, help text and allowed values of each."""
 
+from argparse import ArgumentTypeError
 from dataclasses import Field, field
 from typing import Any, get_args
 
 from minillm.errors import UsageError, parameter
+from minillm.runtime import cli
 from minillm.runtime.units import limits
 
 
@@ -65,6 +67,23 @@ def check_range(f: Field, value: Any) -> None:
         raise UsageError(f"{name} {value}: expected above {low:g}")
     if low is not None and not low <= value <= (high if high is not None else value):
         raise UsageError(f"{name} {value} is out of range; expected {limits(low, high)}")
+
+
+def whole_or_auto(name: str, text: str, high: int) -> int | None:
+    """Return the number that a text stands for, or None for "auto".
+
+    name: name of the parameter, for the message
+    text: the text
+    high: largest allowed number; the smallest is 1
+
+    Raises UsageError on any other text.
+    """
+    if text == "auto":
+        return None
+    try:
+        return cli.whole(1, high)(text)
+    except ArgumentTypeError as error:
+        raise UsageError(f"{parameter(name)}: {error}, or auto") from None
 
 
 def _named(kinds: tuple[type, ...]) -> str:

@@ -3,10 +3,9 @@
 Each field is also a flag of train.py; flags.py makes the flags from the fields.
 """
 
-from argparse import ArgumentTypeError
 from dataclasses import dataclass, fields
 
-from minillm.config.fields import as_tuple, check_range, one_or_tuple, setting
+from minillm.config.fields import as_tuple, check_range, one_or_tuple, setting, whole_or_auto
 from minillm.config.model import ModelConfig, nearest_divisor
 from minillm.config.presets import PRESETS
 from minillm.errors import UsageError, parameter
@@ -265,14 +264,14 @@ class TrainConfig:
                 f"{parameter('early_stop')} needs {parameter('eval_every')} and "
                 f"{parameter('val_fraction')} above 0, or {parameter('val')}"
             )
-        _whole_or_auto("threads", self.threads, 4096)
+        whole_or_auto("threads", self.threads, 4096)
         if self.batch_size % self.recurrence_groups:
             raise UsageError(
                 f"{parameter('recurrence_groups')} {self.recurrence_groups} does not divide "
                 f"{parameter('batch_size')} {self.batch_size}"
             )
         self._check_sharding()
-        micro = _whole_or_auto("micro_batch_size", self.micro_batch_size, self.batch_size)
+        micro = whole_or_auto("micro_batch_size", self.micro_batch_size, self.batch_size)
         if micro and self.batch_size % micro:
             near = nearest_divisor(micro, self.batch_size)
             raise UsageError(
@@ -288,12 +287,3 @@ class TrainConfig:
             raise UsageError(f"{parameter('offload')} needs {zero} 1 or {zero} 2; add one")
         if self.zero and self.ema:
             raise UsageError(f"{parameter('ema')} averages whole weights; drop it, or use {zero} 0")
-
-
-def _whole_or_auto(name: str, text: str, high: int) -> int | None:
-    if text == "auto":
-        return None
-    try:
-        return cli.whole(1, high)(text)
-    except ArgumentTypeError as error:
-        raise UsageError(f"{parameter(name)}: {error}, or auto") from None

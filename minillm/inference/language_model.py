@@ -3,10 +3,12 @@
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
 from minillm.checkpoint.find import load_run, while_there
+from minillm.config.fields import whole_or_auto
 from minillm.config.model import ModelConfig
 from minillm.config.sampling import SamplingParams
 from minillm.data.tokenizer import Tokenizer
@@ -14,10 +16,12 @@ from minillm.errors import UsageError, parameter
 from minillm.inference.complete import complete, stream_text
 from minillm.inference.score import Score, score
 from minillm.model.gpt import GPT
-from minillm.runtime.device import pick_device, pick_dtype
+from minillm.model.size import n_parameters
+from minillm.runtime.device import pick_device, pick_dtype, set_threads
 
 Text = TypeVar("Text", str, list[str])
 DTYPES = ("auto", "fp32", "bf16", "fp16")
+ONE_THREAD_BELOW = 20_000_000  # parameters: smaller matrices are not worth sharing out
 
 
 @dataclass(frozen=True)
@@ -91,12 +95,13 @@ class LanguageModel:
 
 
 def load(
-    path: str | Path,
+    path: str | PathLike[str],
     *,
     device: str = "auto",
     dtype: str = "auto",
     checkpoint: str | int = "last",
     kernels: str = "auto",
+    threads: str | int = "auto",
 ) -> LanguageModel:
     """Return the model of a run folder, ready to generate.
 
@@ -106,12 +111,17 @@ def load(
         CPU, where generating one token at a time is bound by memory and bf16 is slower
     checkpoint: "last", "best" or a step
     kernels: triton or eager; auto: triton on a GPU, else eager
+    threads: number of processor threads, which torch uses in the whole process from then on; auto:
+        one for a model below 20 million parameters, else one or all, whichever is faster now
 
     Raises UsageError if there is no such run or checkpoint, CorruptError if a file is damaged,
     UnavailableError if there is no such device.
     """
     if dtype not in DTYPES:
         raise UsageError(f"{parameter('dtype')} {dtype!r} is not one of {', '.join(DTYPES)}")
+    if not isinstance(path, str | PathLike):
+        raise UsageError(f"{parameter('path')}: expected a path, got {type(path).__name__}")
+    number = whole_or_auto("threads", str(threads), 4096)
     path, where = Path(path).expanduser(), pick_device(device)
     name = "fp32" if dtype == "auto" and where.type == "cpu" else dtype
     options = {"device": where, "dtype": pick_dtype(name, where, 0), "kernels": kernels}
@@ -120,7 +130,10 @@ def load(
         str(checkpoint),
         lambda found: (found.step, load_run(path, checkpoint=found, **options)),
     )
-    return LanguageModel(*loaded, step)
+    lm = LanguageModel(*loaded, step)
+    small = n_parameters(lm.config) < ONE_THREAD_BELOW
+    set_threads(number or (1 if small else "auto"))
+    return lm
 
 
 def _warn(text: str) -> None:

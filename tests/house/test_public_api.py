@@ -20,7 +20,9 @@ from minillm.config.resolve import RECURRENCE
 from minillm.errors import CorruptError, UsageError
 from minillm.flags import sample as sample_flags, train as train_flags
 from minillm.flags.keywords import train_arguments
+from minillm.inference import language_model
 from minillm.ops import select
+from minillm.scripts import sample as sample_script
 
 ROOT = Path(minillm.__file__).resolve().parents[1]
 NAMES = {"GPT", "ModelConfig", "PRESETS", "SamplingParams", "TrainConfig", "ZeroOptimizer", "load"}
@@ -77,7 +79,8 @@ def test_help_shows_six_lines_of_use_and_a_sentence_for_each_wing():
     text = pydoc.plain(pydoc.render_doc(minillm))
     lines = minillm.__doc__.split("\n\n")[1].splitlines()
     assert len(lines) == 6 and all(line.strip() in text for line in lines)
-    wings = {p.parent.name for p in (ROOT / "minillm").glob("*/__init__.py")} | {"kernels", "ops"}
+    wings = {p.parent.name for p in (ROOT / "minillm").glob("*/__init__.py")}
+    wings |= {"kernels", "ops"}
     described = [line.split()[0] for line in minillm.__doc__.split("\n\n")[3].splitlines()]
     assert set(described) == wings and len(described) == len(wings)
 
@@ -110,6 +113,32 @@ def test_a_run_is_loaded_with_its_parts(lm, tiny_run):
     assert lm.tokenizer.encode("a") == [97] and lm.step == 8
     assert minillm.load(str(tiny_run), checkpoint=4, dtype="bf16").model.dtype is torch.bfloat16
     assert "step=8" in repr(lm) and len(repr(lm)) < 1000
+
+
+@pytest.mark.parametrize("wish, limit, threads", [
+    ("auto", None, 1), ("auto", 0, 7), (2, None, 2), ("2", None, 2), (2, 0, 2),
+])  # fmt: skip
+def test_load_sets_the_number_of_threads(tiny_run, monkeypatch, wish, limit, threads):
+    """A small model gets one thread; for others set_threads decides."""
+    if limit is not None:
+        monkeypatch.setattr(language_model, "ONE_THREAD_BELOW", limit)
+    monkeypatch.setattr(
+        language_model, "set_threads", lambda wish: chosen.append(7 if wish == "auto" else wish)
+    )
+    chosen = []
+    minillm.load(tiny_run, device="cpu", threads=wish)
+    assert [int(n) for n in chosen] == [threads]
+
+
+def test_sample_leaves_the_threads_to_load(tiny_run, capsys):
+    before = torch.get_num_threads()
+    try:
+        for flags, said in (((), "1 thread,"), (("--threads", "2"), "2 threads,")):
+            sample_script.main([str(tiny_run), "--max-tokens", "1", *flags])
+            assert said in capsys.readouterr().err
+    finally:
+        torch.set_num_threads(before)
+    assert not hasattr(sample_script, "ONE_THREAD_BELOW")
 
 
 def test_text_in_gives_text_and_a_list_gives_a_list(lm):
@@ -160,6 +189,10 @@ def test_wrong_runs_devices_and_types_are_refused(tiny_run, tmp_path):
         (tiny_run, {"checkpoint": 5}, "checkpoint 5: .* holds steps 4, 8"),
         (tiny_run, {"dtype": "fp8"}, "dtype 'fp8' is not one of auto, fp32"),
         (tiny_run, {"device": "tpu"}, "device 'tpu' is not one of"),
+        (tiny_run, {"threads": 0}, "threads: 0 is out of range; .* or auto"),
+        (tiny_run, {"threads": "all"}, "threads: 'all' is not a whole number, or auto"),
+        (tiny_run, {"threads": 1.5}, "threads: '1.5' is not a whole number, or auto"),
+        (3, {}, "path: expected a path, got int"),
     ):
         with pytest.raises((UsageError, CorruptError), match=words):
             minillm.load(path, **options)
