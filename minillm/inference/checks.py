@@ -75,11 +75,7 @@ def check_prompts(
         raise UsageError("no prompt to continue")
     if samples is not None and len(samples) != len(prompts):
         raise UsageError(f"{len(samples)} samples for {len(prompts)} prompts; give one for each")
-    if model.training and model.config.dropout:
-        raise UsageError(
-            "the model is in training mode and has dropout, which would change its text; call "
-            "model.eval() first"
-        )
+    require_eval_mode(model)
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise UsageError(f"prompt {i} has no token; a model continues at least one")
@@ -88,3 +84,15 @@ def check_prompts(
             raise UsageError(f"prompt {i} holds token {bad[0]}; the model knows 0 to {V - 1}")
         if model.config.document_mask and bos in prompt[1:]:
             raise UsageError(f"prompt {i} holds a second document; this model sees one at a time")
+
+
+def require_eval_mode(model: GPT) -> None:
+    """Raise UsageError if dropout would change what the model computes.
+
+    model: the decoder
+    """
+    if model.training and model.config.dropout:
+        raise UsageError(
+            "the model is in training mode and has dropout, which would change its text and its "
+            "scores; call model.eval() first"
+        )

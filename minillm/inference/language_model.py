@@ -1,7 +1,7 @@
 """A trained model and its tokenizer as one object: minillm.load."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -45,9 +45,11 @@ class LanguageModel:
         prompt: a text or a list of texts; the continuation does not repeat it
         sampling: the fields of minillm.SamplingParams, such as max_tokens, temperature and seed
 
-        Raises UsageError if a parameter is unknown, out of range or does not suit the model.
+        Raises UsageError if a parameter is unknown, out of range or does not suit the model, or if
+        the tokenizer cannot encode a prompt; UnavailableError if the KV cache does not fit into
+        memory; DivergedError if the logits are not finite.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = _texts("prompt", prompt)
         params = SamplingParams.of(sampling)
         if not prompts:
             return []
@@ -60,7 +62,12 @@ class LanguageModel:
 
         prompt: a text
         sampling: the fields of minillm.SamplingParams
+
+        Raises UsageError and UnavailableError at once, as generate() does, and DivergedError when
+        the iteration reaches logits that are not finite.
         """
+        if not isinstance(prompt, str):
+            raise UsageError(f"{parameter('prompt')}: expected a text, got {_kind(prompt)}")
         params = SamplingParams.of(sampling)
         pieces = stream_text(self.model, self.tokenizer, [prompt], params, say=_warn)
         return (piece.text for piece in pieces if piece.text)
@@ -87,9 +94,11 @@ class LanguageModel:
         text: a text or a list of texts, of any length
         recurrence: iterations of the core; default: the model's mean
 
-        Raises UsageError if a text is empty.
+        Raises UsageError if a text is empty, if the tokenizer cannot encode it, if the model has no
+        core to run again, or if it is in training mode and has dropout; DivergedError if the logits
+        are not finite.
         """
-        texts = [text] if isinstance(text, str) else list(text)
+        texts = _texts("text", text)
         found = score(self.model, self.tokenizer, texts, recurrence)
         return found[0] if isinstance(text, str) else found
 
@@ -107,8 +116,9 @@ def load(
 
     path: the run folder
     device: cpu, cuda, cuda:N or mps; auto: a GPU if there is one
-    dtype: fp32, bf16 or fp16, of the weights and the computation; auto: bf16 on a GPU, fp32 on a
-        CPU, where generating one token at a time is bound by memory and bf16 is slower
+    dtype: fp32, bf16 or fp16, of the weights and the computation; auto: bf16 on a GPU, fp16 on one
+        older than Ampere, fp32 on a CPU and on mps. On a CPU, generating one token at a time is
+        bound by memory, and bf16 is slower.
     checkpoint: "last", "best" or a step
     kernels: triton or eager; auto: triton on a GPU, else eager
     threads: number of processor threads, which torch uses in the whole process from then on; auto:
@@ -120,7 +130,7 @@ def load(
     if dtype not in DTYPES:
         raise UsageError(f"{parameter('dtype')} {dtype!r} is not one of {', '.join(DTYPES)}")
     if not isinstance(path, str | PathLike):
-        raise UsageError(f"{parameter('path')}: expected a path, got {type(path).__name__}")
+        raise UsageError(f"{parameter('path')}: expected a path, got {_kind(path)}")
     number = whole_or_auto("threads", str(threads), 4096)
     path, where = Path(path).expanduser(), pick_device(device)
     name = "fp32" if dtype == "auto" and where.type == "cpu" else dtype
@@ -134,6 +144,24 @@ def load(
     small = n_parameters(lm.config) < ONE_THREAD_BELOW
     set_threads(number or (1 if small else "auto"))
     return lm
+
+
+def _texts(name: str, value: Any) -> list[str]:
+    """Return a text, or the texts of a list, as a list; raise UsageError on anything else."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, bytes) or not isinstance(value, Iterable):
+        what = "expected a text or a list of texts"
+        raise UsageError(f"{parameter(name)}: {what}, got {_kind(value)}")
+    texts = list(value)
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise UsageError(f"{parameter(name)}[{number}]: expected a text, got {_kind(text)}")
+    return texts
+
+
+def _kind(value: Any) -> str:
+    return type(value).__name__
 
 
 def _warn(text: str) -> None:

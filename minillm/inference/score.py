@@ -9,7 +9,7 @@ import torch
 from minillm.config.sampling import SamplingParams
 from minillm.data.tokenizer import Tokenizer
 from minillm.errors import DivergedError, UsageError
-from minillm.inference.checks import core_options
+from minillm.inference.checks import core_options, require_eval_mode
 from minillm.inference.decoding_batch import kept_at_the_end
 from minillm.model.gpt import GPT
 from minillm.model.recurrence import state_keys
@@ -62,9 +62,10 @@ def score(
     texts: texts of any length
     recurrence: iterations of the core; default: the model's mean
 
-    Raises UsageError if a text is empty or the tokenizer cannot encode it, DivergedError if the
-    logits are not finite.
+    Raises UsageError if a text is empty, if the tokenizer cannot encode it, or if the model is in
+    training mode and has dropout. Raises DivergedError if the logits are not finite.
     """
+    require_eval_mode(model)
     core = core_options(model, SamplingParams(recurrence=recurrence))
     before = tokenizer.prompt_ids("", model.config.document_mask)
     ids = [tokenizer.encode(text) for text in texts]
@@ -77,10 +78,8 @@ def score(
                                  kept_at_the_end(model))
     ]  # fmt: skip
     logprobs: list[list[float]] = [[] for _ in texts]
-    for start in range(0, len(windows), ROWS):
-        batch = windows[start : start + ROWS]
-        for window, found in zip(batch, _read(model, batch, core.recurrence), strict=True):
-            logprobs[window.text] += found
+    for window, found in zip(windows, _read_all(model, windows, core.recurrence), strict=True):
+        logprobs[window.text] += found
     return [_score(*each) for each in zip(texts, ids, logprobs, strict=True)]
 
 
@@ -105,8 +104,23 @@ def windows_of(
         target = end + 1
 
 
+def _read_all(model: GPT, windows: list[Window], recurrence: int | None) -> list[list[float]]:
+    """Return the log-probabilities of each window's targets, in the order of the windows.
+
+    Windows of similar length are read together, so that little is padded.
+    """
+    order = sorted(range(len(windows)), key=lambda i: len(windows[i].ids))
+    found: list[list[float]] = [[] for _ in windows]
+    for start in range(0, len(windows), ROWS):
+        numbers = order[start : start + ROWS]
+        rows = _read(model, [windows[i] for i in numbers], recurrence)
+        for i, logprobs in zip(numbers, rows, strict=True):
+            found[i] = logprobs
+    return found
+
+
 def _read(model: GPT, windows: list[Window], recurrence: int | None) -> list[list[float]]:
-    """Return the log-probabilities of each window's targets."""
+    """Return the log-probabilities of each window's targets; all windows are read at once."""
     device, longest = model.head.weight.device, max(len(window.ids) for window in windows)
     # Attention is causal: what is padded on the right changes nothing before it.
     tokens = torch.tensor([w.ids + [0] * (longest - len(w.ids)) for w in windows], device=device)

@@ -225,6 +225,22 @@ def test_a_text_is_scored_and_a_list_of_texts(lm):
         lm.score("a", recurrence=3)
 
 
+@pytest.mark.parametrize("method, name", [
+    ("generate", "prompt"), ("score", "text"), ("stream", "prompt"),
+])  # fmt: skip
+def test_what_is_no_text_is_refused_by_name(lm, method, name):
+    one = "" if method == "stream" else " or a list of texts"
+    listed = "prompt: expected a text, got list" if not one else rf"{name}\[1\]: .* text, got int"
+    for value, words in (
+        (3, f"{name}: expected a text{one}, got int"),
+        (None, f"{name}: expected a text{one}, got NoneType"),
+        (b"ab", f"{name}: expected a text{one}, got bytes"),
+        (["a", 3], listed),
+    ):
+        with pytest.raises(UsageError, match=f"^{words}$"):
+            getattr(lm, method)(value)
+
+
 def test_training_gives_a_run_that_can_be_loaded(tmp_path):
     text = tmp_path / "my.txt"
     text.write_text("the cat sat on a mat\n" * 400)

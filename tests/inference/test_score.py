@@ -10,7 +10,7 @@ from minillm.config.sampling import SamplingParams
 from minillm.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
 from minillm.errors import DivergedError, UsageError
 from minillm.inference.generate import generate
-from minillm.inference.score import score, windows_of
+from minillm.inference.score import ROWS, score, windows_of
 from minillm.model.gpt import GPT
 from minillm.model.recurrence import state_keys
 from minillm.ops import EAGER
@@ -116,3 +116,31 @@ def test_what_cannot_be_scored_is_refused():
         model.embed.weight[ord("c")] = math.nan
     with pytest.raises(DivergedError, match=r"token \d of the text has log-probability nan"):
         score(model, tokenizer, ["abcd"])
+
+
+def test_a_model_in_training_is_refused_if_it_has_dropout():
+    tokenizer, model = ByteTokenizer(), model_of(dropout=0.1)
+    alone = score(model, tokenizer, ["abcd"])
+    with pytest.raises(UsageError, match="training mode and has dropout, .* model.eval"):
+        score(model.train(), tokenizer, ["abcd"])
+    assert score(model.eval(), tokenizer, ["abcd"]) == alone
+    assert len(score(model_of().train(), tokenizer, ["abcd"])) == 1
+
+
+def test_short_texts_are_not_padded_to_the_longest(monkeypatch):
+    model, tokenizer = model_of(), ByteTokenizer()
+    texts = [TEXT[i : i + (3 if i % 2 else 15)] for i in range(2 * ROWS)] + [TEXT[:40]]
+    alone = [score(model, tokenizer, [text])[0] for text in texts]
+    shapes, trunk = [], model.trunk
+
+    def recorded(tokens, *args):
+        shapes.append(tuple(tokens.shape))
+        return trunk(tokens, *args)
+
+    monkeypatch.setattr(model, "trunk", recorded)
+    found = score(model, tokenizer, texts)
+    width = len(tokenizer.prompt_ids("")) + 2  # the last of 3 tokens is only a target
+    assert shapes[0] == (ROWS, width) and all(rows <= ROWS for rows, _ in shapes)
+    for each, by_itself in zip(found, alone, strict=True):
+        assert each.tokens == by_itself.tokens
+        assert each.logprobs == pytest.approx(by_itself.logprobs, abs=1e-4)
