@@ -13,7 +13,7 @@ from minillm.training.reporter import Reporter
 from minillm.training.setup import Setup
 from minillm.training.state import TrainState
 
-SAMPLE_TOKENS = 200
+SAMPLE_TOKENS = SamplingParams.max_tokens  # the default of the field
 
 
 def take_sample(setup: Setup, state: TrainState, report: Reporter, run: Path) -> str:

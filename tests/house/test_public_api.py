@@ -23,6 +23,7 @@ from minillm.flags.keywords import train_arguments
 from minillm.inference import language_model
 from minillm.ops import select
 from minillm.scripts import sample as sample_script
+from minillm.training import samples
 
 ROOT = Path(minillm.__file__).resolve().parents[1]
 NAMES = {"GPT", "ModelConfig", "PRESETS", "SamplingParams", "TrainConfig", "ZeroOptimizer", "load"}
@@ -239,6 +240,14 @@ def test_what_is_no_text_is_refused_by_name(lm, method, name):
     ):
         with pytest.raises(UsageError, match=f"^{words}$"):
             getattr(lm, method)(value)
+
+
+def test_the_length_of_a_sample_has_one_default():
+    path = ROOT / "minillm" / "training" / "samples.py"
+    body = ast.parse(path.read_text("utf-8")).body
+    values = {ast.unparse(n.targets[0]): n.value for n in body if isinstance(n, ast.Assign)}
+    assert not isinstance(values["SAMPLE_TOKENS"], ast.Constant)
+    assert samples.SAMPLE_TOKENS == minillm.SamplingParams().max_tokens == 200
 
 
 def test_training_gives_a_run_that_can_be_loaded(tmp_path):
