@@ -9,6 +9,7 @@
 
 The names below come from these packages, each of which imports only the ones above it:
 
+    errors         the errors that a user can cause, each with an exit code
     kernels        every operation in Triton, as PyTorch runs it fastest, and as a page of maths
     ops            the table of operations that a model calls
     runtime        the machine, files, signals, the terminal and command lines
@@ -58,10 +59,13 @@ def train(**settings: object) -> "Path":
     """Train a model and return the folder of its run, for load().
 
     settings: every flag of train.py is a keyword, with underscores: data="my.txt",
-        preset="nano", steps=500, resume=True. `python train.py --help all` describes them.
+        preset="nano", steps=500, time_limit=600, lr=1e-3, resume=True.
+        `python train.py --help all` describes them.
 
     Raises UsageError if a name is unknown or a value cannot be, and the other errors of
-    minillm.errors as train.py does. Started by torchrun, it trains together with the other ranks.
+    minillm.errors as train.py does. If a signal such as SIGINT or SIGTERM ends the run, the run is
+    saved and minillm.training.watchdog.Stopped is raised. Started by torchrun, it trains together
+    with the other ranks.
     """
     arguments = import_module("minillm.flags.keywords").train_arguments(settings)
     return import_module("minillm.scripts.train").train_from(arguments)

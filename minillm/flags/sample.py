@@ -101,7 +101,8 @@ def _add_computation(p: cli.Parser) -> None:
     add("--device", default="auto", metavar="NAME",
         help="device: cpu, cuda, cuda:N or mps (auto: a GPU if there is one)")  # fmt: skip
     add("--dtype", default="auto", choices=("auto", "fp32", "bf16"),
-        help="number format of the computation (auto: bf16 on a GPU, fp32 on a CPU)")  # fmt: skip
+        help="number format of the computation (auto: bf16 on a GPU, fp16 on one older than "
+        "Ampere, fp32 on a CPU and on mps)")  # fmt: skip
     add("--threads", type=threads, default="auto", metavar="N",
         help="number of processor threads (auto: one for small models, else one or all, whichever "
         "is faster now)")  # fmt: skip

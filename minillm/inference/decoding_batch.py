@@ -37,7 +37,7 @@ class Token:
 class DecodingBatch:
     """Rows of tokens that are continued in step, with their KV cache.
 
-    A row that reaches seq_len tokens is cut to its last seq_len // 2 (at least 1). These are read
+    A row of more than seq_len tokens is cut to its last seq_len // 2 (at least 1). These are read
     again from position 0, and the row grows from there. Without a cache the same tokens are read
     for every new token.
 

@@ -81,7 +81,7 @@ def test_help_shows_six_lines_of_use_and_a_sentence_for_each_wing():
     lines = minillm.__doc__.split("\n\n")[1].splitlines()
     assert len(lines) == 6 and all(line.strip() in text for line in lines)
     wings = {p.parent.name for p in (ROOT / "minillm").glob("*/__init__.py")}
-    wings |= {"kernels", "ops"}
+    wings |= {"errors", "kernels", "ops"}
     described = [line.split()[0] for line in minillm.__doc__.split("\n\n")[3].splitlines()]
     assert set(described) == wings and len(described) == len(wings)
 
@@ -240,6 +240,19 @@ def test_what_is_no_text_is_refused_by_name(lm, method, name):
     ):
         with pytest.raises(UsageError, match=f"^{words}$"):
             getattr(lm, method)(value)
+
+
+def test_docstrings_name_the_errors_and_the_number_formats():
+    lm = language_model.LanguageModel
+    for function in (lm.generate, lm.stream):
+        assert all(f"{e}Error" in function.__doc__ for e in ("Usage", "Diverged", "Unavailable"))
+    described = [minillm.load.__doc__, sample_flags.parser().format_help()]
+    for text in (" ".join(text.split()) for text in described):
+        assert "fp16 on one older than Ampere" in text and "fp32 on a CPU and on mps" in text
+    assert "minillm.training.watchdog.Stopped" in minillm.train.__doc__
+    assert issubclass(import_module("minillm.training.watchdog").Stopped, Exception)
+    batch = import_module("minillm.inference.decoding_batch").DecodingBatch
+    assert "reaches seq_len" not in batch.__doc__ and "more than seq_len" in batch.__doc__
 
 
 def test_the_length_of_a_sample_has_one_default():
