@@ -53,6 +53,16 @@ HOMES = {
     "ZeroOptimizer": "minillm.distributed.zero",
     "load": "minillm.inference.language_model",
 }
+__all__ = [
+    "GPT",
+    "ModelConfig",
+    "PRESETS",
+    "SamplingParams",
+    "TrainConfig",
+    "ZeroOptimizer",
+    "load",
+    "train",
+]
 
 
 def train(**settings: object) -> "Path":

@@ -25,14 +25,13 @@ class MinillmError(Exception):
 
     code = 1
 
-    @property
-    def text(self) -> str:
-        """The text with its parameters marked, to become part of another error's text."""
-        return super().__str__()
+    def __init__(self, text: str = "") -> None:
+        """Keep the text with its parameters marked; str, repr and args name them plainly.
 
-    def __str__(self) -> str:
-        """Return the text with the names of parameters, for Python code."""
-        return PARAMETER.sub(r"\1", self.text)
+        text: the line; `text` of the error, with the marks, can become part of another error's text
+        """
+        super().__init__(PARAMETER.sub(r"\1", text))
+        self.text = text
 
     def with_flags(self) -> str:
         """Return the text with flags in place of parameters, for the command line."""

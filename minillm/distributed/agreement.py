@@ -94,8 +94,8 @@ def in_turn(ranks: Ranks, name: str, work: Callable[[], T]) -> T:
 
 def _failure(error: Exception) -> Failure:
     """Return an error as JSON. A MinillmError keeps the marks of parameters in its text."""
-    raw = isinstance(error, errors.MinillmError) and all(isinstance(x, str) for x in error.args)
-    return [type(error).__name__, *(error.args if raw else (str(error),))]
+    text = error.text if isinstance(error, errors.MinillmError) else str(error)
+    return [type(error).__name__, text]
 
 
 def _raise_the_same(failures: dict[str, Failure]) -> None:

@@ -378,3 +378,10 @@ def test_every_flag_of_training_is_a_keyword(tmp_path):
     assert args.time_limit == 600 and args.data == [str(ROOT / "setup.py")]
     assert args.out == str(Path("~/x").expanduser())
     assert vars(args).keys() == {*setting_fields(), "config", "resume"}
+
+
+def test_a_star_import_brings_the_public_names_and_no_others():
+    code = "from minillm import *; print(sorted(n for n in dir() if not n.startswith('__')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8")
+    assert done.stdout.strip() == str(sorted(minillm.__all__)), done.stderr
+    assert set(minillm.__all__) == {*minillm.HOMES, "train"}

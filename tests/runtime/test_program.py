@@ -1,5 +1,6 @@
 """Every refusal is one line and its exit code; every bug of ours keeps its traceback."""
 
+import copy
 import os
 import signal
 import subprocess
@@ -127,3 +128,11 @@ def test_an_error_names_a_parameter_in_python_and_a_flag_on_the_command_line(cap
     assert run("sample.py", body, []) == 2
     line = "sample.py: error: --top-k -1: expected 0 or more; see --seed\n"
     assert capfd.readouterr().err == line
+
+
+def test_no_mark_of_a_parameter_is_seen_in_python():
+    error = UsageError(f"{parameter('top_k')} -1: expected 0 or more")
+    again = copy.copy(error)
+    for one in (error, again):
+        assert repr(one) == "UsageError('top_k -1: expected 0 or more')" and one.args == (str(one),)
+        assert one.with_flags() == "--top-k -1: expected 0 or more"
