@@ -11,6 +11,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import RLock
 from typing import NamedTuple, TextIO
 
 from tqdm import tqdm
@@ -58,6 +59,9 @@ class Bar(tqdm):
     """
 
     monitor_interval = 0  # no thread of tqdm that redraws idle bars
+    # tqdm would make a lock when a line is first written, and a signal in that moment would leave
+    # it without one.
+    _lock = RLock()
 
     def __init__(self, view: Callable[[], View]) -> None:
         self.view, self.drawn = view, 0.0

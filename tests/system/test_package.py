@@ -138,7 +138,7 @@ ELSEWHERE = """
     flags/test_help flags/test_quick_answers inference/test_early_exit inference/test_generate
     inference/test_speculative model/test_gpt model/test_ops model/test_triton_model
     optim/test_build planning/test_cards planning/test_estimate profiling/test_profile
-    profiling/test_workloads runtime/test_cli runtime/test_device runtime/test_launch
+    profiling/test_catalogue runtime/test_cli runtime/test_device runtime/test_launch
     runtime/test_relative_paths runtime/test_terminal system/test_bad_input
     system/test_bad_input_processes system/test_bad_input_verbs system/test_resume
     system/test_sample system/test_train training/test_budget_on_resume training/test_evaluate
