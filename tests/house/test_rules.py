@@ -22,8 +22,8 @@ FACTORIES = frozenset(
     "bytes frozenset getattr hasattr object range str tuple classmethod property staticmethod"
     " collections.namedtuple contextlib.contextmanager dataclasses.dataclass dataclasses.field"
     " dataclasses.fields datetime.timedelta functools.cache functools.cached_property"
-    " functools.partial numpy.dtype pathlib.Path re.compile threading.RLock torch.finfo torch.inference_mode"
-    " torch.library.Library torch.library.custom_op torch.no_grad triton.jit"
+    " functools.partial numpy.dtype pathlib.Path re.compile threading.RLock torch.finfo"
+    " torch.inference_mode torch.library.Library torch.library.custom_op torch.no_grad triton.jit"
     " triton.language.constexpr types.MappingProxyType typing.NewType typing.TypeVar"
     " typing.overload".split()
 )
